@@ -1,0 +1,66 @@
+"""Backends by name. They are found by entry point (group ``flix.backends``) and imported when asked for.
+
+An entry point names the backend's module; the module has the public names of SPEC §5.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from flix.core.errors import FlixError, MissingFrameworkError, listed, near
+
+GROUP = "flix.backends"
+
+# flix's own, so that they are found from a source tree too: the module, and the framework it needs.
+_OWN = {
+    "torch": ("flix.backends.torch", "torch"),
+}
+
+
+class UnknownBackendError(FlixError, KeyError):
+    """No backend of this name is registered."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def _modules() -> dict[str, str]:
+    from importlib.metadata import entry_points
+
+    found = {name: module for name, (module, _) in _OWN.items()}
+    for entry in entry_points(group=GROUP):
+        found.setdefault(entry.name, entry.value)
+    return found
+
+
+def available() -> dict[str, bool]:
+    """The registered backends, and whether each one's framework is installed. Imports none of them."""
+    from importlib.util import find_spec
+
+    return {
+        name: find_spec(_OWN[name][1]) is not None if name in _OWN else True for name in _modules()
+    }
+
+
+def get(name: str) -> ModuleType:
+    """The module of a backend, imported.
+
+    Raises:
+        UnknownBackendError: no backend of this name is registered.
+        MissingFrameworkError: its framework is not installed; the message says what to install.
+    """
+    modules = _modules()
+    if name not in modules:
+        raise UnknownBackendError(
+            f"no backend {name!r}{near(name, modules)}; registered: {listed(modules)}"
+        )
+    return importlib.import_module(modules[name])
+
+
+def missing(backend: str, framework: str, error: ImportError) -> MissingFrameworkError:
+    """The error for a backend whose framework cannot be imported."""
+    return MissingFrameworkError(
+        f"the {backend} backend needs {framework}, which is not installed ({error}); "
+        f'install it with: pip install "flix-peft[{backend}]"'
+    )

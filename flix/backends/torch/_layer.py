@@ -1,0 +1,232 @@
+"""What all adapted layers share: the features' parameters, and how routing reaches a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flix.backends.torch._context import (
+    ActiveRouting,
+    AnyRouting,
+    DevicePlan,
+    TracedRouting,
+    current,
+    make_routing,
+)
+from flix.core.config import FlixConfig
+from flix.core.errors import ConfigError, RoutingError
+from flix.core.initial import initial_a, initial_b
+from flix.core.layout import LayerLayout, choose_strategy
+from flix.core.registry import Feature
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def parameter_key(feature: Feature) -> str:
+    """A feature's key among a layer's parameters; torch refuses "." in the names of parameters."""
+    return ":".join(part.replace("%", "%25").replace(".", "%2E") for part in feature)
+
+
+class FeatureParameters(nn.Module):
+    """One parameter a feature, by feature; features of rank 0 have none."""
+
+    def __getitem__(self, feature: Feature) -> nn.Parameter:
+        return self._parameters[parameter_key(feature)]  # type: ignore[return-value]
+
+    def __contains__(self, feature: Feature) -> bool:
+        return parameter_key(feature) in self._parameters
+
+    def put(self, feature: Feature, value: Tensor, trainable: bool = True) -> None:
+        """Set a feature's parameter."""
+        self.register_parameter(parameter_key(feature), nn.Parameter(value, trainable))
+
+
+class FlixLayer(nn.Module):
+    """What all adapted layers share: the pairs of the features, and the way routing reaches them.
+
+    Attributes:
+        flix_name: the layer's path in its model.
+        flix_config: the configuration.
+        flix_A: A_f ``[r, d_in]`` of each feature.
+        flix_B: B_f ``[d_out, r]`` of each feature.
+        flix_strategy: ``"auto"``, ``"gather"``, ``"masked"`` or ``"single"``.
+    """
+
+    flix_kind = "linear"
+    flix_name: str
+    flix_config: FlixConfig
+    flix_layout: LayerLayout
+    flix_strategy: str
+    flix_base: type[nn.Module]
+    flix_enabled: bool
+    flix_A: FeatureParameters
+    flix_B: FeatureParameters
+
+    @property
+    def d_in(self) -> int:
+        """Input size; of an embedding, the vocabulary's."""
+        raise TypeError("an adapted layer's class gives its sizes")
+
+    @property
+    def d_out(self) -> int:
+        """Output size."""
+        raise TypeError("an adapted layer's class gives its sizes")
+
+    def attach(
+        self,
+        config: FlixConfig,
+        name: str,
+        strategy: str = "auto",
+        layout: LayerLayout | None = None,
+    ) -> None:
+        """Give the layer its features, with initial values; part of becoming an adapted layer."""
+        choose_strategy(strategy, examples=1, tokens=1)  # refuses an unknown name
+        self.flix_name = name
+        self.flix_strategy = strategy
+        self.flix_enabled = True
+        self.flix_A, self.flix_B = FeatureParameters(), FeatureParameters()
+        self.weight.requires_grad_(False)
+        if getattr(self, "bias", None) is not None:
+            self.bias.requires_grad_(False)
+        self.set_config(config, layout)
+        for feature in config.registry.features:
+            self.add_pair(feature)
+
+    def set_config(self, config: FlixConfig, layout: LayerLayout | None = None) -> None:
+        """Set the configuration, and the layout that follows from it (given if it is known already)."""
+        self.flix_config = config
+        self.flix_layout = layout or config.layout(self.flix_name)
+
+    def add_pair(self, feature: Feature) -> None:
+        """Make the parameters of one feature, with their initial values; none where its rank is 0."""
+        rank = self.flix_config.rank(self.flix_name, feature)
+        if rank == 0:
+            return
+        a = initial_a(
+            seed=self.flix_config.seed,
+            layer=self.flix_name,
+            group=feature[0],
+            feature=feature[1],
+            rank=rank,
+            d_in=self.d_in,
+        )
+        b = initial_b(rank=rank, d_out=self.d_out)
+        # Pairs of a half-precision base are kept in float32, where small updates do not round away.
+        weight: Tensor = self.weight  # type: ignore[assignment]
+        dtype = torch.float32 if weight.dtype in _HALVES else weight.dtype
+        for bank, value in ((self.flix_A, a), (self.flix_B, b)):
+            bank.put(feature, torch.from_numpy(value).to(device=weight.device, dtype=dtype))
+
+    def pairs(self) -> Iterator[tuple[Feature, nn.Parameter, nn.Parameter]]:
+        """(feature, A, B) of every feature with an update in this layer."""
+        for feature in self.flix_config.registry.features:
+            if feature in self.flix_A:
+                yield feature, self.flix_A[feature], self.flix_B[feature]
+
+    def _routing(self, features: Any, weights: Any) -> AnyRouting | None:
+        """The routing to run under: the one given, or the one in force; None to run the base alone."""
+        if features is not None:
+            return make_routing(self.flix_config.registry, features, weights)
+        if not self.flix_enabled:
+            return None
+        routing = current.routing
+        if routing is None and self.training:
+            raise RoutingError(
+                f"layer {self.flix_name!r} is adapted and in training, but no routing is in force; pass "
+                "flix_features to the adapted model's forward (rows of base output: ids of -1)"
+            )
+        return routing
+
+    def _params(self, active: tuple[int, ...]) -> list[Tensor]:
+        features = self.flix_config.registry.features
+        return [
+            *(self.flix_A[features[i]] for i in active),
+            *(self.flix_B[features[i]] for i in active),
+        ]
+
+    def _grouped(self, x: Tensor, routing: AnyRouting, trailing: int) -> tuple[Tensor, int, int]:
+        """x with its leading dimensions fitted to the routing's rows; (x, rows N, positions S a row).
+
+        Args:
+            x: ``[..., d_in]`` (trailing 1), or token ids ``[...]`` (trailing 0).
+            routing: the routing in force.
+            trailing: the number of dimensions of x that are no positions.
+
+        Raises:
+            RoutingError: the leading dimensions are not the routing's.
+        """
+        lead, given = routing.lead, tuple(x.shape[: x.dim() - trailing])
+        count = 1
+        for size in lead:
+            count *= size
+        total = 1
+        for size in given:
+            total *= size
+        fits = given[: len(lead)] == lead
+        if not fits and given[:1] == (1,) and given[1 : len(lead)] == lead[1:] and lead[0] > 1:
+            # One row for all, as position ids have it: each row of the batch gets its own.
+            x = x.expand(lead[0], *x.shape[1:])
+            total, fits = total * lead[0], True
+        if not fits and len(given) == 1:
+            # Models that flatten [B, S, d] to [B * S, d] before a layer.
+            flattened = count if routing.per_token else lead[0] * (routing.length or -1)
+            fits = given[0] == flattened
+        if not fits:
+            what = "[batch, length]" if routing.per_token else "[batch]"
+            raise RoutingError(
+                f"layer {self.flix_name!r} got an input of leading shape {list(given)}, but "
+                f"flix_features routes {what} = {list(lead)}; one row of ids is needed for each row of "
+                "the batch (and one for each position, where routing is per token)"
+            )
+        return x, count, total // count if count else 0
+
+    def _device_plan(self, x: Tensor, routing: ActiveRouting, strategy: str) -> DevicePlan:
+        dtype = x.dtype if x.is_floating_point() else self.weight.dtype
+        plan = routing.plan(self.flix_layout, x.device, dtype)  # type: ignore[arg-type]
+        if strategy == "single" and (row := routing.unlike()) is not None:
+            raise ConfigError(
+                f"strategy 'single' needs one composition for all rows, but row {row} differs from "
+                "row 0; use 'auto', 'gather' or 'masked'"
+            )
+        return plan
+
+    def _bank_tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """For traced models: rows ``[F + 1, r]`` of each feature in the whole bank, and its factors."""
+        ranks = self.flix_layout.ranks
+        widest = max(1, max(ranks, default=1))
+        table = [[0] * widest for _ in range(len(ranks) + 1)]
+        factor = [[0.0] * widest for _ in range(len(ranks) + 1)]
+        start = 0
+        for i, rank in enumerate(ranks):
+            for j in range(rank):
+                table[i][j], factor[i][j] = start + j, self.flix_layout.scales[i]
+            start += rank
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return (
+            torch.tensor(table, dtype=torch.int64, device=like.device),
+            torch.tensor(factor, dtype=wide, device=like.device),
+        )
+
+    def _traced_plan(self, like: Tensor, routing: TracedRouting) -> tuple[Tensor, Tensor]:
+        table, factor = self._bank_tables(like)
+        count = routing.flat.shape[0]
+        ids = routing.flat.to(torch.int64)
+        ids = torch.where(ids < 0, len(self.flix_layout.ranks), ids)
+        scale = factor[ids]
+        if routing.weights is not None:
+            scale = scale * routing.weights.to(scale.dtype)[:, :, None]
+        return table[ids].reshape(count, -1), scale.reshape(count, -1)
+
+
+def with_grad(y: Tensor, training: bool) -> Tensor:
+    """The base output of a batch that activates nothing here; in training it may still be differentiated.
+
+    A batch whose every feature was dropped has no parameter to train; without this, its backward would be an
+    error where the plain meaning is "no gradient".
+    """
+    if training and torch.is_grad_enabled() and not y.requires_grad and y.is_floating_point():
+        return y.requires_grad_(True) if y.is_leaf else y
+    return y

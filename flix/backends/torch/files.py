@@ -1,0 +1,156 @@
+"""Saving and loading adapters (SPEC §4): one file for every backend."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from flix.backends.torch._layer import FlixLayer
+from flix.backends.torch.model import (
+    adapt,
+    attach_layers,
+    flix_layers,
+    layer_shapes,
+    make_routed,
+    require_adapted,
+)
+from flix.core.adapter import (
+    Adapter,
+    LayerShape,
+    Path_,
+    Rename,
+    check_fits,
+    load_adapter,
+    save_adapter,
+    tensor_name,
+)
+from flix.core.errors import AdapterError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def to_adapter(model: nn.Module) -> Adapter:
+    """The model's features as a numpy :class:`flix.Adapter`; values are copied.
+
+    Raises:
+        TargetError: the model is not adapted.
+    """
+    config = require_adapted(model, "to_adapter")
+    layers, tensors = {}, {}
+    for path, layer in flix_layers(model):
+        layers[path] = LayerShape(d_in=layer.d_in, d_out=layer.d_out, kind=layer.flix_kind)
+        for feature, a, b in layer.pairs():
+            for part, parameter in (("A", a), ("B", b)):
+                tensors[tensor_name(path, part, feature)] = _whole(parameter)
+    return Adapter(config, layers, {name: t.numpy() for name, t in tensors.items()})
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A parameter's values on the host, gathered if it is sharded; halves as float32."""
+    value = parameter.detach()
+    if hasattr(value, "full_tensor"):
+        value = value.full_tensor()
+    if value.dtype == torch.bfloat16 or value.dtype == torch.float16:
+        value = value.float()
+    return value.cpu().clone().contiguous()
+
+
+def save(model: nn.Module, directory: Path_) -> None:
+    """Write the model's adapter as a folder (the base is not written).
+
+    Raises:
+        TargetError: the model is not adapted.
+        AdapterError: the path is a file.
+    """
+    save_adapter(to_adapter(model), directory)
+
+
+def load(model: Model, directory: Path_, rename: Rename = None, *, strategy: str = "auto") -> Model:
+    """Load an adapter into a model, in place.
+
+    A plain model is adapted with the file's configuration; an adapted one must have the same layers, features and
+    ranks, and gets the file's values.
+
+    Args:
+        model: a plain or adapted model.
+        directory: the adapter's folder.
+        rename: translates the file's layer paths to the model's.
+        strategy: as for ``adapt``, for a plain model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: a damaged file, or one for another architecture (the first mismatching layer is named).
+    """
+    adapter = load_adapter(directory, rename)
+    return load_into(model, adapter, strategy=strategy)
+
+
+def load_into(model: Model, adapter: Adapter, *, strategy: str = "auto") -> Model:
+    """Put a numpy adapter into a model; otherwise as :func:`load`."""
+    check_fits(adapter, layer_shapes(model))
+    present = dict(flix_layers(model))
+    if not present:
+        _adapt_like(model, adapter, strategy)
+        present = dict(flix_layers(model))
+    _check_same(present, adapter)
+    with torch.no_grad():
+        for path, layer in present.items():
+            for feature, a, b in layer.pairs():
+                for part, parameter in (("A", a), ("B", b)):
+                    value = adapter.tensors[tensor_name(path, part, feature)]
+                    parameter.copy_(torch.from_numpy(value.copy()))
+    return model
+
+
+def _adapt_like(model: nn.Module, adapter: Adapter, strategy: str) -> None:
+    """Adapt exactly the adapter's layers, whatever its patterns would match in this model."""
+    from dataclasses import replace
+
+    exact = replace(adapter.config, target_modules=tuple(adapter.layers), exclude_modules=())
+    names = {path for path, info in layer_shapes(model).items() if info.kind}
+    matched = [p for p in names if any(p == t or p.endswith("." + t) for t in adapter.layers)]
+    if set(matched) == set(adapter.layers):
+        adapt(model, exact, strategy=strategy)
+    else:  # a path that is also the end of another path
+        trainable = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+        model.requires_grad_(False)
+        attach_layers(model, adapter.config, list(adapter.layers), strategy)
+        make_routed(model, adapter.config)
+        model.flix_frozen = trainable  # type: ignore[assignment]
+    for _, layer in flix_layers(model):
+        layer.set_config(adapter.config, layer.flix_layout)
+    for module in model.modules():
+        if hasattr(module, "flix_config"):
+            module.flix_config = adapter.config  # type: ignore[assignment]
+
+
+def _check_same(present: dict[str, FlixLayer], adapter: Adapter) -> None:
+    for path in present:
+        if path not in adapter.layers:
+            raise AdapterError(f"layer {path!r} of the model is adapted, but not in the adapter")
+    for path in adapter.layers:
+        if path not in present:
+            raise AdapterError(f"layer {path!r} of the adapter is not adapted in the model")
+    for path, layer in present.items():
+        registry = layer.flix_config.registry
+        if registry.features != adapter.config.registry.features:
+            raise AdapterError(
+                "the adapter has other features than the model: "
+                f"{adapter.config.registry} and {registry}"
+            )
+        for feature in registry.features:
+            own, other = layer.flix_config.rank(path, feature), adapter.config.rank(path, feature)
+            if own != other:
+                raise AdapterError(
+                    f"layer {path!r}: {':'.join(feature)} has rank {own} in the model and {other} in "
+                    "the adapter"
+                )
+            if layer.flix_config.scale(path, feature) != adapter.config.scale(path, feature):
+                raise AdapterError(
+                    f"layer {path!r}: {':'.join(feature)} has another scale in the model than in the "
+                    "adapter (alpha or scaling differ)"
+                )

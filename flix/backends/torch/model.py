@@ -1,0 +1,385 @@
+"""Adapting a model in place: its targets become adapted layers, its forward takes routing (SPEC §5)."""
+
+from __future__ import annotations
+
+import copyreg
+import inspect
+import warnings
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from flix.backends.torch import _checkpoint
+from flix.backends.torch._absent import watch
+from flix.backends.torch._context import TracedRouting, activated, current, make_routing
+from flix.backends.torch._distributed import touched_by_all
+from flix.backends.torch._layer import FlixLayer
+from flix.backends.torch.layers import adaptable, become, revert
+from flix.core.adapter import LayerShape
+from flix.core.config import FlixConfig
+from flix.core.errors import ConfigError, RoutingError, TargetError
+from flix.core.layout import LayerLayout, choose_strategy
+from flix.core.targets import LayerInfo, select
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Heads by name, for models that do not tell their head otherwise.
+_HEADS = ("lm_head", "score", "classifier", "qa_outputs", "cls", "embed_out")
+_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+
+
+_routed: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class RoutedModel:
+    """What adapted models have over their own class; ``isinstance(model, RoutedModel)`` tells them.
+
+    Attributes:
+        flix_config: the configuration.
+        flix_frozen: names of the parameters that were trainable before the base was frozen.
+        flix_present: buffer, which features a compiled forward has seen.
+        flix_traced: whether one has run since the last optimizer step.
+    """
+
+    flix_config: FlixConfig
+    flix_frozen: tuple[str, ...]
+    flix_traced: bool
+    flix_present: Tensor
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time; copies and pickles name the model's own class instead.
+        made = super().__reduce_ex__(protocol)
+        if isinstance(made, tuple) and made[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+            made = (_new_routed, (plain_class(type(self)), *made[1][1:]), *made[2:])
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        if "flix_config" in vars(self):
+            watch(self)  # type: ignore[arg-type]
+
+
+def _new_routed(base: type[nn.Module], *args: Any) -> Any:
+    cls = routed_class(base)
+    return cls.__new__(cls, *args)
+
+
+def plain_class(cls: type[Any]) -> type[nn.Module]:
+    """The model's own class behind a routed one."""
+    return cls.flix_plain if issubclass(cls, RoutedModel) else cls  # type: ignore[attr-defined,no-any-return]
+
+
+def routed_class(base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of ``base`` whose forward takes ``flix_features`` and ``flix_weights``.
+
+    A subclass, not a function patched onto the instance, so that copies of the model run their own weights.
+    """
+    if base in _routed:
+        return _routed[base]
+
+    def forward(
+        self: Any, *args: Any, flix_features: Any = None, flix_weights: Any = None, **kwargs: Any
+    ) -> Any:
+        if flix_features is None:
+            _check_unrouted(self, flix_weights)
+            return base.forward(self, *args, **kwargs)
+        previous = current.routing
+        current.routing = _routing_of(self, flix_features, flix_weights, args, kwargs)
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            current.routing = previous
+
+    signature = inspect.signature(base.forward)
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in ("flix_features", "flix_weights")
+    ]
+    old = list(signature.parameters.values())
+    tail = [p for p in old if p.kind is inspect.Parameter.VAR_KEYWORD]
+    parameters = [p for p in old if p not in tail] + added + tail
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    forward.__doc__ = base.forward.__doc__
+    _routed[base] = type(
+        base.__name__,
+        (RoutedModel, base),
+        {
+            "forward": forward,
+            "flix_plain": base,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+        },
+    )
+    return _routed[base]
+
+
+def _check_unrouted(model: Any, weights: Any) -> None:
+    """A forward without routing: an error in training, the base (and a warning) otherwise."""
+    if weights is not None:
+        raise RoutingError("flix_weights was given without flix_features; weights belong to ids")
+    if current.routing is not None or not is_enabled(model):
+        return
+    if model.training:
+        raise RoutingError(
+            "an adapted model was called in training without routing; pass flix_features=ids, int "
+            "[batch, width], made by registry.encode(rows) (ids of -1 for rows of the base alone)"
+        )
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "an adapted model was called without flix_features: the base model answers alone. Pass "
+            "flix_features=ids, or ids of -1 if this is meant",
+            stacklevel=3,
+        )
+
+
+def is_enabled(model: nn.Module) -> bool:
+    """Whether any adapted layer of the model is switched on."""
+    return any(layer.flix_enabled for _, layer in flix_layers(model))
+
+
+def _routing_of(
+    model: Any, features: Any, weights: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    batch, length = _input_shape(args, kwargs)
+    if torch.compiler.is_compiling() and isinstance(features, Tensor):
+        return _traced_routing(model, features, weights, batch, length)
+    per_token = getattr(features, "ndim", 0) == 3
+    if per_token and length is not None and not model.training and features.shape[1] > length:
+        # Generation: with a cache only the newest positions are run, under the last ids given.
+        features = features[:, -length:]
+        weights = None if weights is None else weights[:, -length:]
+    if isinstance(features, Tensor) and weights is None:
+        # Generation calls with the same ids at every step; the last plan is kept with its model.
+        known = vars(model).get("flix_last")
+        if (
+            known is not None
+            and known[0] is features
+            and known[1] == _version(features)
+            and known[2].length == length
+            and batch in (None, features.shape[0])
+            and not model.training
+        ):
+            return known[2]
+    config = model.flix_config
+    routing = make_routing(
+        config.registry,
+        features,
+        weights,
+        batch=batch,
+        length=length,
+        touched=touched_by_all(model) if torch.is_grad_enabled() else None,
+    )
+    if isinstance(features, Tensor) and weights is None and not model.training:
+        vars(model)["flix_last"] = (features, _version(features), routing)
+    return routing
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _traced_routing(
+    model: Any, ids: Tensor, weights: Any, batch: int | None, length: int | None
+) -> TracedRouting:
+    """Inside a compiler: what shapes and dtypes tell is checked, values are not."""
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.dim() not in (2, 3):
+        raise RoutingError(
+            "flix_features must be integer ids of shape [batch, width] or [batch, length, width], "
+            f"got {ids.dtype} {list(ids.shape)}"
+        )
+    if batch is not None and ids.shape[0] != batch:
+        raise RoutingError(
+            f"flix_features routes {ids.shape[0]} rows, but the batch has {batch} rows"
+        )
+    if weights is not None and weights.shape != ids.shape:
+        raise RoutingError(
+            f"flix_weights must have the shape of flix_features, {list(ids.shape)}, got "
+            f"{list(weights.shape)}"
+        )
+    if torch.is_grad_enabled():
+        slot = torch.where(ids < 0, len(model.flix_config.registry), ids).reshape(-1)
+        model.flix_present.index_fill_(0, slot.to(torch.int64), True)
+        model.flix_traced = True
+    return TracedRouting(ids, weights, length)
+
+
+def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Batch size and length of the input, where it is named as transformers names it."""
+    for name in _INPUTS:
+        value = kwargs.get(name)
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            return value.shape[0], value.shape[1]
+    if args and isinstance(args[0], Tensor) and args[0].dim() >= 2:
+        return None, args[0].shape[1]
+    return None, None
+
+
+def flix_layers(model: nn.Module) -> Iterator[tuple[str, FlixLayer]]:
+    """(path, layer) of every adapted layer, in the model's order."""
+    for path, module in model.named_modules():
+        if isinstance(module, FlixLayer):
+            yield path, module
+
+
+def layer_infos(model: nn.Module) -> list[LayerInfo]:
+    """Every module of a model as the target rules see it."""
+    head = None
+    if hasattr(model, "get_output_embeddings"):
+        try:
+            head = model.get_output_embeddings()  # type: ignore[operator]
+        except (NotImplementedError, AttributeError):
+            head = None
+    inside_attention = {
+        id(child)
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for child in module.modules()
+        if child is not module
+    }
+    infos = []
+    for path, module in model.named_modules():
+        if not path:
+            continue
+        if isinstance(module, FlixLayer):
+            kind, reason, sizes = module.flix_kind, "", (module.d_in, module.d_out)
+        else:
+            target, reason = adaptable(module)
+            if target is not None and id(module) in inside_attention:
+                target, reason = (
+                    None,
+                    "nn.MultiheadAttention reads its kernel and skips its forward",
+                )
+            kind = target.flix_kind if target is not None else ""
+            sizes = (0, 0)
+            if target is not None:
+                first, second = module.weight.shape
+                straight = target.flix_kind == "embedding" or getattr(
+                    target, "flix_transposed", False
+                )
+                sizes = (first, second) if straight else (second, first)
+        is_head = module is head or path.split(".", 1)[0] in _HEADS
+        infos.append(LayerInfo(path, kind, int(sizes[0]), int(sizes[1]), is_head, reason))
+    return infos
+
+
+def layer_shapes(model: nn.Module) -> dict[str, LayerShape]:
+    """Kind and sizes of every layer that is adapted or could be."""
+    return {
+        info.path: LayerShape(d_in=info.d_in, d_out=info.d_out, kind=info.kind)
+        for info in layer_infos(model)
+        if info.kind
+    }
+
+
+def adapt(model: Model, config: FlixConfig, *, strategy: str = "auto") -> Model:
+    """Adapt a model in place and freeze its base.
+
+    The targets become adapted layers, the base's parameters stop requiring gradients, and the forward takes two
+    keywords more::
+
+        model(**batch, flix_features=ids, flix_weights=None)
+
+    ids is int ``[B, W]`` or, for packed rows, ``[B, T, W]``. The model stays an instance of its class, and copies of
+    it work. Heads that are to be trained are unfrozen by hand afterwards.
+
+    Args:
+        model: any ``nn.Module`` with targets among its ``nn.Linear``, Conv1D and ``nn.Embedding``.
+        config: the configuration.
+        strategy: how the sum is computed: ``"auto"``, ``"gather"``, ``"masked"`` or ``"single"``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TargetError: patterns that match nothing or a layer that cannot be adapted; a model adapted already.
+        ConfigError: an unknown strategy.
+    """
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"adapt needs a torch nn.Module, got {type(model).__name__}")
+    if not isinstance(config, FlixConfig):
+        raise ConfigError(f"adapt needs a FlixConfig, got {type(config).__name__}")
+    choose_strategy(strategy, examples=1, tokens=1)
+    if next(flix_layers(model), None) is not None:
+        raise TargetError(
+            "the model is adapted already; add features with add_feature, or adapt a fresh copy"
+        )
+    if "forward" in vars(model):
+        raise TargetError(
+            "the model's forward is patched on the instance (as accelerate's dispatch does); adapt it "
+            "before it is dispatched or prepared"
+        )
+    chosen = select(layer_infos(model), config.target_modules, config.exclude_modules)
+    trainable = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+    model.requires_grad_(False)
+    attach_layers(model, config, [info.path for info in chosen], strategy)
+    make_routed(model, config)
+    model.flix_frozen = trainable  # type: ignore[assignment]
+    return model
+
+
+def attach_layers(model: nn.Module, config: FlixConfig, paths: list[str], strategy: str) -> None:
+    """Turn the layers at these paths into adapted ones; equal layouts are one object."""
+    layouts: dict[LayerLayout, LayerLayout] = {}
+    modules = dict(model.named_modules())
+    for path in paths:
+        layout = config.layout(path)
+        become(modules[path], config, path, strategy, layouts.setdefault(layout, layout))
+
+
+def make_routed(model: nn.Module, config: FlixConfig) -> None:
+    """Give the model, and an encoder that generation calls by itself, forwards that take routing."""
+    _checkpoint.install()
+    device = next(model.parameters()).device
+    for module in (model, *_encoders(model)):
+        if not isinstance(module, RoutedModel):
+            module.__class__ = routed_class(type(module))
+        module.flix_config = config  # type: ignore[assignment]
+        module.flix_traced = False  # type: ignore[assignment]
+        present = torch.zeros(len(config.registry) + 1, dtype=torch.bool, device=device)
+        module.register_buffer("flix_present", present, persistent=False)
+        watch(module)
+
+
+def _encoders(model: nn.Module) -> list[nn.Module]:
+    """The encoder of an encoder-decoder model: generation calls it past the model's own forward."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
+        return []
+    encoder = model.get_encoder()  # type: ignore[operator]
+    return [encoder] if isinstance(encoder, nn.Module) and encoder is not model else []
+
+
+def unadapt(model: nn.Module) -> None:
+    """Turn an adapted model, in place, back into the plain model it was; its features are gone."""
+    frozen = set(getattr(model, "flix_frozen", ()))
+    for _, layer in list(flix_layers(model)):
+        revert(layer)
+    for module in list(model.modules()):
+        if isinstance(module, RoutedModel):
+            for name in [key for key in vars(module) if key.startswith("flix_")]:
+                delattr(module, name)
+            if "flix_present" in module._buffers:  # type: ignore[attr-defined]
+                delattr(module, "flix_present")
+            module.__class__ = plain_class(type(module))  # type: ignore[assignment]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in frozen)
+
+
+def require_adapted(model: nn.Module, what: str) -> FlixConfig:
+    """The configuration of an adapted model.
+
+    Raises:
+        TargetError: the model is not adapted.
+    """
+    if not isinstance(model, RoutedModel) or "flix_config" not in vars(model):
+        raise TargetError(
+            f"{what} needs an adapted model, but this {type(model).__name__} is not; "
+            "adapt(model, config) or load(model, folder) first"
+        )
+    return model.flix_config
+
+
+__all__ = ["RoutedModel", "activated", "adapt", "flix_layers", "unadapt"]

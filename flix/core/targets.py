@@ -1,0 +1,122 @@
+"""Which layers of a model are adapted: PEFT's meaning of target patterns, as pure functions (SPEC §4)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Union
+
+from flix.core.errors import TargetError, listed, near
+
+ALL_LINEAR = "all-linear"
+Patterns = Union[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What a backend says of one layer of a model.
+
+    Attributes:
+        path: the layer's dotted path.
+        kind: ``"linear"``, ``"embedding"``, or ``""`` for a layer that cannot be adapted.
+        d_in: the input size (of an embedding: the vocabulary's).
+        d_out: the output size.
+        head: an output head, which "all-linear" leaves out.
+        reason: why a layer cannot be adapted.
+    """
+
+    path: str
+    kind: str
+    d_in: int = 0
+    d_out: int = 0
+    head: bool = False
+    reason: str = ""
+
+
+def matches(path: str, patterns: Patterns) -> bool:
+    """Whether a path matches: a string is a regular expression for the whole path, a list holds suffixes.
+
+    A suffix matches whole path components: ``"q"`` matches ``layers.0.q`` but not ``layers.0.seq``.
+    """
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, path) is not None
+    return any(path == suffix or path.endswith("." + suffix) for suffix in patterns)
+
+
+def pattern_matches(path: str, pattern: str) -> bool:
+    """Whether a key of ``rank_pattern`` matches a path: a regular expression for its last components."""
+    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path) is not None
+
+
+def select(
+    layers: Sequence[LayerInfo], targets: Patterns, excluded: Patterns = ()
+) -> tuple[LayerInfo, ...]:
+    """The layers to adapt, in the model's order.
+
+    Args:
+        layers: all layers of the model.
+        targets: ``"all-linear"`` (every linear layer but output heads), a regular expression, or suffixes.
+        excluded: layers to leave out, in the same forms (no ``"all-linear"``).
+
+    Raises:
+        TargetError: nothing matches (with near matches), a suffix that matches no layer, or a named layer that
+            cannot be adapted.
+    """
+    if targets == ALL_LINEAR:
+        chosen = [info for info in layers if info.kind == "linear" and not info.head]
+    else:
+        chosen = [info for info in layers if matches(info.path, targets)]
+        if not isinstance(targets, str):
+            for suffix in targets:
+                if not any(matches(info.path, [suffix]) for info in layers):
+                    _refuse_unmatched(suffix, layers)
+        if isinstance(targets, str) and not chosen:
+            _refuse_unmatched(targets, layers)
+    if excluded:
+        chosen = [info for info in chosen if not matches(info.path, excluded)]
+    adaptable = [info for info in chosen if info.kind]
+    if chosen and not adaptable:
+        info = chosen[0]
+        raise TargetError(
+            f"target_modules={_shown(targets)} names {info.path!r}, which cannot be adapted: "
+            f"{info.reason or 'it is neither linear nor an embedding'}"
+        )
+    if not isinstance(targets, str):
+        # A list is meant layer by layer; a regular expression may also catch containers and norms.
+        for info in chosen:
+            if not info.kind:
+                raise TargetError(
+                    f"target_modules={_shown(targets)} names {info.path!r}, which cannot be adapted: "
+                    f"{info.reason or 'it is neither linear nor an embedding'}"
+                )
+    else:
+        for info in chosen:
+            if not info.kind and info.reason and targets != ALL_LINEAR:
+                raise TargetError(
+                    f"target_modules={_shown(targets)} matches {info.path!r}, which cannot be "
+                    f"adapted: {info.reason}"
+                )
+    if not adaptable:
+        raise TargetError(
+            f"target_modules={_shown(targets)} with exclude_modules={_shown(excluded)} leaves no "
+            f"layer to adapt; layers that can be adapted: {listed(_adaptable(layers))}"
+        )
+    return tuple(adaptable)
+
+
+def _adaptable(layers: Sequence[LayerInfo]) -> list[str]:
+    return [info.path for info in layers if info.kind]
+
+
+def _refuse_unmatched(pattern: str, layers: Sequence[LayerInfo]) -> None:
+    paths = _adaptable(layers)
+    tails = {path.rsplit(".", 1)[-1] for path in paths}
+    raise TargetError(
+        f"target_modules: {pattern!r} matches no layer{near(pattern, [*tails, *paths])}; "
+        f"layers that can be adapted: {listed(paths)}"
+    )
+
+
+def _shown(patterns: Patterns) -> str:
+    return repr(patterns if isinstance(patterns, str) else list(patterns))
