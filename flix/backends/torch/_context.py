@@ -23,7 +23,11 @@ from flix.core.routing import Routing, check_routing
 
 
 class _Current(threading.local):
-    routing: ActiveRouting | TracedRouting | None = None
+    routing: ActiveRouting | TracedRouting | None
+
+    def __init__(self) -> None:
+        # Set on the instance from the start: compiled code guards on the attribute's place.
+        self.routing = None
 
 
 current = _Current()

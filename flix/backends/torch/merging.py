@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ def merge(model: Model, row: Row) -> Model:
     """A plain copy of the model with one composition folded into its kernels; no flix layer is left.
 
     A kernel that other modules share (an embedding tied to the head) is untied where its layer is adapted, since
-    only that layer's kernel changes; ``config.tie_word_embeddings`` is then switched off in the copy.
+    only that layer's kernel changes; the copy's configuration then says so.
 
     Args:
         model: an adapted model; it is not changed.
@@ -56,10 +56,18 @@ def merge(model: Model, row: Row) -> Model:
                 weight.copy_(value)
                 continue
             module.weight = nn.Parameter(value, requires_grad=weight.requires_grad)
-            settings = getattr(merged, "config", None)
-            if getattr(settings, "tie_word_embeddings", False):
-                settings.tie_word_embeddings = False  # type: ignore[union-attr]
+            _untie(getattr(merged, "config", None))
     return merged
+
+
+def _untie(settings: Any) -> None:
+    """Tell a transformers configuration that embedding and head are two kernels now.
+
+    T5 and its kin read the flag as "scale the decoder's output" too, so there it stays; transformers 5 sees by the
+    saved kernels that they differ, and keeps them apart.
+    """
+    if getattr(settings, "tie_word_embeddings", False) and not settings.is_encoder_decoder:
+        settings.tie_word_embeddings = False
 
 
 def export_peft(model: nn.Module, row: Row, directory: Path_) -> PeftExport:

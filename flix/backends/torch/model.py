@@ -247,7 +247,7 @@ def layer_infos(model: nn.Module) -> list[LayerInfo]:
             kind, reason, sizes = module.flix_kind, "", (module.d_in, module.d_out)
         else:
             target, reason = adaptable(module)
-            if target is not None and id(module) in inside_attention:
+            if id(module) in inside_attention and isinstance(module, nn.Linear):
                 target, reason = (
                     None,
                     "nn.MultiheadAttention reads its kernel and skips its forward",
@@ -327,6 +327,25 @@ def attach_layers(model: nn.Module, config: FlixConfig, paths: list[str], strate
     for path in paths:
         layout = config.layout(path)
         become(modules[path], config, path, strategy, layouts.setdefault(layout, layout))
+        if isinstance(modules[path], nn.Embedding):
+            _relink(model, modules, path, set(paths))
+
+
+def _relink(
+    model: nn.Module, modules: dict[str, nn.Module], path: str, targets: set[str]
+) -> None:
+    """Let embeddings that share an adapted one's kernel, and are no targets themselves, be that one.
+
+    transformers 5 gives T5's encoder and decoder embedding modules of their own, tied by their kernel to ``shared``,
+    which is itself never run: adapted alone, it would silently do nothing.
+    """
+    adapted = modules[path]
+    for other, module in modules.items():
+        if other in targets or module is adapted or type(module) is not nn.Embedding:
+            continue
+        if module.weight is adapted.weight:
+            parent, _, name = other.rpartition(".")
+            setattr(model.get_submodule(parent), name, adapted)
 
 
 def make_routed(model: nn.Module, config: FlixConfig) -> None:

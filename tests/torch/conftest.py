@@ -1,0 +1,192 @@
+"""Tiny models of real architectures, and the dense reference they are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+import flix  # noqa: E402
+from flix.backends.torch import named_pairs  # noqa: E402
+from flix.backends.torch.model import flix_layers  # noqa: E402
+
+torch.set_num_threads(1)
+
+ROWS = [
+    {"language": "hau", "task": "ner"},
+    {"language": {"swa": 0.5, "yor": -1.5}, "task": "pos"},
+    {"task": ["ner", "pos"]},
+    {},
+]
+
+
+def registry() -> flix.FeatureRegistry:
+    return flix.FeatureRegistry({"language": ["hau", "swa", "yor", "zul"], "task": ["ner", "pos"]})
+
+
+def config(**changes: Any) -> flix.FlixConfig:
+    """Unequal ranks, one of them 0, and an alpha that makes scales other than 1."""
+    settings: dict[str, Any] = {
+        "registry": registry(),
+        "ranks": {"language": {"hau": 1, "swa": 3, "yor": 0, "zul": 2}, "task": {"ner": 2, "pos": 4}},
+        "alpha": {"task": 3.0},
+    }
+    return flix.FlixConfig(**{**settings, **changes})
+
+
+def routing(rows: list[Any] = ROWS) -> tuple[Any, Any]:
+    encoded = registry().encode(rows)
+    return torch.from_numpy(encoded.ids), torch.from_numpy(encoded.weights)
+
+
+def randomize(model: nn.Module, seed: int = 0, std: float = 0.1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in named_pairs(model).values():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(noise * std)
+
+
+def llama(**changes: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "bos_token_id": None,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=40,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            n_positions=64,
+            initializer_range=0.2,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            eos_token_id=None,
+            bos_token_id=None,
+            pad_token_id=0,
+        )
+    )
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    return BertModel(
+        BertConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.2,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=40,
+            d_model=16,
+            d_kv=8,
+            d_ff=24,
+            num_layers=2,
+            num_decoder_layers=2,
+            num_heads=2,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gpt2": gpt2, "bert": bert, "t5": t5}
+
+
+def make(name: str, dtype: Any = torch.float64, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return MODELS[name]().to(dtype)
+
+
+def batch(name: str, rows: int = len(ROWS), length: int = 9) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    inputs = {"input_ids": torch.randint(1, 40, (rows, length), generator=generator)}
+    if name == "t5":
+        inputs["labels"] = torch.randint(1, 40, (rows, length - 3), generator=generator)
+    return inputs
+
+
+def output(result: Any) -> Any:
+    return result.logits if "logits" in result else result.last_hidden_state
+
+
+def dense(
+    base: nn.Module, adapted: nn.Module, ids: Any, weights: Any, inputs: dict[str, Any]
+) -> tuple[Any, dict[str, Any], Any]:
+    """Row by row through a plain copy of the base whose kernels are W0 + Σ w s B A, in dense form.
+
+    Returns the output, the leaves that stand for the pairs, and the leaf that stands for the weights.
+    """
+    settings = adapted.flix_config
+    pairs = {n: p.detach().clone().requires_grad_() for n, p in named_pairs(adapted).items()}
+    weights = weights.to(next(iter(pairs.values())).dtype).clone().requires_grad_()
+    kinds = {path: type(layer).__name__ for path, layer in flix_layers(adapted)}
+    plain = dict(base.named_parameters())
+    rows = []
+    for row in range(ids.shape[0]):
+        replaced = {}
+        for path, kind in kinds.items():
+            kernel = plain[f"{path}.weight"]
+            for slot, feature_id in enumerate(ids[row].tolist()):
+                if feature_id < 0:
+                    continue
+                feature = settings.registry.features[feature_id]
+                a = pairs.get(f"{path}.A.{feature[0]}.{feature[1]}")
+                if a is None:
+                    continue
+                b = pairs[f"{path}.B.{feature[0]}.{feature[1]}"]
+                update = weights[row, slot] * settings.scale(path, feature) * (b @ a)
+                kernel = kernel + (update if kind == "FlixLinear" else update.t())
+            own = plain[f"{path}.weight"]
+            for name, parameter in base.named_parameters(remove_duplicate=False):
+                # T5's encoder and decoder embed with kernels tied to "shared".
+                if parameter is own and name.endswith(("embed_tokens.weight", f"{path}.weight")):
+                    replaced[name] = kernel
+        one = {name: value[row : row + 1] for name, value in inputs.items()}
+        result = torch.func.functional_call(base, replaced, (), one, tie_weights=False)
+        rows.append(output(result))
+    return torch.cat(rows), pairs, weights
+
+
+def relative(found: Any, expected: Any) -> float:
+    found, expected = np.asarray(found.detach()), np.asarray(expected.detach())
+    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30))

@@ -1,0 +1,184 @@
+"""Mixed batches through real architectures equal a dense per-row composition, forward and backward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from flix.backends.torch import adapt, load, merge, named_pairs, save  # noqa: E402
+from flix.backends.torch.model import flix_layers  # noqa: E402
+
+from .conftest import (  # noqa: E402
+    MODELS,
+    ROWS,
+    batch,
+    config,
+    dense,
+    make,
+    output,
+    randomize,
+    relative,
+    routing,
+)
+
+TARGETS = {
+    "linear": {},
+    "embeddings": {
+        "llama": ["q_proj", "embed_tokens"],
+        "gpt2": ["c_attn", "wte", "wpe"],
+        "bert": ["query", "word_embeddings", "position_embeddings"],
+        "t5": ["q", "shared"],
+    },
+}
+
+
+def _targets(name: str, kind: str) -> dict[str, object]:
+    return {"target_modules": TARGETS[kind][name]} if kind == "embeddings" else {}
+
+
+@pytest.mark.parametrize("strategy", ["gather", "masked", "auto"])
+@pytest.mark.parametrize("kind", ["linear", "embeddings"])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("name", MODELS)
+def test_mixed_batch_equals_dense_rows(name, dtype, tolerance, kind, strategy):
+    base = make(name, dtype)
+    if kind == "embeddings" and hasattr(base, "tie_weights") and name in ("gpt2", "t5"):
+        # The reference replaces parameters by name; a tied head would follow the embedding there.
+        base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
+    adapted = adapt(copy.deepcopy(base), config(**_targets(name, kind)), strategy=strategy)
+    randomize(adapted)
+    ids, weights = routing()
+    inputs = batch(name)
+    expected, leaves, weight_leaf = dense(base, adapted, ids, weights, inputs)
+    own_weights = weights.to(dtype).requires_grad_()
+    found = output(adapted(**inputs, flix_features=ids, flix_weights=own_weights))
+    assert relative(found, expected) < tolerance
+    assert relative(found, output(base(**inputs))) > 1e-3, "the updates must matter"
+
+    # One projection for both, so that a loss's own reduction plays no part.
+    project = torch.randn(found.shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    (found * project).sum().backward()
+    (expected * project).sum().backward()
+    for pair_name, parameter in named_pairs(adapted).items():
+        leaf = leaves[pair_name]
+        if ".zul" in pair_name:
+            assert parameter.grad is None, f"{pair_name} is absent from the batch"
+        elif leaf.grad is None:
+            assert parameter.grad is None or not parameter.grad.any(), pair_name
+        else:
+            assert relative(parameter.grad, leaf.grad) < 10 * tolerance, pair_name
+    active = ids >= 0
+    assert relative(own_weights.grad[active], weight_leaf.grad[active]) < 10 * tolerance
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_single_equals_the_others_and_refuses_mixed_rows(name):
+    adapted = adapt(make(name), config(), strategy="gather")
+    randomize(adapted)
+    ids, weights = routing([ROWS[1]] * 3)
+    inputs = batch(name, rows=3)
+    gathered = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
+    project = torch.randn(gathered.shape, dtype=torch.float64)
+    (gathered * project).sum().backward()
+    grads = {n: p.grad.clone() for n, p in named_pairs(adapted).items() if p.grad is not None}
+    adapted.zero_grad()
+    for _, layer in flix_layers(adapted):
+        layer.flix_strategy = "single"
+    single = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
+    assert relative(single, gathered) < 1e-12
+    (single * project).sum().backward()
+    for n, p in named_pairs(adapted).items():
+        assert (p.grad is None) == (n not in grads)
+        if n in grads:
+            assert relative(p.grad, grads[n]) < 1e-11
+    ids, weights = routing()
+    with pytest.raises(ValueError, match="row 1 differs"):
+        adapted(**batch(name), flix_features=ids, flix_weights=weights)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adapted_model_starts_equal_to_its_base(name):
+    base = make(name)
+    adapted = adapt(copy.deepcopy(base), config())
+    ids, weights = routing()
+    inputs = batch(name)
+    found = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
+    assert relative(found, output(base(**inputs))) < 1e-12
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merge_equals_the_routed_forward(name, tmp_path):
+    adapted = adapt(make(name), config())
+    randomize(adapted)
+    adapted.eval()
+    for row in ROWS[:3]:
+        ids, weights = routing([row])
+        inputs = batch(name, rows=1)
+        merged = merge(adapted, row)
+        assert type(merged) is type(make(name))
+        assert not list(flix_layers(merged))
+        assert not [n for n, _ in merged.named_parameters() if "flix" in n]
+        found = output(merged(**inputs))
+        expected = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
+        assert relative(found, expected) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_merging_a_tied_embedding_leaves_the_head_alone(name, tmp_path):
+    targets = {"gpt2": ["wte"], "t5": ["shared"]}[name]
+    base = make(name).eval()
+    adapted = adapt(copy.deepcopy(base), config(target_modules=targets))
+    randomize(adapted)
+    adapted.eval()
+    row = {"language": "hau", "task": "ner"}
+    ids, weights = routing([row])
+    inputs = batch(name, rows=1)
+    routed = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
+    assert relative(routed, output(base(**inputs))) > 1e-3, "the embedding's update must act"
+    merged = merge(adapted, row)
+    expected = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
+    assert relative(output(merged(**inputs)), expected) < 1e-9
+    merged.save_pretrained(tmp_path)
+    again = type(merged).from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert relative(output(again(**inputs)), expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_save_and_load_into_a_fresh_model(name, tmp_path):
+    adapted = adapt(make(name), config(rank_pattern={".*(q|q_proj|query|c_attn)": 5}))
+    randomize(adapted)
+    save(adapted, tmp_path / "adapter")
+    fresh = load(make(name), tmp_path / "adapter")
+    ids, weights = routing()
+    inputs = batch(name)
+    found = output(fresh(**inputs, flix_features=ids, flix_weights=weights))
+    expected = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
+    assert relative(found, expected) == 0.0
+    assert fresh.flix_config == adapted.flix_config
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_class_copy_and_pickle_keep_the_model(name):
+    import pickle
+
+    base_class = type(make(name))
+    adapted = adapt(make(name), config())
+    randomize(adapted)
+    assert isinstance(adapted, base_class)
+    ids, weights = routing()
+    inputs = batch(name)
+    before = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
+    for twin in (copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
+        assert isinstance(twin, base_class)
+        same = output(twin(**inputs, flix_features=ids, flix_weights=weights))
+        assert relative(same, before) == 0.0
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        assert not output(twin(**inputs, flix_features=ids, flix_weights=weights)).any()
+    again = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
+    assert relative(again, before) == 0.0
