@@ -1,0 +1,55 @@
+# Each target does all its own set-up in .venv. Override PYTHON to choose the interpreter that makes it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Any number of processes test at once; each computes with one thread.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+PYTEST := $(BIN)/python -m pytest
+WORKERS ?= auto
+
+.PHONY: quickstart test test-all lint bench bench-smoke format clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and by its exact version: what it satisfies is not looked up again.
+$(VENV)/.quickstart: pyproject.toml | $(BIN)/python
+	$(PIP) "$(TORCH)"
+	$(PIP) -e ".[quickstart]" "$(TORCH)"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(PIP) "$(TORCH)"
+	$(PIP) -e ".[dev]" "$(TORCH)"
+	@touch $@ $(VENV)/.quickstart
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/flix quickstart
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(VENV)/.dev lint
+	$(PYTEST) -n $(WORKERS) -m "not slow"
+
+test-all: $(VENV)/.dev lint
+	$(PYTEST) -n $(WORKERS)
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/layer.py --json benchmarks/out/layer.json
+
+bench-smoke: $(VENV)/.dev
+	$(BIN)/python benchmarks/layer.py --smoke
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,103 @@
+"""Configuration: checks, ranks and scales by layer, JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from flix import FeatureDropout, FeatureRegistry, FlixConfig, FlixError, ranks
+
+REGISTRY = FeatureRegistry({"language": ["hau", "swa"], "task": ["ner"]})
+
+
+def config(**changes):
+    return FlixConfig(**{"registry": REGISTRY, "ranks": 4, **changes})
+
+
+def test_scales_and_ranks_by_layer():
+    c = config(
+        ranks=ranks.by_group(language=2, task=8),
+        alpha={"task": 4.0, ("language", "swa"): 3},
+        rank_pattern={"q": {"language": 6}, ".*mlp.*": 0},
+    )
+    assert c.rank("a.k", ("language", "hau")) == 2
+    assert c.rank("a.q", ("language", "hau")) == 6 and c.rank("a.q", ("task", "ner")) == 8
+    assert c.rank("a.seq", ("language", "hau")) == 2
+    assert c.rank("b.mlp.up", ("task", "ner")) == 0 and c.scale("b.mlp.up", ("task", "ner")) == 0
+    assert c.scale("a.k", ("task", "ner")) == 0.5 and c.scale("a.k", ("language", "hau")) == 1.0
+    assert c.scale("a.q", ("language", "swa")) == 0.5
+    r = config(ranks=9, alpha=3.0, scaling="rslora")
+    assert r.scale("x", ("task", "ner")) == 1.0
+    assert config(ranks=9, scaling="rslora").scale("x", ("task", "ner")) == math.sqrt(9)
+    assert c.layout("a.k").ranks == (2, 2, 8)
+
+
+def test_json_round_trip_of_everything():
+    c = config(
+        ranks=ranks.explicit({"language": {"hau": 0, "swa": 3}, "task": 5}),
+        alpha={"task": 4.0},
+        scaling="rslora",
+        target_modules=["q", "v"],
+        exclude_modules=r".*\.0\..*",
+        rank_pattern={"q": {("language", "swa"): 2}, "v": 1},
+        feature_dropout=FeatureDropout(0.3, per_group={"task": 0.0}, keep_one=True),
+        unknown={"zul": ["hau", "swa"]},
+        seed=11,
+    )
+    again = FlixConfig.from_dict(json.loads(json.dumps(c.to_dict())))
+    assert again.to_dict() == c.to_dict()
+    for layer in ("q", "v", "k"):
+        assert again.layout(layer) == c.layout(layer)
+    assert again.feature_dropout == c.feature_dropout
+
+
+def test_with_feature_keeps_everything_else():
+    c = config(alpha=8.0)
+    grown = c.with_feature("language", "yor", rank=3, alpha=1.5)
+    assert grown.layout("x").ranks == (4, 4, 4, 3)
+    assert grown.layout("x").scales == (2.0, 2.0, 2.0, 0.5)
+    assert len(c.registry) == 3
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"registry": {"language": ["hau"]}}, "registry must be a FeatureRegistry"),
+        ({"ranks": "8"}, "ranks must be a rule"),
+        ({"ranks": {"language": 4}}, "task:ner has none"),
+        ({"ranks": -1}, "integer of 0 or more"),
+        ({"alpha": 0}, "alpha must be a positive number"),
+        ({"alpha": {"tsk": 1}}, "no feature group 'tsk'"),
+        ({"scaling": "log"}, "scaling must be 'lora' or 'rslora', got 'log'"),
+        ({"target_modules": []}, "at least one layer"),
+        ({"target_modules": "("}, "no regular expression"),
+        ({"target_modules": 3}, "string or a list of suffixes"),
+        ({"rank_pattern": {"(": 1}}, "no regular expression"),
+        ({"rank_pattern": {"q": {"tsk": 1}}}, "no feature group 'tsk'"),
+        ({"rank_pattern": {"q": -1}}, "integer of 0 or more"),
+        ({"feature_dropout": 0.2}, "must be a FeatureDropout"),
+        ({"feature_dropout": FeatureDropout(0.1, per_group={"x": 0.1})}, "no feature group 'x'"),
+        ({"unknown": "ignore"}, "unknown must be"),
+        ({"seed": 1.5}, "seed must be an integer"),
+    ],
+)
+def test_bad_values_are_named(changes, message):
+    with pytest.raises(FlixError, match=message):
+        config(**changes)
+
+
+def test_from_dict_refuses_what_it_does_not_know():
+    data = config().to_dict()
+    with pytest.raises(FlixError, match="no field 'rnaks' .did you mean 'ranks'"):
+        FlixConfig.from_dict({**data, "rnaks": 3})
+    with pytest.raises(FlixError, match="needs the field 'ranks'"):
+        FlixConfig.from_dict({"registry": data["registry"]})
+
+
+def test_frozen_and_keyword_only():
+    with pytest.raises(AttributeError):
+        config().seed = 3
+    with pytest.raises(TypeError):
+        FlixConfig(REGISTRY, 4)

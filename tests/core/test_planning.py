@@ -1,0 +1,151 @@
+"""The pure halves: counter-based bits, initial values, union plans, targets, factors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flix import ConfigError, FeatureRegistry, FlixConfig, TargetError
+from flix.core import counter
+from flix.core.factors import resized_mean
+from flix.core.initial import initial_a, initial_b
+from flix.core.layout import LayerLayout, choose_strategy, first_unlike, plan_union
+from flix.core.targets import LayerInfo, select
+
+
+def test_bits_are_uniform_and_keyed():
+    words = counter.key("x", 1)
+    u = counter.uniform(words, np.arange(200_000))
+    assert u.min() >= 0 and u.max() < 1
+    assert np.histogram(u, 10, (0, 1))[0] == pytest.approx(20_000, rel=0.03)
+    assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.01
+    assert counter.key("ab", "c") != counter.key("a", "bc")
+    assert counter.key(1) != counter.key("1")
+    other = counter.uniform(counter.key("x", 2), np.arange(200_000))
+    assert abs(np.corrcoef(u, other)[0, 1]) < 0.01
+
+
+def test_initial_values():
+    arguments = {"seed": 0, "layer": "a.q", "group": "task", "feature": "ner", "d_in": 100}
+    a = initial_a(rank=64, **arguments)
+    assert a.dtype == np.float32 and a.shape == (64, 100)
+    assert np.abs(a).max() <= 0.1 and a.std() == pytest.approx(0.1 / np.sqrt(3), rel=0.02)
+    np.testing.assert_array_equal(initial_a(rank=8, **arguments), a[:8])
+    for change in ({"seed": 1}, {"layer": "a.k"}, {"group": "t"}, {"feature": "n"}):
+        assert (initial_a(rank=64, **{**arguments, **change}) != a).mean() > 0.99
+    assert not initial_b(rank=3, d_out=5).any()
+    # Pinned: a change of these bytes changes every adapter that is trained from a seed.
+    head = initial_a(rank=1, **{**arguments, "d_in": 4}).ravel().tolist()
+    assert head == PINNED
+
+
+PINNED = [0.2735711932182312, -0.25617116689682007, 0.182822585105896, 0.24849069118499756]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    ranks=st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    data=st.data(),
+    rows=st.integers(0, 5),
+    width=st.integers(1, 4),
+)
+def test_a_union_plan_rebuilds_the_sum(ranks, data, rows, width):
+    """What the plan says equals Σ over slots of s_f B_f A_f, for every row."""
+    ids = data.draw(
+        st.lists(
+            st.lists(st.integers(-1, len(ranks) - 1), min_size=width, max_size=width),
+            min_size=rows,
+            max_size=rows,
+        )
+    )
+    ids = np.asarray(ids, dtype=np.int64).reshape(rows, width)
+    scales = tuple(0.5 + i for i in range(len(ranks)))
+    plan = plan_union(ids, LayerLayout(tuple(ranks), scales))
+    present = {i for i in ids.ravel().tolist() if i >= 0 and ranks[i] > 0}
+    assert plan.active == tuple(sorted(present))
+    owner = [(f, j) for f in plan.active for j in range(ranks[f])]
+    assert plan.union == len(owner)
+    for n in range(rows):
+        expected: dict = {}
+        for slot, f in enumerate(ids[n].tolist()):
+            for j in range(ranks[f] if f >= 0 else 0):
+                expected.setdefault((f, j), []).append((scales[f], slot))
+        found: dict = {}
+        for r in range(plan.width):
+            if plan.scales[n, r]:
+                found.setdefault(owner[plan.rows[n, r]], []).append(
+                    (plan.scales[n, r], plan.slots[n, r])
+                )
+        assert found == expected
+
+
+def test_touched_features_join_the_union():
+    plan = plan_union(np.array([[0]]), LayerLayout((1, 2, 3), (1.0, 1.0, 1.0)), touched=(2,))
+    assert plan.active == (0, 2) and plan.union == 4 and plan.rows.tolist() == [[0]]
+
+
+def test_strategies_by_shape():
+    assert choose_strategy("auto", examples=1, tokens=64) == "single"
+    assert choose_strategy("auto", examples=16, tokens=64) == "gather"
+    assert choose_strategy("auto", examples=16, tokens=1) == "masked"
+    assert choose_strategy("masked", examples=1, tokens=64) == "masked"
+    with pytest.raises(ConfigError, match="strategy must be one of"):
+        choose_strategy("fast", examples=1, tokens=1)
+    assert first_unlike(np.array([[1, 2], [1, 2]]), None) is None
+    assert first_unlike(np.array([[1], [1], [2]]), None) == 2
+    assert first_unlike(np.array([[1], [1]]), np.array([[1.0], [0.5]])) == 1
+
+
+LAYERS = [
+    LayerInfo("model", ""),
+    LayerInfo("model.emb", "embedding", 10, 4),
+    LayerInfo("model.0.q", "linear", 4, 4),
+    LayerInfo("model.0.seq", "linear", 4, 4),
+    LayerInfo("model.0.norm", ""),
+    LayerInfo("model.0.odd", "", reason="its class has a forward of its own"),
+    LayerInfo("head", "linear", 4, 10, head=True),
+]
+
+
+def paths(*arguments):
+    return [info.path for info in select(LAYERS, *arguments)]
+
+
+def test_targets_have_pefts_meaning():
+    assert paths("all-linear") == ["model.0.q", "model.0.seq"]
+    assert paths(["q"]) == ["model.0.q"]
+    assert paths(["0.q", "emb"]) == ["model.emb", "model.0.q"]
+    assert paths(r".*\.(q|emb)") == ["model.emb", "model.0.q"]
+    assert paths(["head"]) == ["head"]
+    assert paths("all-linear", ["seq"]) == ["model.0.q"]
+
+
+def test_target_errors():
+    for arguments, message in [
+        ((["qq"],), "'qq' matches no layer"),
+        ((["norm"],), "'model.0.norm', which cannot be adapted: it is neither"),
+        ((["odd"],), "has a forward of its own"),
+        ((r".*\.odd",), "has a forward of its own"),
+        (("all-linear", r".*"), "leaves no layer to adapt"),
+    ]:
+        with pytest.raises(TargetError, match=message):
+            select(LAYERS, *arguments)
+
+
+def test_resized_mean_is_the_nearest_of_its_rank():
+    rng = np.random.default_rng(0)
+    pairs = [(rng.normal(size=(r, 9)), rng.normal(size=(7, r))) for r in (2, 3)]
+    mean = (2.0 * pairs[0][1] @ pairs[0][0] + 0.5 * pairs[1][1] @ pairs[1][0]) / 2
+    for rank in (1, 3, 5, 6):
+        a, b = resized_mean(pairs, [2.0, 0.5], rng.normal(size=(rank, 9)), 1.5, 2)
+        assert a.shape == (rank, 9) and b.shape == (7, rank)
+        lost = np.linalg.norm(np.linalg.svd(mean)[1][rank:])
+        assert np.linalg.norm(1.5 * b @ a - mean) == pytest.approx(lost, abs=1e-9)
+
+
+def test_layouts_hash_by_value():
+    registry = FeatureRegistry({"g": ["a", "b"]})
+    config = FlixConfig(registry=registry, ranks=2, rank_pattern={"q": 3})
+    assert len({config.layout("x"), config.layout("y"), config.layout("q")}) == 2

@@ -1,0 +1,119 @@
+"""Rank rules: their promises, as properties."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flix
+from flix import FeatureError, FeatureRegistry, RankError, ranks
+
+REGISTRY = FeatureRegistry({"language": ["hau", "swa", "yor"], "task": ["ner", "pos"]})
+SIZES = st.lists(st.integers(0, 10**7), min_size=5, max_size=5)
+
+
+def _sized(values):
+    return dict(zip(REGISTRY.features, values, strict=True))
+
+
+def test_simple_rules():
+    assert set(ranks.uniform(8)(REGISTRY).values()) == {8}
+    grouped = ranks.by_group(language=4, task=16)(REGISTRY)
+    assert grouped[("language", "yor")] == 4 and grouped[("task", "pos")] == 16
+    table = {"language": {"hau": 1, "swa": 0, "yor": 3}, "task": {"ner": 2, "pos": 2}}
+    assert ranks.explicit(table)(REGISTRY)[("language", "swa")] == 0
+    with pytest.raises(RankError, match="must cover every feature; missing: task:ner, task:pos"):
+        ranks.by_group(language=4)(REGISTRY)
+    with pytest.raises(FeatureError, match="no feature group 'domain'"):
+        ranks.by_group(language=4, task=2, domain=1)(REGISTRY)
+    with pytest.raises(FeatureError, match="no feature 'zul'"):
+        ranks.explicit({("language", "zul"): 1})(REGISTRY)
+    for bad in (-1, 1.5, True, "8"):
+        with pytest.raises(RankError, match="integer of 0 or more"):
+            ranks.uniform(bad)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=SIZES,
+    budget=st.integers(5, 320),
+    temperature=st.floats(0.5, 10),
+    bounds=st.tuples(st.integers(0, 1), st.integers(64, 80)),
+)
+def test_proportional_sums_exactly_within_bounds_and_is_monotone(sizes, budget, temperature, bounds):
+    low, high = bounds
+
+    def rule(sizes, budget):
+        return ranks.proportional(
+            budget=budget, sizes=_sized(sizes), temperature=temperature, minimum=low, maximum=high
+        )(REGISTRY)
+
+    found = rule(sizes, budget)
+    values = list(found.values())
+    assert sum(values) == budget and all(low <= v <= high for v in values)
+    for i, n in enumerate(sizes):
+        for j, m in enumerate(sizes):
+            assert not (n > m and values[i] < values[j])
+    more = [*sizes[:2], sizes[2] * 2 + 1, *sizes[3:]]
+    assert list(rule(more, budget).values())[2] >= values[2]
+    if budget < 5 * high:
+        larger = list(rule(sizes, budget + 1).values())
+        assert all(after >= before for after, before in zip(larger, values, strict=True))
+
+
+def test_infeasible_budgets_say_what_is_feasible():
+    sizes = {"language": 10, "task": 5}
+    with pytest.raises(RankError, match="at least 10, the smallest feasible budget"):
+        ranks.proportional(budget=9, sizes=sizes, minimum=2)(REGISTRY)
+    with pytest.raises(RankError, match="at most 20, the largest feasible budget"):
+        ranks.proportional(budget=21, sizes=sizes, maximum=4)(REGISTRY)
+    with pytest.raises(RankError, match="sizes must name every feature; missing: task:ner"):
+        ranks.proportional(budget=50, sizes={"language": 10})(REGISTRY)
+    with pytest.raises(RankError, match="at least 5, the smallest feasible lora_rank"):
+        ranks.parameter_matched(lora_rank=4)(REGISTRY)
+    with pytest.raises(RankError, match="dataset 1 .*; the smallest feasible lora_rank is 3"):
+        ranks.compute_matched(
+            lora_rank=2, datasets=[{"task": "ner"}, {"language": ["hau", "swa"], "task": "ner"}]
+        )(REGISTRY)
+    with pytest.raises(RankError, match="at least one dataset"):
+        ranks.compute_matched(lora_rank=2, datasets=[])
+
+
+DATASET = st.fixed_dictionaries(
+    {},
+    optional={
+        "language": st.lists(st.sampled_from(["hau", "swa", "yor"]), unique=True, max_size=3),
+        "task": st.sampled_from(["ner", "pos"]),
+    },
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(datasets=st.lists(DATASET, min_size=1, max_size=6), lora_rank=st.integers(4, 40))
+def test_compute_matched_never_exceeds_and_wastes_nothing(datasets, lora_rank):
+    found = ranks.compute_matched(lora_rank=lora_rank, datasets=datasets)(REGISTRY)
+    sums = []
+    used = set()
+    for ids in REGISTRY.encode(datasets).ids:
+        active = [REGISTRY.features[i] for i in ids if i >= 0]
+        used.update(active)
+        sums.append((sum(found[f] for f in active), active))
+    assert all(total <= lora_rank for total, _ in sums)
+    for feature in used:  # no feature could have one rank more
+        assert any(total == lora_rank for total, active in sums if feature in active)
+
+
+@given(lora_rank=st.integers(5, 500))
+def test_parameter_matched_spends_the_whole_budget(lora_rank):
+    found = ranks.parameter_matched(lora_rank=lora_rank)(REGISTRY)
+    assert sum(found.values()) == lora_rank
+    assert max(found.values()) - min(found.values()) <= 1
+
+
+def test_rules_count_implied_features():
+    registry = FeatureRegistry(
+        {"task": ["ner"], "shared": ["all"]}, implies={("task", "ner"): [("shared", "all")]}
+    )
+    rule = flix.ranks.compute_matched(lora_rank=9, datasets=[{"task": "ner"}])
+    assert rule(registry) == {("task", "ner"): 5, ("shared", "all"): 4}
