@@ -211,7 +211,8 @@ def save_adapter(adapter: Adapter, directory: Path_) -> None:
         )
         for name, tensor in adapter.tensors.items()
     }
-    data = save(tensors, metadata={"format": FORMAT, "version": str(VERSION)})
+    # One key: the library writes several in no fixed order, and equal adapters should be equal bytes.
+    data = save(tensors, metadata={"format": FORMAT})
     description = {
         "format": FORMAT,
         "version": VERSION,

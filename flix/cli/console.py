@@ -1,0 +1,198 @@
+"""Output: tables and progress bars on a terminal, plain lines otherwise, JSON on request; and one line for errors."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
+
+import typer
+
+from flix.core.errors import FlixError
+from flix.training.progress import Reporter, described
+
+P = ParamSpec("P")
+
+Cell = str | int | float | None
+
+
+def guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """A command whose user's mistakes end it with one line on standard error and exit code 2."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except BrokenPipeError:
+            # The reader of our output went away (a pager, head): no error.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            raise typer.Exit(0) from None
+        except FlixError as error:
+            fail(str(error))
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            fail(f"{where}{error.strerror or error}")
+        except KeyboardInterrupt:
+            print("flix: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def fail(message: str) -> None:
+    """End with one line on standard error and exit code 2.
+
+    Raises:
+        typer.Exit: always.
+    """
+    print("flix: error: " + " ".join(message.split()), file=sys.stderr)
+    raise typer.Exit(2) from None
+
+
+def is_terminal() -> bool:
+    """Whether standard output is a terminal, and rich is there to use it."""
+    if not sys.stdout.isatty():
+        return False
+    from importlib.util import find_spec
+
+    return find_spec("rich") is not None
+
+
+def show_json(data: Any) -> None:
+    """Data as JSON on standard output."""
+    print(json.dumps(data, indent=1, ensure_ascii=False))
+
+
+def show(text: str) -> None:
+    """A line on standard output."""
+    print(text)
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], title: str = "") -> None:
+    """A table; columns whose cells are numbers are set to the right."""
+    texts = [[_cell(value) for value in row] for row in rows]
+    right = [
+        all(isinstance(row[i], int | float | None) and type(row[i]) is not bool for row in rows)
+        for i in range(len(columns))
+    ]
+    if is_terminal():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title or None, title_justify="left")
+        for name, numeric in zip(columns, right, strict=True):
+            table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        for row in texts:
+            table.add_row(*(text.replace("[", "\\[") for text in row))
+        Console().print(table)
+        return
+    if title:
+        print(title)
+    widths = [max(len(line[i]) for line in [list(columns), *texts]) for i in range(len(columns))]
+    for line in [list(columns), *texts]:
+        cells = [
+            text.rjust(width) if numeric else text.ljust(width)
+            for text, width, numeric in zip(line, widths, right, strict=True)
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def _cell(value: Cell) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if 0 < abs(value) < 0.1 else f"{value:,.2f}"
+    return value
+
+
+def make_reporter(as_json: bool) -> Reporter:
+    """How a long command reports: bars on a terminal, plain lines otherwise; on standard error beside JSON."""
+    if as_json:
+        return Lines(sys.stderr)
+    return Bars() if is_terminal() else Lines()
+
+
+class Lines(Reporter):
+    """Plain lines; while nothing else is said, how far the work is, now and then."""
+
+    interval = 15.0
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        super().start(what, total, done)
+        self._began, self._said, self._at = time.monotonic(), time.monotonic(), done
+        self.note(f"{what}: {total} {'steps' if what == 'training' else 'rows'}")
+
+    def advance(self, done: int) -> None:
+        if time.monotonic() - self._said > self.interval:
+            self._said = time.monotonic()
+            self.note(f"{self._what}: {done}/{self._total}")
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        self._said = time.monotonic()
+        pace = (self._said - self._began) / max(step - self._at, 1)
+        self.note(f"step {step}/{self._total}  {described(values)}  {pace:.2f} s/step")
+
+
+class Bars(Reporter):
+    """A progress bar with the last loss beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: Any = None
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        super().start(what, total, done)
+        self.stop()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+        )
+        self._task = self._bar.add_task(what, total=total, completed=done, numbers="")
+        self._bar.start()
+
+    def advance(self, done: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=described(values))
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def quiet() -> None:
+    """Silence what transformers and datasets print of their own accord."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        return
+    transformers_logging: Any = logging
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,104 @@
+"""Commands that convert one composition: ``merge`` and ``export``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flix.cli.console import quiet, show, show_json
+from flix.cli.features import parse_features
+from flix.core.adapter import load_adapter
+from flix.core.composition import composition
+from flix.core.errors import ConfigError
+from flix.training.errors import ModelError, RunError
+
+
+def merge_adapter(
+    folder: Path, base: str, features: Sequence[str], out: Path, force: bool, as_json: bool
+) -> None:
+    """Fold one composition into the base and save a plain transformers folder."""
+    model, row, active = _composed(folder, base, features, out, force)
+    from flix.backends.torch import merge
+
+    merged = merge(model, row)
+    out.mkdir(parents=True, exist_ok=True)
+    merged.save_pretrained(out)
+    tokenizer = _copy_tokenizer(base, out)
+    if as_json:
+        show_json({"out": str(out), "features": active, "tokenizer": tokenizer})
+        return
+    show(f"merged {_named(active)} into {base}: {out}")
+    if not tokenizer:
+        show("the base has no tokenizer; none was copied")
+
+
+def export_adapter(
+    folder: Path, base: str, features: Sequence[str], out: Path, to: str, force: bool, as_json: bool
+) -> None:
+    """Write one composition as a LoRA that PEFT and vLLM open."""
+    if to != "peft":
+        raise ConfigError(f"--to: flix exports to peft, got {to!r}")
+    model, row, active = _composed(folder, base, features, out, force)
+    from flix.backends.torch import export_peft
+
+    result = export_peft(model, row, out)
+    flags = None
+    if result.max_lora_rank is not None:
+        flags = f"--enable-lora --max-lora-rank {result.max_lora_rank}"
+    if as_json:
+        show_json(
+            {
+                "out": str(out),
+                "features": active,
+                "rank": result.rank,
+                "layers": result.layers,
+                "vllm_flags": flags,
+            }
+        )
+        return
+    show(f"exported {_named(active)} as a LoRA of rank {result.rank}: {out}")
+    show(result.message)
+    if flags is not None:
+        show(f"vllm serve {base} {flags} --lora-modules {out.name}={out}")
+
+
+def _composed(
+    folder: Path, base: str, features: Sequence[str], out: Path, force: bool
+) -> tuple[Any, Any, dict[str, float]]:
+    """The base with the adapter in it, the composition as a row, and what it activates by name."""
+    adapter = load_adapter(folder)
+    row = parse_features(features, adapter.config.registry)
+    active = composition(adapter.config, row)
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out: {str(out)!r} is a file")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise RunError(f"--out: {str(out)!r} is not empty; --force writes into it all the same")
+    if out.exists() and out.resolve() in (Path(folder).resolve(), Path(base).resolve()):
+        raise RunError("--out must be another folder than the adapter's and the base's")
+    quiet()
+    from flix.training.models import load_model, locate
+
+    model = load_model(locate(base), dtype="auto")
+    from flix.backends.torch import load_into
+
+    loaded = load_into(model, adapter).eval()
+    return loaded, row, {":".join(feature): weight for feature, weight in active}
+
+
+def _copy_tokenizer(base: str, out: Path) -> bool:
+    """Save the base's tokenizer beside the merged model, if there is one."""
+    from flix.training.models import load_tokenizer, locate
+
+    try:
+        tokenizer = load_tokenizer(locate(base))
+    except ModelError:
+        return False
+    tokenizer.save_pretrained(out)
+    return True
+
+
+def _named(active: dict[str, float]) -> str:
+    return " + ".join(
+        name if weight == 1.0 else f"{weight:g} {name}" for name, weight in active.items()
+    )

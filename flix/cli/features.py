@@ -1,0 +1,60 @@
+"""Reading ``--features language=hau,task=ner``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flix.core.errors import FeatureError
+from flix.core.registry import FeatureRegistry
+from flix.core.routing import Row
+
+
+def parse_features(texts: Sequence[str], registry: FeatureRegistry) -> Row:
+    """The row that the option spells out.
+
+    ``group=name`` parts are separated by commas, several names of a group by ``+``, and ``name:0.5`` weights one.
+
+    Args:
+        texts: the option's values.
+        registry: names that hold ``+`` or ``:`` are recognised by it.
+
+    Raises:
+        FeatureError: a part of another form, a group given twice, an unknown group or feature, or a weight that is
+            no number.
+    """
+    row: dict[str, str | dict[str, float]] = {}
+    for part in (part.strip() for text in texts for part in text.split(",")):
+        if not part:
+            continue
+        group, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not group or not value:
+            raise FeatureError(f"--features: {part!r} is not of the form group=name")
+        if group in row:
+            raise FeatureError(
+                f"--features: group {group!r} is given twice; join names with '+': {group}=a+b"
+            )
+        row[group] = _value(group, value, registry)
+    if not row:
+        raise FeatureError("--features names no feature; write, e.g., language=hau,task=ner")
+    registry.encode([row])
+    return row
+
+
+def _value(group: str, text: str, registry: FeatureRegistry) -> str | dict[str, float]:
+    if (group, text) in registry:
+        return text
+    weights: dict[str, float] = {}
+    for piece in text.split("+"):
+        name, colon, weight = piece.strip(), "", ""
+        if (group, name) not in registry:
+            name, colon, weight = piece.strip().rpartition(":")
+            if not colon:
+                name = weight
+        registry.id(group, name)
+        try:
+            weights[name] = weights.get(name, 0.0) + (float(weight) if colon else 1.0)
+        except ValueError:
+            raise FeatureError(
+                f"--features: the weight of {group}={name} must be a number, got {weight!r}"
+            ) from None
+    return weights

@@ -1,0 +1,213 @@
+"""Commands that look: ``backends``, ``inspect``, ``plan``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flix import backends
+from flix.cli.console import show, show_json, show_table
+from flix.core.accounting import Layers, Plan, feature_cost, plan
+from flix.core.adapter import CONFIG_FILE, FORMAT, Adapter, LayerShape, load_adapter
+from flix.core.config import FlixConfig
+from flix.core.errors import AdapterError, FlixError
+from flix.core.registry import Feature
+from flix.core.routing import Row
+
+
+def list_backends(as_json: bool) -> None:
+    """The table of backends."""
+    rows = [
+        {
+            "backend": name,
+            "installed": installed,
+            "version": _version(name) if installed else None,
+            "install": None if installed else f'pip install "flix-peft[{name}]"',
+        }
+        for name, installed in backends.available().items()
+    ]
+    if as_json:
+        show_json(rows)
+        return
+    show_table(
+        ["backend", "installed", "version", ""],
+        [
+            [str(r["backend"]), r["installed"], r["version"] or "-", r["install"] or ""]
+            for r in rows
+        ],
+    )
+
+
+def _version(backend: str) -> str | None:
+    """The version of a backend's framework, or of the package that a foreign backend comes from."""
+    from importlib.metadata import PackageNotFoundError, entry_points, version
+
+    try:
+        return version(backend)
+    except PackageNotFoundError:
+        for entry in entry_points(group=backends.GROUP, name=backend):
+            if entry.dist is not None:
+                return entry.dist.version
+    return None
+
+
+def update_norms(adapter: Adapter) -> dict[Feature, dict[str, float]]:
+    """The Frobenius norm of s B A for every feature and layer, from r x r products alone."""
+    norms: dict[Feature, dict[str, float]] = {}
+    for feature in adapter.config.registry.features:
+        norms[feature] = {}
+        for layer in adapter.layers:
+            a, b = (part.astype(np.float64) for part in adapter.pair(layer, feature))
+            squared = float(np.sum((a @ a.T) * (b.T @ b)))
+            norms[feature][layer] = adapter.config.scale(layer, feature) * max(squared, 0.0) ** 0.5
+    return norms
+
+
+def inspect_adapter(folder: Path, by_layer: bool, as_json: bool) -> None:
+    """What an adapter's folder holds."""
+    adapter = load_adapter(folder)
+    config, norms = adapter.config, update_norms(adapter)
+    total = {f: float(np.sqrt(sum(n * n for n in per.values()))) for f, per in norms.items()}
+    costs = {f: feature_cost(config, adapter.layers, f) for f in config.registry.features}
+    implied = {f: config.registry.implied(i) for i, f in enumerate(config.registry.features)}
+    names = [":".join(f) for f in config.registry.features]
+    if as_json:
+        show_json(
+            {
+                "adapter": str(folder),
+                "config": config.to_dict(),
+                "parameters": sum(c.parameters for c in costs.values()),
+                "features": [
+                    {
+                        "id": i,
+                        "group": f[0],
+                        "feature": f[1],
+                        "rank": costs[f].rank,
+                        "parameters": costs[f].parameters,
+                        "implies": [names[j] for j in implied[f]],
+                        "norm": total[f],
+                        "norms": norms[f],
+                    }
+                    for i, f in enumerate(config.registry.features)
+                ],
+                "layers": {
+                    path: {"kind": s.kind, "d_in": s.d_in, "d_out": s.d_out}
+                    for path, s in adapter.layers.items()
+                },
+            }
+        )
+        return
+    groups = ", ".join(
+        f"{group} ({len(config.registry.ids_of(group))})" for group in config.registry.groups
+    )
+    dropout = config.feature_dropout
+    rates = dropout.rates(config.registry) if dropout else {}
+    show(f"{folder}: {len(config.registry)} features in {groups}; {len(adapter.layers)} layers")
+    show(
+        f"scaling {config.scaling}, seed {config.seed}, unknown features: {config.unknown}, "
+        f"feature dropout: {', '.join(f'{g} {p:g}' for g, p in rates.items()) or 'none'}"
+    )
+    show_table(
+        ["id", "feature", "rank", "parameters", "norm of update", "implies"],
+        [
+            [i, names[i], costs[f].rank, costs[f].parameters, total[f],
+             " ".join(names[j] for j in implied[f])]
+            for i, f in enumerate(config.registry.features)
+        ],
+    )  # fmt: skip
+    if by_layer:
+        show_table(
+            ["layer", "kind", "d_in", "d_out", *names],
+            [
+                [path, s.kind, s.d_in, s.d_out, *(norms[f][path] for f in config.registry.features)]
+                for path, s in adapter.layers.items()
+            ],
+            title="norm of each feature's update by layer",
+        )
+
+
+def show_plan(path: Path, as_json: bool) -> None:
+    """Ranks, parameters and arithmetic beside the matched LoRAs."""
+    config, layers, rows, notes = _planned(path)
+    result = plan(config, layers, rows)
+    if as_json:
+        show_json({**result.to_dict(), "datasets_known": rows is not None, "notes": notes})
+        return
+    for note in notes:
+        show(f"note: {note}")
+    _show(result, known=rows is not None)
+
+
+def _planned(path: Path) -> tuple[FlixConfig, Layers, list[Row] | None, list[str]]:
+    """Configuration, layers and datasets of a training YAML, an adapter's folder, or its JSON."""
+    if path.is_dir() or path.suffix == ".json":
+        config, layers = read_description(path / CONFIG_FILE if path.is_dir() else path)
+        return config, layers, None, []
+    from flix.training.reading import read_settings
+
+    settings = read_settings(path)
+    from flix.cli.console import quiet
+    from flix.training.models import locate, model_layers
+    from flix.training.run import prepare
+
+    corpus, config = prepare(settings)
+    quiet()
+    shapes = model_layers(
+        locate(settings.model, settings.base_folder),
+        settings.kind,
+        config.target_modules,
+        config.exclude_modules,
+    )
+    return config, shapes, list(corpus.trained_rows()), list(corpus.notes)
+
+
+def read_description(file: Path) -> tuple[FlixConfig, dict[str, LayerShape]]:
+    """Configuration and layers from an adapter's JSON alone.
+
+    Raises:
+        AdapterError: no such file, or not of an adapter.
+    """
+    try:
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{str(file)!r} does not exist") from None
+    except ValueError as error:
+        raise AdapterError(f"{str(file)!r} is not valid JSON: {error}") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise AdapterError(f"{str(file)!r} does not describe a flix adapter")
+    try:
+        layers = {name: LayerShape(**entry) for name, entry in data["layers"].items()}
+        return FlixConfig.from_dict(data["config"]), layers
+    except (FlixError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{str(file)!r} is damaged: {error}") from None
+
+
+def _show(result: Plan, known: bool) -> None:
+    show_table(
+        ["feature", "rank", "parameters", "FLOPs/token"],
+        [[":".join(f.feature), f.rank, f.parameters, f.flops] for f in result.features],
+        title=f"{len(result.features)} features in {result.layers} layers",
+    )
+
+    def share(flops: int) -> str:
+        return f"{100.0 * flops / result.base_flops:.2f}%" if result.base_flops else "-"
+
+    show_table(
+        ["method", "active rank", "parameters", "FLOPs/token", "of the base"],
+        [
+            [name, cost.rank, cost.parameters, cost.flops, share(cost.flops)]
+            for name, cost in (
+                ("FLix mixture", result.mixture),
+                ("LoRA, compute-matched", result.compute_matched),
+                ("LoRA, parameter-matched", result.parameter_matched),
+            )
+        ],
+        title="beside the matched LoRAs",
+    )
+    if known:
+        show(f"largest of {result.datasets} trained combinations; forward, adapted layers only")
+    else:
+        show("datasets unknown: one feature of every group taken; forward, adapted layers only")

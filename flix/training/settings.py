@@ -1,0 +1,275 @@
+"""The form of a training configuration, as pydantic models; unknown keys are refused.
+
+Defaults are for a small run on one machine. What the file means is written in ``docs/cli.md``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, model_validator
+
+Name = Annotated[StrictStr, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Names = Union[Name, list[Name]]
+FeatureValue = Union[Name, list[Name], dict[Name, float]]
+Rate = Annotated[float, Field(ge=0.0, le=1.0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+ByFeature = dict[Name, Union[int, dict[Name, int]]]
+
+
+class Form(BaseModel):
+    """A part of the configuration: frozen, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DatasetSettings(Form):
+    """One source of rows.
+
+    Attributes:
+        name: what to call it in messages; default: its files or hub name.
+        files: JSONL files or glob patterns with training rows, relative to the configuration file.
+        hub: a dataset's hub name or folder, read with ``datasets.load_dataset``.
+        subset, split: which part of it.
+        features: features of every row, by group: a name, a list of names, or ``{name: weight}``.
+        feature_columns: groups whose feature is read from a column of the row.
+        source, target: columns with the input and the wanted output.
+        prompt: template of the input, with columns and groups in braces; default: the source alone.
+        eval_files, eval_split: rows to evaluate on, never trained on.
+        eval_rows: rows of every seen combination held back from training for evaluation.
+        limit: use at most this many rows, the first.
+    """
+
+    name: Name | None = None
+    files: Names | None = None
+    hub: Name | None = None
+    subset: Name | None = None
+    split: Name = "train"
+    features: dict[Name, FeatureValue] = {}
+    feature_columns: dict[Name, Name] = {}
+    source: Name = "source"
+    target: Name = "target"
+    prompt: Name | None = None
+    eval_files: Names | None = None
+    eval_split: Name | None = None
+    eval_rows: Annotated[int, Field(ge=0)] = 0
+    limit: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DatasetSettings:
+        if (self.files is None) == (self.hub is None):
+            raise ValueError("needs either files: or hub:, and not both")
+        if self.hub is None and (self.subset or self.eval_split):
+            raise ValueError("subset: and eval_split: go with hub:")
+        if not self.features and not self.feature_columns:
+            raise ValueError("needs features: or feature_columns:")
+        if both := [group for group in self.features if group in self.feature_columns]:
+            raise ValueError(f"group {both[0]!r} is in features: and in feature_columns:")
+        return self
+
+
+class UniformRanks(Form):
+    """The same rank for every feature."""
+
+    rule: Literal["uniform"]
+    rank: Annotated[int, Field(ge=0)]
+
+
+class ExplicitRanks(Form):
+    """Ranks by group, or by group and feature."""
+
+    rule: Literal["explicit"]
+    ranks: ByFeature
+
+
+class ProportionalRanks(Form):
+    """Ranks that follow the data and sum to a budget; sizes default to the training rows of each feature."""
+
+    rule: Literal["proportional"]
+    budget: Count
+    sizes: dict[Name, dict[Name, int]] | None = None
+    temperature: Positive = 2.0
+    minimum: Annotated[int, Field(ge=0)] = 1
+    maximum: Count = 64
+
+
+class ComputeMatchedRanks(Form):
+    """The largest ranks with which no dataset is dearer than a LoRA of this rank."""
+
+    rule: Literal["compute_matched"]
+    lora_rank: Count
+
+
+class ParameterMatchedRanks(Form):
+    """The parameters of a LoRA of this rank."""
+
+    rule: Literal["parameter_matched"]
+    lora_rank: Count
+
+
+class ByGroupRanks(BaseModel):
+    """One rank for all features of a group; the groups are the keys beside ``rule``."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, Annotated[int, Field(ge=0)]]
+    rule: Literal["by_group"]
+
+
+Ranks = Annotated[
+    Union[
+        UniformRanks, ByGroupRanks, ExplicitRanks, ProportionalRanks, ComputeMatchedRanks, ParameterMatchedRanks,
+    ],
+    Field(discriminator="rule"),
+]  # fmt: skip
+
+
+class DropoutSettings(Form):
+    """Feature dropout in training."""
+
+    p: Rate = 0.0
+    per_group: dict[Name, Rate] = {}
+    keep_one: StrictBool = False
+    rescale: StrictBool = False
+
+
+class TrainingSettings(Form):
+    """How long and how to train.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: rows of a micro-batch.
+        learning_rate, schedule, warmup_steps, warmup_ratio, weight_decay, max_grad_norm: the optimizer's, AdamW.
+        gradient_accumulation: micro-batches of a step.
+        eval_every: steps between evaluations of the loss; default: only at the end.
+        save_every: steps between checkpoints; default: only at the end.
+        keep_checkpoints: how many to keep.
+        log_every: steps between log lines; default: about 20 lines a run.
+        dtype: of the base's parameters.
+        bf16: autocast to bfloat16.
+        gradient_checkpointing: trade time for memory.
+        threads: of the CPU; default: torch's.
+        device: ``"auto"`` takes an accelerator if there is one.
+        max_source_tokens, max_target_tokens: longer texts are cut.
+    """
+
+    steps: Count = 1000
+    batch_size: Count = 16
+    learning_rate: Positive = 1e-3
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = (
+        "cosine"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_ratio: Rate | None = None
+    weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 1.0
+    gradient_accumulation: Count = 1
+    eval_every: Count | None = None
+    save_every: Count | None = None
+    keep_checkpoints: Count = 2
+    log_every: Count | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    bf16: StrictBool = False
+    gradient_checkpointing: StrictBool = False
+    threads: Count | None = None
+    device: Literal["auto", "cpu"] = "auto"
+    max_source_tokens: Annotated[int, Field(ge=2)] = 512
+    max_target_tokens: Annotated[int, Field(ge=2)] = 256
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> TrainingSettings:
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError("give warmup_steps: or warmup_ratio:, not both")
+        return self
+
+
+class EvaluationSettings(Form):
+    """How to evaluate by generation.
+
+    Attributes:
+        batch_size: rows generated at a time.
+        max_new_tokens: the longest answer.
+        num_beams: 1 is greedy.
+        limit: rows a combination at most; the first ones.
+        at_end: evaluate at the end of training too.
+        unseen_group_weights: factors for groups of features in combinations never trained, e.g. ``{language: 0.0}``.
+        samples: predictions kept for each combination.
+    """
+
+    batch_size: Count = 32
+    max_new_tokens: Count = 64
+    num_beams: Count = 1
+    limit: Count | None = 200
+    at_end: StrictBool = True
+    unseen_group_weights: dict[Name, Finite] = {}
+    samples: Annotated[int, Field(ge=0)] = 2
+
+
+class Settings(Form):
+    """A whole configuration.
+
+    Attributes:
+        model: the base model's folder, relative to the configuration file, or its hub name.
+        kind: ``"seq2seq"`` or ``"causal"``.
+        tokenizer: folder or hub name; default: the model's.
+        output: the folder that a run writes, relative to the configuration file.
+        datasets: sources of rows.
+        held_out: combinations never trained on; a row is held out if it has all the features of one.
+        registry: the features by group; default: as the datasets name them.
+        implies: features that others bring along, ``{"task:ner": ["family:word"], "task:*": ["shared:all"]}``.
+        ranks: a rule with its arguments, or one rank for all.
+        alpha, scaling, target_modules, exclude_modules, rank_pattern: as for ``FlixConfig``.
+        feature_dropout: rates, or one rate for all groups.
+        unknown: what an unknown feature does when evaluating.
+        temperature: combinations are drawn with p ∝ n^(1/temperature).
+        seed: of initial values, sampling, dropout and training.
+        training, evaluation: see there.
+        base_folder: what relative paths are relative to; set by the reader.
+    """
+
+    model: Name
+    kind: Literal["seq2seq", "causal"]
+    tokenizer: Name | None = None
+    output: Name = "flix-run"
+    datasets: Annotated[list[DatasetSettings], Field(min_length=1)]
+    held_out: list[dict[Name, Name]] = []
+    registry: dict[Name, list[Name]] | None = None
+    implies: dict[Name, Names] = {}
+    ranks: Ranks = UniformRanks(rule="uniform", rank=8)
+    alpha: Positive | dict[Name, Positive | dict[Name, Positive]] | None = None
+    scaling: Literal["lora", "rslora"] = "lora"
+    target_modules: Names = "all-linear"
+    exclude_modules: Name | list[Name] = []
+    rank_pattern: dict[Name, Union[int, ByFeature]] = {}
+    feature_dropout: DropoutSettings | None = None
+    unknown: Union[Literal["error", "skip", "mean"], dict[Name, Names]] = "error"
+    temperature: Positive = 2.0
+    seed: Annotated[int, Field(ge=0)] = 0
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    base_folder: Path = Field(default=Path("."), exclude=True, repr=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        if isinstance(data.get("ranks"), int) and not isinstance(data["ranks"], bool):
+            data["ranks"] = {"rule": "uniform", "rank": data["ranks"]}
+        if isinstance(data.get("feature_dropout"), int | float) and not isinstance(
+            data["feature_dropout"], bool
+        ):
+            data["feature_dropout"] = {"p": data["feature_dropout"]}
+        return data
+
+    @property
+    def output_folder(self) -> Path:
+        """Where a run writes."""
+        return self.base_folder / self.output
+
+    def to_dict(self) -> dict[str, Any]:
+        """A form that YAML and JSON can hold; read again from the same folder it gives equal settings."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,219 @@
+"""The commands that need no framework, and what every command does with a user's mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import flix
+from flix.cli.app import app
+from flix.cli.features import parse_features
+from flix.core.composition import delta
+
+run = CliRunner().invoke
+
+HEAVY = "('torch', 'transformers', 'jax', 'tensorflow', 'datasets')"
+
+
+def in_process(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``flix`` in a fresh interpreter, after some code."""
+    script = f"import sys\nsys.argv = ['flix', *{list(arguments)!r}]\n{code}"
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["backends"], ["train", "--help"], ["inspect"]])
+def test_light_commands_load_no_framework(arguments: list[str], adapter: Path) -> None:
+    if arguments == ["inspect"]:
+        arguments = ["inspect", str(adapter)]
+    code = f"""
+from flix.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+loaded = [name for name in {HEAVY} if name in sys.modules]
+assert not loaded, loaded
+"""
+    result = in_process(code, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+def test_the_module_runs(adapter: Path) -> None:
+    command = [sys.executable, "-m", "flix.cli", "inspect", str(adapter / "nothing")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("flix: error: ") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "extra"),
+    [
+        ("typer", ["backends"], "flix-peft[cli]"),
+        ("yaml", ["plan", "CONFIG"], "flix-peft[cli]"),
+        ("pydantic", ["train", "CONFIG"], "flix-peft[cli]"),
+        ("torch", ["train", "CONFIG"], "flix-peft[train]"),
+        ("sacrebleu", ["train", "CONFIG"], "flix-peft[train]"),
+        ("transformers", ["plan", "CONFIG"], "flix-peft[transformers]"),
+    ],
+)
+def test_a_missing_package_is_one_line(
+    package: str, arguments: list[str], extra: str, config: Callable[..., Path]
+) -> None:
+    path = str(config())
+    code = f"sys.modules[{package!r}] = None\nfrom flix.cli import main\nmain()"
+    result = in_process(code, *(path if a == "CONFIG" else a for a in arguments))
+    assert result.returncode == 2, result.stderr
+    assert extra in result.stderr and package in result.stderr
+    assert result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+def test_backends() -> None:
+    result = run(app, ["backends", "--json"])
+    found = {entry["backend"]: entry for entry in json.loads(result.stdout)}
+    assert found["torch"]["installed"] and found["torch"]["version"].startswith("2.")
+    assert "torch" in run(app, ["backends"]).stdout
+
+
+def test_inspect(adapter: Path) -> None:
+    result = run(app, ["inspect", str(adapter), "--json"])
+    assert result.exit_code == 0
+    data = json.loads(result.stdout)
+    loaded = flix.load_adapter(adapter)
+    assert data["parameters"] == sum(t.size for t in loaded.tensors.values())
+    for entry in data["features"]:
+        active = (((entry["group"], entry["feature"]), 1.0),)
+        for layer, norm in entry["norms"].items():
+            assert norm == pytest.approx(np.linalg.norm(delta(loaded, layer, active)), rel=1e-6)
+        assert entry["norm"] == pytest.approx(sum(n * n for n in entry["norms"].values()) ** 0.5)
+    assert data["features"][1]["implies"] == ["task:ner"]
+    text = run(app, ["inspect", str(adapter), "--layers"]).stdout
+    assert "language:swa" in text and "norm of update" in text and "linear" in text
+
+
+def test_plan_of_an_adapter(adapter: Path) -> None:
+    whole = run(app, ["plan", str(adapter), "--json"])
+    alone = run(app, ["plan", str(adapter / "flix_config.json"), "--json"])
+    data = json.loads(whole.stdout)
+    assert json.loads(alone.stdout) == data and data["datasets_known"] is False
+    assert data["mixture"]["rank"] == 5 and data["parameter_matched_lora"]["rank"] == 7
+    text = run(app, ["plan", str(adapter)]).stdout
+    assert "LoRA, compute-matched" in text and "datasets unknown" in text
+
+
+def test_plan_of_a_configuration(config: Callable[..., Path]) -> None:
+    result = run(app, ["plan", str(config()), "--json"])
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["mixture"]["rank"] == 5 and data["parameter_matched_lora"]["rank"] == 11
+    assert data["mixture"]["parameters"] == data["parameter_matched_lora"]["parameters"]
+    assert data["datasets"] == 8 and data["layers"] == 16
+    assert "largest of 8 trained combinations" in run(app, ["plan", str(config())]).stdout
+
+
+@pytest.mark.parametrize(
+    ("texts", "wanted"),
+    [
+        (["language=hau,task=ner"], {"language": "hau", "task": "ner"}),
+        (["language=hau", "task=ner"], {"language": "hau", "task": "ner"}),
+        (["language=hau+swa"], {"language": {"hau": 1.0, "swa": 1.0}}),
+        (["language = hau:0.25+swa:.75"], {"language": {"hau": 0.25, "swa": 0.75}}),
+        (["task=a:b+c"], {"task": "a:b+c"}),
+        (["task=a:b+c:0.5"], None),
+    ],
+)
+def test_features_option(texts: list[str], wanted: object) -> None:
+    registry = flix.FeatureRegistry({"language": ["hau", "swa"], "task": ["ner", "a:b+c"]})
+    if wanted is None:
+        with pytest.raises(flix.FeatureError):
+            parse_features(texts, registry)
+    else:
+        assert parse_features(texts, registry) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("language", "not of the form group=name"),
+        ("langage=hau", "did you mean 'language'?"),
+        ("language=hua", "did you mean 'hau'?"),
+        ("language=hau:x", "must be a number"),
+        ("language=hau:nan", "finite"),
+        ("language=hau,language=swa", "given twice"),
+        (",", "names no feature"),
+    ],
+)
+def test_feature_mistakes_end_with_2(
+    adapter: Path, text: str, message: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["merge", str(adapter), "--base", "x", "--features", text, "--out", str(out)]
+    result = run(app, arguments)
+    assert result.exit_code == 2 and message in result.stderr and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sede": 1}, "unknown key 'sede' (did you mean 'seed'?)"),
+        ({"model": "./none"}, "no model folder"),
+        ({"kind": "causal"}, "is seq2seq, not causal; say kind: seq2seq"),
+        ({"target_modules": ["qq"]}, "'qq' matches no layer"),
+        ({"ranks": {"rule": "by_group", "language": 1}}, "must cover every feature"),
+        ({"ranks": {"rule": "parameter_matched", "lora_rank": 2}}, "smallest feasible"),
+        ({"held_out": [{"language": "zul"}]}, "held_out[0]"),
+        ({"implies": {"task": "shared:all"}}, "group:name"),
+    ],
+)
+def test_configuration_mistakes_end_with_2(
+    config: Callable[..., Path], changes: dict[str, object], message: str
+) -> None:
+    for command in ("plan", "train"):
+        result = run(app, [command, str(config(**changes))])
+        assert result.exit_code == 2, result.output
+        assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_folder_without_a_model(config: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = run(app, ["train", str(config(model="t5", tokenizer="empty"))])
+    assert result.exit_code == 2 and "no tokenizer in" in result.stderr
+
+
+def test_unknown_command_and_missing_argument() -> None:
+    result = run(app, ["trian"])
+    assert result.exit_code == 2 and "trian" in result.stderr
+    assert run(app, ["train"]).exit_code == 2
+    assert run(app, ["--version"]).stdout.strip() == f"flix {flix.__version__}"
+
+
+def test_quickstart_hands_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import types
+
+    seen: dict[str, object] = {}
+    module = types.ModuleType("flix.quickstart.run")
+    module.main = lambda **kwargs: seen.update(kwargs) or 3  # type: ignore[attr-defined, func-returns-value]
+    monkeypatch.setitem(sys.modules, "flix.quickstart.run", module)
+    arguments = [
+        "quickstart",
+        "--seeds",
+        "2",
+        "--fast",
+        "--json",
+        "--out",
+        str(tmp_path),
+        "--steps",
+        "7",
+    ]
+    assert run(app, arguments).exit_code == 3
+    assert seen == {"seeds": 2, "fast": True, "as_json": True, "out": tmp_path, "steps": 7}

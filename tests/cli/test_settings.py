@@ -1,0 +1,106 @@
+"""Configurations: what is read, and how mistakes are named by line and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flix.training.errors import SettingsError
+from flix.training.reading import parse_settings, read_settings
+from flix.training.settings import ByGroupRanks, DropoutSettings, UniformRanks
+
+BASE = """model: m
+kind: seq2seq
+datasets:
+  - files: a.jsonl
+    features: {language: hau, task: ner}
+"""
+
+
+def test_minimal_has_defaults() -> None:
+    settings = parse_settings(BASE)
+    assert settings.ranks == UniformRanks(rule="uniform", rank=8)
+    assert settings.training.steps == 1000 and settings.held_out == []
+
+
+def test_short_forms() -> None:
+    settings = parse_settings(BASE + "ranks: 4\nfeature_dropout: 0.5\n")
+    assert settings.ranks == UniformRanks(rule="uniform", rank=4)
+    assert settings.feature_dropout == DropoutSettings(p=0.5)
+    grouped = parse_settings(BASE + "ranks: {rule: by_group, language: 1, task: 2}\n").ranks
+    assert isinstance(grouped, ByGroupRanks) and grouped.model_extra == {"language": 1, "task": 2}
+    # PyYAML reads 5e-3 as text; a number is meant.
+    assert parse_settings(BASE + "training: {learning_rate: 5e-3}\n").training.learning_rate == 5e-3
+
+
+def test_resolved_settings_read_the_same() -> None:
+    import yaml
+
+    settings = parse_settings(BASE + "ranks: {rule: by_group, language: 1, task: 2}\n")
+    again = parse_settings(yaml.safe_dump(settings.to_dict()))
+    assert again == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sede: 3\n", "c.yaml:6: unknown key 'sede' (did you mean 'seed'?)"),
+        ("training:\n  steps: 3\n  stesp: 3\n", "c.yaml:8: unknown key 'stesp' in training"),
+        ("ranks: {rule: unifrom, rank: 3}\n", "no rank rule 'unifrom' (did you mean 'uniform'?)"),
+        ("ranks: {rule: uniform, rnk: 3}\n", "unknown key 'rnk' in ranks (did you mean 'rank'?)"),
+        ("ranks: {rank: 3}\n", "ranks need a rule"),
+        ("ranks: {rule: by_group, task: -1}\n", "ranks.task"),
+        ("training: {steps: 0}\n", "training.steps: should be greater than or equal to 1, got 0"),
+        ("training: {warmup_steps: 1, warmup_ratio: 0.1}\n", "not both"),
+        (
+            "held_out:\n  - {language: no, task: ner}\n",
+            "c.yaml:7: held_out[0].language: must be text",
+        ),
+        ("kind: causal\n", "c.yaml:6: key 'kind' is given twice (first in line 2)"),
+        ("x: [\n", "c.yaml:7: not valid YAML"),
+        ("feature_dropout: {per_group: {language: 1.5}}\n", "feature_dropout.per_group.language"),
+        ("unknown: sometimes\n", "'error', 'skip' or 'mean'"),
+        ("base_folder: x\n", "unknown key 'base_folder'"),
+        ("scaling: big\n", "'lora' or 'rslora'"),
+    ],
+)
+def test_mistakes_are_named(text: str, message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(BASE + text, "c.yaml")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "a mapping of keys"),
+        ("model: m\nkind: seq2seq\n", "the key 'datasets' is missing"),
+        (
+            BASE.replace("files:", "file:"),
+            "unknown key 'file' in datasets[0] (did you mean 'files'?)",
+        ),
+        (BASE.replace("    features", "    hub: x\n    features"), "either files: or hub:"),
+        (
+            BASE + "    feature_columns: {task: t}\n",
+            "'task' is in features: and in feature_columns:",
+        ),
+        ("model: m\nkind: seq2seq\ndatasets:\n  - files: a\n", "features: or feature_columns:"),
+        (BASE + "    subset: s\n", "go with hub:"),
+    ],
+)
+def test_mistakes_in_datasets(text: str, message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(text, "c.yaml")
+    assert message in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"none\.yaml: cannot be read"):
+        read_settings(tmp_path / "none.yaml")
+    (tmp_path / "bin.yaml").write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(SettingsError, match="not UTF-8"):
+        read_settings(tmp_path / "bin.yaml")
+    with pytest.raises(SettingsError, match="cannot be read"):
+        read_settings(tmp_path)
