@@ -39,6 +39,13 @@ def test_round_trip(tmp_path, dtype):
     assert "a.q.A.task.n.e.r" in again.tensors
 
 
+def test_equal_adapters_are_equal_bytes(tmp_path):
+    for number in range(4):
+        save_adapter(adapter(), tmp_path / str(number))
+    for name in ("flix.safetensors", "flix_config.json"):
+        assert len({(tmp_path / str(n) / name).read_bytes() for n in range(4)}) == 1
+
+
 def test_saving_over_an_adapter_replaces_it_and_leaves_other_files(tmp_path):
     save_adapter(adapter(), tmp_path)
     (tmp_path / "optimizer.pt").write_bytes(b"mine")

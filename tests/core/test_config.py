@@ -90,7 +90,7 @@ def test_bad_values_are_named(changes, message):
 
 def test_from_dict_refuses_what_it_does_not_know():
     data = config().to_dict()
-    with pytest.raises(FlixError, match="no field 'rnaks' .did you mean 'ranks'"):
+    with pytest.raises(FlixError, match=r"no field 'rnaks' .did you mean 'ranks'"):
         FlixConfig.from_dict({**data, "rnaks": 3})
     with pytest.raises(FlixError, match="needs the field 'ranks'"):
         FlixConfig.from_dict({"registry": data["registry"]})

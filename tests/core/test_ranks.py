@@ -41,7 +41,9 @@ def test_simple_rules():
     temperature=st.floats(0.5, 10),
     bounds=st.tuples(st.integers(0, 1), st.integers(64, 80)),
 )
-def test_proportional_sums_exactly_within_bounds_and_is_monotone(sizes, budget, temperature, bounds):
+def test_proportional_sums_exactly_within_bounds_and_is_monotone(
+    sizes, budget, temperature, bounds
+):
     low, high = bounds
 
     def rule(sizes, budget):
@@ -72,7 +74,7 @@ def test_infeasible_budgets_say_what_is_feasible():
         ranks.proportional(budget=50, sizes={"language": 10})(REGISTRY)
     with pytest.raises(RankError, match="at least 5, the smallest feasible lora_rank"):
         ranks.parameter_matched(lora_rank=4)(REGISTRY)
-    with pytest.raises(RankError, match="dataset 1 .*; the smallest feasible lora_rank is 3"):
+    with pytest.raises(RankError, match=r"dataset 1 .*; the smallest feasible lora_rank is 3"):
         ranks.compute_matched(
             lora_rank=2, datasets=[{"task": "ner"}, {"language": ["hau", "swa"], "task": "ner"}]
         )(REGISTRY)

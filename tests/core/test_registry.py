@@ -59,7 +59,9 @@ def test_ill_formed_registries_are_refused(groups, message):
 def test_with_feature_refuses_duplicates_and_unknown_groups():
     with pytest.raises(FeatureError, match="'hau' occurs twice"):
         registry().with_feature("language", "hau")
-    with pytest.raises(FeatureError, match="no feature group 'languages' .did you mean 'language'"):
+    with pytest.raises(
+        FeatureError, match=r"no feature group 'languages' .did you mean 'language'"
+    ):
         registry().with_feature("languages", "yor")
     with pytest.raises(FeatureError, match="exists already"):
         registry().with_group("task", ["x"])
@@ -92,7 +94,7 @@ def test_implications_act_once_transitively_and_may_be_named_alone():
 def test_implication_errors():
     with pytest.raises(FeatureError, match="cycle; got language:hau -> task:ner -> language:hau"):
         registry(implies={("language", "hau"): [("task", "ner")], ("task", "ner"): [("language", "hau")]})  # fmt: skip
-    with pytest.raises(FeatureError, match="no feature 'nre' .did you mean 'ner'"):
+    with pytest.raises(FeatureError, match=r"no feature 'nre' .did you mean 'ner'"):
         registry(implies={("language", "hau"): [("task", "nre")]})
 
 
@@ -108,7 +110,9 @@ def test_rows_in_all_forms():
     )
     assert routing.ids.dtype == np.int32 and routing.weights.dtype == np.float32
     assert routing.ids.tolist() == [[1, 2], [0, 1], [0, 1], [-1, -1], [2, -1]]
-    np.testing.assert_allclose(routing.weights, [[1, 1], [1, 1], [0.3, -2], [0, 0], [2, 0]], rtol=1e-7)
+    np.testing.assert_allclose(
+        routing.weights, [[1, 1], [1, 1], [0.3, -2], [0, 0], [2, 0]], rtol=1e-7
+    )
     assert routing.names(2) == {("language", "hau"): pytest.approx(0.3), ("language", "swa"): -2.0}
     assert len(routing[1:3]) == 2
 
@@ -151,7 +155,7 @@ def test_unknown_features_by_policy():
             registry().encode(rows, unknown=policy)
     # A mistyped group is an error under every policy.
     for policy in ("skip", "mean", {"zul": "swa"}):
-        with pytest.raises(FeatureError, match="no feature group 'tsak' .did you mean 'task'"):
+        with pytest.raises(FeatureError, match=r"no feature group 'tsak' .did you mean 'task'"):
             registry().encode([{"tsak": "ner"}], unknown=policy)
         with pytest.raises(FeatureError, match="no feature group 'tsak'"):
             registry().encode([{"tsak": None}], unknown=policy)

@@ -33,7 +33,10 @@ def config(**changes: Any) -> flix.FlixConfig:
     """Unequal ranks, one of them 0, and an alpha that makes scales other than 1."""
     settings: dict[str, Any] = {
         "registry": registry(),
-        "ranks": {"language": {"hau": 1, "swa": 3, "yor": 0, "zul": 2}, "task": {"ner": 2, "pos": 4}},
+        "ranks": {
+            "language": {"hau": 1, "swa": 3, "yor": 0, "zul": 2},
+            "task": {"ner": 2, "pos": 4},
+        },
         "alpha": {"task": 3.0},
     }
     return flix.FlixConfig(**{**settings, **changes})

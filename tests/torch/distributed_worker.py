@@ -1,6 +1,6 @@
 """One process of a two-process run; started by test_distributed.py.
 
-    python distributed_worker.py {ddp|fsdp} RANK PORT
+python distributed_worker.py {ddp|fsdp} RANK PORT
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ def main(kind: str, rank: int, port: str) -> None:
         runner = model
 
     optimizers = [
-        torch.optim.AdamW(
-            [p for p in m.parameters() if p.requires_grad], lr=0.05, weight_decay=0.5
-        )
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.05, weight_decay=0.5)
         for m in (model, reference)
     ]
     inputs = batch("llama")

@@ -161,7 +161,11 @@ def test_a_routing_object_is_routing():
         (torch.tensor([[0], [1], [6], [0]]), None, r"the id 6 in row 2.*valid ids are 0 to 5"),
         (torch.tensor([[0], [-2], [1], [0]]), None, r"the id -2 in row 1"),
         (torch.zeros(3, 2, dtype=torch.int64), None, r"leading shape \[4, 3\].*\[3\]"),
-        (torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 1), r"shape of flix_features, \[4, 2\]"),
+        (
+            torch.zeros(4, 2, dtype=torch.int64),
+            torch.ones(4, 1),
+            r"shape of flix_features, \[4, 2\]",
+        ),
         (torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1).long(), r"floating point, got"),
         (
             torch.zeros(4, 1, dtype=torch.int64),

@@ -76,7 +76,10 @@ def _gradients(model, inputs, ids, weights):
 
 
 def _enable(model, reentrant: bool) -> None:
-    for name in ("activation_checkpointing", "gradient_checkpointing"):  # transformers 5, and before
+    for name in (
+        "activation_checkpointing",
+        "gradient_checkpointing",
+    ):  # transformers 5, and before
         if hasattr(model, f"{name}_enable"):
             getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": reentrant}})
             return
