@@ -94,6 +94,18 @@ def test_gradcheck_of_every_input(strategy):
     assert torch.autograd.gradcheck(run, (x, weights, *used))
 
 
+@pytest.mark.parametrize("strategy", ["gather", "masked", "auto"])
+@pytest.mark.parametrize("shape", [(0, 3, 6), (4, 0, 6), (0, 0, 6)])
+def test_empty_inputs(shape, strategy):
+    layer = _linear(strategy)
+    ids, weights = routing()
+    x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    y = layer(x, flix_features=ids[: shape[0]], flix_weights=weights[: shape[0]])
+    assert y.shape == (*shape[:2], 5)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def test_a_feature_listed_twice_adds_up_and_padding_changes_nothing():
     layer = _linear()
     x = torch.randn(1, 4, 6, dtype=torch.float64)

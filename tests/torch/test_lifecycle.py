@@ -62,6 +62,31 @@ def test_patterns_that_cannot_be_met_are_refused(targets, message):
     assert not list(flix_layers(model))
 
 
+def test_a_batch_of_another_size_is_named():
+    model = _adapted()
+    ids, _ = routing()
+    for inputs in (batch("llama", rows=3), {"inputs_embeds": torch.zeros(3, 9, 16).double()}):
+        with pytest.raises(flix.RoutingError, match="routes 4 rows, but the batch has 3 rows"):
+            model(**inputs, flix_features=ids)
+    with pytest.raises(flix.RoutingError, match="weights belong to ids"):
+        model(**batch("llama"), flix_weights=torch.ones(4, 2))
+
+
+def test_adapting_a_thousand_layers_is_quick_and_so_are_its_files(tmp_path):
+    import time
+
+    registry = flix.FeatureRegistry({"language": [f"l{i}" for i in range(20)]})
+    many = flix.FlixConfig(registry=registry, ranks=1, rank_pattern={"9": 2})
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(1000)))
+    start = time.process_time()
+    adapt(model, many)
+    assert time.process_time() - start < 6.0  # 2 s on a quiet machine; processor time, with room
+    start = time.process_time()
+    save(model, tmp_path)
+    load(torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(1000))), tmp_path)
+    assert time.process_time() - start < 20.0
+
+
 def test_adapting_twice_is_refused():
     with pytest.raises(TargetError, match="adapted already"):
         adapt(_adapted(), config())

@@ -18,8 +18,8 @@ def _stack(params: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tens
     """A of the union ``[U, d_in]`` and B of the union, transposed, ``[U, d_out]``."""
     half = len(params) // 2
     a = torch.cat(params[:half]).to(dtype)
-    b = torch.cat([b.t() for b in params[half:]]).to(dtype)
-    return a, b
+    b = torch.cat(params[half:], dim=1).to(dtype)
+    return a, b.t().contiguous()
 
 
 def _mask(scale: Tensor, rows: Tensor, union: int) -> Tensor:
@@ -52,20 +52,20 @@ class RoutedLinear(torch.autograd.Function):
         a, b = _stack(params, x.dtype)
         if strategy == "gather":
             index = rows.reshape(-1)
-            a = a.index_select(0, index).view(count, -1, d_in)
-            b = b.index_select(0, index).view(count, -1, y.shape[1])
+            a = a.index_select(0, index).view(count, rows.shape[1], d_in)
+            b = b.index_select(0, index).view(count, rows.shape[1], y.shape[1])
             h = torch.bmm(x, a.transpose(1, 2))
-            y.view(count, length, -1).baddbmm_(h * scale[:, None, :], b)
+            y.view(count, length, y.shape[1]).baddbmm_(h * scale[:, None, :], b)
         else:
             if strategy == "single":
                 a, b, factor = a[rows[0]], b[rows[0]], scale
             else:
                 factor = _mask(scale, rows, a.shape[0])
-            h = torch.mm(flat, a.t()).view(count, length, -1)
-            y.addmm_((h * factor[:, None, :]).view(count * length, -1), b)
+            h = torch.mm(flat, a.t()).view(count, length, a.shape[0])
+            y.addmm_((h * factor[:, None, :]).flatten(0, 1), b)
         ctx.save_for_backward(x, kernel, scale, rows, h, *params)
         ctx.strategy = strategy
-        return y.view(count, length, -1)
+        return y.view(count, length, y.shape[1])
 
     @staticmethod
     @once_differentiable
@@ -74,7 +74,7 @@ class RoutedLinear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         count, length, d_in = x.shape
         grad = grad.contiguous()
-        flat, dy = x.reshape(-1, d_in), grad.view(count * length, -1)
+        flat, dy = x.reshape(count * length, d_in), grad.flatten(0, 1)
         a, b = _stack(tuple(params), x.dtype)
         union = a.shape[0]
         dx = torch.mm(dy, kernel.t()) if needs[0] else None
@@ -82,8 +82,8 @@ class RoutedLinear(torch.autograd.Function):
         d_bias = dy.sum(0) if needs[2] else None
         if ctx.strategy == "gather":
             index = rows.reshape(-1)
-            a = a.index_select(0, index).view(count, -1, d_in)
-            b = b.index_select(0, index).view(count, -1, dy.shape[1])
+            a = a.index_select(0, index).view(count, rows.shape[1], d_in)
+            b = b.index_select(0, index).view(count, rows.shape[1], dy.shape[1])
             dh = torch.bmm(grad, b.transpose(1, 2))
             d_scale = (dh * h).sum(1) if needs[3] else None
             db = torch.bmm((h * scale[:, None, :]).transpose(1, 2), grad)
@@ -98,13 +98,13 @@ class RoutedLinear(torch.autograd.Function):
                 a, b, factor = a[rows[0]], b[rows[0]], scale
             else:
                 factor = _mask(scale, rows, union)
-            dh = torch.mm(dy, b.t()).view(count, length, -1)
+            dh = torch.mm(dy, b.t()).view(count, length, b.shape[0])
             d_scale = None
             if needs[3]:
                 d_factor = (dh * h).sum(1)
                 d_scale = d_factor if ctx.strategy == "single" else d_factor.gather(1, rows)
-            db = torch.mm((h * factor[:, None, :]).view(count * length, -1).t(), dy)
-            flat_dh = (dh * factor[:, None, :]).view(count * length, -1)
+            db = torch.mm((h * factor[:, None, :]).flatten(0, 1).t(), dy)
+            flat_dh = (dh * factor[:, None, :]).flatten(0, 1)
             da = torch.mm(flat_dh.t(), flat)
             if dx is not None:
                 dx.addmm_(flat_dh, a)
@@ -112,11 +112,10 @@ class RoutedLinear(torch.autograd.Function):
                 da = da.new_zeros(union, d_in).index_add_(0, rows[0], da)
                 db = db.new_zeros(union, dy.shape[1]).index_add_(0, rows[0], db)
         half = len(params) // 2
+        # One dtype for all pairs of a layer, so that one conversion and one split serve them.
         ranks = [p.shape[0] for p in params[:half]]
-        d_a = [g.to(p.dtype) for g, p in zip(torch.split(da, ranks), params[:half], strict=True)]
-        d_b = [
-            g.t().to(p.dtype) for g, p in zip(torch.split(db, ranks), params[half:], strict=True)
-        ]
+        d_a = torch.split(da.to(params[0].dtype), ranks)
+        d_b = torch.split(db.to(params[0].dtype).t(), ranks, dim=1)
         return (
             dx.view_as(x) if dx is not None else None,
             d_kernel,

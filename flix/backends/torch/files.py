@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from flix.backends.torch._layer import FlixLayer
 from flix.backends.torch.model import (
-    adapt,
-    attach_layers,
+    adapt_paths,
     flix_layers,
     layer_shapes,
-    make_routed,
     require_adapted,
 )
 from flix.core.adapter import (
@@ -94,7 +92,8 @@ def load_into(model: Model, adapter: Adapter, *, strategy: str = "auto") -> Mode
     check_fits(adapter, layer_shapes(model))
     present = dict(flix_layers(model))
     if not present:
-        _adapt_like(model, adapter, strategy)
+        # Exactly the adapter's layers, whatever its patterns would match in this model.
+        adapt_paths(model, adapter.config, list(adapter.layers), strategy)
         present = dict(flix_layers(model))
     _check_same(present, adapter)
     with torch.no_grad():
@@ -104,28 +103,6 @@ def load_into(model: Model, adapter: Adapter, *, strategy: str = "auto") -> Mode
                     value = adapter.tensors[tensor_name(path, part, feature)]
                     parameter.copy_(torch.from_numpy(value.copy()))
     return model
-
-
-def _adapt_like(model: nn.Module, adapter: Adapter, strategy: str) -> None:
-    """Adapt exactly the adapter's layers, whatever its patterns would match in this model."""
-    from dataclasses import replace
-
-    exact = replace(adapter.config, target_modules=tuple(adapter.layers), exclude_modules=())
-    names = {path for path, info in layer_shapes(model).items() if info.kind}
-    matched = [p for p in names if any(p == t or p.endswith("." + t) for t in adapter.layers)]
-    if set(matched) == set(adapter.layers):
-        adapt(model, exact, strategy=strategy)
-    else:  # a path that is also the end of another path
-        trainable = tuple(name for name, p in model.named_parameters() if p.requires_grad)
-        model.requires_grad_(False)
-        attach_layers(model, adapter.config, list(adapter.layers), strategy)
-        make_routed(model, adapter.config)
-        model.flix_frozen = trainable  # type: ignore[assignment]
-    for _, layer in flix_layers(model):
-        layer.set_config(adapter.config, layer.flix_layout)
-    for module in model.modules():
-        if hasattr(module, "flix_config"):
-            module.flix_config = adapter.config  # type: ignore[assignment]
 
 
 def _check_same(present: dict[str, FlixLayer], adapter: Adapter) -> None:

@@ -88,12 +88,11 @@ class FlixLinear(FlixLayer, nn.Linear):
         routing = self._routing(flix_features, flix_weights)
         if routing is None:
             return self._plain(x)
-        shape = x.shape
         x, count, length = self._grouped(x, routing, trailing=1)
-        lead = x.shape[:-1] if x.shape != shape else shape[:-1]
+        lead = x.shape[:-1]
         strategy = choose_strategy(self.flix_strategy, examples=count, tokens=length)
         if isinstance(routing, TracedRouting):
-            y = self._traced(x.reshape(count, length, -1), routing, strategy)
+            y = self._traced(x.reshape(count, length, x.shape[-1]), routing, strategy)
             return y.reshape(*lead, self.d_out)
         plan = self._device_plan(x, routing, strategy)
         if not plan.active or count == 0:

@@ -312,12 +312,17 @@ def adapt(model: Model, config: FlixConfig, *, strategy: str = "auto") -> Model:
             "before it is dispatched or prepared"
         )
     chosen = select(layer_infos(model), config.target_modules, config.exclude_modules)
+    adapt_paths(model, config, [info.path for info in chosen], strategy)
+    return model
+
+
+def adapt_paths(model: nn.Module, config: FlixConfig, paths: list[str], strategy: str) -> None:
+    """Adapt the layers at these paths, whatever the configuration's patterns say, and freeze the base."""
     trainable = tuple(name for name, p in model.named_parameters() if p.requires_grad)
     model.requires_grad_(False)
-    attach_layers(model, config, [info.path for info in chosen], strategy)
+    attach_layers(model, config, paths, strategy)
     make_routed(model, config)
     model.flix_frozen = trainable  # type: ignore[assignment]
-    return model
 
 
 def attach_layers(model: nn.Module, config: FlixConfig, paths: list[str], strategy: str) -> None:
@@ -331,9 +336,7 @@ def attach_layers(model: nn.Module, config: FlixConfig, paths: list[str], strate
             _relink(model, modules, path, set(paths))
 
 
-def _relink(
-    model: nn.Module, modules: dict[str, nn.Module], path: str, targets: set[str]
-) -> None:
+def _relink(model: nn.Module, modules: dict[str, nn.Module], path: str, targets: set[str]) -> None:
     """Let embeddings that share an adapted one's kernel, and are no targets themselves, be that one.
 
     transformers 5 gives T5's encoder and decoder embedding modules of their own, tied by their kernel to ``shared``,
