@@ -20,16 +20,19 @@ from .data import Cell, QuickstartData, sampling_probabilities
 
 BASE = Path(__file__).parent / "base"
 OnStep = Callable[[int, float], None]
-_POOL = 4
+_POOL = 16
 
 
 def load_base(folder: Path = BASE) -> Any:
     """The pretrained base in float32."""
-    from transformers import T5ForConditionalGeneration
+    from transformers import T5Config, T5ForConditionalGeneration
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    return T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    settings = T5Config.from_pretrained(folder)
+    # The same function as T5's "gelu_new", in one fused operation: a quarter of a step on a CPU.
+    settings.dense_act_fn = "gelu_pytorch_tanh"
+    return T5ForConditionalGeneration.from_pretrained(folder, config=settings, dtype=torch.float32)
 
 
 class Mixture:
@@ -54,8 +57,8 @@ class Mixture:
     def batch(self, step: int, size: int) -> tuple[list[Cell], list[Any]]:
         """The cells and the examples of one step: a function of (seed, step).
 
-        Examples are drawn for four steps at a time and dealt out by length, which nearly halves the padding; each
-        batch still mixes cells.
+        Examples are drawn for some steps at a time and dealt out by length, which halves the padding; each batch
+        still mixes cells.
         """
         pool, place = divmod(step, _POOL)
         rng = np.random.default_rng((self.seed, pool))
