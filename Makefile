@@ -35,11 +35,14 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# First the core, where no framework can be imported; then the backends and what stands on them.
 test: $(VENV)/.dev lint
-	$(PYTEST) -n $(WORKERS) -m "not slow"
+	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) tests/core
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" --ignore tests/core
 
 test-all: $(VENV)/.dev lint
-	$(PYTEST) -n $(WORKERS)
+	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) tests/core
+	$(PYTEST) -n $(WORKERS) --dist loadfile --ignore tests/core
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/layer.py --json benchmarks/out/layer.json

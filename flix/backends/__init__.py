@@ -15,6 +15,8 @@ GROUP = "flix.backends"
 # flix's own, so that they are found from a source tree too: the module, and the framework it needs.
 _OWN = {
     "torch": ("flix.backends.torch", "torch"),
+    "jax": ("flix.backends.jax", "jax"),
+    "tensorflow": ("flix.backends.tensorflow", "tensorflow"),
 }
 
 

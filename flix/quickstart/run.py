@@ -21,6 +21,8 @@ from .scores import COLUMNS, copies, differences, summary
 # One seed fits into minutes; a comparison over seeds is worth more steps.
 STEPS = 300
 STEPS_OF_SEVERAL = 400
+# Test items a pair in a run of one seed; all 60 with several.
+LIMIT = 40
 FAST_STEPS = 40
 
 
@@ -74,7 +76,7 @@ def main(
     settings = Settings(
         seeds=seeds,
         steps=steps or (FAST_STEPS if fast else STEPS if seeds == 1 else STEPS_OF_SEVERAL),
-        limit=2 if fast else None,
+        limit=2 if fast else LIMIT if seeds == 1 else None,
         names=chosen,
         out=folder,
     )

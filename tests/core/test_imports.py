@@ -28,16 +28,6 @@ def test_import_flix_takes_under_300_ms_and_loads_no_framework():
     assert min(map(float, seconds)) < 0.3
 
 
-def test_the_torch_backend_adds_nothing_but_torch():
-    pytest.importorskip("torch")
-    code = (
-        "import sys, torch; before = set(sys.modules); import flix.backends.torch; "
-        "added = {m.split('.')[0] for m in set(sys.modules) - before}; "
-        f"print(sorted(added & {set(FRAMEWORKS) - {'torch'}!r}))"
-    )
-    assert _run(code) == "[]"
-
-
 def test_core_works_where_no_framework_can_be_imported():
     code = (
         "import sys\n"

@@ -1,0 +1,238 @@
+"""The routed sum in plain differentiable array operations, in interchangeable strategies. Pure; traced ids welcome.
+
+Every strategy reads rows of a packed table (A ``[K, d_in]``, B ``[K, d_out]``): the whole bank's (K = P), or those
+of the batch's features (K = U * R). Nothing of size ``[d_out, d_in]`` is made for an example.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from flix.backends.jax.bank import LayerSpec
+from flix.core.layout import choose_strategy
+
+# With few positions a row, the masked product over the union beats gathering while the union has at most this many
+# rows for each row that an example uses, over the square of the positions (benchmarks/jax_layer.py --crossover, on a
+# CPU at d=768: up to some 1000 rows with 1 position and 80 with 4, where an example uses 16).
+_UNION_PER_SLOT = 64
+
+
+class Slots(NamedTuple):
+    """Which table rows each example uses: int32 ``[N, R]`` (K or more where unused), and their factors ``[N, R]``."""
+
+    rows: Array
+    scale: Array
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype that rank-space values are kept in: float32, float64 for float64."""
+    return jnp.dtype(jnp.promote_types(dtype, jnp.float32))
+
+
+def touched(ids: Array, features: int, size: int | None = None) -> Array:
+    """The features of a batch, ascending, padded with the number of features: int32 ``[size]``."""
+    size = min(ids.size, features) if size is None else size
+    flat = jnp.where(ids < 0, features, ids).ravel().astype(jnp.int32)
+    if size == 0 or ids.size == 0:
+        return jnp.full((size,), features, jnp.int32)
+    # One place more, as padding counts as a value of its own; sorted, it stands last.
+    found: Array = jnp.unique(flat, size=size + 1, fill_value=features)[:size]
+    return found
+
+
+def row_index(spec: LayerSpec, present: Array) -> Array:
+    """Where the rows of the present features stand in the bank: int32 ``[U * R]``, P where there is no row."""
+    j = np.arange(spec.widest, dtype=np.int32)
+    rank = jnp.take(spec.ranks, present, mode="fill", fill_value=0)
+    start = jnp.take(spec.starts, present, mode="fill", fill_value=0)
+    return jnp.where(j < rank[:, None], start[:, None] + j, spec.rows).reshape(-1)
+
+
+def take_rows(table: Array, rows: Array) -> Array:
+    """Rows of a table; zeros where the index is beyond it."""
+    return jnp.take(table, rows, axis=0, mode="fill", fill_value=0)
+
+
+def _misplaced(ids: Array, spec: LayerSpec, present: Array | None) -> tuple[Array, Array]:
+    """Each id's place among the features at hand, and which ids have none although they should."""
+    if present is None:
+        return ids, (ids < -1) | (ids >= len(spec.ranks))
+    place = jnp.searchsorted(present, ids).astype(jnp.int32)
+    found = jnp.take(present, place, mode="fill", fill_value=-1) == ids
+    return place, (ids < -1) | (ids >= len(spec.ranks)) | ((ids >= 0) & ~found)
+
+
+def _poison(scale: Array, bad: Array) -> Array:
+    """Traced ids cannot be refused: a row with one that is no feature's becomes NaN, never silently the base."""
+    return jnp.where(bad.any(-1)[..., None], jnp.nan, scale)
+
+
+def make_slots(spec: LayerSpec, ids: Array, weights: Array | None, present: Array | None) -> Slots:
+    """The table rows of each example, one block of slots for each id.
+
+    Args:
+        ids: integer ``[N, W]``.
+        weights: ``[N, W]`` in the wide dtype, or None.
+        present: the features whose rows the table holds, or None for the whole bank.
+    """
+    place, bad = _misplaced(ids, spec, present)
+    known = jnp.where(ids < 0, len(spec.ranks), ids)
+    rank = jnp.take(spec.ranks, known, mode="fill", fill_value=0)
+    if present is None:
+        start = jnp.take(spec.starts, known, mode="fill", fill_value=0)
+        end = spec.rows
+    else:
+        start = place * spec.widest
+        end = present.shape[0] * spec.widest
+    dtype = weights.dtype if weights is not None else jnp.float32
+    factor = jnp.take(spec.scales.astype(dtype), known, mode="fill", fill_value=0)
+    if weights is not None:
+        factor = factor * weights
+    width = ids.shape[-1]
+    bound = int(np.sort(spec.ranks)[::-1][:width].sum())
+    if bound <= 0.8 * width * spec.widest:
+        rows, scale = _compact(ids, rank, start, factor, bound, end)
+    else:
+        j = np.arange(spec.widest, dtype=np.int32)
+        used = j < rank[..., None]
+        shape = (*ids.shape[:-1], width * spec.widest)
+        rows = jnp.where(used, start[..., None] + j, end).reshape(shape)
+        scale = jnp.where(used, factor[..., None], 0).reshape(shape)
+    return Slots(rows, _poison(scale, bad))
+
+
+def _compact(
+    ids: Array, rank: Array, start: Array, factor: Array, bound: int, end: int
+) -> tuple[Array, Array]:
+    """Slots without gaps, for unequal ranks: at most ``bound``, the sum of the W largest ranks.
+
+    A feature listed twice takes one block of slots, with the sum of its factors, so that the bound holds.
+    """
+    width = ids.shape[-1]
+    same = (ids[..., :, None] == ids[..., None, :]) & (ids[..., None, :] >= 0)
+    earlier = same & np.tri(width, width, -1, dtype=bool)
+    factor = jnp.where(same, factor[..., None, :], 0).sum(-1)
+    rank = jnp.where(earlier.any(-1), 0, rank)
+    ends = jnp.cumsum(rank, -1)
+    column = np.arange(bound, dtype=np.int32)
+    entry = (ends[..., None, :] <= column[:, None]).sum(-1)  # [N, bound]; W where no id is left
+    first = jnp.take_along_axis(ends - rank, jnp.minimum(entry, width - 1), -1)
+    base = jnp.take_along_axis(start, jnp.minimum(entry, width - 1), -1)
+    scale = jnp.take_along_axis(factor, jnp.minimum(entry, width - 1), -1)
+    used = entry < width
+    return jnp.where(used, base + column - first, end), jnp.where(used, scale, 0)
+
+
+def make_mask(spec: LayerSpec, ids: Array, weights: Array | None, present: Array | None) -> Array:
+    """Each example's factor for every table row: ``[N, K]``."""
+    _, bad = _misplaced(ids, spec, present)
+    dtype = weights.dtype if weights is not None else jnp.float32
+    features = np.arange(len(spec.ranks), dtype=np.int32) if present is None else present
+    hit = (ids[..., None] == features) & (ids[..., None] >= 0)
+    one = jnp.ones((), dtype) if weights is None else weights[..., None]
+    weight = jnp.where(hit, one, 0).sum(-2)  # [N, U]
+    if present is None:
+        factor = weight[..., spec.owners] * spec.scales.astype(dtype)[spec.owners]
+    else:
+        j = np.arange(spec.widest, dtype=np.int32)
+        rank = jnp.take(spec.ranks, present, mode="fill", fill_value=0)
+        scale = jnp.take(spec.scales.astype(dtype), present, mode="fill", fill_value=0)
+        row = jnp.where(j < rank[:, None], scale[:, None], 0)
+        factor = (weight[..., None] * row).reshape(*ids.shape[:-1], -1)
+    return _poison(factor, bad)
+
+
+def frozen_stopped(
+    spec: LayerSpec, a: Array, b: Array, present: Array | None
+) -> tuple[Array, Array]:
+    """The tables, with no gradient to the rows of frozen features."""
+    if not spec.frozen:
+        return a, b
+    if present is None:
+        trains = jnp.asarray(spec.trainable[spec.owners])
+    else:
+        each = jnp.take(spec.trainable, present, mode="fill", fill_value=False)
+        trains = jnp.repeat(each, spec.widest, total_repeat_length=a.shape[0])
+    stop = jax.lax.stop_gradient
+    return tuple(jnp.where(trains[:, None], t, stop(t)) for t in (a, b))  # type: ignore[return-value]
+
+
+def pick_strategy(strategy: str, spec: LayerSpec, count: int, length: int, width: int) -> str:
+    """The strategy to run, from shapes alone."""
+    picked = choose_strategy(strategy, examples=count, tokens=length)
+    if strategy == "auto" and picked == "masked":
+        union = min(spec.rows, count * width * spec.widest)
+        if union * length**2 > _UNION_PER_SLOT * width * spec.widest:
+            return "gather"
+    return picked
+
+
+def routed_sum(
+    spec: LayerSpec,
+    x: Array,
+    a: Array,
+    b: Array,
+    ids: Array,
+    weights: Array | None,
+    present: Array | None,
+    strategy: str,
+    dtype: jnp.dtype,
+) -> Array:
+    """Σ_f w_f s_f B_f A_f x of every example: ``[N, S, d_out]``.
+
+    Args:
+        spec: the layer's; it has at least one row.
+        x: ``[N, S, d_in]``, or token ids ``[N, S]`` for an embedding.
+        a: ``[K, d_in]``.
+        b: ``[K, d_out]``.
+        ids: integer ``[N, W]``, W and N positive.
+        weights: ``[N, W]`` or None.
+        present: the features whose rows the tables hold (see :func:`touched`), or None for the whole bank.
+        strategy: ``"auto"``, ``"gather"``, ``"masked"`` or ``"single"``.
+        dtype: of the products and the result; rank-space values are scaled in float32 or wider.
+    """
+    count, length = x.shape[:2]
+    width = ids.shape[-1]
+    strategy = pick_strategy(strategy, spec, count, length, width)
+    space = wide(dtype)
+    weights = None if weights is None else weights.astype(space)
+    a, b = frozen_stopped(spec, a, b, present)
+    union = min(count * width, len(spec.ranks))
+    if strategy == "masked":
+        if present is None and union * spec.widest < spec.rows:
+            present = touched(ids, len(spec.ranks))
+            index = row_index(spec, present)
+            a, b = take_rows(a, index), take_rows(b, index)
+        factor = make_mask(spec, ids, weights, present).astype(space)
+    else:
+        slots = make_slots(spec, ids, weights, present)
+        rows, factor = slots.rows, slots.scale.astype(space)
+        if strategy == "single":
+            rows = rows[0]
+        b = take_rows(b, rows)
+        if spec.shape.kind == "linear":
+            a = take_rows(a, rows)
+    b = b.astype(dtype)
+    if spec.shape.kind == "embedding":
+        h = _looked_up(a, x, rows if strategy != "masked" else None)
+    elif strategy == "gather":
+        h = jnp.einsum("nsd,nrd->nsr", x, a.astype(dtype), preferred_element_type=space)
+    else:
+        h = jnp.einsum("nsd,rd->nsr", x, a.astype(dtype), preferred_element_type=space)
+    h = (h.astype(space) * factor[:, None, :]).astype(dtype)
+    if strategy == "gather":
+        return jnp.einsum("nsr,nro->nso", h, b)
+    return jnp.einsum("nsr,ro->nso", h, b)
+
+
+def _looked_up(a: Array, tokens: Array, rows: Array | None) -> Array:
+    """Entries of A at (row, token): ``[N, S, R]``, for rows ``[N, R]``, ``[R]``, or None for all."""
+    if rows is None:
+        return jnp.moveaxis(jnp.take(a, tokens, axis=1), 0, -1)
+    rows = rows[:, None, :] if rows.ndim == 2 else rows
+    return a.at[rows, tokens[..., None]].get(mode="fill", fill_value=0)

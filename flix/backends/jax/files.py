@@ -1,0 +1,187 @@
+"""Saving and loading adapters (SPEC §4): one file for every backend."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, Union
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from numpy.typing import NDArray
+
+from flix.backends.jax.bank import Bank, LayerBank, LayerSpec, make_spec, pack
+from flix.backends.jax.model import (
+    attach_layers,
+    flix_layers,
+    layer_shapes,
+    require_adapted,
+    set_config,
+)
+from flix.core.adapter import (
+    Adapter,
+    Path_,
+    Rename,
+    check_fits,
+    load_adapter,
+    save_adapter,
+    tensor_name,
+)
+from flix.core.config import FlixConfig
+from flix.core.errors import AdapterError, TargetError
+
+Model = TypeVar("Model", bound=nnx.Module)
+Source = Union[nnx.Module, tuple[FlixConfig, Bank]]
+
+
+def config_and_bank(source: Source, what: str) -> tuple[FlixConfig, Bank]:
+    """The configuration and the bank of an adapted model, or of ``(config, bank)``.
+
+    Raises:
+        TargetError: neither.
+    """
+    if (
+        isinstance(source, tuple)
+        and len(source) == 2
+        and isinstance(source[0], FlixConfig)
+        and isinstance(source[1], dict)
+        and all(isinstance(layer, LayerBank) for layer in source[1].values())
+    ):
+        return source
+    if not isinstance(source, nnx.Module):
+        raise TargetError(
+            f"{what} takes an adapted nnx model or (config, bank), got {type(source).__name__}"
+        )
+    config = require_adapted(source, what)
+    return config, {path: layer.bank for path, layer in flix_layers(source)}
+
+
+def to_adapter(source: Source) -> Adapter:
+    """An adapted model's features, or those of ``(config, bank)``, as a numpy :class:`flix.Adapter`; values are copied.
+
+    Raises:
+        TargetError: the model is not adapted.
+    """
+    config, bank = config_and_bank(source, "to_adapter")
+    layers = {path: layer.spec.shape for path, layer in bank.items()}
+    tensors = {}
+    for path, layer in bank.items():
+        a, b = _whole(layer.A), _whole(layer.B)
+        for feature, rank in zip(config.registry.features, layer.spec.layout.ranks, strict=True):
+            if rank:
+                rows = layer.spec.row_range(feature)
+                tensors[tensor_name(path, "A", feature)] = a[rows].copy()
+                tensors[tensor_name(path, "B", feature)] = np.ascontiguousarray(b[rows].T)
+    return Adapter(config, layers, tensors)
+
+
+def _whole(table: Array) -> NDArray[Any]:
+    """A table's values on the host, gathered if it is sharded; halves as float32."""
+    if table.dtype in (jnp.bfloat16, jnp.float16):
+        table = table.astype(jnp.float32)
+    return np.asarray(table)
+
+
+def save(source: Source, directory: Path_) -> None:
+    """Write the adapter of a model, or of ``(config, bank)``, as a folder (the base is not written).
+
+    Raises:
+        TargetError: the model is not adapted.
+        AdapterError: the path is a file.
+    """
+    save_adapter(to_adapter(source), directory)
+
+
+def load(model: Model, directory: Path_, rename: Rename = None, *, strategy: str = "auto") -> Model:
+    """Load an adapter into an nnx model, in place.
+
+    A plain model is adapted with the file's configuration; an adapted one must have the same layers, features and
+    ranks, and gets the file's values. For a bank, see :func:`load_bank`.
+
+    Args:
+        model: a plain or adapted model.
+        directory: the adapter's folder.
+        rename: translates the file's layer paths to the model's.
+        strategy: as for ``adapt``, for a plain model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: a damaged file, or one for another architecture (the first mismatching layer is named).
+    """
+    return load_into(model, load_adapter(directory, rename), strategy=strategy)
+
+
+def load_into(model: Model, adapter: Adapter, *, strategy: str = "auto") -> Model:
+    """Put a numpy adapter into a model; otherwise as :func:`load`."""
+    check_fits(adapter, layer_shapes(model))
+    present = dict(flix_layers(model))
+    if not present:
+        attach_layers(model, adapter.config, list(adapter.layers), strategy)
+        present = dict(flix_layers(model))
+    _check_same({path: layer.flix_spec for path, layer in present.items()}, adapter)
+    set_config(model, adapter.config)
+    for layer in present.values():
+        bank = _layer_of(adapter, layer.flix_spec, layer.flix_A[...].dtype)
+        layer.flix_A[...] = jnp.asarray(bank.A, device=layer.flix_A[...].sharding)
+        layer.flix_B[...] = jnp.asarray(bank.B, device=layer.flix_B[...].sharding)
+    return model
+
+
+def to_bank(adapter: Adapter, *, dtype: Any = jnp.float32) -> tuple[FlixConfig, Bank]:
+    """A numpy adapter as a configuration and a bank."""
+    bank = {
+        path: _layer_of(adapter, make_spec(adapter.config, path, shape), dtype)
+        for path, shape in adapter.layers.items()
+    }
+    return adapter.config, bank
+
+
+def load_bank(
+    directory: Path_, rename: Rename = None, *, dtype: Any = jnp.float32
+) -> tuple[FlixConfig, Bank]:
+    """Read an adapter's folder as ``(config, bank)``, for the functional core.
+
+    Args:
+        directory: the adapter's folder.
+        rename: translates the file's layer paths.
+        dtype: of the pairs.
+
+    Raises:
+        AdapterError: a damaged file.
+    """
+    return to_bank(load_adapter(directory, rename), dtype=dtype)
+
+
+def _layer_of(adapter: Adapter, spec: LayerSpec, dtype: Any) -> LayerBank:
+    features = adapter.config.registry.features
+    return pack(spec, {f: adapter.pair(spec.path, f) for f in features}, dtype)
+
+
+def _check_same(present: dict[str, LayerSpec], adapter: Adapter) -> None:
+    for path in present:
+        if path not in adapter.layers:
+            raise AdapterError(f"layer {path!r} of the model is adapted, but not in the adapter")
+    for path in adapter.layers:
+        if path not in present:
+            raise AdapterError(f"layer {path!r} of the adapter is not adapted in the model")
+    registry = adapter.config.registry
+    for path, spec in present.items():
+        if spec.registry.features != registry.features:
+            raise AdapterError(
+                f"the adapter has other features than the model: {registry} and {spec.registry}"
+            )
+        layout = adapter.config.layout(path)
+        for i, feature in enumerate(registry.features):
+            own, other = spec.layout.ranks[i], layout.ranks[i]
+            if own != other:
+                raise AdapterError(
+                    f"layer {path!r}: {':'.join(feature)} has rank {own} in the model and {other} in "
+                    "the adapter"
+                )
+            if spec.layout.scales[i] != layout.scales[i]:
+                raise AdapterError(
+                    f"layer {path!r}: {':'.join(feature)} has another scale in the model than in the "
+                    "adapter (alpha or scaling differ)"
+                )

@@ -1,0 +1,307 @@
+"""The pure functional core: routed layers over a bank, for any JAX program (SPEC §5).
+
+    bank = init(config, {"layers.0.q": (768, 768)})
+    y = linear(x, kernel, bank["layers.0.q"], ids, weights)
+
+Differentiating with respect to the bank gives gradients as large as the bank, zero for absent features. Where many
+features are registered, differentiate with respect to the batch's rows instead; the cost is then what the batch uses::
+
+    present = touched(ids, len(config.registry))
+    rows = gather(bank, present)
+    grads = jax.grad(lambda rows: loss(linear_rows(x, kernel, rows["layers.0.q"], ids, present)))(rows)
+    bank, state = sparse_update(tx, grads, state, bank, present)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from flix.backends.jax import _ops
+from flix.backends.jax._routing import (
+    ActiveRouting,
+    check_single,
+    is_traced,
+    leading_shape,
+    make_routing,
+)
+from flix.backends.jax.bank import Bank, LayerBank, LayerRows, LayerSpec, Rows
+from flix.backends.jax.sharding import left_to_compiler
+from flix.core.errors import RoutingError, TargetError
+from flix.core.layout import choose_strategy
+
+
+def linear(
+    x: Array,
+    kernel: Array,
+    layer: LayerBank,
+    ids: Any,
+    weights: Any = None,
+    *,
+    bias: Array | None = None,
+    strategy: str = "auto",
+) -> Array:
+    """x W + b, plus each row's own sum of low-rank updates (SPEC §1).
+
+    Args:
+        x: ``[B, ..., d_in]``; under ``vmap`` over rows ``[S, d_in]`` or ``[d_in]``.
+        kernel: ``[d_in, d_out]``.
+        layer: the layer's bank.
+        ids: int ``[B, W]`` or ``[B, T, W]`` (per token); under ``vmap`` over rows ``[W]``.
+        weights: float in the shape of ids; default 1.
+        bias: ``[d_out]`` or None.
+        strategy: ``"auto"`` (from shapes alone), ``"gather"``, ``"masked"`` or ``"single"``.
+
+    Returns:
+        ``[B, ..., d_out]``, in the dtype of x W.
+
+    Raises:
+        RoutingError: routing that breaks a rule or does not fit x.
+        TargetError: a kernel of other sizes than the layer.
+        ConfigError: an unknown strategy, or "single" for rows known to differ.
+    """
+    _check_bank(layer, LayerBank, "linear")
+    routing = make_routing(layer.spec.registry, ids, weights)
+    return _linear(x, kernel, layer, routing, bias, strategy)
+
+
+def linear_rows(
+    x: Array,
+    kernel: Array,
+    rows: LayerRows,
+    ids: Any,
+    present: Array,
+    weights: Any = None,
+    *,
+    bias: Array | None = None,
+    strategy: str = "auto",
+) -> Array:
+    """:func:`linear` over rows made by :func:`gather`; ``present`` says whose they are.
+
+    An id that is not among ``present`` gives NaN in its row.
+    """
+    _check_bank(rows, LayerRows, "linear_rows")
+    routing = make_routing(rows.spec.registry, ids, weights, present=present)
+    return _linear(x, kernel, rows, routing, bias, strategy)
+
+
+def _linear(
+    x: Array,
+    kernel: Array,
+    layer: LayerBank | LayerRows,
+    routing: ActiveRouting,
+    bias: Array | None,
+    strategy: str,
+) -> Array:
+    shape = layer.spec.shape
+    if tuple(kernel.shape) != (shape.d_in, shape.d_out) or x.shape[-1:] != (shape.d_in,):
+        raise TargetError(
+            f"layer {layer.spec.path!r} maps {shape.d_in} -> {shape.d_out}, but the kernel is "
+            f"{list(kernel.shape)} (wanted [d_in, d_out]) and x is {list(x.shape)}"
+        )
+    y = jnp.matmul(x, kernel)
+    if bias is not None:
+        y = y + bias.astype(y.dtype)
+    return add_update(y, x, layer.spec, layer.A, layer.B, routing, strategy)
+
+
+def embed(
+    tokens: Array,
+    table: Array,
+    layer: LayerBank,
+    ids: Any,
+    weights: Any = None,
+    *,
+    strategy: str = "auto",
+) -> Array:
+    """E0[t], plus each row's own sum: ``E0[t] + Σ w s B_f A_f[:, t]`` (SPEC §1).
+
+    Args:
+        tokens: int ``[B, ...]``.
+        table: ``[vocabulary, d_out]``.
+        layer: the bank of a layer of kind "embedding".
+        ids, weights, strategy: as for :func:`linear`.
+
+    Returns:
+        ``[B, ..., d_out]``.
+
+    Raises:
+        As :func:`linear`.
+    """
+    _check_bank(layer, LayerBank, "embed")
+    routing = make_routing(layer.spec.registry, ids, weights)
+    return _embed(tokens, table, layer, routing, strategy)
+
+
+def embed_rows(
+    tokens: Array,
+    table: Array,
+    rows: LayerRows,
+    ids: Any,
+    present: Array,
+    weights: Any = None,
+    *,
+    strategy: str = "auto",
+) -> Array:
+    """:func:`embed` over rows made by :func:`gather`."""
+    _check_bank(rows, LayerRows, "embed_rows")
+    routing = make_routing(rows.spec.registry, ids, weights, present=present)
+    return _embed(tokens, table, rows, routing, strategy)
+
+
+def _embed(
+    tokens: Array,
+    table: Array,
+    layer: LayerBank | LayerRows,
+    routing: ActiveRouting,
+    strategy: str,
+) -> Array:
+    shape = layer.spec.shape
+    if shape.kind != "embedding" or tuple(table.shape) != (shape.d_in, shape.d_out):
+        raise TargetError(
+            f"layer {layer.spec.path!r} is {shape.kind} {shape.d_in} -> {shape.d_out}, but the table "
+            f"is {list(table.shape)}; an embedding's sizes are (vocabulary, d_out, 'embedding')"
+        )
+    tokens = jnp.asarray(tokens)
+    y = jnp.take(table, tokens, axis=0)
+    return add_update(y, tokens, layer.spec, layer.A, layer.B, routing, strategy)
+
+
+def add_update(
+    y: Array,
+    x: Array,
+    spec: LayerSpec,
+    a: Array,
+    b: Array,
+    routing: ActiveRouting,
+    strategy: str,
+) -> Array:
+    """The base's output plus the routed sum; the base's where there is nothing to add.
+
+    Args:
+        y: ``[..., d_out]``.
+        x: ``[..., d_in]``, or the tokens ``[...]`` of an embedding.
+        spec, a, b: the layer's.
+        routing: the routing in force.
+        strategy: as for :func:`linear`.
+    """
+    choose_strategy(strategy, examples=1, tokens=1)  # refuses an unknown name
+    check_single(routing, strategy)
+    trailing = 0 if spec.shape.kind == "embedding" else 1
+    given, count, length = leading_shape(x, routing, trailing, spec.path)
+    width = routing.ids.shape[-1]
+    y = jnp.broadcast_to(y, (*given, y.shape[-1]))
+    if 0 in x.shape or 0 in given or width == 0 or spec.rows == 0:
+        return y
+
+    def update(x: Array, a: Array, b: Array, ids: Array, weights: Any, present: Any) -> Array:
+        own = x.shape[x.ndim - trailing :]
+        x = jnp.broadcast_to(x, (*given, *own)).reshape(count, length, *own)
+        total = _ops.routed_sum(
+            spec,
+            x.astype(y.dtype) if trailing else x,
+            a,
+            b,
+            ids.reshape(count, width),
+            None if weights is None else weights.reshape(count, width),
+            present,
+            strategy,
+            y.dtype,
+        )
+        return total.reshape(y.shape)
+
+    total: Array = y + left_to_compiler(
+        update, y, x, a, b, routing.ids, routing.weights, routing.present
+    )
+    return total
+
+
+def touched(ids: Any, features: int, size: int | None = None) -> Array:
+    """The features that a batch activates, ascending; the place of one that is not there holds ``features``.
+
+    Args:
+        ids: int ids of any shape; negative ones are padding.
+        features: the number of registered features, ``len(config.registry)``.
+        size: the length of the result; default: what any such ids need, ``min(ids.size, features)``. A smaller one, for
+            per-token ids, is possible where the ids are known (on the host, before the compiled step).
+
+    Returns:
+        int32 ``[size]``.
+
+    Raises:
+        RoutingError: more features than ``size``, or a small size for traced ids.
+    """
+    ids = ids if is_traced(ids) else np.asarray(ids)
+    safe = min(ids.size, features)
+    if size is not None and size < safe and is_traced(ids):
+        raise RoutingError(
+            f"touched: size {size} may be too small for traced ids {list(ids.shape)} (up to {safe} "
+            "features); call it outside the compiled function, and pass the result in"
+        )
+    if is_traced(ids):
+        return left_to_compiler(lambda ids: _ops.touched(ids, features, size), None, ids)  # type: ignore[no-any-return]
+    found = np.unique(ids[ids >= 0])
+    size = safe if size is None else size
+    if len(found) > size:
+        raise RoutingError(f"touched: the batch activates {len(found)} features, size is {size}")
+    return jnp.asarray(np.pad(found, (0, size - len(found)), constant_values=features), jnp.int32)
+
+
+def gather(bank: Bank, present: Array) -> Rows:
+    """The rows of some features out of a bank: a pytree to take gradients with respect to.
+
+    Args:
+        bank: ``{path: LayerBank}``.
+        present: ids of features, ascending, as :func:`touched` gives them.
+
+    Returns:
+        ``{path: LayerRows}``.
+    """
+    rows = {}
+    for path, layer in bank.items():
+        index = _ops.row_index(layer.spec, present)
+        rows[path] = LayerRows(pick_rows(layer.A, index), pick_rows(layer.B, index), layer.spec)
+    return rows
+
+
+def scatter(bank: Bank, rows: Rows, present: Array) -> Bank:
+    """The bank with these features' rows in place of its own; every other row keeps its bits.
+
+    Args:
+        bank: ``{path: LayerBank}``.
+        rows: ``{path: LayerRows}``, of these layers or some of them.
+        present: as for :func:`gather`.
+    """
+    changed = dict(bank)
+    for path, part in rows.items():
+        layer = bank[path]
+        index = _ops.row_index(layer.spec, present)
+        changed[path] = LayerBank(
+            put_rows(layer.A, index, part.A), put_rows(layer.B, index, part.B), layer.spec
+        )
+    return changed
+
+
+def pick_rows(table: Array, index: Array) -> Array:
+    """Rows of a table; zeros for an index beyond it."""
+    return left_to_compiler(_ops.take_rows, table, table, index)  # type: ignore[no-any-return]
+
+
+def put_rows(table: Array, index: Array, rows: Array) -> Array:
+    """A table with some rows replaced; an index beyond it is dropped."""
+
+    def put(table: Array, index: Array, rows: Array) -> Array:
+        return table.at[index].set(rows.astype(table.dtype), mode="drop")
+
+    return left_to_compiler(put, table, table, index, rows)  # type: ignore[no-any-return]
+
+
+def _check_bank(layer: Any, kind: type, what: str) -> None:
+    if not isinstance(layer, kind):
+        raise TargetError(
+            f"{what} takes one layer's {kind.__name__} (bank['layers.0.q']), got "
+            f"{type(layer).__name__}"
+        )

@@ -1,0 +1,102 @@
+"""What an adapted model has: its trainable parameters, and a summary in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+
+from flix.backends.jax.files import Source, config_and_bank
+from flix.backends.jax.layers import FlixParam
+from flix.backends.jax.model import require_adapted
+from flix.core.adapter import tensor_name
+from flix.core.registry import Feature
+
+
+def trainable_parameters(model: nnx.Module) -> Any:
+    """The state that an optimizer should get: an ``nnx.State`` of the :class:`FlixParam` tables.
+
+    Raises:
+        TargetError: the model is not adapted.
+    """
+    require_adapted(model, "trainable_parameters")
+    return nnx.state(model, FlixParam)
+
+
+def named_pairs(source: Source) -> dict[str, jax.Array]:
+    """The features' values under the names that adapter files use: ``<path>.A.<group>.<feature>``.
+
+    Args:
+        source: an adapted model, or ``(config, bank)``.
+
+    Raises:
+        TargetError: the model is not adapted.
+    """
+    _, bank = config_and_bank(source, "named_pairs")
+    return {
+        tensor_name(path, part, feature): value
+        for path, layer in bank.items()
+        for feature, a, b in layer.pairs()
+        for part, value in (("A", a), ("B", b))
+    }
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An adapted model in numbers; its text is a table.
+
+    Attributes:
+        layers: the adapted layers.
+        total: parameters in all (of a bank: the pairs').
+        trainable: parameters of features that train.
+        features: parameters of each feature over all layers.
+        ranks: the configuration's rank of each feature.
+    """
+
+    layers: tuple[str, ...]
+    total: int
+    trainable: int
+    features: dict[Feature, int]
+    ranks: dict[Feature, int]
+
+    def __str__(self) -> str:
+        share = 100.0 * self.trainable / max(self.total, 1)
+        lines = [
+            f"{len(self.layers)} adapted layers; {self.trainable:,} trainable of {self.total:,} "
+            f"parameters ({share:.2f}%)",
+            f"{'feature':<32}{'rank':>6}{'parameters':>14}",
+        ]
+        lines += [
+            f"{':'.join(feature):<32}{self.ranks[feature]:>6}{count:>14,}"
+            for feature, count in self.features.items()
+        ]
+        return "\n".join(lines)
+
+
+def summary(source: Source) -> Summary:
+    """Layers, ranks and parameter counts of an adapted model, or of ``(config, bank)``; ``print(summary(model))``.
+
+    Raises:
+        TargetError: the model is not adapted.
+    """
+    config, bank = config_and_bank(source, "summary")
+    counts = dict.fromkeys(config.registry.features, 0)
+    trainable = total = 0
+    for layer in bank.values():
+        size = layer.spec.shape.d_in + layer.spec.shape.d_out
+        total += layer.spec.rows * size
+        for i, feature in enumerate(config.registry.features):
+            own = int(layer.spec.ranks[i]) * size
+            counts[feature] += own
+            trainable += 0 if i in layer.spec.frozen else own
+    if isinstance(source, nnx.Module):
+        total = sum(int(leaf.size) for leaf in jax.tree.leaves(nnx.state(source, nnx.Param)))
+    return Summary(
+        layers=tuple(bank),
+        total=total,
+        trainable=trainable,
+        features=counts,
+        ranks=dict(config.ranks),  # type: ignore[arg-type]
+    )

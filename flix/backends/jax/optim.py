@@ -1,0 +1,332 @@
+"""Optimizers that leave absent features alone: parameters and optimizer state keep their bits.
+
+Any optax optimizer moves a parameter whose gradient is zero (momentum, weight decay). Features absent from a batch must
+not move, so their rows are masked (:func:`mask_absent`), or never touched (:func:`sparse_update`, whose cost is that of
+the batch's features only). Features that are frozen count as absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from flix.backends.jax import _ops
+from flix.backends.jax.bank import Bank, LayerBank, LayerSpec, Rows
+from flix.backends.jax.functional import pick_rows, put_rows
+from flix.backends.jax.layers import FlixLayer
+from flix.backends.jax.sharding import left_to_compiler
+from flix.core.errors import ConfigError
+from flix.core.routing import Routing
+
+WHOLE = object()
+"""Stands for a leaf that is no table of pairs."""
+
+
+def specs_of(model: nnx.Module) -> dict[str, LayerSpec]:
+    """The spec of every adapted layer, by its path from this module."""
+    return {
+        ".".join(map(str, path)): module.flix_spec
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, FlixLayer)
+    }
+
+
+def _is_bank(node: Any) -> bool:
+    return isinstance(node, LayerBank)
+
+
+def leaf_specs(tree: Any, specs: Mapping[str, LayerSpec]) -> Any:
+    """The tree with each table's LayerSpec in its place, and ``WHOLE`` for leaves that are no tables.
+
+    Args:
+        tree: a pytree that holds LayerBanks, or the pure state of an nnx model.
+        specs: of an nnx model, see :func:`specs_of`.
+    """
+
+    def of(path: tuple[Any, ...], leaf: Any) -> Any:
+        if _is_bank(leaf):
+            return jax.tree.map(lambda _: leaf.spec, leaf)
+        parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+        if parts and parts[-1] in ("flix_A", "flix_B"):
+            return specs[".".join(parts[:-1])]
+        return WHOLE
+
+    found = jax.tree_util.tree_map_with_path(of, tree, is_leaf=_is_bank)
+    if not any(isinstance(leaf, LayerSpec) for leaf in jax.tree.leaves(found)):
+        raise ConfigError(
+            "no low-rank tables among the parameters; of an nnx model, give the adapted model: "
+            "mask_absent(tx, model)"
+        )
+    return found
+
+
+def _present_by_gradient(grads: Any, specs: Any) -> Array:
+    """Which features got a gradient that is not zero, in any layer: bool ``[F]``."""
+    present: Any = None
+    for spec, grad in zip(jax.tree.leaves(specs), jax.tree.leaves(grads), strict=True):
+        if spec is not WHOLE:
+            rows = (grad != 0).any(axis=tuple(range(1, grad.ndim)))
+            owners, count = spec.owners, len(spec.ranks)
+            hit = left_to_compiler(
+                lambda rows, o=owners, n=count: jnp.zeros(n, bool).at[o].max(rows), None, rows
+            )
+            present = hit if present is None else present | hit
+    return present  # type: ignore[no-any-return]
+
+
+def _present_by_ids(ids: Any, specs: Any) -> Array:
+    spec = next(leaf for leaf in jax.tree.leaves(specs) if leaf is not WHOLE)
+    count = len(spec.ranks)
+    ids = jnp.asarray(ids.ids if isinstance(ids, Routing) else ids)
+
+    def hit(ids: Array) -> Array:
+        return jnp.zeros(count, bool).at[jnp.where(ids < 0, count, ids)].set(True, mode="drop")
+
+    return left_to_compiler(hit, None, ids)  # type: ignore[no-any-return]
+
+
+def _expanded(mask: Array, like: Array) -> Array:
+    return mask.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def mask_absent(
+    inner: optax.GradientTransformation, model: nnx.Module | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """An optax optimizer that leaves features absent from the batch bit-identical, its state for them included.
+
+    A feature is present if the update is told so, ``update(grads, state, params, flix_features=ids)`` (through
+    ``nnx.Optimizer``: ``optimizer.update(model, grads, flix_features=ids)``), or else if any gradient of it is not
+    zero. State that is no parameter's own, such as Adam's step count or a schedule's, goes on with every step.
+
+    Args:
+        inner: the optimizer; its state for a parameter must have the parameter's leading axis (Adam, SGD, Lion and
+            others do; Adafactor's factored moments do not).
+        model: the adapted nnx model whose state is optimized; not needed for banks.
+
+    Raises:
+        ConfigError: on use, parameters without tables, or a state of another shape.
+    """
+    specs = {} if model is None else specs_of(model)
+    return _masked(inner, specs)
+
+
+def _masked(
+    inner: optax.GradientTransformation, specs: Mapping[str, LayerSpec]
+) -> optax.GradientTransformationExtraArgs:
+    inner = optax.with_extra_args_support(inner)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, flix_features: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        found = leaf_specs(updates, specs)
+        if flix_features is None:
+            present = _present_by_gradient(updates, found)
+        else:
+            present = _present_by_ids(flix_features, found)
+
+        def mask(spec: Any) -> Any:
+            return WHOLE if spec is WHOLE else (present & spec.trainable)[spec.owners]
+
+        masks = jax.tree.map(mask, found)
+        changed, new_state = inner.update(updates, state, params, **extra)
+
+        def choose(rows: Any, new: Any, old: Any) -> Any:
+            if rows is WHOLE:
+                return new
+            _check_rows(rows.shape[0], new)
+            return jnp.where(_expanded(rows, new), new, old)
+
+        # x + (-0.0) is x, bit by bit, for every x.
+        still = jax.tree.map(
+            lambda rows, u: (
+                u if rows is WHOLE else jnp.where(_expanded(rows, u), u, -0.0 * jnp.ones_like(u))
+            ),
+            masks,
+            changed,
+        )
+        return still, jax.tree.map(choose, _over_state(inner, state, masks), new_state, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _check_rows(rows: int, leaf: Any) -> None:
+    if leaf.shape[:1] != (rows,):
+        raise ConfigError(
+            f"the optimizer keeps state of shape {list(leaf.shape)} for a table of {rows} rows; absent "
+            "features can be left alone only where it keeps state for each row"
+        )
+
+
+def _over_state(tx: optax.GradientTransformation, state: Any, leaves: Any) -> Any:
+    """A tree of the optimizer state's structure, with the leaf of its parameter in each place, or ``WHOLE``."""
+    return optax.tree_map_params(
+        tx, lambda _, leaf: leaf, state, leaves, transform_non_params=lambda _: WHOLE
+    )
+
+
+def sparse_step(
+    tx: optax.GradientTransformation,
+    grads: Any,
+    state: Any,
+    params: Any,
+    specs: Any,
+    present: Array,
+    **extra: Any,
+) -> tuple[Any, Any]:
+    """One optimizer step on some rows of the tables in a tree; (new params, new state).
+
+    Args:
+        tx: the optimizer.
+        grads: of the rows that :func:`rows_tree` takes, in the structure of ``params``.
+        state: the optimizer's state for ``params``.
+        params: the whole tables.
+        specs: as :func:`leaf_specs` gives them.
+        present: the features, as ``touched`` gives them.
+    """
+    tx = optax.with_extra_args_support(tx)
+    reads = jax.tree.map(lambda s: WHOLE if s is WHOLE else _ops.row_index(s, present), specs)
+
+    def writable(spec: Any) -> Any:
+        if spec is WHOLE or not spec.frozen:
+            return WHOLE if spec is WHOLE else _ops.row_index(spec, present)
+        trains = jnp.take(spec.trainable, present, mode="fill", fill_value=False)
+        index = _ops.row_index(spec, present).reshape(-1, spec.widest)
+        return jnp.where(trains[:, None], index, spec.rows).reshape(-1)
+
+    writes = jax.tree.map(writable, specs)
+
+    def take(index: Any, leaf: Any) -> Any:
+        return leaf if index is WHOLE else pick_rows(leaf, index)
+
+    def put(index: Any, old: Any, new: Any) -> Any:
+        return new if index is WHOLE else put_rows(old, index, new)
+
+    for spec, leaf in zip(
+        jax.tree.leaves(_over_state(tx, state, specs)), jax.tree.leaves(state), strict=True
+    ):
+        if spec is not WHOLE:
+            _check_rows(spec.rows, leaf)
+    small_state = jax.tree.map(take, _over_state(tx, state, reads), state)
+    small = jax.tree.map(take, reads, params)
+    updates, new_state = tx.update(grads, small_state, small, **extra)
+    small = optax.apply_updates(small, updates)
+    return (
+        jax.tree.map(put, writes, params, small),
+        jax.tree.map(put, _over_state(tx, state, writes), state, new_state),
+    )
+
+
+def sparse_update(
+    tx: optax.GradientTransformation,
+    grads: Rows,
+    state: Any,
+    bank: Bank,
+    present: Array,
+    **extra: Any,
+) -> tuple[Bank, Any]:
+    """One optimizer step on the rows of a batch's features; the cost does not grow with the features registered.
+
+    Every other row of the bank and of the optimizer's state keeps its bits. Under ``jit``, donate ``bank`` and
+    ``state``, so that they are changed in place.
+
+    Args:
+        tx: an optax optimizer; ``state`` was made by ``tx.init(bank)``.
+        grads: gradients with respect to the rows that :func:`gather` gave.
+        state: the optimizer's state.
+        bank: the bank.
+        present: the features, as for :func:`gather`.
+        extra: further arguments of ``tx.update``.
+
+    Returns:
+        (bank, state).
+
+    Raises:
+        ConfigError: an optimizer whose state has no row for each row of the tables.
+    """
+    whole = {path: LayerBank(g.A, g.B, bank[path].spec) for path, g in grads.items()}
+    new, state = sparse_step(tx, whole, state, bank, leaf_specs(bank, {}), present, **extra)
+    return new, state
+
+
+class FeatureAdamState(NamedTuple):
+    """State of :func:`scale_by_feature_adam`: a step count for each row of each table, and the moments."""
+
+    count: Any
+    mu: Any
+    nu: Any
+
+
+def scale_by_feature_adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """Adam with a step count of its own for every row, so that a feature's bias correction counts its own steps.
+
+    With one count for all, a feature first seen late would take steps up to three times too long. torch counts by
+    parameter too: under :func:`mask_absent` or :func:`sparse_update` the two agree.
+    """
+
+    def init(params: Any) -> FeatureAdamState:
+        pure = nnx.as_pure(params)
+        counts = jax.tree.map(
+            lambda p: jnp.zeros((*p.shape[:1], *[1] * (p.ndim - 1)), jnp.int32), pure
+        )
+        # Two trees of zeros, not one twice: a buffer can be donated once.
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return FeatureAdamState(counts, mu, nu)
+
+    def update(updates: Any, state: FeatureAdamState, params: Any = None) -> tuple[Any, Any]:
+        count = jax.tree.map(lambda c: c + 1, state.count)
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
+
+        def step(m: Array, v: Array, c: Array) -> Array:
+            t = c.astype(m.dtype)
+            return (m / (1 - b1**t)) / (jnp.sqrt(v / (1 - b2**t)) + eps)
+
+        return jax.tree.map(step, mu, nu, count), FeatureAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def adamw(
+    learning_rate: Any,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+) -> optax.GradientTransformation:
+    """AdamW whose bias correction counts each feature's own steps; otherwise ``optax.adamw``, with torch's defaults.
+
+    Args:
+        learning_rate: a number, or an optax schedule over all steps.
+        b1, b2, eps, weight_decay: as in torch.
+    """
+    return optax.chain(
+        scale_by_feature_adam(b1, b2, eps),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def rows_tree(params: Any, specs: Any, present: Array) -> Any:
+    """The rows of some features, out of every table of a tree; other leaves whole."""
+    return jax.tree.map(
+        lambda s, t: t if s is WHOLE else pick_rows(t, _ops.row_index(s, present)),
+        specs,
+        params,
+    )
+
+
+__all__ = [
+    "adamw",
+    "mask_absent",
+    "scale_by_feature_adam",
+    "sparse_update",
+    "specs_of",
+]

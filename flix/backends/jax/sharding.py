@@ -1,0 +1,115 @@
+"""Sharded tables: A takes the kernel's input axis, B its output axis, ranks are replicated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from flix.backends.jax.bank import Bank, LayerBank
+from flix.core.errors import ConfigError
+
+
+def partition_specs(
+    bank: Bank, kernels: PartitionSpec | Mapping[str, PartitionSpec]
+) -> dict[str, LayerBank]:
+    """PartitionSpecs of a bank, from those of the kernels: A ``(None, in)``, B ``(None, out)``.
+
+    Args:
+        bank: ``{path: LayerBank}``.
+        kernels: the spec of every kernel ``[d_in, d_out]``, or one by layer.
+
+    Returns:
+        The bank's structure with a PartitionSpec in place of each array.
+
+    Raises:
+        ConfigError: a layer without a spec.
+    """
+    specs = {}
+    for path, layer in bank.items():
+        given = kernels if isinstance(kernels, PartitionSpec) else kernels.get(path)
+        if given is None:
+            raise ConfigError(
+                f"partition_specs: layer {path!r} has no spec; give one by layer, or one for all"
+            )
+        into, out = (*given, None, None)[:2]
+        specs[path] = LayerBank(
+            _spec(into),
+            _spec(out),
+            layer.spec,
+        )
+    return specs
+
+
+def shard(
+    bank: Bank, mesh: jax.sharding.Mesh, kernels: PartitionSpec | Mapping[str, PartitionSpec]
+) -> Bank:
+    """The bank, placed on a mesh: :func:`partition_specs` applied."""
+    specs = partition_specs(bank, kernels)
+    placed: Bank = jax.tree.map(
+        lambda table, spec: jax.device_put(table, NamedSharding(mesh, spec)), bank, specs
+    )
+    return placed
+
+
+def left_to_compiler(compute: Callable[..., Any], like: Any, *args: Any) -> Any:
+    """``compute(*args)``; in a mesh of explicit axes, with the sharding of what is inside left to the compiler.
+
+    Args:
+        compute: a function of arrays that gives one array.
+        like: an array whose sharding the result takes, dimension by dimension; None to replicate it.
+        args: its arguments.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        return compute(*args)
+    spec = _spec_of() if like is None else jax.typeof(like).sharding.spec
+    return jax.sharding.auto_axes(compute, out_sharding=spec)(*args)
+
+
+def like_kernel(table: Array, kernel: Any, axes: tuple[int, ...]) -> tuple[Array, dict[str, Any]]:
+    """A table ``[P, d]``, placed as the kernel's axes that make up d, and its Variable's sharding metadata.
+
+    Of several kernel axes, flattened into d, the first may be sharded; otherwise the table is replicated.
+
+    Args:
+        table: the values.
+        kernel: the Variable of the kernel.
+        axes: the kernel's axes.
+    """
+    metadata: dict[str, Any] = {}
+    names = kernel.get_metadata().get("out_sharding")
+    if names is not None:
+        metadata["out_sharding"] = (None, _along(tuple(names), axes))
+        for key in ("mesh", "sharding_rules"):
+            if (value := kernel.get_metadata().get(key)) is not None:
+                metadata[key] = value
+    value = kernel.get_raw_value()
+    sharding = None if isinstance(value, jax.core.Tracer) else getattr(value, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        spec = _spec(_along(tuple(sharding.spec), axes))
+        table = jax.device_put(table, NamedSharding(sharding.mesh, spec))
+    elif (
+        sharding is not None
+        and len(sharding.device_set) == 1
+        and not isinstance(table, jax.core.Tracer)
+    ):
+        table = jax.device_put(table, sharding)
+    return table, metadata
+
+
+def _spec_of(*axes: Any) -> Any:
+    return PartitionSpec(*axes)  # type: ignore[no-untyped-call]
+
+
+def _spec(axis: Any) -> Any:
+    return _spec_of(None, axis)
+
+
+def _along(spec: tuple[Any, ...], axes: tuple[int, ...]) -> Any:
+    padded = (*spec, *([None] * (max(axes) + 1)))
+    inner = [padded[axis] for axis in axes[1:]]
+    return padded[axes[0]] if all(name is None for name in inner) else None

@@ -1,0 +1,141 @@
+"""Training an adapted nnx model at the cost of the batch's features: gradients of their rows, and an optimizer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+from flix.backends.jax import optim
+from flix.backends.jax._routing import is_traced, narrowed
+from flix.backends.jax.functional import touched
+from flix.backends.jax.layers import FlixParam
+from flix.backends.jax.model import require_adapted
+from flix.core.routing import Routing, check_routing
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["present", "rows"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class SparseGrads:
+    """Gradients of the rows of a batch's features.
+
+    Attributes:
+        present: the features, as ``touched`` gives them.
+        rows: the pure state of the model's parameters, with rows ``[U * R, ...]`` in place of each table.
+    """
+
+    present: Array
+    rows: Any
+
+
+def value_and_grad(
+    loss: Callable[..., Any], *, wrt: Any = FlixParam, has_aux: bool = False
+) -> Callable[..., Any]:
+    """``nnx.value_and_grad`` for adapted models, at a cost that does not grow with the features registered.
+
+    The gradient is taken with respect to the rows of the batch's features alone::
+
+        value, grads = value_and_grad(loss)(model, ids, x, y)      # loss(model, ids, x, y)
+        optimizer.update(model, grads)                             # a FlixOptimizer
+
+    Under ``nnx.jit(step, donate_argnums=(0, 1))``, with (model, optimizer) first, the tables are changed in place;
+    without donation every step copies them, however few of their rows it changes. Works inside
+    ``nnx.jit`` and outside. Random streams and statistics that the loss changes are changed in the model.
+
+    Args:
+        loss: ``loss(model, ids, *args, **kwargs)``; it routes the model by these ids, ``model(x, flix_features=ids)``.
+            Other features than those of ids give NaN.
+        wrt: the filter of what is differentiated; with ``nnx.Any(FlixParam, ...)``, other parameters whole.
+        has_aux: the loss returns ``(value, aux)``.
+
+    Returns:
+        A function of (model, ids, ...) that gives the value (or ``(value, aux)``) and :class:`SparseGrads`.
+
+    Raises:
+        TargetError: on use, a model that is not adapted.
+        RoutingError: on use, ids that break a rule.
+    """
+
+    def run(model: nnx.Module, ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, SparseGrads]:
+        config = require_adapted(model, "value_and_grad")
+        plain = ids.ids if isinstance(ids, Routing) else ids
+        if not is_traced(plain):
+            check_routing(np.asarray(plain), None, config.registry)
+        present = touched(plain, len(config.registry))
+        graphdef, params, rest = nnx.split(model, wrt, ...)  # type: ignore[misc]
+        pure = nnx.as_pure(params)
+        rows = optim.rows_tree(pure, optim.leaf_specs(pure, optim.specs_of(model)), present)
+        structure = jax.tree.structure(params)
+
+        def of_rows(rows: Any) -> Any:
+            values = jax.tree.unflatten(structure, jax.tree.leaves(rows))
+            narrow = nnx.merge(graphdef, values, rest, copy=True)
+            with narrowed(present):
+                out = loss(narrow, ids, *args, **kwargs)
+            value, aux = out if has_aux else (out, None)
+            _, _, after = nnx.split(narrow, wrt, ...)  # type: ignore[misc]
+            return value, (aux, nnx.as_pure(after))
+
+        (value, (aux, changed)), grads = jax.value_and_grad(of_rows, has_aux=True)(rows)
+        nnx.update(model, changed)
+        return ((value, aux) if has_aux else value), SparseGrads(present, grads)
+
+    return run
+
+
+class FlixOptimizer(nnx.Optimizer):  # type: ignore[type-arg]
+    """An ``nnx.Optimizer`` that leaves features absent from the batch, and frozen ones, bit-identical.
+
+    Its gradients are those of :func:`value_and_grad` (then a step costs what the batch's features cost), or nnx's own.
+    After ``add_feature`` make a new one.
+
+    Args:
+        model: an adapted model.
+        tx: an optax optimizer; :func:`flix.backends.jax.adamw` counts Adam's steps by feature.
+        wrt: what is trained; default: the adapters alone.
+
+    Raises:
+        TargetError: the model is not adapted.
+    """
+
+    def __init__(
+        self, model: Any, tx: optax.GradientTransformation, *, wrt: Any = FlixParam
+    ) -> None:
+        require_adapted(model, "FlixOptimizer")
+        super().__init__(model, tx, wrt=wrt)
+
+    def update(self, model: Any, grads: Any, /, **kwargs: Any) -> None:  # type: ignore[override]
+        """Update the model and the optimizer's state.
+
+        Args:
+            model: the model.
+            grads: :class:`SparseGrads`, or the state that ``nnx.grad`` gives.
+            kwargs: of the optimizer's update; with nnx's gradients also ``flix_features=ids``, the batch's ids, without
+                which a feature counts as present if any gradient of it is not zero.
+        """
+        specs = optim.specs_of(model)
+        params = nnx.as_pure(nnx.state(model, self.wrt))
+        state = nnx.as_pure(self.opt_state)
+        extra = nnx.as_pure(kwargs)
+        if isinstance(grads, SparseGrads):
+            extra.pop("flix_features", None)
+            found = optim.leaf_specs(params, specs)
+            new_params, new_state = optim.sparse_step(
+                self.tx, grads.rows, state, params, found, grads.present, **extra
+            )
+        else:
+            pure = nnx.as_pure(nnx.state(grads, self.wrt))
+            updates, new_state = optim._masked(self.tx, specs).update(pure, state, params, **extra)
+            new_params = optax.apply_updates(params, updates)
+        nnx.update(model, new_params)
+        nnx.update(self.opt_state, nnx.state(new_state))
+        self.step[...] += 1
