@@ -1,0 +1,54 @@
+"""The TensorFlow backend: Keras 3 on TensorFlow (SPEC §5)::
+
+from flix.backends.tensorflow import adapt
+model = adapt(keras_model, config)
+model.compile(optimizer, loss)
+model.fit({"inputs": x, "flix_features": ids}, y)
+"""
+
+from flix.backends import missing as _missing
+
+try:
+    import keras as _keras
+
+    if int(_keras.__version__.split(".")[0]) < 3:
+        raise ImportError(f"Keras {_keras.__version__} is installed, Keras 3 is needed")
+except ImportError as _error:
+    raise _missing("tensorflow", "TensorFlow and Keras 3", _error) from _error
+
+if _keras.backend.backend() != "tensorflow":
+    from flix.core.errors import ConfigError as _ConfigError
+
+    raise _ConfigError(
+        "the tensorflow backend needs Keras to run on TensorFlow, but Keras is configured for "
+        f"{_keras.backend.backend()!r}; set KERAS_BACKEND=tensorflow before Keras is imported"
+    )
+
+from flix.backends.tensorflow._context import route
+from flix.backends.tensorflow.files import load, load_into, save, to_adapter
+from flix.backends.tensorflow.inspection import Summary, named_pairs, summary, trainable_parameters
+from flix.backends.tensorflow.layers import FlixDense, FlixEinsumDense, FlixEmbedding
+from flix.backends.tensorflow.lifecycle import add_feature
+from flix.backends.tensorflow.merging import merge
+from flix.backends.tensorflow.model import FlixModel, adapt
+from flix.backends.tensorflow.optimizers import keep_absent
+
+__all__ = [
+    "FlixDense",
+    "FlixEinsumDense",
+    "FlixEmbedding",
+    "FlixModel",
+    "Summary",
+    "adapt",
+    "add_feature",
+    "keep_absent",
+    "load",
+    "load_into",
+    "merge",
+    "named_pairs",
+    "route",
+    "save",
+    "summary",
+    "to_adapter",
+    "trainable_parameters",
+]

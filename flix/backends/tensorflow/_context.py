@@ -1,0 +1,312 @@
+"""The routing of the forward that is running, per thread, and its plan in a layer.
+
+An adapted model's call puts the routing here, the adapted layers read it. Replicas of a distribution strategy run on
+threads of their own, so each sees its own rows.
+
+Plans are made with TensorFlow operations, in eager mode and in graphs alike: nothing that depends on the values of
+the ids is done in Python, so that a change of features never retraces. What depends on them (how many slots the
+fullest row needs) are sizes of tensors; XLA compiles these as bounded dynamic sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from flix.core.errors import RoutingError
+from flix.core.layout import LayerLayout, first_unlike
+from flix.core.registry import FeatureRegistry
+from flix.core.routing import Routing, check_routing
+
+
+class _Current(threading.local):
+    routing: ActiveRouting | None = None
+
+
+current = _Current()
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """A layout as arrays, by feature id; the last entry stands for padding.
+
+    Attributes:
+        ranks: int32 ``[F + 1]``.
+        starts: int32 ``[F + 1]``: the row of a layer's table where a feature's rows start; 0 is a row of zeros.
+        scales: float64 ``[F + 1]``.
+        rows: the table's number of rows, the row of zeros included.
+        widest: the largest rank.
+    """
+
+    ranks: NDArray[np.int32]
+    starts: NDArray[np.int32]
+    scales: NDArray[np.float64]
+    rows: int
+    widest: int
+
+
+@functools.lru_cache(maxsize=256)
+def tables_of(layout: LayerLayout) -> Tables:
+    """The arrays of a layout: features stand in the table in the order of their ids, from row 1 on."""
+    ranks = np.asarray((*layout.ranks, 0), np.int32)
+    ends = np.cumsum(ranks, dtype=np.int32)
+    return Tables(
+        ranks=ranks,
+        starts=np.where(ranks > 0, 1 + ends - ranks, 0).astype(np.int32),
+        scales=np.asarray((*layout.scales, 0.0), np.float64),
+        rows=1 + int(ranks.sum()),
+        widest=int(ranks.max()),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A batch's routing in one layout.
+
+    Attributes:
+        rows: int32 ``[N, R]``: the table row of each slot of each example; 0, the row of zeros, where unused.
+        scale: ``[N, R]``, weight times s_f, 0 where unused; it carries gradient where the weights do.
+        total: the table's number of rows.
+        bound: the most slots that rows can have in all, N * R, where it is known from shapes.
+    """
+
+    rows: Any
+    scale: Any
+    total: int
+    bound: int | None
+
+    @functools.cached_property
+    def union(self) -> tuple[Any, Any]:
+        """The distinct table rows in use, int32 ``[U]``, and each slot's place among them, ``[N, R]``."""
+        flat = tf.reshape(self.rows, [-1])
+        if self.bound is not None and self.bound <= self.total:
+            union, places = tf.unique(flat)
+        else:  # at most `total` rows: the bound that XLA computes with
+            used = tf.math.unsorted_segment_max(tf.ones_like(flat), flat, self.total) > 0
+            union = tf.boolean_mask(tf.range(self.total), used)
+            places = tf.gather(tf.cumsum(tf.cast(used, tf.int32)) - 1, flat)
+        return union, tf.reshape(places, tf.shape(self.rows))
+
+    @functools.cached_property
+    def mask(self) -> Any:
+        """Each example's factor for every row of the union: ``[N, U]``."""
+        union, places = self.union
+        count, size = tf.shape(self.rows)[0], tf.size(union)
+        cells = tf.range(count)[:, None] * size + places
+        mask = tf.math.unsorted_segment_sum(
+            tf.reshape(self.scale, [-1]), tf.reshape(cells, [-1]), count * size
+        )
+        return tf.reshape(mask, [count, size])
+
+
+class ActiveRouting:
+    """Checked routing of one forward, with its plans, made once and shared by all layers of a layout.
+
+    Args:
+        ids: int32 tensor ``[B, W]`` or ``[B, T, W]``.
+        weights: a tensor of that shape, or None for 1.
+        lengths: what may be the batch's sequence length (sizes, or scalar tensors where shapes do not tell), for
+            layers that get flattened inputs.
+        unlike: the first row that differs from row 0, where the values are known.
+    """
+
+    def __init__(
+        self, ids: Any, weights: Any, lengths: Sequence[Any] = (), unlike: int | None = None
+    ) -> None:
+        self.ids = ids
+        self.weights = weights
+        self.lengths = tuple(lengths)
+        self.unlike = unlike
+        self._plans: dict[Any, Plan] = {}
+
+    @property
+    def lead(self) -> list[int | None]:
+        """The leading sizes, ``[B]`` or ``[B, T]``, as far as shapes tell."""
+        return self.ids.shape[:-1].as_list()  # type: ignore[no-any-return]
+
+    @property
+    def per_token(self) -> bool:
+        return len(self.lead) == 2
+
+    def plan(self, layout: LayerLayout, dtype: Any) -> Plan:
+        """The plan in a layout, with factors of this dtype."""
+        # A plan made inside a loop or branch is a tensor of that graph alone.
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        key = (layout, tf.as_dtype(dtype), graph)
+        if key not in self._plans:
+            self._plans[key] = make_plan(self.ids, self.weights, layout, dtype)
+        return self._plans[key]
+
+
+def make_plan(ids: Any, weights: Any, layout: LayerLayout, dtype: Any) -> Plan:
+    """Lay the active ranks of each row side by side.
+
+    Args:
+        ids: int32 ``[..., W]``, -1 for padding.
+        weights: floats in that shape, or None.
+        layout: the layer's ranks and scales.
+        dtype: of the factors.
+    """
+    tables = tables_of(layout)
+    static_width = ids.shape[-1]
+    width = static_width if static_width is not None else tf.shape(ids)[-1]
+    ids = tf.reshape(ids, [-1, width])
+    ids = tf.where(ids < 0, len(tables.ranks) - 1, ids)
+    lengths = tf.gather(tables.ranks, ids)
+    ends = tf.cumsum(lengths, axis=1)
+    totals = tf.reduce_sum(lengths, axis=1)
+    longest = tf.maximum(tf.reduce_max(totals), 0)  # of no rows, reduce_max is the least integer
+    slots = tf.range(width * tables.widest)[:longest]
+    # The routing's column that a slot belongs to: as many columns as end at or before it.
+    column = tf.reduce_sum(
+        tf.cast(slots[None, :, None] >= ends[:, None, :], tf.int32), axis=2
+    )  # [N, R]
+    column = tf.minimum(column, tf.maximum(width - 1, 0))
+    used = slots[None, :] < totals[:, None]
+    feature = tf.gather(ids, column, batch_dims=1)
+    within = slots[None, :] - tf.gather(ends - lengths, column, batch_dims=1)
+    rows = tf.where(used, tf.gather(tables.starts, feature) + within, 0)
+    scale = tf.gather(tf.constant(tables.scales, dtype), feature)
+    if weights is not None:
+        weights = tf.cast(tf.reshape(weights, [-1, width]), dtype)
+        scale = scale * tf.gather(weights, column, batch_dims=1)
+    scale = tf.where(used, scale, tf.zeros_like(scale))
+    count = ids.shape[0]
+    bound = None
+    if count is not None and static_width is not None:
+        bound = count * static_width * tables.widest
+    return Plan(rows=rows, scale=scale, total=tables.rows, bound=bound)
+
+
+def host_values(value: Any, what: str) -> NDArray[Any] | None:
+    """A value as a numpy array, or None if it is known only when a graph runs.
+
+    Raises:
+        RoutingError: it is no array.
+    """
+    if tf.is_tensor(value):
+        if tf.is_symbolic_tensor(value):
+            return None
+        return np.asarray(value)
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise RoutingError(f"{what} must be an array [batch, width], got {value!r}") from error
+
+
+def make_routing(
+    registry: FeatureRegistry,
+    features: Any,
+    weights: Any = None,
+    *,
+    batch: int | None = None,
+    lengths: Sequence[Any] = (),
+) -> ActiveRouting:
+    """Check routing and make it ready for a forward.
+
+    Values are checked where they are known, in eager mode; while a graph is traced, shapes and dtypes are.
+
+    Args:
+        registry: the model's registry.
+        features: ids as a tensor, array or nested list, or a :class:`flix.Routing`.
+        weights: floats in the shape of the ids, or None.
+        batch: the number of rows of the batch, if known.
+        lengths: what may be the sequence length.
+
+    Raises:
+        RoutingError: routing that breaks a rule; the row is named.
+    """
+    if isinstance(features, Routing):
+        if features.registry != registry:
+            raise RoutingError(
+                f"the routing was encoded by another registry ({features.registry}) than the "
+                f"model's ({registry})"
+            )
+        if weights is None:
+            weights = features.weights
+        features = features.ids
+    ids = host_values(features, "flix_features")
+    factors = None if weights is None else host_values(weights, "flix_weights")
+    unlike = None
+    if ids is None:
+        _check_traced_ids(features, batch)
+    else:
+        if factors is not None and factors.dtype.kind in "iu" and factors.dtype.kind != "b":
+            raise RoutingError(f"flix_weights must be floating point, got dtype {factors.dtype}")
+        check_routing(ids, factors, registry, batch=batch)
+        features = ids.astype(np.int32)
+        if weights is None or factors is not None:
+            unlike = first_unlike(
+                features.reshape(-1, features.shape[-1]),
+                None if factors is None else factors.reshape(-1, features.shape[-1]),
+            )
+    if weights is not None and (ids is None or factors is None):
+        _check_traced_weights(weights, features)
+    tensor = tf.cast(tf.convert_to_tensor(features), tf.int32)
+    return ActiveRouting(
+        tensor, None if weights is None else tf.convert_to_tensor(weights), lengths, unlike
+    )
+
+
+def _check_traced_ids(ids: Any, batch: int | None) -> None:
+    if not ids.dtype.is_integer:
+        raise RoutingError(
+            f"flix_features must hold integer ids, got dtype {ids.dtype.name}; make them with "
+            "registry.encode(rows)"
+        )
+    if ids.shape.rank not in (2, 3):
+        raise RoutingError(
+            "flix_features must have the shape [batch, width] or [batch, length, width], got "
+            f"{ids.shape}"
+        )
+    if None not in (batch, ids.shape[0]) and ids.shape[0] != batch:
+        raise RoutingError(
+            f"flix_features routes {ids.shape[0]} rows, but the batch has {batch} rows; one row of "
+            "ids is needed for each row of the batch"
+        )
+
+
+def _check_traced_weights(weights: Any, ids: Any) -> None:
+    weights = tf.convert_to_tensor(weights)
+    if not weights.dtype.is_floating:
+        raise RoutingError(f"flix_weights must be floating point, got dtype {weights.dtype.name}")
+    if not weights.shape.is_compatible_with(ids.shape):
+        raise RoutingError(
+            f"flix_weights must have the shape of flix_features, {tf.TensorShape(ids.shape)}, got "
+            f"{weights.shape}"
+        )
+
+
+@contextmanager
+def activated(routing: ActiveRouting | None) -> Iterator[None]:
+    """Run with this routing in force on this thread."""
+    previous = current.routing
+    current.routing = routing
+    try:
+        yield
+    finally:
+        current.routing = previous
+
+
+@contextmanager
+def route(registry: FeatureRegistry, features: Any, weights: Any = None) -> Iterator[None]:
+    """Run flix layers that are used by hand, outside an adapted model, under one routing.
+
+    Args:
+        registry: the layers' registry.
+        features: int ``[B, W]`` or ``[B, T, W]``.
+        weights: float in that shape, or None for 1.
+
+    Raises:
+        RoutingError: routing that breaks a rule.
+    """
+    with activated(make_routing(registry, features, weights)):
+        yield

@@ -1,0 +1,42 @@
+"""Rematerialisation (``keras.RematScope``) gives the plain gradients.
+
+A rematerialised layer runs twice: in the forward, and again in the backward when the model's call is over and its
+routing no longer in force. The routing at the first run is captured and put in force again for the second. Keras
+makes such layers by one function, looked up in its module at the call; it is wrapped, and left alone where no routing
+is in force. If a later Keras has it elsewhere, nothing is wrapped, and the second run raises the error of a layer
+without routing instead of giving a silent zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from keras.src.backend.common import remat as rematerialising
+
+from flix.backends.tensorflow._context import activated, current
+
+
+def install() -> None:
+    """Wrap the function, once."""
+    own = getattr(rematerialising, "remat", None)
+    if own is None or hasattr(own, "flix_wrapped"):
+        return
+
+    def remat(function: Callable[..., Any]) -> Any:
+        routing = current.routing
+        if routing is None:
+            return own(function)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            # TensorFlow takes no keywords here in graphs, and Keras passes training as one.
+            def rerun(*tensors: Any) -> Any:
+                with activated(routing):
+                    return function(*tensors, **kwargs)
+
+            return own(rerun)(*args)
+
+        return call
+
+    remat.flix_wrapped = own  # type: ignore[attr-defined]
+    rematerialising.remat = remat

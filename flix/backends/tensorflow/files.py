@@ -1,0 +1,118 @@
+"""Saving and loading adapters (SPEC §4): one file for every backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flix.backends.tensorflow._base import flix_layers, layer_shapes
+from flix.backends.tensorflow.model import (
+    FlixModel,
+    adapt_layers,
+    require_adapted,
+    require_plain,
+)
+from flix.core.adapter import (
+    Adapter,
+    LayerShape,
+    Path_,
+    Rename,
+    check_fits,
+    load_adapter,
+    save_adapter,
+    tensor_name,
+)
+from flix.core.errors import AdapterError
+
+
+def to_adapter(model: FlixModel) -> Adapter:
+    """The model's features as a numpy :class:`flix.Adapter`; values are copied.
+
+    Raises:
+        TargetError: the model is not adapted.
+    """
+    config = require_adapted(model, "to_adapter")
+    layers, tensors = {}, {}
+    for path, layer in flix_layers(model.base):
+        layers[path] = LayerShape(d_in=layer.d_in, d_out=layer.d_out, kind=layer.flix_kind)
+        for feature, a, b in layer.pairs():
+            tensors[tensor_name(path, "A", feature)] = a
+            tensors[tensor_name(path, "B", feature)] = b
+    return Adapter(config, layers, tensors)
+
+
+def save(model: FlixModel, directory: Path_) -> None:
+    """Write the model's adapter as a folder (the base is not written).
+
+    Raises:
+        TargetError: the model is not adapted.
+        AdapterError: the path is a file.
+    """
+    save_adapter(to_adapter(model), directory)
+
+
+def load(
+    model: Any, directory: Path_, rename: Rename = None, *, strategy: str = "auto"
+) -> FlixModel:
+    """Load an adapter into a model.
+
+    A plain model is adapted with the file's configuration, in place, and comes back as :class:`FlixModel`; an
+    adapted one must have the same layers, features and ranks, and gets the file's values.
+
+    Args:
+        model: a plain or adapted model.
+        directory: the adapter's folder.
+        rename: translates the file's layer paths to the model's.
+        strategy: as for ``adapt``, for a plain model.
+
+    Raises:
+        AdapterError: a damaged file, or one for another architecture (the first mismatching layer is named).
+    """
+    return load_into(model, load_adapter(directory, rename), strategy=strategy)
+
+
+def load_into(model: Any, adapter: Adapter, *, strategy: str = "auto") -> FlixModel:
+    """Put a numpy adapter into a model; otherwise as :func:`load`."""
+    adapted = model if isinstance(model, FlixModel) else None
+    if adapted is None:
+        require_plain(model)
+    check_fits(adapter, layer_shapes(model.base if adapted is not None else model))
+    if adapted is None:
+        adapted = adapt_layers(model, adapter.config, list(adapter.layers), strategy)
+    present = dict(flix_layers(adapted.base))
+    _check_same(present, adapter)
+    features = adapter.config.registry.features
+    for path, layer in present.items():
+        pairs = {feature: adapter.pair(path, feature) for feature in features}
+        layer.set_pairs(
+            {feature: a for feature, (a, _) in pairs.items()},
+            {feature: b for feature, (_, b) in pairs.items()},
+        )
+    return adapted
+
+
+def _check_same(present: dict[str, Any], adapter: Adapter) -> None:
+    for path in present:
+        if path not in adapter.layers:
+            raise AdapterError(f"layer {path!r} of the model is adapted, but not in the adapter")
+    for path in adapter.layers:
+        if path not in present:
+            raise AdapterError(f"layer {path!r} of the adapter is not adapted in the model")
+    for path, layer in present.items():
+        registry = layer.flix_config.registry
+        if registry.features != adapter.config.registry.features:
+            raise AdapterError(
+                "the adapter has other features than the model: "
+                f"{adapter.config.registry} and {registry}"
+            )
+        for feature in registry.features:
+            own, other = layer.flix_config.rank(path, feature), adapter.config.rank(path, feature)
+            if own != other:
+                raise AdapterError(
+                    f"layer {path!r}: {':'.join(feature)} has rank {own} in the model and {other} in "
+                    "the adapter"
+                )
+            if layer.flix_config.scale(path, feature) != adapter.config.scale(path, feature):
+                raise AdapterError(
+                    f"layer {path!r}: {':'.join(feature)} has another scale in the model than in the "
+                    "adapter (alpha or scaling differ)"
+                )

@@ -1,0 +1,184 @@
+"""A dense oracle in float64 numpy, written from the formula of SPEC §1, and small models to try things on."""
+
+import keras
+import numpy as np
+
+import flix
+
+REGISTRY = flix.FeatureRegistry(
+    {"language": ["hau", "swa", "yor", "fra"], "task": ["ner", "pos", "mt"]}
+)
+RANKS = {
+    ("language", "hau"): 2, ("language", "swa"): 3, ("language", "yor"): 0, ("language", "fra"): 1,
+    ("task", "ner"): 4, ("task", "pos"): 1, ("task", "mt"): 2,
+}  # fmt: skip
+TARGETS = ["emb", "q", "mha.query", "mha.attention_output", "out"]
+
+
+def make_config(**changes):
+    """Unequal ranks, one of them 0, and scales that are not 1."""
+    settings = {"registry": REGISTRY, "ranks": RANKS, "alpha": 3.0, "target_modules": TARGETS}
+    return flix.FlixConfig(**{**settings, **changes})
+
+
+def randomise(layers, seed=0):
+    """Random tables, so that B is not zero; row 0, which stands for unused slots, stays zero."""
+    rng = np.random.default_rng(seed)
+    for layer in layers:
+        for table in (layer.flix_A, layer.flix_B):
+            value = rng.normal(size=table.shape) * 0.5
+            value[0] = 0
+            table.assign(value)
+
+
+def pairs_of(layer):
+    """{id: (A, B, s)} in float64, for the oracle."""
+    registry = layer.flix_config.registry
+    return {
+        registry.id(*feature): (
+            a.astype(np.float64),
+            b.astype(np.float64),
+            layer.flix_config.scale(layer.flix_name, feature),
+        )
+        for feature, a, b in layer.pairs()
+    }
+
+
+def positions(ids, weights, lead):
+    """For each position of an input: its (id, weight, place of the weight) list."""
+    per_token = ids.ndim == 3
+    for place in np.ndindex(*lead):
+        row = place[: 2 if per_token else 1]
+        yield (
+            place,
+            [
+                (
+                    int(ids[(*row, slot)]),
+                    1.0 if weights is None else float(weights[(*row, slot)]),
+                    (*row, slot),
+                )
+                for slot in range(ids.shape[-1])
+            ],
+        )
+
+
+def oracle(x, kernel, pairs, ids, weights=None, dy=None):
+    """y = W x + Σ w s B A x at every position, one at a time, with the full update made.
+
+    Args:
+        x: ``[B, ..., d_in]``; kernel: ``[d_in, d_out]``; dy: the loss's gradient to y, or None.
+
+    Returns:
+        y, or (y, dx, {id: (dA, dB)}, dweights).
+    """
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    y = np.zeros((*x.shape[:-1], kernel.shape[1]))
+    dx, dw = np.zeros_like(x), np.zeros(ids.shape)
+    grads = {i: (np.zeros_like(a), np.zeros_like(b)) for i, (a, b, _) in pairs.items()}
+    for place, active in positions(ids, weights, x.shape[:-1]):
+        whole = kernel.T.copy()
+        for i, w, _ in active:
+            if i in pairs:
+                a, b, s = pairs[i]
+                whole += w * s * b @ a
+        y[place] = whole @ x[place]
+        if dy is None:
+            continue
+        g = np.asarray(dy[place], np.float64)
+        dx[place] = whole.T @ g
+        for i, w, where in active:
+            if i in pairs:
+                a, b, s = pairs[i]
+                grads[i][0][...] += w * s * np.outer(b.T @ g, x[place])
+                grads[i][1][...] += w * s * np.outer(g, a @ x[place])
+                dw[where] += s * g @ b @ a @ x[place]
+    return y if dy is None else (y, dx, grads, dw)
+
+
+def table_grads(layer, grad, part):
+    """A table's gradient (slices or dense) as {id: dA or dB}, and the rows that it speaks of."""
+    import tensorflow as tf
+
+    rows = set(np.asarray(grad.indices).tolist()) if isinstance(grad, tf.IndexedSlices) else None
+    dense = np.asarray(tf.convert_to_tensor(grad), np.float64)
+    assert not dense[0].any()
+    found, start = {}, 1
+    for i, rank in enumerate(layer.flix_layout.ranks):
+        span = dense[start : start + rank]
+        found[i] = span if part == "A" else span.T
+        start += rank
+    return found, rows
+
+
+def functional(vocabulary=11, d=8, length=5):
+    """Embedding, Dense, attention (EinsumDense inside), Dense."""
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((length,), dtype="int32", name="inputs")
+    x = keras.layers.Embedding(vocabulary, d, name="emb")(inputs)
+    x = keras.layers.Dense(d, activation="tanh", name="q")(x)
+    x = keras.layers.MultiHeadAttention(2, 4, name="mha")(x, x)
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    return keras.Model(inputs, keras.layers.Dense(3, name="out")(x))
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Block(keras.layers.Layer):
+    """A composite layer without names."""
+
+    def __init__(self, d, **kwargs):
+        super().__init__(**kwargs)
+        self.d = d
+        self.up = keras.layers.Dense(2 * d, activation="relu")
+        self.down = keras.layers.Dense(d)
+
+    def build(self, input_shape):
+        self.up.build(input_shape)
+        self.down.build((*input_shape[:-1], 2 * self.d))
+
+    def call(self, inputs):
+        return inputs + self.down(self.up(inputs))
+
+    def get_config(self):
+        return {**super().get_config(), "d": self.d}
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Subclassed(keras.Model):
+    """A subclassed model with unnamed layers, one list of blocks, dropout, and batch normalisation."""
+
+    def __init__(self, d=6, **kwargs):
+        super().__init__(**kwargs)
+        self.d = d
+        self.first = keras.layers.Dense(d)
+        self.blocks = [Block(d), Block(d)]
+        self.norm = keras.layers.BatchNormalization()
+        self.head = keras.layers.Dense(2)
+
+    def build(self, input_shape):
+        self.first.build(input_shape)
+        inner = (*input_shape[:-1], self.d)
+        for layer in (*self.blocks, self.norm, self.head):
+            layer.build(inner)
+
+    def call(self, inputs):
+        x = self.first(inputs)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def get_config(self):
+        return {**super().get_config(), "d": self.d}
+
+
+def sequential(d=6):
+    """A sequential model with automatic names."""
+    keras.utils.set_random_seed(2)
+    return keras.Sequential([keras.Input((d,)), keras.layers.Dense(d), keras.layers.Dense(d)])
+
+
+def batch(rows=6, length=5, vocabulary=11, seed=0):
+    """Token ids ``[rows, length]`` and routing ids ``[rows, 2]``."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, vocabulary, (rows, length)).astype(np.int32)
+    ids = np.stack([rng.integers(-1, 4, rows), rng.integers(4, 7, rows)], 1).astype(np.int32)
+    return x, ids
