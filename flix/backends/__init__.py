@@ -38,11 +38,16 @@ def _modules() -> dict[str, str]:
 
 def available() -> dict[str, bool]:
     """The registered backends, and whether each one's framework is installed. Imports none of them."""
+    return {name: _installed(_OWN[name][1]) if name in _OWN else True for name in _modules()}
+
+
+def _installed(package: str) -> bool:
     from importlib.util import find_spec
 
-    return {
-        name: find_spec(_OWN[name][1]) is not None if name in _OWN else True for name in _modules()
-    }
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False  # something on the import path refuses it
 
 
 def get(name: str) -> ModuleType:

@@ -177,7 +177,9 @@ def make_plan(ids: Any, weights: Any, layout: LayerLayout, dtype: Any) -> Plan:
     scale = tf.gather(tf.constant(tables.scales, dtype), feature)
     if weights is not None:
         weights = tf.cast(tf.reshape(weights, [-1, width]), dtype)
-        scale = scale * tf.gather(weights, column, batch_dims=1)
+        # By flat index: the gradient of a gather with batch_dims fails on an empty batch.
+        cells = tf.range(tf.shape(ids)[0])[:, None] * width + column
+        scale = scale * tf.gather(tf.reshape(weights, [-1]), cells)
     scale = tf.where(used, scale, tf.zeros_like(scale))
     count = ids.shape[0]
     bound = None

@@ -65,9 +65,8 @@ def routed_linear(
         h = tf.matmul(x, a, transpose_b=True) * scale[:, None, :]
         return base + tf.matmul(h, b)
     if strategy == "single":
-        rows, factor = plan.rows[:1], scale[:1]  # of an empty batch, nothing
-        rows = tf.reshape(rows, [-1])
-        factor = tf.reshape(factor, [1, 1, -1])
+        # All rows alike; each keeps its own factors, so that its weights get their own gradient.
+        rows, factor = tf.reshape(plan.rows[:1], [-1]), scale[:, None, :]
     else:
         rows, _ = plan.union
         factor = tf.cast(plan.mask, dtype)[:, None, :]
@@ -104,15 +103,16 @@ def routed_embedding(
     dtype = base.dtype
     scale = tf.cast(plan.scale, dtype)
     if strategy == "single":
-        rows = tf.reshape(plan.rows[:1], [-1])
-        factor = tf.reshape(scale[:1], [1, 1, -1])
+        rows, factor = tf.reshape(plan.rows[:1], [-1]), scale[:, None, :]
     else:
         rows, places = plan.union
         factor = None
     columns = tf.transpose(fetch(tables[0], rows, live, dtype))  # [vocabulary, U]
     h = tf.gather(columns, tokens)  # [N, S, U]
     if strategy == "gather":
-        h = tf.gather(tf.transpose(h, [0, 2, 1]), places, batch_dims=1)  # [N, R, S]
+        sizes, used = tf.shape(tokens), tf.size(rows)
+        h = tf.reshape(tf.transpose(h, [0, 2, 1]), [sizes[0] * used, sizes[1]])
+        h = tf.gather(h, tf.range(sizes[0])[:, None] * used + places)  # [N, R, S]
         h = tf.transpose(h, [0, 2, 1]) * scale[:, None, :]
         return base + tf.matmul(h, fetch(tables[1], plan.rows, live, dtype))
     if factor is None:
