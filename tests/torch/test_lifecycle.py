@@ -175,7 +175,7 @@ def test_export_opens_in_peft_with_equal_outputs(name, kind, tmp_path):
     changes = {"rank_pattern": {".*(q|q_proj|query|c_attn)": {"task": 1}}}
     if kind == "embedding":
         if name == "t5":
-            pytest.skip("PEFT adapts T5's unused module; see docs/peft.md")
+            pytest.skip("PEFT adapts T5's unused module; see docs/torch.md")
         changes["target_modules"] = [targets[name]]
     model = _adapted(name, **changes)
     report = export_peft(model, ROW, tmp_path)
