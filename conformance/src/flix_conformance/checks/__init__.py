@@ -1,0 +1,10 @@
+"""The checks, in the order of the report."""
+
+from flix_conformance.checks import cross, files, gradients, inputs, laws, outputs, training
+from flix_conformance.checks._registry import CHECKS, Check, NotOffered
+
+_ORDER = [module.__name__ for module in (outputs, gradients, laws, inputs, training, files, cross)]
+for _check in sorted(CHECKS.values(), key=lambda c: _ORDER.index(c.run.__module__)):
+    CHECKS[_check.name] = CHECKS.pop(_check.name)
+
+__all__ = ["CHECKS", "Check", "NotOffered"]

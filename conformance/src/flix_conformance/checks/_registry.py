@@ -1,0 +1,60 @@
+"""What a check is, and the list of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flix_conformance.strategies import Draw
+
+CHECKS: dict[str, Check] = {}
+
+
+class NotOffered(Exception):  # noqa: N818 - no error: the report says so
+    """The backend does not offer what a check is about (embeddings, say)."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One rule.
+
+    Attributes:
+        name: as in reports and in files of expected failures.
+        rule: the rule, in words.
+        run: the check on one example: ``run(draw, backend)``, or ``run(draw, first, second)`` for pairs.
+        examples: how many examples, under the profile ``ci``.
+        pair: whether it compares two backends.
+        kind: the kind of layer that it needs.
+    """
+
+    name: str
+    rule: str
+    run: Callable[..., None]
+    examples: int
+    pair: bool = False
+    kind: str = "linear"
+
+
+def check(
+    rule: str, *, examples: int = 20, pair: bool = False, kind: str = "linear"
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a check under its own name."""
+
+    def register(run: Callable[..., None]) -> Callable[..., None]:
+        name = run.__name__
+        CHECKS[name] = Check(name, rule, run, examples, pair, kind)
+        return run
+
+    return register
+
+
+def offered(kind: str, *backends: Any) -> None:
+    """Stop a check that the backends do not all offer the kind of layer for."""
+    if any(kind not in backend.kinds for backend in backends):
+        raise NotOffered(f"no {kind} layers")
+
+
+def any_kind(draw: Draw, kinds: tuple[str, ...]) -> str:
+    """One of the kinds that are offered."""
+    return str(draw.one_of(sorted(kinds, reverse=True)))

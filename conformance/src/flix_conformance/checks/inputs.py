@@ -1,0 +1,143 @@
+"""Bad input is refused with an error that names what is wrong, and is never served in silence."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from flix_conformance import bits
+from flix_conformance.checks._registry import any_kind, check
+from flix_conformance.harness import Array, Backend, Case
+from flix_conformance.strategies import Draw
+
+
+def _with(array: Array, place: tuple[int, ...], value: Any) -> Array:
+    changed = array.copy()
+    changed[place] = value
+    return changed
+
+
+def _place(draw: Draw, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(draw.integer(0, size - 1) for size in shape)
+
+
+def _filled(draw: Draw, backend: Backend) -> Case:
+    kind = any_kind(draw, backend.kinds)
+    # A compiled layer in which no feature has an update never looks at the ids.
+    case = draw.case(kind=kind, where=lambda s: s.filled and sum(s.ranks) > 0)
+    return case.but(strategy="auto")
+
+
+def malformed(draw: Draw, case: Case) -> list[tuple[str, Case, str]]:
+    """(what is wrong, the case, a pattern for the message) for each kind of malformed routing."""
+    ids, weights = case.ids, case.weights
+    assert weights is not None
+    place = _place(draw, ids.shape)
+    row, count = place[0], len(case.registry)
+    feature = draw.integer(0, count - 1)
+    named = rf"row {row}\b.*{re.escape(':'.join(case.registry.features[feature]))}"
+    odd = draw.one_of([np.nan, np.inf, -np.inf])
+    longer = np.concatenate([ids, ids[:1]])
+    return [
+        ("an id of no feature", case.but(ids=_with(ids, place, count)), rf"{count}.*row {row}\b"),
+        ("an id below -1", case.but(ids=_with(ids, place, -2)), rf"-2.*row {row}\b"),
+        ("ids that are no integers", case.but(ids=ids.astype(np.float32)), "float32"),
+        ("ids of one dimension", case.but(ids=ids.ravel()), rf"\[{ids.size}\]|\({ids.size},\)"),
+        (
+            "one row of ids too many",
+            case.but(ids=longer, weights=np.concatenate([weights, weights[:1]])),
+            rf"{len(longer)}.*{len(ids)}|{len(ids)}.*{len(longer)}",
+        ),
+        ("weights of another shape", case.but(weights=weights[..., :0]), r"flix_weights|weights"),
+        (
+            "a weight that is not finite",
+            case.but(ids=_with(ids, place, feature), weights=_with(weights, place, odd)),
+            named,
+        ),
+        ("weights that are no floats", case.but(weights=weights.astype(np.int32)), "int32"),
+    ]
+
+
+@check("malformed routing is refused with an error that names the row or the feature", examples=8)
+def routing_refused(draw: Draw, backend: Backend) -> None:
+    case = _filled(draw, backend)
+    for what, bad, pattern in malformed(draw, case):
+        error = backend.refuse(bad)
+        assert error is not None, f"{what}: not refused"
+        assert isinstance(error, ValueError), f"{what}: refused by {type(error).__name__}: {error}"
+        assert re.search(pattern, str(error), re.DOTALL), (
+            f"{what}: the message does not name it ({pattern}): {error}"
+        )
+
+
+@check("a row with an id of no feature is an error or NaN, never a finite output", examples=12)
+def unknown_ids(draw: Draw, backend: Backend) -> None:
+    case = _filled(draw, backend)
+    place = _place(draw, case.ids.shape)
+    number = draw.one_of([len(case.registry), len(case.registry) + 7, -2])
+    bad = case.but(ids=_with(case.ids, place, number))
+    try:
+        y = np.asarray(backend.forward(bad)[0], np.float64)
+    except Exception:
+        return
+    assert np.isnan(y[place[:-1]]).all(), (
+        f"the id {number} in row {place[0]} of {len(case.registry)} features gave a finite output"
+    )
+
+
+@check(
+    "rows become ids and weights by the rules: names add up, what is implied acts once", examples=40
+)
+def encoding(draw: Draw, backend: Backend) -> None:
+    case = draw.case()
+    rows = draw.rows(case.registry, draw.integer(0, 4))
+    expected = [bits.active_features(case.registry, row) for row in rows]
+    width = draw.one_of([None, max([1, *map(len, expected)]) + 1])
+    ids, weights = backend.encode(case.config, rows, width=width)
+    assert ids.dtype == np.int32, f"ids are {ids.dtype}"
+    assert weights.dtype == np.float32, f"weights are {weights.dtype}"
+    assert ids.shape == weights.shape, f"ids {ids.shape} and weights {weights.shape} differ"
+    assert len(ids) == len(rows), f"{len(ids)} rows came of {len(rows)}"
+    if width is not None:
+        assert ids.shape[-1] == width, f"the width is {ids.shape[-1]}, not {width}"
+    assert not weights[ids < 0].any(), "padding has a weight"
+    for number, (found, wanted) in enumerate(zip(bits.by_row(ids, weights), expected, strict=True)):
+        assert set(found) == set(wanted), f"row {number}: ids {sorted(found)}, not {sorted(wanted)}"
+        for i, weight in wanted.items():
+            assert abs(found[i] - weight) <= 1e-6 * max(1.0, abs(weight)), (
+                f"row {number}: weight {found[i]} of id {i}, not {weight}"
+            )
+
+
+@check(
+    "a row that names an unknown feature or group is refused by name, and skipped only if that was asked for"
+)
+def names_refused(draw: Draw, backend: Backend) -> None:
+    case = draw.case()
+    registry = case.registry
+    rows = draw.rows(registry, 3)
+    number = draw.integer(0, 2)
+    group = draw.one_of(registry.groups)
+    bad = [
+        ({group: "no such feature"}, [f"row {number}", group, "no such feature"]),
+        ({"no such group": "x"}, [f"row {number}", "no such group"]),
+        ({group: {registry.names(group)[0]: float("nan")}}, [f"row {number}"]),
+        ({group: 3}, [f"row {number}", group]),
+    ]
+    for row, named in bad:
+        given = [*rows[:number], row, *rows[number + 1 :]]
+        try:
+            backend.encode(case.config, given, unknown="error")
+        except ValueError as error:
+            for part in named:
+                assert part in str(error), f"{row!r}: the message does not name {part!r}: {error}"
+        else:
+            raise AssertionError(f"{row!r} was encoded without an error")
+    known = registry.names(group)[0]
+    ids, weights = backend.encode(
+        case.config, [{group: [known, "no such feature"]}], unknown="skip"
+    )
+    wanted = bits.active_features(registry, {group: known})
+    assert set(bits.by_row(ids, weights)[0]) == set(wanted), "skipping skipped something else too"

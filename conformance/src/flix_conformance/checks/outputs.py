@@ -1,0 +1,95 @@
+"""Outputs against the oracle, and what is promised about them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flix_conformance import bits, oracle
+from flix_conformance.checks._registry import any_kind, check
+from flix_conformance.compare import close, same_bits
+from flix_conformance.harness import Array, Backend, Case
+from flix_conformance.strategies import Draw
+
+
+def output(backend: Backend, case: Case) -> Array:
+    """The backend's output in float64."""
+    return np.asarray(backend.forward(case)[0], np.float64)
+
+
+def check_output(backend: Backend, case: Case) -> None:
+    """Hold one output to the oracle's."""
+    size = oracle.forward(oracle.magnitude(case))
+    close(backend.forward(case)[0], oracle.forward(case), size, case.dtype, "the output")
+
+
+@check("outputs are those of the formula, in every shape, dtype and strategy", examples=96)
+def forward(draw: Draw, backend: Backend) -> None:
+    check_output(backend, draw.case())
+
+
+@check("an embedding's outputs are those of the formula", examples=36, kind="embedding")
+def embedding_forward(draw: Draw, backend: Backend) -> None:
+    check_output(backend, draw.case(kind="embedding", pool=12))
+
+
+@check("the output has the dtype of the layer")
+def output_dtype(draw: Draw, backend: Backend) -> None:
+    case = draw.case(kind=any_kind(draw, backend.kinds))
+    _, dtype = backend.forward(case)
+    assert dtype == case.dtype, f"the output of a {case.dtype} layer is {dtype}"
+
+
+@check("a call does not depend on the calls before it", examples=8)
+def repeatable(draw: Draw, backend: Backend) -> None:
+    case = draw.case(pool=12)
+    first = output(backend, case)
+    # The same layer and batch under another routing, in between.
+    backend.forward(case.but(ids=np.full_like(case.ids, -1), weights=_zeros(case)))
+    same_bits(output(backend, case), first, "the output of the same call, made again,")
+
+
+def _zeros(case: Case) -> Array | None:
+    return None if case.weights is None else np.zeros_like(case.weights)
+
+
+@check("forward and backward leave the arrays that they are given as they were")
+def inputs_unchanged(draw: Draw, backend: Backend) -> None:
+    case = draw.case(kind=any_kind(draw, backend.kinds), pool=12)
+    given = {
+        "x": case.x,
+        "ids": case.ids,
+        "weights": case.weights,
+        "kernel": case.kernel,
+        "bias": case.bias,
+        **{f"A of {':'.join(f)}": a for f, (a, _) in case.pairs.items()},
+        **{f"B of {':'.join(f)}": b for f, (_, b) in case.pairs.items()},
+    }
+    before = {name: array.copy() for name, array in given.items() if array is not None}
+    y, _ = backend.forward(case)
+    backend.gradients(case, np.ones(np.shape(y)))
+    for name, array in before.items():
+        same_bits(given[name], array, f"{name}, which the backend was given,")
+
+
+@check("merging one composition gives the formula's kernel, and the output that routing gives")
+def merge(draw: Draw, backend: Backend) -> None:
+    case = draw.case(kind=any_kind(draw, backend.kinds), pool=12)
+    row = draw.rows(case.registry, 1, full=True)[0]
+    active = {
+        case.registry.features[i]: w for i, w in bits.active_features(case.registry, row).items()
+    }
+    kernel = np.asarray(backend.merge(case, row), np.float64)
+    size = oracle.merged(oracle.magnitude(case), {f: abs(w) for f, w in active.items()})
+    close(kernel, oracle.merged(case, active), size, case.dtype, "the merged kernel")
+    ids, weights = backend.encode(case.config, [row] * len(case.x))
+    routed = case.but(ids=ids, weights=weights)
+    x = oracle.dense_x(case)
+    expected = x @ kernel + (0.0 if case.bias is None else case.bias)
+    close(
+        output(backend, routed),
+        expected,
+        np.abs(x) @ size + (0.0 if case.bias is None else np.abs(case.bias)),
+        case.dtype,
+        "the output, beside the merged kernel's,",
+        slack=2.0,
+    )

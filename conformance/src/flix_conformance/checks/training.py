@@ -1,0 +1,97 @@
+"""What is promised of training: initial bytes, dropout masks, AdamW steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+import flix
+from flix_conformance import bits, oracle
+from flix_conformance.checks._registry import any_kind, check
+from flix_conformance.compare import close_in_norm, same_bits, same_pairs
+from flix_conformance.harness import AdamW, Array, Backend, Case, Pairs
+from flix_conformance.strategies import Draw
+
+SETTINGS = AdamW()
+STEPS = 20
+# Of the way that training went: float32 and the place of eps differ between frameworks' AdamW, by far less.
+TRAJECTORY = 2e-3
+
+
+@check("initial values have the defined bytes: A uniform by position, B zero")
+def initial_values(draw: Draw, backend: Backend) -> None:
+    case = draw.case(kind=any_kind(draw, backend.kinds), pool=16).but(dtype="float32")
+    seed = draw.one_of([0, 1, 7, 2**31, -5])
+    case = case.but(config=replace(case.config, seed=seed))
+    same_pairs(backend.initial(case), bits.initial_pairs(case), "initial values")
+
+
+def dropout_case(draw: Draw) -> tuple[flix.FlixConfig, Array, Array, dict[str, int]]:
+    """A configuration with dropout, routing, and a place in a run."""
+    case = draw.case()
+    rates = [0.0, 0.1, 0.5, 0.9, 1.0]
+    dropout = flix.FeatureDropout(
+        p=draw.one_of(rates),
+        per_group={g: draw.one_of(rates) for g in case.registry.groups[:1]},
+        keep_one=draw.one_of([False, True]),
+        rescale=draw.one_of([False, True]),
+    )
+    weights = case.weights
+    if weights is None:
+        weights = np.where(case.ids < 0, 0, 1).astype(np.float32)
+    place = {
+        "seed": draw.integer(0, 2**31),
+        "step": draw.integer(0, 10**6),
+        "first_row": draw.one_of([0, 3]),
+    }
+    return replace(case.config, feature_dropout=dropout), case.ids, weights, place
+
+
+@check("feature dropout gives the defined mask of a seed, step and row", examples=40)
+def dropout_masks(draw: Draw, backend: Backend) -> None:
+    config, ids, weights, place = dropout_case(draw)
+    expected = bits.dropped(config, ids, weights, **place)
+    found = backend.dropout(config, ids.copy(), weights.copy(), **place)
+    same_bits(found[0], expected[0], "ids after dropout")
+    same_bits(found[1], expected[1], "weights after dropout")
+
+
+@check(
+    "an AdamW step with decay leaves features absent from its batch as they were, bit by bit",
+    examples=8,
+)
+def absent_stay(draw: Draw, backend: Backend) -> None:
+    case, batches = draw.run(any_kind(draw, backend.kinds), steps=4)
+    before: Pairs = case.pairs
+    for step, after in enumerate(backend.train(case, batches, SETTINGS)["pairs"]):
+        present = oracle.listed(case, batches[step].ids)
+        for feature, pair in before.items():
+            for part in (0, 1):
+                label = f"{'AB'[part]} of {':'.join(feature)}, absent from step {step},"
+                if feature not in present:
+                    same_bits(after[feature][part], pair[part], label)
+        before = after
+
+
+def check_trajectory(case: Case, found: Any, expected: list[Pairs], slack: float = 1.0) -> None:
+    """Hold the values after every step to the expected ones."""
+    assert len(found) == len(expected), f"{len(found)} steps were reported, not {len(expected)}"
+    for step, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
+        for feature, start in case.pairs.items():
+            for part in (0, 1):
+                close_in_norm(
+                    actual[feature][part],
+                    np.asarray(wanted[feature][part], np.float64),
+                    start[part],
+                    slack * TRAJECTORY,
+                    f"{'AB'[part]} of {':'.join(feature)} after step {step}",
+                )
+
+
+@check(f"{STEPS} AdamW steps end where the formula's do, and pass where they pass", examples=6)
+def trajectory(draw: Draw, backend: Backend) -> None:
+    case, batches = draw.run(any_kind(draw, backend.kinds), steps=STEPS)
+    found = backend.train(case, batches, SETTINGS)["pairs"]
+    check_trajectory(case, found, oracle.train(case, batches, SETTINGS))

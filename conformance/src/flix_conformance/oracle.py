@@ -1,0 +1,140 @@
+"""The truth: the specification's formula in float64 numpy, position by position, with none of flix's algorithms.
+
+    y_e = W0 x_e + b + Σ_f  w_ef · s_f · B_f (A_f x_e)
+
+An embedding is the same with a one-hot x. Every function is a polynomial with positive coefficients in its inputs, so
+that calling it with absolute values bounds the size of what was summed: the scale that rounding errors go by.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flix_conformance.harness import AdamW, Array, Batch, Case, Feature, Pairs
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of Σ y · dy."""
+
+    x: Array
+    weights: Array
+    pairs: Pairs
+
+
+def scale(case: Case, feature: Feature) -> float:
+    """s_f = alpha / r, or alpha / sqrt(r); alpha is the rank unless it is given."""
+    rank = case.pairs[feature][0].shape[0]
+    alpha = case.config.alpha
+    if isinstance(alpha, Mapping):
+        alpha = alpha.get(feature)
+    numerator = float(rank if alpha is None else alpha)
+    return numerator / (rank if case.config.scaling == "lora" else math.sqrt(rank))
+
+
+def dense_x(case: Case) -> Array:
+    """x in float64; an embedding's tokens as one-hot vectors."""
+    if case.kind == "embedding":
+        return np.eye(case.d_in)[case.x]
+    return case.x.astype(np.float64)
+
+
+def _terms(case: Case) -> Iterator[tuple[tuple[int, ...], int, Feature, float]]:
+    """(position of the routing, slot, feature, weight) of all that acts."""
+    for place in np.ndindex(*case.ids.shape):
+        number = int(case.ids[place])
+        feature = case.registry.features[number] if number >= 0 else None
+        if feature in case.pairs:
+            weight = 1.0 if case.weights is None else float(case.weights[place])
+            yield place[:-1], place[-1], feature, weight
+
+
+def forward(case: Case) -> Array:
+    """The output ``[B, ..., d_out]``."""
+    x = dense_x(case)
+    y = x @ case.kernel.astype(np.float64)
+    if case.bias is not None:
+        y = y + case.bias
+    for place, _, feature, weight in _terms(case):
+        a, b = (part.astype(np.float64) for part in case.pairs[feature])
+        y[place] += weight * scale(case, feature) * (x[place] @ a.T @ b.T)
+    return y
+
+
+def gradients(case: Case, dy: Array) -> Gradients:
+    """Gradients of Σ y · dy, derived by hand."""
+    x = dense_x(case)
+    dx = dy @ case.kernel.astype(np.float64).T
+    d_weights = np.zeros(case.ids.shape)
+    pairs = {f: (np.zeros(a.shape), np.zeros(b.shape)) for f, (a, b) in sorted(case.pairs.items())}
+    for place, slot, feature, weight in _terms(case):
+        a, b = (part.astype(np.float64) for part in case.pairs[feature])
+        s = scale(case, feature)
+        here, there = x[place].reshape(-1, case.d_in), dy[place].reshape(-1, case.d_out)
+        h, dh = here @ a.T, there @ b
+        d_weights[(*place, slot)] = s * (h * dh).sum()
+        da, db = pairs[feature]
+        da += weight * s * dh.T @ here
+        db += weight * s * there.T @ h
+        dx[place] += weight * s * (dh @ a).reshape(dx[place].shape)
+    return Gradients(dx, d_weights, pairs)
+
+
+def magnitude(case: Case) -> Case:
+    """The case with absolute values: what the sizes of the sums are computed from."""
+    return case.but(
+        kernel=np.abs(case.kernel),
+        bias=None if case.bias is None else np.abs(case.bias),
+        pairs={f: (np.abs(a), np.abs(b)) for f, (a, b) in case.pairs.items()},
+        x=case.x if case.kind == "embedding" else np.abs(case.x),
+        weights=None if case.weights is None else np.abs(case.weights),
+    )
+
+
+def merged(case: Case, active: Mapping[Feature, float]) -> Array:
+    """W0 + Σ w s (B A)ᵀ, ``[d_in, d_out]``."""
+    kernel = case.kernel.astype(np.float64)
+    for feature, weight in active.items():
+        if feature in case.pairs:
+            a, b = (part.astype(np.float64) for part in case.pairs[feature])
+            kernel = kernel + weight * scale(case, feature) * (b @ a).T
+    return kernel
+
+
+def train(case: Case, batches: Sequence[Batch], settings: AdamW) -> list[Pairs]:
+    """The pairs after each step of AdamW; a feature that no row lists is not touched, its step count included."""
+    values = {f: [a.astype(np.float64), b.astype(np.float64)] for f, (a, b) in case.pairs.items()}
+    moments: dict[Any, tuple[Array, Array, int]] = {}
+    trajectory: list[Pairs] = []
+    for batch in batches:
+        now = case.but(
+            pairs={f: (a, b) for f, (a, b) in values.items()},
+            x=batch.x,
+            ids=batch.ids,
+            weights=batch.weights,
+        )
+        grads = gradients(now, (forward(now) - batch.target) / len(batch.x))
+        for feature in listed(case, batch.ids):
+            for part in (0, 1):
+                g, p = grads.pairs[feature][part], values[feature][part]
+                m, v, count = moments.get((feature, part), (0.0 * p, 0.0 * p, 0))
+                m = settings.beta1 * m + (1 - settings.beta1) * g
+                v = settings.beta2 * v + (1 - settings.beta2) * g * g
+                count += 1
+                moments[feature, part] = (m, v, count)
+                step = m / (1 - settings.beta1**count)
+                step = step / (np.sqrt(v / (1 - settings.beta2**count)) + settings.eps)
+                values[feature][part] = p - settings.lr * (step + settings.decay * p)
+        trajectory.append({f: (a.copy(), b.copy()) for f, (a, b) in values.items()})
+    return trajectory
+
+
+def listed(case: Case, ids: Array) -> list[Feature]:
+    """The features that some row lists, with whatever weight, and that have an update."""
+    numbers = sorted({int(i) for i in ids.ravel() if i >= 0})
+    return [case.registry.features[i] for i in numbers if case.registry.features[i] in case.pairs]

@@ -1,0 +1,110 @@
+"""Finding backends, and running one check on them."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import zlib
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+import flix
+from flix_conformance.checks import CHECKS, Check, NotOffered
+from flix_conformance.checks._registry import offered
+from flix_conformance.harness import Backend
+from flix_conformance.strategies import PROFILES, Draw, Profile
+
+
+class NotInstalledError(Exception):
+    """A backend whose framework, or whose package, is not installed."""
+
+
+class NoHarnessError(Exception):
+    """A backend that shows the kit no harness."""
+
+
+def registered() -> list[str]:
+    """The names of all backends that are registered."""
+    return list(flix.backends.available())
+
+
+def load(name: str) -> Backend:
+    """A backend by its registered name, or ``name=module`` for one that is not registered.
+
+    Raises:
+        NotInstalledError: its framework is missing; the message says what to install.
+        NoHarnessError: its module has no ``harness()``, nor has a submodule ``conformance`` of it.
+        KeyError: no backend of this name.
+    """
+    name, _, path = name.partition("=")
+    try:
+        module = importlib.import_module(path) if path else flix.backends.get(name)
+    except ImportError as error:
+        raise NotInstalledError(str(error)) from error
+    submodule = f"{module.__name__}.conformance"
+    try:
+        module = importlib.import_module(submodule)
+    except ModuleNotFoundError as error:
+        if error.name != submodule:
+            raise NotInstalledError(str(error)) from error
+    if not hasattr(module, "harness"):
+        raise NoHarnessError(
+            f"backend {name!r}: neither {submodule} nor {module.__name__} has a function harness(); "
+            "see flix_conformance.harness for what it returns"
+        )
+    return Backend(name, module.harness())
+
+
+def run(check: Check | str, *backends: Backend, profile: Profile | str = "ci") -> None:
+    """Run one check.
+
+    Args:
+        check: the check, or its name.
+        backends: one, or two for a check of pairs.
+        profile: how much is tried, or its name.
+
+    Raises:
+        AssertionError: the rule is broken (or whatever the backend raised).
+        NotOffered: the backend does not offer what the check is about.
+    """
+    chosen = CHECKS[check] if isinstance(check, str) else check
+    found = PROFILES[profile] if isinstance(profile, str) else profile
+    offered(chosen.kind, *backends)
+
+    total = max(1, math.ceil(chosen.examples * found.examples))
+    turns = min(total, found.pool)
+    for turn in range(turns):
+        # One more than its share: hypothesis begins with the simplest example that there is.
+        _run_turn(chosen, backends, found, turn, turns, math.ceil(total / turns) + 1)
+
+
+def _run_turn(
+    check: Check,
+    backends: tuple[Backend, ...],
+    profile: Profile,
+    turn: int,
+    turns: int,
+    examples: int,
+) -> None:
+    """The examples of one part of the signatures."""
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        print_blob=False,
+        phases=[Phase.generate, Phase.shrink] if profile.shrink else [Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+    )
+    @given(st.data())
+    def holds(data: st.DataObject) -> None:
+        check.run(Draw(data, profile, backends, turn, turns), *backends)
+
+    if profile.fixed:
+        holds = seed(zlib.crc32(f"{check.name}:{turn}".encode()))(holds)
+    holds()
+
+
+__all__ = ["NoHarnessError", "NotInstalledError", "NotOffered", "load", "registered", "run"]

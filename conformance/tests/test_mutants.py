@@ -1,0 +1,62 @@
+"""The kit catches every mutant; every check catches one; the table in the documentation says which."""
+
+from __future__ import annotations
+
+import pytest
+import write_docs
+from flix_conformance import Backend, runner
+from flix_conformance.checks import CHECKS
+from flix_numpy import Harness
+from mutants import MUTANTS, Mutant
+
+
+def table() -> str:
+    """The table of mutants, each with the check that catches it, in the order of the report."""
+    order = list(CHECKS)
+    rows = [
+        f"| {mutant.name} | `{mutant.check}` |"
+        for mutant in sorted(MUTANTS, key=lambda m: order.index(m.check))
+    ]
+    return "\n".join(["| mutant | caught by |", "|---|---|", *rows])
+
+
+def example() -> Backend:
+    """The example backend."""
+    return Backend("numpy", Harness())
+
+
+@pytest.mark.parametrize("name", [name for name, check in CHECKS.items() if not check.pair])
+def test_the_example_backend_passes(name: str) -> None:
+    runner.run(name, example())
+
+
+@pytest.mark.parametrize("name", [name for name, check in CHECKS.items() if check.pair])
+def test_the_example_backend_agrees_with_itself(name: str) -> None:
+    runner.run(name, example(), Backend("numpy again", Harness()))
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.harness.__name__)
+def test_caught(mutant: Mutant) -> None:
+    """By its check, and because the rule is broken, not because the mutant crashes."""
+    backends = [mutant.backend()]
+    if CHECKS[mutant.check].pair:
+        backends.insert(0, example())
+    with pytest.raises(AssertionError):
+        runner.run(mutant.check, *backends)
+
+
+def test_every_check_catches_a_mutant() -> None:
+    assert len(MUTANTS) >= 25
+    assert {mutant.check for mutant in MUTANTS} == set(CHECKS)
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+
+
+@pytest.mark.parametrize("part", write_docs.parts(), ids="-".join)
+def test_the_documentation_is_up_to_date(part: tuple[str, str]) -> None:
+    """``python conformance/tests/write_docs.py`` writes it."""
+    assert write_docs.shown(*part) == write_docs.parts()[part]
+
+
+def test_the_example_is_as_short_as_the_page_says() -> None:
+    lines = write_docs.EXAMPLE.read_text(encoding="utf-8").splitlines()
+    assert sum(bool(line.strip()) for line in lines) <= 150

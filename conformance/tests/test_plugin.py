@@ -1,0 +1,111 @@
+"""The pytest plugin from outside: options, report, expected failures, missing frameworks; each run is a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parents[1]
+_BROKEN = """
+from flix_numpy import Harness
+
+class Broken(Harness):
+    def forward(self, case):
+        y, dtype = super().forward(case)
+        return y + 1, dtype
+
+harness = Broken
+"""
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    sources = [folder, _ROOT / "src", _ROOT / "example_backend" / "src"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sources))}
+    command = [sys.executable, "-m", "pytest", "-p", "flix_conformance.plugin", "-q"]
+    options = ["--pyargs", "flix_conformance", "-p", "no:cacheprovider", "--rootdir", str(folder)]
+    return subprocess.run(
+        [*command, *options, *arguments],
+        env={**environment, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "broken.py").write_text(_BROKEN, encoding="utf-8")
+    (tmp_path / "absent.py").write_text("import no_such_framework\n", encoding="utf-8")
+    (tmp_path / "empty.py").write_text("", encoding="utf-8")
+    return tmp_path
+
+
+def test_report(folder: Path) -> None:
+    report = folder / "out" / "report.json"
+    found = run(
+        folder,
+        *("--flix-backend", "numpy=flix_numpy", "--flix-backend", "broken=broken"),
+        *("-k", "forward", "--flix-report", str(report)),
+    )
+    assert found.returncode == 1, found.stdout
+    assert "forward            FAIL    pass" in found.stdout
+    data = json.loads(report.read_text(encoding="utf-8"))
+    outcomes = {
+        entry["check"]: {name: cell["outcome"] for name, cell in entry["results"].items()}
+        for entry in (*data["checks"], *data["pairs"])
+    }
+    assert outcomes["forward"] == {"numpy": "passed", "broken": "failed"}
+    assert outcomes["cross_forward"] == {"numpy+broken": "failed"}
+    assert outcomes["merge"] == {}
+
+
+def test_expected_failures(folder: Path) -> None:
+    listed = folder / "expected.txt"
+    arguments = ("--flix-backend", "broken=broken", "--flix-expected-failures", str(listed))
+    listed.write_text("# known\n\nforward[broken]: adds one\nembedding_forward: likewise\n")
+    found = run(folder, *arguments, "-k", "broken-forward or broken-embedding_forward")
+    assert found.returncode == 0, found.stdout
+    assert "xfail" in found.stdout
+    listed.write_text("files_round_trip: not written yet\n")
+    found = run(folder, *arguments, "-k", "files_round_trip")
+    assert found.returncode == 1, found.stdout
+    assert "XPASS" in found.stdout
+
+
+@pytest.mark.parametrize("line", ["forward", "forward:", "no_such_check: reason"])
+def test_bad_expectations_are_usage_errors(folder: Path, line: str) -> None:
+    listed = folder / "expected.txt"
+    listed.write_text(line + "\n")
+    found = run(folder, "--flix-backend", "broken=broken", "--flix-expected-failures", str(listed))
+    assert found.returncode == 4, found.stdout
+    assert "expected.txt:1" in found.stderr + found.stdout
+
+
+def test_missing_framework_does_not_pass(folder: Path) -> None:
+    found = run(
+        folder,
+        "--flix-backend",
+        "absent=absent",
+        "--flix-backend",
+        "numpy=flix_numpy",
+        "-k",
+        "installed or split",
+    )
+    assert found.returncode == 1, found.stdout
+    assert "absent: not installed: No module named 'no_such_framework'" in found.stdout
+    assert "split_batch  not installed" in found.stdout or "not installed" in found.stdout
+
+
+def test_unknown_backends_and_missing_harnesses_are_usage_errors(folder: Path) -> None:
+    found = run(folder, "--flix-backend", "torhc")
+    assert found.returncode == 4, found.stdout
+    assert "torch" in found.stderr + found.stdout
+    found = run(folder, "--flix-backend", "empty=empty")
+    assert found.returncode == 4, found.stdout
+    assert "harness()" in found.stderr + found.stdout
