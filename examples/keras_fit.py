@@ -2,8 +2,6 @@
 
 Runs offline, in seconds, on made-up data: each language rotates the classes by its own offset, each task reads
 another half of the input. The frozen base knows neither.
-
-    python examples/keras_fit.py
 """
 
 import os

@@ -81,7 +81,7 @@ class FeatureDropout:
         keep = counter.uniform(words, rows, ids.astype(np.int64) + 1) >= rate[ids]
         active = ids >= 0
         keep &= active
-        if self.keep_one:
+        if self.keep_one and active.any():
             flat_active = active.reshape(len(routing), -1)
             lost = flat_active.any(axis=1) & ~keep.reshape(len(routing), -1).any(axis=1)
             if lost.any():

@@ -41,6 +41,8 @@ def test_keep_one_keeps_exactly_one_drawn_uniformly():
     kept = FeatureDropout(1.0, keep_one=True)(routing(), seed=0, step=0)
     assert ((kept.ids >= 0).sum(axis=1) == 1).all()
     assert (kept.ids == 1).any(axis=1).mean() == pytest.approx(0.5, abs=0.03)
+    nothing = REGISTRY.encode([])
+    assert len(FeatureDropout(0.5, keep_one=True)(nothing, seed=0, step=0)) == 0
     empty = REGISTRY.encode([{}] * 3)
     assert (FeatureDropout(1.0, keep_one=True)(empty, seed=0, step=0).ids == -1).all()
     assert (FeatureDropout(1.0)(routing(), seed=0, step=0).ids == -1).all()

@@ -114,6 +114,13 @@ def test_a_feature_listed_twice_adds_up_and_padding_changes_nothing():
     assert relative(twice, once) < 1e-13
 
 
+def test_names_with_colons_and_dots_keep_their_own_parameters():
+    names = flix.FeatureRegistry({"a": ["b:c", "b.c", "b%2Ec"], "a:b": ["c"]})
+    ranks = {("a", "b:c"): 1, ("a", "b.c"): 2, ("a", "b%2Ec"): 3, ("a:b", "c"): 4}
+    layer = FlixLinear(4, 3, config=flix.FlixConfig(registry=names, ranks=ranks))
+    assert {f: layer.flix_A[f].shape[0] for f in names.features} == ranks
+
+
 def test_embedding_equals_the_formula():
     layer = _fill(FlixEmbedding(11, 5, config=config(), name="layer").double())
     ids, weights = routing()

@@ -26,8 +26,12 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def parameter_key(feature: Feature) -> str:
-    """A feature's key among a layer's parameters; torch refuses "." in the names of parameters."""
-    return ":".join(part.replace("%", "%25").replace(".", "%2E") for part in feature)
+    """A feature's key among a layer's parameters.
+
+    torch refuses "." in the names of parameters, and ":" parts group from name: names that hold them are escaped.
+    """
+    escaped = (part.replace("%", "%25").replace(".", "%2E").replace(":", "%3A") for part in feature)
+    return ":".join(escaped)
 
 
 class FeatureParameters(nn.Module):
