@@ -165,32 +165,6 @@ def expected_tensors(
                 yield tensor_name(path, "B", feature), (shape.d_out, rank)
 
 
-def check_fits(adapter: Adapter, layers: Mapping[str, LayerShape], what: str = "the model") -> None:
-    """Refuse an adapter whose layers are not the model's.
-
-    Args:
-        adapter: the adapter, after renaming.
-        layers: every layer of the model that can be adapted, by path.
-        what: the model, in words.
-
-    Raises:
-        AdapterError: the first layer that is missing or has other sizes.
-    """
-    for path, shape in adapter.layers.items():
-        if path not in layers:
-            raise AdapterError(
-                f"the adapter was made for another architecture: {what} has no layer {path!r}"
-                f"{near(path, layers)} that can be adapted; rename= translates layer paths"
-            )
-        found = layers[path]
-        if (found.kind, found.d_in, found.d_out) != (shape.kind, shape.d_in, shape.d_out):
-            raise AdapterError(
-                f"the adapter was made for another architecture: layer {path!r} is "
-                f"{shape.kind} {shape.d_in} -> {shape.d_out} in the adapter and "
-                f"{found.kind} {found.d_in} -> {found.d_out} in {what}"
-            )
-
-
 def save_adapter(adapter: Adapter, directory: Path_) -> None:
     """Write an adapter's folder. Each file is written aside, synced and moved into place.
 

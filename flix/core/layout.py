@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from flix.core.errors import ConfigError
 
-STRATEGIES = ("auto", "gather", "masked", "single")
+STRATEGIES = ("auto", "gather", "masked", "single", "fused")
 
 
 @dataclass(frozen=True)

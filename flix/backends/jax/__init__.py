@@ -28,7 +28,7 @@ from flix.backends.jax.functional import (
     scatter,
     touched,
 )
-from flix.backends.jax.inspection import Summary, named_pairs, summary, trainable_parameters
+from flix.backends.jax.inspection import named_pairs, summary, trainable_parameters
 from flix.backends.jax.layers import (
     FlixEinsum,
     FlixEmbed,
@@ -42,6 +42,7 @@ from flix.backends.jax.model import RoutedModel, adapt
 from flix.backends.jax.optim import adamw, mask_absent, scale_by_feature_adam, sparse_update
 from flix.backends.jax.sharding import partition_specs, shard
 from flix.backends.jax.training import FlixOptimizer, SparseGrads, value_and_grad
+from flix.core.summary import Summary
 
 __all__ = [
     "FlixEinsum",

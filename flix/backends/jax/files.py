@@ -22,13 +22,13 @@ from flix.core.adapter import (
     Adapter,
     Path_,
     Rename,
-    check_fits,
     load_adapter,
     save_adapter,
     tensor_name,
 )
 from flix.core.config import FlixConfig
-from flix.core.errors import AdapterError, TargetError
+from flix.core.errors import TargetError
+from flix.core.fitting import check_fits, check_same
 
 Model = TypeVar("Model", bound=nnx.Module)
 Source = Union[nnx.Module, tuple[FlixConfig, Bank]]
@@ -120,7 +120,8 @@ def load_into(model: Model, adapter: Adapter, *, strategy: str = "auto") -> Mode
     if not present:
         attach_layers(model, adapter.config, list(adapter.layers), strategy)
         present = dict(flix_layers(model))
-    _check_same({path: layer.flix_spec for path, layer in present.items()}, adapter)
+    layouts = {path: layer.flix_spec.layout for path, layer in present.items()}
+    check_same(adapter, require_adapted(model, "load"), layouts)
     set_config(model, adapter.config)
     for layer in present.values():
         bank = _layer_of(adapter, layer.flix_spec, layer.flix_A[...].dtype)
@@ -157,31 +158,3 @@ def load_bank(
 def _layer_of(adapter: Adapter, spec: LayerSpec, dtype: Any) -> LayerBank:
     features = adapter.config.registry.features
     return pack(spec, {f: adapter.pair(spec.path, f) for f in features}, dtype)
-
-
-def _check_same(present: dict[str, LayerSpec], adapter: Adapter) -> None:
-    for path in present:
-        if path not in adapter.layers:
-            raise AdapterError(f"layer {path!r} of the model is adapted, but not in the adapter")
-    for path in adapter.layers:
-        if path not in present:
-            raise AdapterError(f"layer {path!r} of the adapter is not adapted in the model")
-    registry = adapter.config.registry
-    for path, spec in present.items():
-        if spec.registry.features != registry.features:
-            raise AdapterError(
-                f"the adapter has other features than the model: {registry} and {spec.registry}"
-            )
-        layout = adapter.config.layout(path)
-        for i, feature in enumerate(registry.features):
-            own, other = spec.layout.ranks[i], layout.ranks[i]
-            if own != other:
-                raise AdapterError(
-                    f"layer {path!r}: {':'.join(feature)} has rank {own} in the model and {other} in "
-                    "the adapter"
-                )
-            if spec.layout.scales[i] != layout.scales[i]:
-                raise AdapterError(
-                    f"layer {path!r}: {':'.join(feature)} has another scale in the model than in the "
-                    "adapter (alpha or scaling differ)"
-                )

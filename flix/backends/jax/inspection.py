@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ from flix.backends.jax.files import Source, config_and_bank
 from flix.backends.jax.layers import FlixParam
 from flix.backends.jax.model import require_adapted
 from flix.core.adapter import tensor_name
-from flix.core.registry import Feature
+from flix.core.summary import Summary
 
 
 def trainable_parameters(model: nnx.Module) -> Any:
@@ -41,38 +40,6 @@ def named_pairs(source: Source) -> dict[str, jax.Array]:
         for feature, a, b in layer.pairs()
         for part, value in (("A", a), ("B", b))
     }
-
-
-@dataclass(frozen=True)
-class Summary:
-    """An adapted model in numbers; its text is a table.
-
-    Attributes:
-        layers: the adapted layers.
-        total: parameters in all (of a bank: the pairs').
-        trainable: parameters of features that train.
-        features: parameters of each feature over all layers.
-        ranks: the configuration's rank of each feature.
-    """
-
-    layers: tuple[str, ...]
-    total: int
-    trainable: int
-    features: dict[Feature, int]
-    ranks: dict[Feature, int]
-
-    def __str__(self) -> str:
-        share = 100.0 * self.trainable / max(self.total, 1)
-        lines = [
-            f"{len(self.layers)} adapted layers; {self.trainable:,} trainable of {self.total:,} "
-            f"parameters ({share:.2f}%)",
-            f"{'feature':<32}{'rank':>6}{'parameters':>14}",
-        ]
-        lines += [
-            f"{':'.join(feature):<32}{self.ranks[feature]:>6}{count:>14,}"
-            for feature, count in self.features.items()
-        ]
-        return "\n".join(lines)
 
 
 def summary(source: Source) -> Summary:

@@ -12,9 +12,9 @@ from flix.backends.jax.bank import Bank, LayerBank, make_spec, pack
 from flix.backends.jax.files import Source, config_and_bank
 from flix.backends.jax.model import flix_layers, set_config
 from flix.core.config import FlixConfig
-from flix.core.errors import RankError
 from flix.core.factors import resized_mean
 from flix.core.initial import initial_a, initial_b
+from flix.core.lifecycle import plan_growth
 from flix.core.registry import Feature
 
 
@@ -55,17 +55,11 @@ def add_feature(
         TargetError: the model is not adapted.
     """
     config, bank = config_and_bank(source, "add_feature")
-    names = [init_from] if isinstance(init_from, str) else list(init_from or ())
-    origins: list[Feature] = []
-    for origin in names:
-        config.registry.id(group, origin)
-        origins.append((group, origin))
-    if rank is None:
-        if not origins:
-            raise RankError("add_feature needs a rank, or init_from to take it from")
-        rank = max(config.ranks[origin] for origin in origins)  # type: ignore[index]
-    grown = config.with_feature(group, name, rank=rank, alpha=alpha, implies=implies)
-    new = _grown(grown, bank, (group, name), origins, freeze_others)
+    growth = plan_growth(
+        config, group, name, rank, init_from=init_from, alpha=alpha, implies=implies
+    )
+    grown, feature, origins = growth.config, growth.feature, growth.origins
+    new = _grown(grown, bank, feature, origins, freeze_others)
     if isinstance(source, tuple):
         return grown, new
     for path, layer in flix_layers(source):

@@ -26,12 +26,13 @@ if _keras.backend.backend() != "tensorflow":
 
 from flix.backends.tensorflow._context import route
 from flix.backends.tensorflow.files import load, load_into, save, to_adapter
-from flix.backends.tensorflow.inspection import Summary, named_pairs, summary, trainable_parameters
+from flix.backends.tensorflow.inspection import named_pairs, summary, trainable_parameters
 from flix.backends.tensorflow.layers import FlixDense, FlixEinsumDense, FlixEmbedding
 from flix.backends.tensorflow.lifecycle import add_feature
 from flix.backends.tensorflow.merging import merge
 from flix.backends.tensorflow.model import FlixModel, adapt
 from flix.backends.tensorflow.optimizers import keep_absent
+from flix.core.summary import Summary
 
 __all__ = [
     "FlixDense",

@@ -16,12 +16,11 @@ from flix.core.adapter import (
     LayerShape,
     Path_,
     Rename,
-    check_fits,
     load_adapter,
     save_adapter,
     tensor_name,
 )
-from flix.core.errors import AdapterError
+from flix.core.fitting import check_fits, check_same
 
 
 def to_adapter(model: FlixModel) -> Adapter:
@@ -79,7 +78,8 @@ def load_into(model: Any, adapter: Adapter, *, strategy: str = "auto") -> FlixMo
     if adapted is None:
         adapted = adapt_layers(model, adapter.config, list(adapter.layers), strategy)
     present = dict(flix_layers(adapted.base))
-    _check_same(present, adapter)
+    layouts = {path: layer.flix_layout for path, layer in present.items()}
+    check_same(adapter, require_adapted(adapted, "load"), layouts)
     features = adapter.config.registry.features
     for path, layer in present.items():
         pairs = {feature: adapter.pair(path, feature) for feature in features}
@@ -88,31 +88,3 @@ def load_into(model: Any, adapter: Adapter, *, strategy: str = "auto") -> FlixMo
             {feature: b for feature, (_, b) in pairs.items()},
         )
     return adapted
-
-
-def _check_same(present: dict[str, Any], adapter: Adapter) -> None:
-    for path in present:
-        if path not in adapter.layers:
-            raise AdapterError(f"layer {path!r} of the model is adapted, but not in the adapter")
-    for path in adapter.layers:
-        if path not in present:
-            raise AdapterError(f"layer {path!r} of the adapter is not adapted in the model")
-    for path, layer in present.items():
-        registry = layer.flix_config.registry
-        if registry.features != adapter.config.registry.features:
-            raise AdapterError(
-                "the adapter has other features than the model: "
-                f"{adapter.config.registry} and {registry}"
-            )
-        for feature in registry.features:
-            own, other = layer.flix_config.rank(path, feature), adapter.config.rank(path, feature)
-            if own != other:
-                raise AdapterError(
-                    f"layer {path!r}: {':'.join(feature)} has rank {own} in the model and {other} in "
-                    "the adapter"
-                )
-            if layer.flix_config.scale(path, feature) != adapter.config.scale(path, feature):
-                raise AdapterError(
-                    f"layer {path!r}: {':'.join(feature)} has another scale in the model than in the "
-                    "adapter (alpha or scaling differ)"
-                )

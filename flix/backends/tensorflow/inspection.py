@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
@@ -12,7 +11,7 @@ from flix.backends.tensorflow._base import flix_layers
 from flix.backends.tensorflow._layer import is_table
 from flix.backends.tensorflow.model import FlixModel, require_adapted
 from flix.core.adapter import tensor_name
-from flix.core.registry import Feature
+from flix.core.summary import Summary
 
 
 def trainable_parameters(model: FlixModel) -> list[Any]:
@@ -38,38 +37,6 @@ def named_pairs(model: FlixModel) -> dict[str, NDArray[Any]]:
         for feature, a, b in layer.pairs()
         for part, value in (("A", a), ("B", b))
     }
-
-
-@dataclass(frozen=True)
-class Summary:
-    """An adapted model in numbers; its text is a table.
-
-    Attributes:
-        layers: the adapted layers.
-        total: parameters in all.
-        trainable: parameters that are trained.
-        features: parameters of each feature over all layers.
-        ranks: the configuration's rank of each feature.
-    """
-
-    layers: tuple[str, ...]
-    total: int
-    trainable: int
-    features: dict[Feature, int]
-    ranks: dict[Feature, int]
-
-    def __str__(self) -> str:
-        share = 100.0 * self.trainable / max(self.total, 1)
-        lines = [
-            f"{len(self.layers)} adapted layers; {self.trainable:,} trainable of {self.total:,} "
-            f"parameters ({share:.2f}%)",
-            f"{'feature':<32}{'rank':>6}{'parameters':>14}",
-        ]
-        lines += [
-            f"{':'.join(feature):<32}{self.ranks[feature]:>6}{count:>14,}"
-            for feature, count in self.features.items()
-        ]
-        return "\n".join(lines)
 
 
 def summary(model: FlixModel) -> Summary:

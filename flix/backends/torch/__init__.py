@@ -14,11 +14,12 @@ except ImportError as _error:  # pragma: no cover - exercised in a subprocess
 
 from flix.backends.torch._context import route
 from flix.backends.torch.files import load, load_into, save, to_adapter
-from flix.backends.torch.inspection import Summary, named_pairs, summary, trainable_parameters
+from flix.backends.torch.inspection import named_pairs, summary, trainable_parameters
 from flix.backends.torch.layers import FlixConv1D, FlixEmbedding, FlixLinear
 from flix.backends.torch.lifecycle import add_feature
 from flix.backends.torch.merging import export_peft, merge
 from flix.backends.torch.model import RoutedModel, adapt
+from flix.core.summary import Summary
 
 __all__ = [
     "FlixConv1D",

@@ -7,7 +7,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from flix.backends.torch._layer import FlixLayer
 from flix.backends.torch.model import (
     adapt_paths,
     flix_layers,
@@ -19,12 +18,11 @@ from flix.core.adapter import (
     LayerShape,
     Path_,
     Rename,
-    check_fits,
     load_adapter,
     save_adapter,
     tensor_name,
 )
-from flix.core.errors import AdapterError
+from flix.core.fitting import check_fits, check_same
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -95,7 +93,8 @@ def load_into(model: Model, adapter: Adapter, *, strategy: str = "auto") -> Mode
         # Exactly the adapter's layers, whatever its patterns would match in this model.
         adapt_paths(model, adapter.config, list(adapter.layers), strategy)
         present = dict(flix_layers(model))
-    _check_same(present, adapter)
+    layouts = {path: layer.flix_layout for path, layer in present.items()}
+    check_same(adapter, require_adapted(model, "load"), layouts)
     with torch.no_grad():
         for path, layer in present.items():
             for feature, a, b in layer.pairs():
@@ -103,31 +102,3 @@ def load_into(model: Model, adapter: Adapter, *, strategy: str = "auto") -> Mode
                     value = adapter.tensors[tensor_name(path, part, feature)]
                     parameter.copy_(torch.from_numpy(value.copy()))
     return model
-
-
-def _check_same(present: dict[str, FlixLayer], adapter: Adapter) -> None:
-    for path in present:
-        if path not in adapter.layers:
-            raise AdapterError(f"layer {path!r} of the model is adapted, but not in the adapter")
-    for path in adapter.layers:
-        if path not in present:
-            raise AdapterError(f"layer {path!r} of the adapter is not adapted in the model")
-    for path, layer in present.items():
-        registry = layer.flix_config.registry
-        if registry.features != adapter.config.registry.features:
-            raise AdapterError(
-                "the adapter has other features than the model: "
-                f"{adapter.config.registry} and {registry}"
-            )
-        for feature in registry.features:
-            own, other = layer.flix_config.rank(path, feature), adapter.config.rank(path, feature)
-            if own != other:
-                raise AdapterError(
-                    f"layer {path!r}: {':'.join(feature)} has rank {own} in the model and {other} in "
-                    "the adapter"
-                )
-            if layer.flix_config.scale(path, feature) != adapter.config.scale(path, feature):
-                raise AdapterError(
-                    f"layer {path!r}: {':'.join(feature)} has another scale in the model than in the "
-                    "adapter (alpha or scaling differ)"
-                )

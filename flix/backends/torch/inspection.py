@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import nn
 
 from flix.backends.torch.model import flix_layers, require_adapted
 from flix.core.adapter import tensor_name
-from flix.core.registry import Feature
+from flix.core.summary import Summary
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -34,38 +32,6 @@ def named_pairs(model: nn.Module) -> dict[str, nn.Parameter]:
         for feature, a, b in layer.pairs()
         for part, parameter in (("A", a), ("B", b))
     }
-
-
-@dataclass(frozen=True)
-class Summary:
-    """An adapted model in numbers; its text is a table.
-
-    Attributes:
-        layers: the adapted layers.
-        total: parameters in all.
-        trainable: parameters that require gradients.
-        features: parameters of each feature over all layers.
-        ranks: the configuration's rank of each feature.
-    """
-
-    layers: tuple[str, ...]
-    total: int
-    trainable: int
-    features: dict[Feature, int]
-    ranks: dict[Feature, int]
-
-    def __str__(self) -> str:
-        share = 100.0 * self.trainable / max(self.total, 1)
-        lines = [
-            f"{len(self.layers)} adapted layers; {self.trainable:,} trainable of {self.total:,} "
-            f"parameters ({share:.2f}%)",
-            f"{'feature':<32}{'rank':>6}{'parameters':>14}",
-        ]
-        lines += [
-            f"{':'.join(feature):<32}{self.ranks[feature]:>6}{count:>14,}"
-            for feature, count in self.features.items()
-        ]
-        return "\n".join(lines)
 
 
 def summary(model: nn.Module) -> Summary:

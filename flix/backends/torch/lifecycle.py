@@ -11,9 +11,9 @@ from torch import nn
 
 from flix.backends.torch._layer import FlixLayer
 from flix.backends.torch.model import RoutedModel, flix_layers, require_adapted
-from flix.core.errors import RankError
 from flix.core.factors import resized_mean
 from flix.core.layout import LayerLayout
+from flix.core.lifecycle import plan_growth
 from flix.core.registry import Feature
 
 
@@ -47,17 +47,10 @@ def add_feature(
         TargetError: the model is not adapted.
     """
     config = require_adapted(model, "add_feature")
-    sources = [init_from] if isinstance(init_from, str) else list(init_from or ())
-    origins: list[Feature] = []
-    for source in sources:
-        config.registry.id(group, source)
-        origins.append((group, source))
-    if rank is None:
-        if not origins:
-            raise RankError("add_feature needs a rank, or init_from to take it from")
-        rank = max(config.ranks[origin] for origin in origins)  # type: ignore[index]
-    grown = config.with_feature(group, name, rank=rank, alpha=alpha, implies=implies)
-    feature = (group, name)
+    growth = plan_growth(
+        config, group, name, rank, init_from=init_from, alpha=alpha, implies=implies
+    )
+    grown, feature, origins = growth.config, growth.feature, growth.origins
     layouts: dict[LayerLayout, LayerLayout] = {}
     for path, layer in flix_layers(model):
         layout = grown.layout(path)
