@@ -9,8 +9,10 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= auto
+KIT := $(PYTEST) --pyargs flix_conformance
+OURS := --flix-backend torch --flix-backend jax --flix-backend tensorflow
 
-.PHONY: quickstart test test-all lint bench bench-smoke format clean
+.PHONY: quickstart test test-all lint conformance conformance-nightly bench bench-smoke format clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -21,9 +23,9 @@ $(VENV)/.quickstart: pyproject.toml | $(BIN)/python
 	$(PIP) -e ".[quickstart]" "$(TORCH)"
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
+$(VENV)/.dev: pyproject.toml conformance/example_backend/pyproject.toml | $(BIN)/python
 	$(PIP) "$(TORCH)"
-	$(PIP) -e ".[dev]" "$(TORCH)"
+	$(PIP) -e ".[dev]" -e ./conformance/example_backend "$(TORCH)"
 	@touch $@ $(VENV)/.quickstart
 
 quickstart: $(VENV)/.quickstart
@@ -35,14 +37,26 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# First the core, where no framework can be imported; then the backends and what stands on them.
+# First the core, where no framework can be imported; then the backends and what stands on them; then the kit.
 test: $(VENV)/.dev lint
 	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) tests/core
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" --ignore tests/core
+	$(MAKE) conformance
 
 test-all: $(VENV)/.dev lint
 	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) tests/core
 	$(PYTEST) -n $(WORKERS) --dist loadfile --ignore tests/core
+	$(MAKE) conformance
+
+# The kit's own tests (it must catch every mutant), the kit on the example backend, the kit on ours.
+conformance: $(VENV)/.dev
+	$(PYTEST) -n $(WORKERS) conformance/tests
+	$(KIT) --flix-backend numpy
+	$(KIT) -n $(WORKERS) $(OURS) --flix-report conformance/out/report.json
+
+# Some hours: 20 times the examples, new ones in every run.
+conformance-nightly: $(VENV)/.dev
+	$(KIT) -n $(WORKERS) $(OURS) --flix-profile nightly --flix-report conformance/out/nightly.json
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/layer.py --json benchmarks/out/layer.json

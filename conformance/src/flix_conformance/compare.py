@@ -83,7 +83,8 @@ def bfloat16(values: Array) -> Array:
     """Values rounded to bfloat16, to nearest and ties to even, held in float32."""
     raw: Any = np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
     raw = (raw + 0x7FFF + ((raw >> 16) & 1)) & 0xFFFF0000
-    return raw.astype(np.uint32).view(np.float32)
+    rounded: Array = raw.astype(np.uint32).view(np.float32)
+    return rounded
 
 
 def representable(values: Array, dtype: str) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import zlib
 
@@ -29,6 +30,16 @@ def registered() -> list[str]:
     return list(flix.backends.available())
 
 
+def triton_first() -> None:
+    """Load triton, if it is installed, before any framework.
+
+    torch loads it late. Its LLVM then finds that TensorFlow's has registered the same options, and ends the process; in
+    the other order, both live.
+    """
+    if importlib.util.find_spec("triton") is not None:
+        importlib.import_module("triton")
+
+
 def load(name: str) -> Backend:
     """A backend by its registered name, or ``name=module`` for one that is not registered.
 
@@ -37,6 +48,7 @@ def load(name: str) -> Backend:
         NoHarnessError: its module has no ``harness()``, nor has a submodule ``conformance`` of it.
         KeyError: no backend of this name.
     """
+    triton_first()
     name, _, path = name.partition("=")
     try:
         module = importlib.import_module(path) if path else flix.backends.get(name)

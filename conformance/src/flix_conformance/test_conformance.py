@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from flix_conformance import plugin, runner
+from flix_conformance import plugin
+
+try:
+    from flix_conformance import runner
+except ModuleNotFoundError as error:
+    if error.name != "hypothesis":
+        raise
+    raise ImportError(
+        'the conformance kit needs hypothesis: pip install "flix-peft[conformance]"'
+    ) from error
 
 
 def test_installed(request: pytest.FixtureRequest) -> None:

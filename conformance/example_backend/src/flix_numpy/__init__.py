@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 import flix
-from flix.core.adapter import LayerShape, check_fits, tensor_name
+from flix.core.adapter import LayerShape, tensor_name
 from flix.core.composition import composition, delta
+from flix.core.fitting import check_fits
 from flix.core.initial import initial_a, initial_b
 from flix.core.routing import check_routing
 

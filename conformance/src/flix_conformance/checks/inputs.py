@@ -25,8 +25,7 @@ def _place(draw: Draw, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _filled(draw: Draw, backend: Backend) -> Case:
     kind = any_kind(draw, backend.kinds)
-    # A compiled layer in which no feature has an update never looks at the ids.
-    case = draw.case(kind=kind, where=lambda s: s.filled and sum(s.ranks) > 0)
+    case = draw.case(kind=kind, where=lambda s: s.filled)
     return case.but(strategy="auto")
 
 
