@@ -67,18 +67,32 @@ def _misplaced(ids: Array, spec: LayerSpec, present: Array | None) -> tuple[Arra
     return place, (ids < -1) | (ids >= len(spec.ranks)) | ((ids >= 0) & ~found)
 
 
+def poisoned(y: Array, spec: LayerSpec, ids: Array, present: Array | None) -> Array:
+    """The output of a layer without rows: NaN for an example with an id that is no feature's.
+
+    Args:
+        y: ``[N, ..., d_out]``.
+        ids: integer ``[N, W]``.
+    """
+    bad = _misplaced(ids, spec, present)[1].any(-1)
+    return jnp.where(bad.reshape(-1, *[1] * (y.ndim - 1)), jnp.nan, y)
+
+
 def _poison(scale: Array, bad: Array) -> Array:
     """Traced ids cannot be refused: a row with one that is no feature's becomes NaN, never silently the base."""
     return jnp.where(bad.any(-1)[..., None], jnp.nan, scale)
 
 
-def make_slots(spec: LayerSpec, ids: Array, weights: Array | None, present: Array | None) -> Slots:
+def make_slots(
+    spec: LayerSpec, ids: Array, weights: Array | None, present: Array | None, dtype: jnp.dtype
+) -> Slots:
     """The table rows of each example, one block of slots for each id.
 
     Args:
         ids: integer ``[N, W]``.
-        weights: ``[N, W]`` in the wide dtype, or None.
+        weights: ``[N, W]``, or None.
         present: the features whose rows the table holds, or None for the whole bank.
+        dtype: of the factors; a wide one.
     """
     place, bad = _misplaced(ids, spec, present)
     known = jnp.where(ids < 0, len(spec.ranks), ids)
@@ -89,7 +103,6 @@ def make_slots(spec: LayerSpec, ids: Array, weights: Array | None, present: Arra
     else:
         start = place * spec.widest
         end = present.shape[0] * spec.widest
-    dtype = weights.dtype if weights is not None else jnp.float32
     factor = jnp.take(spec.scales.astype(dtype), known, mode="fill", fill_value=0)
     if weights is not None:
         factor = factor * weights
@@ -128,10 +141,11 @@ def _compact(
     return jnp.where(used, base + column - first, end), jnp.where(used, scale, 0)
 
 
-def make_mask(spec: LayerSpec, ids: Array, weights: Array | None, present: Array | None) -> Array:
-    """Each example's factor for every table row: ``[N, K]``."""
+def make_mask(
+    spec: LayerSpec, ids: Array, weights: Array | None, present: Array | None, dtype: jnp.dtype
+) -> Array:
+    """Each example's factor for every table row: ``[N, K]``. Arguments as for :func:`make_slots`."""
     _, bad = _misplaced(ids, spec, present)
-    dtype = weights.dtype if weights is not None else jnp.float32
     features = np.arange(len(spec.ranks), dtype=np.int32) if present is None else present
     hit = (ids[..., None] == features) & (ids[..., None] >= 0)
     one = jnp.ones((), dtype) if weights is None else weights[..., None]
@@ -208,10 +222,9 @@ def routed_sum(
             present = touched(ids, len(spec.ranks))
             index = row_index(spec, present)
             a, b = take_rows(a, index), take_rows(b, index)
-        factor = make_mask(spec, ids, weights, present).astype(space)
+        factor = make_mask(spec, ids, weights, present, space)
     else:
-        slots = make_slots(spec, ids, weights, present)
-        rows, factor = slots.rows, slots.scale.astype(space)
+        rows, factor = make_slots(spec, ids, weights, present, space)
         if strategy == "single":
             rows = rows[0]
         b = take_rows(b, rows)

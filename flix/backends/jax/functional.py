@@ -194,8 +194,17 @@ def add_update(
     given, count, length = leading_shape(x, routing, trailing, spec.path)
     width = routing.ids.shape[-1]
     y = jnp.broadcast_to(y, (*given, y.shape[-1]))
-    if 0 in x.shape or 0 in given or width == 0 or spec.rows == 0:
+    if 0 in x.shape or 0 in given or width == 0:
         return y
+    if spec.rows == 0:
+        if not is_traced(routing.ids):
+            return y  # known ids were checked when they became a routing
+
+        def poison(y: Array, ids: Array, present: Any) -> Array:
+            flat = y.reshape(count, length, y.shape[-1])
+            return _ops.poisoned(flat, spec, ids.reshape(count, width), present).reshape(y.shape)
+
+        return left_to_compiler(poison, y, y, routing.ids, routing.present)  # type: ignore[no-any-return]
 
     def update(x: Array, a: Array, b: Array, ids: Array, weights: Any, present: Any) -> Array:
         own = x.shape[x.ndim - trailing :]
