@@ -14,6 +14,8 @@ from flix.core.accounting import Layers, Plan, feature_cost, plan
 from flix.core.adapter import CONFIG_FILE, FORMAT, Adapter, LayerShape, load_adapter
 from flix.core.config import FlixConfig
 from flix.core.errors import AdapterError, FlixError
+from flix.core.explain import Batch, Choice, explain
+from flix.core.planner import PLANNED, calibrations
 from flix.core.registry import Feature
 from flix.core.routing import Row
 
@@ -129,16 +131,42 @@ def inspect_adapter(folder: Path, by_layer: bool, as_json: bool) -> None:
         )
 
 
-def show_plan(path: Path, as_json: bool) -> None:
-    """Ranks, parameters and arithmetic beside the matched LoRAs."""
+def show_plan(path: Path, as_json: bool, batch: Batch | None = None) -> None:
+    """Ranks, parameters and arithmetic beside the matched LoRAs; with a batch, each layer's strategy and why."""
     config, layers, rows, notes = _planned(path)
     result = plan(config, layers, rows)
+    choices = explain(config, layers, rows, batch) if batch is not None else []
     if as_json:
-        show_json({**result.to_dict(), "datasets_known": rows is not None, "notes": notes})
+        extra = {"strategies": [choice.to_dict() for choice in choices]} if batch else {}
+        show_json({**result.to_dict(), "datasets_known": rows is not None, "notes": notes, **extra})
         return
     for note in notes:
         show(f"note: {note}")
     _show(result, known=rows is not None)
+    if batch is not None:
+        _show_choices(choices, batch)
+
+
+def _show_choices(choices: list[Choice], batch: Batch) -> None:
+    show_table(
+        ["layers", "d_in", "d_out", "strategy", *(f"{s}, ms" for s in PLANNED), "why"],
+        [
+            [
+                len(choice.layers), choice.facts.d_in, choice.facts.d_out, choice.decision.strategy,
+                *(
+                    f"{1000 * choice.decision.seconds[s]:.2f}" if s in choice.decision.seconds else "-"
+                    for s in PLANNED
+                ),
+                choice.decision.reason,
+            ]
+            for choice in choices
+        ],
+        title=(
+            f"what a layer adds to the frozen one, forward and backward: {batch.examples} examples of "
+            f"{batch.tokens} positions, {batch.device}"
+        ),
+    )  # fmt: skip
+    show(f"costs measured: {calibrations()[batch.device].measured}")
 
 
 def _planned(path: Path) -> tuple[FlixConfig, Layers, list[Row] | None, list[str]]:

@@ -114,6 +114,16 @@ def first_unlike(ids: NDArray[Any], weights: NDArray[Any] | None) -> int | None:
     return int(np.argmax(unlike)) if unlike.any() else None
 
 
+def check_strategy(strategy: str) -> None:
+    """Refuse an unknown strategy.
+
+    Raises:
+        ConfigError: no such strategy.
+    """
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
+
+
 # Rows per example from which batched products over gathered rows beat one masked product over the union.
 # Measured on CPU (benchmarks/layer.py --crossover): gathering copies R * (d_in + d_out) values an example,
 # which few tokens do not repay; the masked product computes U / R times as much.
@@ -131,8 +141,7 @@ def choose_strategy(strategy: str, *, examples: int, tokens: int) -> str:
     Raises:
         ConfigError: no such strategy.
     """
-    if strategy not in STRATEGIES:
-        raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
+    check_strategy(strategy)
     if strategy != "auto":
         return strategy
     if examples == 1:

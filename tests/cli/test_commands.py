@@ -110,6 +110,34 @@ def test_plan_of_an_adapter(adapter: Path) -> None:
     assert "LoRA, compute-matched" in text and "datasets unknown" in text
 
 
+def test_plan_explains_strategies(adapter: Path) -> None:
+    command = ["plan", str(adapter), "--explain", "--batch-size", "8", "--length", "1"]
+    data = json.loads(run(app, [*command, "--json"]).stdout)
+    assert data["strategies"] and "strategies" not in json.loads(
+        run(app, ["plan", str(adapter), "--json"]).stdout
+    )
+    for choice in data["strategies"]:
+        assert choice["strategy"] in ("gather", "masked") and "8 examples" in choice["reason"]
+        assert set(choice["seconds"]) == {"gather", "masked"}
+    text = run(app, command).stdout
+    assert "is estimated to add" in text and "costs measured: 20" in text
+    unknown = run(app, ["plan", str(adapter), "--explain", "--device", "abacus"])
+    assert unknown.exit_code == 2 and "no calibration for 'abacus'" in unknown.stderr
+
+
+def test_calibrate_writes_a_table_that_the_planner_reads(tmp_path: Path) -> None:
+    from flix.core.planner import read_calibrations
+
+    path = tmp_path / "own" / "calibration.json"
+    command = ["bench", "calibrate", "--small", "--out", str(path), "--json"]
+    data = json.loads(run(app, command).stdout)
+    assert data["device"] == "torch-cpu" and data["file"] == str(path)
+    found = read_calibrations(path)["torch-cpu"]
+    assert found.to_dict()["seconds"] == data["seconds"] and "torch" in found.measured
+    bad = run(app, ["bench", "calibrate", "--backend", "numpy", "--small"])
+    assert bad.exit_code == 2
+
+
 def test_plan_of_a_configuration(config: Callable[..., Path]) -> None:
     result = run(app, ["plan", str(config()), "--json"])
     assert result.exit_code == 0, result.output

@@ -20,7 +20,7 @@ from tests.tensorflow.helpers import (
     table_grads,
 )
 
-STRATEGIES = ["gather", "masked", "auto"]
+STRATEGIES = ["gather", "masked", "auto", "fused"]
 D_IN, D_OUT = 5, 4
 
 
@@ -252,11 +252,9 @@ def test_half_precision_keeps_pairs_in_float32(policy):
     assert np.abs(np.asarray(y, np.float64) - wanted).max() < (1e-5 if policy == "float32" else 0.3)
 
 
-@pytest.mark.parametrize("strategy", ["gather", "masked", "single"])
+@pytest.mark.parametrize("strategy", ["gather", "masked", "single", "fused"])
 @pytest.mark.parametrize("jit", [False, True])
 def test_tf_function_with_unknown_shapes_traces_once(strategy, jit):
-    if jit and strategy == "single":
-        pytest.skip("compiled as the others are")
     rng, layer = np.random.default_rng(0), dense(strategy, use_bias=False)
     kernel, pairs = layer.kernel.numpy(), pairs_of(layer)
 

@@ -15,7 +15,8 @@ from flix.backends.tensorflow._ops import Live
 from flix.core.config import FlixConfig
 from flix.core.errors import ConfigError, RoutingError
 from flix.core.initial import initial_a
-from flix.core.layout import LayerLayout, choose_strategy
+from flix.core.layout import LayerLayout, check_strategy
+from flix.core.planner import Facts, decide
 from flix.core.registry import Feature
 
 _MANY = 1 << 20
@@ -34,7 +35,7 @@ class FlixLayer:
         flix_name: the layer's path in its model.
         flix_config: the configuration.
         flix_layout: ranks and scales here.
-        flix_strategy: ``"auto"``, ``"gather"``, ``"masked"`` or ``"single"``.
+        flix_strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
         flix_frozen: ids of features that do not train.
         flix_A, flix_B: the tables; None where every rank is 0.
     """
@@ -76,7 +77,7 @@ class FlixLayer:
         """Set what the layer is to be; its tables are made by :meth:`attach`, when it has its kernel."""
         if not isinstance(config, FlixConfig):
             raise ConfigError(f"an adapted layer needs config=FlixConfig, got {config!r}")
-        choose_strategy(strategy, examples=1, tokens=1)  # refuses an unknown name
+        check_strategy(strategy)
         self.flix_name = name
         self.flix_strategy = strategy
         self.set_config(config, layout, frozen)
@@ -210,7 +211,18 @@ class FlixLayer:
             tokens = 1
         else:  # more than 1 where the model flattened its input
             tokens = total // examples
-        strategy = choose_strategy(self.flix_strategy, examples=examples, tokens=tokens)
+        ranks = sorted(self.flix_layout.ranks, reverse=True)
+        rows = sum(ranks[: int(routing.ids.shape[-1] or len(ranks))])
+        facts = Facts(
+            examples=examples,
+            tokens=tokens,
+            rows=rows,
+            union=min(sum(ranks), examples * rows),  # ids are not known in a graph
+            d_in=self.d_in,
+            d_out=self.d_out,
+            device="tensorflow-cpu",
+        )
+        strategy = decide(self.flix_strategy, facts).strategy
         if strategy == "single" and routing.unlike is not None:
             raise ConfigError(
                 f"strategy 'single' needs one composition for all rows, but row {routing.unlike} "

@@ -1,4 +1,4 @@
-"""The routed sum in three interchangeable strategies, in plain differentiable operations.
+"""The routed sum in interchangeable strategies, in plain differentiable operations.
 
 A layer keeps A of all features in one table ``[1 + rows, d_in]`` and B, transposed, in another ``[1 + rows, d_out]``;
 row 0 of each is zero and stands for unused slots. Only rows in use are gathered, so forward and backward cost the
@@ -41,6 +41,16 @@ def fetch(table: Any, rows: Any, live: Live, dtype: Any) -> Any:
     return tf.cast(values, dtype)
 
 
+def _gathered_sum(x: Any, base: Any, a: Any, b: Any, scale: Any) -> Any:
+    """base ``[N, S, d_out]`` + each example's product with its own rows, A ``[N, R, d_in]`` and B ``[N, R, d_out]``."""
+    h = tf.matmul(x, a, transpose_b=True) * scale[:, None, :]
+    return base + tf.matmul(h, b)
+
+
+# The rows are gathered outside, so that gradients of the tables stay sparse; XLA fuses the rest, forward and backward.
+_compiled_sum = tf.function(_gathered_sum, jit_compile=True, reduce_retracing=True)
+
+
 def routed_linear(
     x: Any, base: Any, plan: Plan, tables: tuple[Any, Any], strategy: str, live: Live
 ) -> Any:
@@ -51,7 +61,7 @@ def routed_linear(
         base: the frozen map's output, ``[N, S, d_out]``.
         plan: the batch's routing in this layer.
         tables: A ``[T, d_in]`` and B ``[T, d_out]``.
-        strategy: ``"gather"``, ``"masked"`` or ``"single"``.
+        strategy: ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
         live: which rows train.
 
     Returns:
@@ -59,11 +69,10 @@ def routed_linear(
     """
     dtype = x.dtype
     scale = tf.cast(plan.scale, dtype)
-    if strategy == "gather":
+    if strategy in ("gather", "fused"):
         a = fetch(tables[0], plan.rows, live, dtype)
         b = fetch(tables[1], plan.rows, live, dtype)
-        h = tf.matmul(x, a, transpose_b=True) * scale[:, None, :]
-        return base + tf.matmul(h, b)
+        return (_compiled_sum if strategy == "fused" else _gathered_sum)(x, base, a, b, scale)
     if strategy == "single":
         # All rows alike; each keeps its own factors, so that its weights get their own gradient.
         rows, factor = tf.reshape(plan.rows[:1], [-1]), scale[:, None, :]
@@ -97,7 +106,7 @@ def routed_embedding(
         base: the frozen embedding's output, ``[N, S, d_out]``.
         plan: the batch's routing in this layer.
         tables: A ``[T, vocabulary]`` and B ``[T, d_out]``.
-        strategy: ``"gather"``, ``"masked"`` or ``"single"``.
+        strategy: ``"gather"``, ``"masked"`` or ``"single"``; ``"fused"`` is ``"gather"`` here.
         live: which rows train.
     """
     dtype = base.dtype
@@ -109,7 +118,7 @@ def routed_embedding(
         factor = None
     columns = tf.transpose(fetch(tables[0], rows, live, dtype))  # [vocabulary, U]
     h = tf.gather(columns, tokens)  # [N, S, U]
-    if strategy == "gather":
+    if strategy in ("gather", "fused"):
         sizes, used = tf.shape(tokens), tf.size(rows)
         h = tf.reshape(tf.transpose(h, [0, 2, 1]), [sizes[0] * used, sizes[1]])
         h = tf.gather(h, tf.range(sizes[0])[:, None] * used + places)  # [N, R, S]

@@ -80,7 +80,7 @@ class TensorFlowHarness:
     """See ``flix_conformance.harness.Harness``."""
 
     dtypes = ("float32", "bfloat16", "float64")
-    strategies = ("auto", "gather", "masked", "single")
+    strategies = ("auto", "gather", "masked", "single", "fused")
     kinds = ("linear", "embedding")
 
     def forward(self, case: Case) -> tuple[NDArray[Any], str]:

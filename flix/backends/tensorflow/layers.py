@@ -33,7 +33,7 @@ class FlixDense(FlixLayer, layers.Dense):  # type: ignore[misc]
         units: d_out.
         config: the configuration; its ranks and seed are used.
         path: the layer's path, which ranks, initial values and messages go by; default: its name.
-        strategy: ``"auto"``, ``"gather"``, ``"masked"`` or ``"single"``.
+        strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
         frozen: ids of features that do not train.
         kwargs: Dense's.
 

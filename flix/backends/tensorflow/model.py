@@ -30,7 +30,7 @@ from flix.backends.tensorflow.layers import become
 from flix.backends.tensorflow.optimizers import keep_absent
 from flix.core.config import FlixConfig
 from flix.core.errors import ConfigError, RoutingError, TargetError
-from flix.core.layout import LayerLayout, choose_strategy
+from flix.core.layout import LayerLayout, check_strategy
 from flix.core.routing import Routing
 from flix.core.targets import select
 
@@ -262,7 +262,7 @@ def adapt(model: Any, config: FlixConfig, *, strategy: str = "auto") -> FlixMode
     Args:
         model: a built Keras 3 model.
         config: the configuration.
-        strategy: how the sum is computed: ``"auto"``, ``"gather"``, ``"masked"`` or ``"single"``.
+        strategy: how the sum is computed: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
 
     Raises:
         TargetError: patterns that match nothing or a layer that cannot be adapted; a model that is adapted already
@@ -273,7 +273,7 @@ def adapt(model: Any, config: FlixConfig, *, strategy: str = "auto") -> FlixMode
         raise TargetError(f"adapt needs a keras.Model, got {type(model).__name__}")
     if not isinstance(config, FlixConfig):
         raise ConfigError(f"adapt needs a FlixConfig, got {type(config).__name__}")
-    choose_strategy(strategy, examples=1, tokens=1)
+    check_strategy(strategy)
     require_plain(model)
     chosen = select(layer_infos(model), config.target_modules, config.exclude_modules)
     return adapt_layers(model, config, [info.path for info in chosen], strategy)
