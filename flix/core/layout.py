@@ -32,11 +32,20 @@ class LayerLayout:
     scales: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        # Looked up once a layer and a forward; with thousands of features, hashing afresh would show.
+        # Looked up once a layer and a forward; with thousands of features, making them afresh would show.
         object.__setattr__(self, "_hash", hash((self.ranks, self.scales)))
+        arrays = (
+            np.asarray((*self.ranks, 0), dtype=np.int64),
+            np.asarray((*self.scales, 0.0), dtype=np.float64),
+        )
+        object.__setattr__(self, "_arrays", arrays)
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined,no-any-return]
+
+    def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Ranks and scales, each with a 0 at the end, which an id of -1 finds; not to be written to."""
+        return self._arrays  # type: ignore[attr-defined,no-any-return]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +58,8 @@ class UnionPlan:
         rows: int64 ``[N, R]``: the union row of each slot of each example; 0 where unused.
         slots: int64 ``[N, R]``: which column of the routing each slot came from.
         scales: float64 ``[N, R]``: s_f of each slot; 0 where unused.
+        blocks: the slots again, pair by pair: for each example, the places in ``active`` of its features, and -n for
+            n unused slots at its end.
     """
 
     active: tuple[int, ...]
@@ -56,6 +67,7 @@ class UnionPlan:
     rows: NDArray[np.int64]
     slots: NDArray[np.int64]
     scales: NDArray[np.float64]
+    blocks: tuple[int, ...]
 
     @property
     def width(self) -> int:
@@ -71,8 +83,7 @@ def plan_union(ids: NDArray[Any], layout: LayerLayout, touched: tuple[int, ...] 
         layout: the layer's ranks and scales.
         touched: ids that join the union although no row of this batch activates them.
     """
-    ranks = np.asarray((*layout.ranks, 0), dtype=np.int64)  # -1 finds the last: no rank
-    scales = np.asarray((*layout.scales, 0.0), dtype=np.float64)
+    ranks, scales = layout.arrays()
     count, width = ids.shape
     present = np.unique(np.append(ids.ravel(), np.asarray(touched, dtype=ids.dtype)))
     active = present[(present >= 0) & (ranks[present] > 0)]
@@ -101,7 +112,19 @@ def plan_union(ids: NDArray[Any], layout: LayerLayout, touched: tuple[int, ...] 
         rows=rows,
         slots=slots,
         scales=factor,
+        blocks=_blocks(ids, lengths, active, longest),
     )
+
+
+def _blocks(
+    ids: NDArray[Any], lengths: NDArray[np.int64], active: NDArray[Any], longest: int
+) -> tuple[int, ...]:
+    """See :class:`UnionPlan`: one entry for each pair of each example, and one for what it leaves unused."""
+    places = np.searchsorted(active, ids)
+    free = longest - lengths.sum(1, keepdims=True)
+    entries = np.concatenate([places, -free], axis=1)
+    used = np.concatenate([lengths > 0, free > 0], axis=1)
+    return tuple(entries[used].tolist())
 
 
 def first_unlike(ids: NDArray[Any], weights: NDArray[Any] | None) -> int | None:

@@ -27,6 +27,8 @@ import numpy as np
 from flix.core.errors import ConfigError, listed
 from flix.core.layout import check_strategy
 
+# See _with_kernel: examples of one position, and unions in multiples of what one example uses.
+_MANY_EXAMPLES, _SHARED = 256, 16
 PLANNED = ("gather", "masked", "single")
 TERMS = ("start", "example", "moved", "product")
 
@@ -40,7 +42,7 @@ class Facts:
         tokens: positions of the input that share one row of the routing, S.
         rows: the most rank rows that one example uses, R.
         union: rank rows that the batch uses, U; where ids are not known on the host, the most it may use.
-        d_in, d_out: the layer's sizes.
+        d_in, d_out: the layer's sizes; of an embedding, whose A is looked up in every strategy, 0 and d_out.
         device: the class of devices, a key of the calibration: ``"torch-cpu"``.
         fused: whether the backend has a fused kernel for this device and dtype.
     """
@@ -163,6 +165,12 @@ def user_table() -> Path:
     return Path(settings) / "flix" / "calibration.json"
 
 
+@functools.lru_cache(maxsize=4096)
+def picked(strategy: str, facts: Facts) -> str:
+    """The strategy of :func:`decide`; remembered, for layers that ask at every forward."""
+    return decide(strategy, facts).strategy
+
+
 @functools.cache
 def calibrations() -> dict[str, Calibration]:
     """The calibrations in force: this package's, and in their place the user's own (see :func:`user_table`).
@@ -192,7 +200,7 @@ def decide(strategy: str, facts: Facts, table: Mapping[str, Calibration] | None 
     if strategy != "auto":
         return Decision(strategy, "it was asked for")
     if facts.fused:
-        return Decision("fused", f"the backend has a fused kernel for {facts.device}")
+        return _with_kernel(facts)
     known = calibrations() if table is None else table
     # A device that nobody measured goes by its framework's CPU.
     stand_in = f"{facts.device.partition('-')[0]}-cpu"
@@ -216,6 +224,22 @@ def decide(strategy: str, facts: Facts, table: Mapping[str, Calibration] | None 
     if calibration.device != facts.device:
         reason += f" (by {calibration.device}: {facts.device} is not measured)"
     return Decision(best, reason, seconds)
+
+
+def _with_kernel(facts: Facts) -> Decision:
+    """Where a fused kernel is to be had. Reasoned from bytes, and not measured on a device yet.
+
+    The kernel reads each example's rows where they are, gather copies them first. At one position an example that is
+    most of the traffic, and grows with the examples, while the masked product reads the union once.
+    """
+    shared = facts.union <= _SHARED * facts.rows
+    if facts.tokens == 1 and facts.examples >= _MANY_EXAMPLES and shared:
+        return Decision(
+            "masked",
+            f"{facts.examples} examples of one position share {facts.union} rank rows, which the masked product "
+            "reads once; the fused kernel would read them for every example",
+        )
+    return Decision("fused", f"the backend has a fused kernel for {facts.device}")
 
 
 def fit(

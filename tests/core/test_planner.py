@@ -49,6 +49,9 @@ def test_what_is_asked_for_is_done_and_said():
 
 def test_fused_kernels_come_first():
     assert decide("auto", facts(device="torch-cuda", fused=True)).strategy == "fused"
+    assert decide("auto", facts(64, 1, 16, 64, device="torch-cuda", fused=True)).strategy == "fused"
+    many = decide("auto", facts(256, 1, 16, 64, device="torch-cuda", fused=True))
+    assert many.strategy == "masked" and "256 examples of one position" in many.reason
 
 
 def test_unknown_device_is_refused_with_the_known_ones():

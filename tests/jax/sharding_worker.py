@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 from typing import Any
 
@@ -27,6 +29,8 @@ from flix.backends.jax import (
     touched,
     value_and_grad,
 )
+from flix.backends.jax._fused import INTERPRET
+from flix.backends.jax.sharding import partitioned
 from tests.jax.conftest import close, config, random_bank, randomize
 
 IDS = np.array([[0, 4, -1], [1, 5, 2], [3, 3, 5], [-1, -1, -1]], np.int32)
@@ -83,6 +87,39 @@ def functional(mesh: Any) -> None:
         jax.tree.map(close, found, rows_step(bank, X, KERNEL, IDS))
 
 
+def fused(mesh: Any) -> None:
+    """Each device runs the kernels on its rows of the batch; left to the compiler, "auto" keeps away from them."""
+    bank = random_bank(config(), {"q": (16, 12)})
+
+    def of_rows(strategy: str, bank: Any, x: Any, kernel: Any, ids: Any) -> Any:
+        split.append(partitioned(x))
+        return linear(x, kernel, bank["q"], ids, strategy=strategy)
+
+    def value(bank: Any, *args: Any) -> Any:
+        run = jax.shard_map(
+            functools.partial(of_rows, "fused"),
+            mesh=mesh,
+            in_specs=(P(), P("data"), P(), P("data")),
+            out_specs=P("data"),
+            check_vma=False,
+        )
+        return (run(bank, *args) ** 2).sum()
+
+    def plain(bank: Any, *args: Any) -> Any:
+        return (of_rows("gather", bank, *args) ** 2).sum()
+
+    split: list[bool] = []
+    rows = NamedSharding(mesh, P("data"))
+    put = jax.device_put(X, rows), KERNEL, jax.device_put(IDS, rows)
+    found = jax.jit(jax.value_and_grad(value))(bank, *put)
+    assert not any(split)
+    wanted = jax.jit(jax.value_and_grad(plain))(bank, X, KERNEL, IDS)
+    assert not any(split)
+    jax.tree.map(close, found, wanted)
+    jax.jit(plain)(bank, *put)
+    assert split[-1]
+
+
 class Mlp(nnx.Module):
     def __init__(self, mesh: Any) -> None:
         rngs = nnx.Rngs(0)
@@ -131,5 +168,8 @@ if __name__ == "__main__":
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind))
     functional(mesh)
     if kind is AxisType.Auto:
+        os.environ[INTERPRET] = "1"
+        fused(mesh)
+        del os.environ[INTERPRET]
         model_training(mesh)
     print("sharded: fine")

@@ -12,14 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from numpy.typing import NDArray
 
+from flix.backends.jax import _fused
 from flix.backends.jax.bank import LayerSpec
-from flix.core.layout import choose_strategy
-
-# With few positions a row, the masked product over the union beats gathering while the union has at most this many
-# rows for each row that an example uses, over the square of the positions (benchmarks/jax_layer.py --crossover, on a
-# CPU at d=768: up to some 1000 rows with 1 position and 80 with 4, where an example uses 16).
-_UNION_PER_SLOT = 64
+from flix.core.planner import Facts, picked
 
 
 class Slots(NamedTuple):
@@ -45,9 +42,14 @@ def touched(ids: Array, features: int, size: int | None = None) -> Array:
     return found
 
 
-def row_index(spec: LayerSpec, present: Array) -> Array:
-    """Where the rows of the present features stand in the bank: int32 ``[U * R]``, P where there is no row."""
-    j = np.arange(spec.widest, dtype=np.int32)
+def row_index(spec: LayerSpec, present: Array, height: int | None = None) -> Array:
+    """Where the rows of the present features stand in the bank: int32 ``[U * R]``, P where there is no row.
+
+    With a height, blocks of so many rows instead of R, and one block more without any row.
+    """
+    if height is not None:
+        present = jnp.append(jnp.asarray(present), len(spec.ranks))
+    j = np.arange(spec.widest if height is None else height, dtype=np.int32)
     rank = jnp.take(spec.ranks, present, mode="fill", fill_value=0)
     start = jnp.take(spec.starts, present, mode="fill", fill_value=0)
     return jnp.where(j < rank[:, None], start[:, None] + j, spec.rows).reshape(-1)
@@ -176,14 +178,84 @@ def frozen_stopped(
     return tuple(jnp.where(trains[:, None], t, stop(t)) for t in (a, b))  # type: ignore[return-value]
 
 
-def pick_strategy(strategy: str, spec: LayerSpec, count: int, length: int, width: int) -> str:
-    """The strategy to run, from shapes alone."""
-    picked = choose_strategy(strategy, examples=count, tokens=length)
-    if strategy == "auto" and picked == "masked":
-        union = min(spec.rows, count * width * spec.widest)
-        if union * length**2 > _UNION_PER_SLOT * width * spec.widest:
-            return "gather"
-    return picked
+def pick_strategy(
+    strategy: str, spec: LayerSpec, count: int, length: int, width: int, accelerated: bool = False
+) -> str:
+    """The strategy to run, from shapes alone.
+
+    Args:
+        strategy: as asked for; ``"auto"`` to choose.
+        spec: the layer's.
+        count, length, width: rows of the routing, positions that share one, and ids of one.
+        accelerated: whether the fused kernels suit the device, the dtype and the arrays' placement.
+    """
+    if spec.shape.kind == "embedding":
+        accelerated = False  # looked up, not multiplied: there is no product to fuse
+        strategy = "gather" if strategy == "fused" else strategy
+    rows = int(np.sort(spec.ranks)[::-1][:width].sum())
+    facts = Facts(
+        examples=count,
+        tokens=length,
+        rows=rows,
+        union=min(spec.rows, count * rows),  # ids are not known where this is traced
+        d_in=0 if spec.shape.kind == "embedding" else spec.shape.d_in,
+        d_out=spec.shape.d_out,
+        device=f"jax-{jax.default_backend()}",
+        # One composition for all is two plain products, which XLA does best.
+        fused=accelerated and spec.widest <= _fused.WIDEST and count > 1,
+    )
+    return picked(strategy, facts)
+
+
+def add_fused(
+    spec: LayerSpec,
+    y: Array,
+    x: Array,
+    a: Array,
+    b: Array,
+    ids: Array,
+    weights: Array | None,
+    present: Array | None,
+    target: _fused.Target,
+) -> Array:
+    """y plus the routed sum of a linear layer, by the kernels of :mod:`_fused`: ``[N, S, d_out]``.
+
+    Args:
+        y: ``[N, S, d_out]``.
+        target: which kernels.
+        spec, x, a, b, ids, weights, present: as for :func:`routed_sum`; x in y's dtype.
+    """
+    space = wide(y.dtype)
+    a, b = frozen_stopped(spec, a, b, present)
+    if present is None:
+        features = len(spec.ranks)
+        # Features that no row activates cost room, not time; to leave them out pays where there are many.
+        every = jnp.arange(features, dtype=jnp.int32)
+        present = every if features <= ids.size else touched(ids, features)
+        index = row_index(spec, present, _fused.padded_rank(spec.widest))
+    else:
+        index = jnp.asarray(_placed_rows(spec, present.shape[0], _fused.padded_rank(spec.widest)))
+    place, bad = _misplaced(ids, spec, present)
+    known = jnp.where(ids < 0, len(spec.ranks), ids)
+    used = jnp.take(spec.ranks, known, mode="fill", fill_value=0) > 0
+    place = jnp.where(used & ~bad, place, present.shape[0]).astype(jnp.int32)
+    factor = jnp.take(spec.scales.astype(space), known, mode="fill", fill_value=0)
+    if weights is not None:
+        factor = factor * weights.astype(space)
+    tables = [
+        take_rows(table, index).reshape(present.shape[0] + 1, -1, table.shape[1])
+        for table in (a, b)
+    ]
+    total: Array = _fused.fused_sum(target, y, x, *tables, _poison(factor, bad), place)
+    return total
+
+
+def _placed_rows(spec: LayerSpec, count: int, height: int) -> NDArray[np.int32]:
+    """Which gathered rows make up blocks of this height, one for each of ``count`` features and one that is zero."""
+    j = np.arange(height, dtype=np.int32)
+    start = np.arange(count, dtype=np.int32)[:, None] * spec.widest
+    index = np.where(j < spec.widest, start + j, count * spec.widest)
+    return np.append(index, np.full(height, count * spec.widest, np.int32)).astype(np.int32)
 
 
 def routed_sum(
@@ -207,12 +279,10 @@ def routed_sum(
         ids: integer ``[N, W]``, W and N positive.
         weights: ``[N, W]`` or None.
         present: the features whose rows the tables hold (see :func:`touched`), or None for the whole bank.
-        strategy: ``"auto"``, ``"gather"``, ``"masked"`` or ``"single"``.
+        strategy: ``"gather"``, ``"masked"`` or ``"single"``.
         dtype: of the products and the result; rank-space values are scaled in float32 or wider.
     """
-    count, length = x.shape[:2]
-    width = ids.shape[-1]
-    strategy = pick_strategy(strategy, spec, count, length, width)
+    count, width = ids.shape
     space = wide(dtype)
     weights = None if weights is None else weights.astype(space)
     a, b = frozen_stopped(spec, a, b, present)

@@ -50,7 +50,7 @@ def make(config: FlixConfig, facts: Facts, ids: NDArray[np.int32], strategy: str
 
     if strategy is None:
         plain = jax.jit(frozen)
-        return lambda: jax.block_until_ready(plain(x, dy))
+        return lambda: jax.block_until_ready(plain(x, dy))  # type: ignore[no-untyped-call]
 
     def adapted(x: Any, bank: Any, ids: Any, dy: Any) -> Any:
         present = touched(ids, len(config.registry))
@@ -63,4 +63,4 @@ def make(config: FlixConfig, facts: Facts, ids: NDArray[np.int32], strategy: str
 
     step, bank = jax.jit(adapted), init(config, {"layer": (facts.d_in, facts.d_out)})
     routing = jnp.asarray(ids)
-    return lambda: jax.block_until_ready(step(x, bank, routing, dy))
+    return lambda: jax.block_until_ready(step(x, bank, routing, dy))  # type: ignore[no-untyped-call]

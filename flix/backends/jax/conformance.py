@@ -18,6 +18,7 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
+from flix.backends.jax._fused import can_run
 from flix.backends.jax.bank import LayerBank, make_spec, pack
 from flix.backends.jax.files import load, save
 from flix.backends.jax.functional import embed, linear
@@ -179,7 +180,7 @@ class JaxHarness:
     """See ``flix_conformance.harness.Harness``."""
 
     dtypes = ("float32", "bfloat16", "float64")
-    strategies = ("auto", "gather", "masked", "single")
+    strategies = ("auto", "gather", "masked", "single", *(("fused",) if can_run() else ()))
     kinds = ("linear", "embedding")
 
     @_widened

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from flix.backends.jax import _ops
+from flix.backends.jax import _fused, _ops
 from flix.backends.jax._routing import (
     ActiveRouting,
     check_single,
@@ -29,9 +29,9 @@ from flix.backends.jax._routing import (
     make_routing,
 )
 from flix.backends.jax.bank import Bank, LayerBank, LayerRows, LayerSpec, Rows
-from flix.backends.jax.sharding import left_to_compiler
+from flix.backends.jax.sharding import left_to_compiler, partitioned
 from flix.core.errors import RoutingError, TargetError
-from flix.core.layout import choose_strategy
+from flix.core.layout import check_strategy
 
 
 def linear(
@@ -53,7 +53,8 @@ def linear(
         ids: int ``[B, W]`` or ``[B, T, W]`` (per token); under ``vmap`` over rows ``[W]``.
         weights: float in the shape of ids; default 1.
         bias: ``[d_out]`` or None.
-        strategy: ``"auto"`` (from shapes alone), ``"gather"``, ``"masked"`` or ``"single"``.
+        strategy: ``"auto"`` (from shapes and the device alone), ``"gather"``, ``"masked"``, ``"single"``, or
+            ``"fused"``, Pallas kernels for a GPU or TPU (embeddings gather).
 
     Returns:
         ``[B, ..., d_out]``, in the dtype of x W.
@@ -61,7 +62,7 @@ def linear(
     Raises:
         RoutingError: routing that breaks a rule or does not fit x.
         TargetError: a kernel of other sizes than the layer.
-        ConfigError: an unknown strategy, or "single" for rows known to differ.
+        ConfigError: an unknown strategy, "single" for rows known to differ, or "fused" on a CPU.
     """
     _check_bank(layer, LayerBank, "linear")
     routing = make_routing(layer.spec.registry, ids, weights)
@@ -188,7 +189,7 @@ def add_update(
         routing: the routing in force.
         strategy: as for :func:`linear`.
     """
-    choose_strategy(strategy, examples=1, tokens=1)  # refuses an unknown name
+    check_strategy(strategy)
     check_single(routing, strategy)
     trailing = 0 if spec.shape.kind == "embedding" else 1
     given, count, length = leading_shape(x, routing, trailing, spec.path)
@@ -206,26 +207,31 @@ def add_update(
 
         return left_to_compiler(poison, y, y, routing.ids, routing.present)  # type: ignore[no-any-return]
 
-    def update(x: Array, a: Array, b: Array, ids: Array, weights: Any, present: Any) -> Array:
+    platform = _fused.platform_of(x)
+    accelerated = (
+        platform in _fused.PLATFORMS and y.dtype != jnp.float64 and not partitioned(y, x, a, b)
+    )
+    strategy = _ops.pick_strategy(strategy, spec, count, length, width, accelerated)
+    target = _fused.find_target(platform) if strategy == "fused" else None
+
+    def update(
+        y: Array, x: Array, a: Array, b: Array, ids: Array, weights: Any, present: Any
+    ) -> Array:
         own = x.shape[x.ndim - trailing :]
         x = jnp.broadcast_to(x, (*given, *own)).reshape(count, length, *own)
-        total = _ops.routed_sum(
-            spec,
-            x.astype(y.dtype) if trailing else x,
-            a,
-            b,
-            ids.reshape(count, width),
-            None if weights is None else weights.reshape(count, width),
-            present,
-            strategy,
-            y.dtype,
-        )
+        x = x.astype(y.dtype) if trailing else x
+        flat = y.reshape(count, length, y.shape[-1])
+        ids = ids.reshape(count, width)
+        weights = None if weights is None else weights.reshape(count, width)
+        if target is not None:
+            total = _ops.add_fused(spec, flat, x, a, b, ids, weights, present, target)
+        else:
+            total = flat + _ops.routed_sum(spec, x, a, b, ids, weights, present, strategy, y.dtype)
         return total.reshape(y.shape)
 
-    total: Array = y + left_to_compiler(
-        update, y, x, a, b, routing.ids, routing.weights, routing.present
+    return left_to_compiler(  # type: ignore[no-any-return]
+        update, y, y, x, a, b, routing.ids, routing.weights, routing.present
     )
-    return total
 
 
 def touched(ids: Any, features: int, size: int | None = None) -> Array:

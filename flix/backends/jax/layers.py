@@ -34,7 +34,7 @@ class FlixLayer(nnx.Module):
         flix_A: all features' A, ``[P, d_in]``.
         flix_B: all features' B, transposed, ``[P, d_out]``.
         flix_spec: the layer's path, sizes, ranks, scales and registry.
-        flix_strategy: ``"auto"``, ``"gather"``, ``"masked"`` or ``"single"``.
+        flix_strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
         deterministic: False while training; ``model.train()`` and ``model.eval()`` set it, as they do Dropout's.
     """
 

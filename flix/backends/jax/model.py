@@ -24,7 +24,7 @@ from flix.backends.jax.layers import (
 from flix.core.adapter import LayerShape
 from flix.core.config import FlixConfig
 from flix.core.errors import ConfigError, RoutingError, TargetError
-from flix.core.layout import LayerLayout, choose_strategy
+from flix.core.layout import LayerLayout, check_strategy
 from flix.core.targets import LayerInfo, select
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -179,7 +179,7 @@ def adapt(model: Model, config: FlixConfig, *, strategy: str = "auto") -> Model:
     Args:
         model: any ``nnx.Module`` with targets among its Linear, LinearGeneral, Einsum and Embed.
         config: the configuration. Paths of layers read ``layers.0.q``.
-        strategy: how the sum is computed: ``"auto"``, ``"gather"``, ``"masked"`` or ``"single"``.
+        strategy: how the sum is computed: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
 
     Returns:
         The same model.
@@ -195,7 +195,7 @@ def adapt(model: Model, config: FlixConfig, *, strategy: str = "auto") -> Model:
         )
     if not isinstance(config, FlixConfig):
         raise ConfigError(f"adapt needs a FlixConfig, got {type(config).__name__}")
-    choose_strategy(strategy, examples=1, tokens=1)
+    check_strategy(strategy)
     if isinstance(model, RoutedModel) or next(flix_layers(model), None) is not None:
         raise TargetError(
             "the model is adapted already; add features with add_feature, or adapt a fresh copy"

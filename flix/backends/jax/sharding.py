@@ -70,6 +70,17 @@ def left_to_compiler(compute: Callable[..., Any], like: Any, *args: Any) -> Any:
     return jax.sharding.auto_axes(compute, out_sharding=spec)(*args)
 
 
+def partitioned(*arrays: Array) -> bool:
+    """Whether the compiler is to split one of these over devices: not what is one device's own in a ``shard_map``."""
+    meshes = [getattr(jax.typeof(array).sharding, "mesh", None) for array in arrays]
+    return any(
+        size > 1 and kind != AxisType.Manual
+        for mesh in meshes
+        if mesh is not None and not mesh.empty
+        for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    )
+
+
 def like_kernel(table: Array, kernel: Any, axes: tuple[int, ...]) -> tuple[Array, dict[str, Any]]:
     """A table ``[P, d]``, placed as the kernel's axes that make up d, and its Variable's sharding metadata.
 

@@ -218,7 +218,7 @@ class FlixLayer:
             tokens=tokens,
             rows=rows,
             union=min(sum(ranks), examples * rows),  # ids are not known in a graph
-            d_in=self.d_in,
+            d_in=0 if self.flix_kind == "embedding" else self.d_in,
             d_out=self.d_out,
             device="tensorflow-cpu",
         )

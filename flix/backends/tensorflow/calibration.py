@@ -54,7 +54,7 @@ def make(config: FlixConfig, facts: Facts, ids: NDArray[np.int32], strategy: str
         flat = tf.matmul(tf.reshape(x, [-1, facts.d_in]), kernel)
         return tf.reshape(flat, [*shape, facts.d_out])
 
-    @tf.function
+    @tf.function  # type: ignore[untyped-decorator]
     def step(x: Any, ids: Any, dy: Any) -> Any:
         wanted = [x] if strategy is None else [x, layer.flix_A, layer.flix_B]
         with tf.GradientTape() as tape:

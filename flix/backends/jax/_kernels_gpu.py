@@ -1,0 +1,202 @@
+"""The three grouped products of the fused strategy as Pallas kernels for GPUs, through Triton.
+
+A program reads the ids it needs from memory and slices the whole table by them: Triton has no scalar prefetch. It loops
+over what it sums, so every program writes a block of its own: no atomics, and two runs give the same bits. Every slice
+has power-of-two sizes of 16 or more, as Triton's products want; ``_fused`` pads for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+# Chosen by what fits the shared memory and registers of current cards; not tuned on one.
+_PARAMS = triton.CompilerParams(num_warps=4, num_stages=2)
+_COLUMNS = {2: 64, 4: 32, 8: 16}  # of a table's slice, by the bytes of a value
+_VALUES = 8192  # of a table's slice that spans a block's whole rank
+_SPLITS = 8
+
+
+def columns(d: int, itemsize: int, rank: int = 1) -> int:
+    """Columns of one slice of a block of this rank: a power of two, 16 or more, that divides d."""
+    size = _COLUMNS[itemsize]
+    while d % size or (size > 16 and rank * size > _VALUES):
+        size //= 2
+    return size
+
+
+def div(a: Any, b: int) -> Any:
+    """a // b of counts: int32 throughout, also where 64-bit types are on."""
+    return jax.lax.div(jnp.asarray(a, jnp.int32), jnp.int32(b))
+
+
+def rem(a: Any, b: int) -> Any:
+    """a % b likewise."""
+    return jax.lax.rem(jnp.asarray(a, jnp.int32), jnp.int32(b))
+
+
+def _sum(steps: Any, step: Any, start: Any) -> Any:
+    return jax.lax.fori_loop(jnp.int32(0), jnp.asarray(steps, jnp.int32), step, start)
+
+
+def _dot(a: Any, b: Any, contract: tuple[int, int], dtype: Any) -> Any:
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
+
+
+def _whole(array: Array) -> pl.BlockSpec:
+    zeros = (0,) * array.ndim
+    return pl.BlockSpec(array.shape, lambda *_: zeros)
+
+
+def _shrink(place: Any, x: Any, table: Any, out: Any, *, blocks: int, size: int) -> None:
+    feature = place[div(pl.program_id(0), blocks), pl.program_id(1)]
+
+    def step(k: Any, total: Any) -> Any:
+        part = pl.ds(k * size, size)
+        return total + _dot(x[:, part], table[feature, :, part], (1, 1), out.dtype)
+
+    out[...] = _sum(x.shape[1] // size, step, jnp.zeros(out.shape, out.dtype))
+
+
+def shrink(x: Array, table: Array, place: Array, *, rows: int, wide: Any, interpret: bool) -> Array:
+    """h[n, w] = x[n] table[place[n, w]]^T: ``[N, W, S, R]`` in the wide dtype.
+
+    Args:
+        x: ``[N, S, d]``.
+        table: ``[U, R, d]``, in the dtype of x.
+        place: int32 ``[N, W]``, below U.
+        rows: positions of a block; divides S.
+        wide: the dtype that products are summed in.
+        interpret: whether to run without a GPU.
+    """
+    count, length, d = x.shape
+    width, rank, blocks = place.shape[1], table.shape[1], length // rows
+    return pl.pallas_call(  # type: ignore[no-any-return]
+        functools.partial(_shrink, blocks=blocks, size=columns(d, x.dtype.itemsize)),
+        out_shape=jax.ShapeDtypeStruct((count, width, length, rank), wide),  # type: ignore[no-untyped-call]
+        grid=(count * blocks, width),
+        in_specs=[
+            _whole(place),
+            pl.BlockSpec((None, rows, d), lambda i, w: (div(i, blocks), rem(i, blocks), 0)),
+            _whole(table),
+        ],
+        out_specs=pl.BlockSpec(
+            (None, None, rows, rank), lambda i, w: (div(i, blocks), w, rem(i, blocks), 0)
+        ),
+        interpret=interpret,
+        name="flix_shrink",
+        compiler_params=_PARAMS,
+    )(place, x, table)
+
+
+def _expand(place: Any, h: Any, table: Any, *rest: Any, blocks: int, wide: Any) -> None:
+    *base, out = rest
+    example, size = div(pl.program_id(0), blocks), out.shape[1]
+    part = pl.ds(pl.program_id(1) * size, size)
+
+    def step(w: Any, total: Any) -> Any:
+        return total + _dot(h[w], table[place[example, w], :, part], (1, 0), wide)
+
+    start = base[0][...].astype(wide) if base else jnp.zeros(out.shape, wide)
+    out[...] = _sum(h.shape[0], step, start).astype(out.dtype)
+
+
+def expand(
+    base: Array | None,
+    h: Array,
+    table: Array,
+    place: Array,
+    *,
+    rows: int,
+    wide: Any,
+    interpret: bool,
+) -> Array:
+    """base[n] + Σ_w h[n, w] table[place[n, w]]: ``[N, S, d]`` in the dtype of h.
+
+    Args:
+        base: ``[N, S, d]``, or None for zeros.
+        h: ``[N, W, S, R]``, in the dtype of the table.
+        table, place, rows, wide, interpret: as for :func:`shrink`.
+    """
+    count, width, length, rank = h.shape
+    d, blocks = table.shape[2], length // rows
+    size = columns(d, 2, rank)
+    tile = pl.BlockSpec((None, rows, size), lambda i, o: (div(i, blocks), rem(i, blocks), o))
+    return pl.pallas_call(  # type: ignore[no-any-return]
+        functools.partial(_expand, blocks=blocks, wide=wide),
+        out_shape=jax.ShapeDtypeStruct((count, length, d), h.dtype),  # type: ignore[no-untyped-call]
+        grid=(count * blocks, d // size),
+        in_specs=[
+            _whole(place),
+            pl.BlockSpec(
+                (None, width, rows, rank), lambda i, o: (div(i, blocks), 0, rem(i, blocks), 0)
+            ),
+            _whole(table),
+            *([] if base is None else [tile]),
+        ],
+        out_specs=tile,
+        interpret=interpret,
+        name="flix_expand",
+        compiler_params=_PARAMS,
+    )(place, h, table, *([] if base is None else [base]))
+
+
+def _outer(
+    order: Any, bounds: Any, h: Any, x: Any, out: Any, *, blocks: int, rows: int, pieces: int
+) -> None:
+    feature, part = div(pl.program_id(0), pieces), rem(pl.program_id(0), pieces)
+    mine, width, size = pl.program_id(1), h.shape[1], out.shape[1]
+    first = bounds[feature]
+    todo = (bounds[feature + 1] - first) * blocks
+
+    def step(i: Any, total: Any) -> Any:
+        block = mine + i * _SPLITS
+        pair = order[first + div(block, blocks)]
+        example, at = div(pair, width), pl.ds(rem(block, blocks) * rows, rows)
+        left = h[example, rem(pair, width), at, :]
+        right = x[example, at, pl.ds(part * size, size)]
+        return total + _dot(left, right, (0, 0), out.dtype)
+
+    steps = div(todo - mine + _SPLITS - 1, _SPLITS)
+    out[...] = _sum(steps, step, jnp.zeros(out.shape, out.dtype))
+
+
+def outer(
+    h: Array, x: Array, place: Array, features: int, *, rows: int, wide: Any, interpret: bool
+) -> Array:
+    """Σ h[n, w]^T x[n] over the (n, w) of each feature: ``[features, R, d]`` in the wide dtype.
+
+    Args:
+        h: ``[N, W, S, R]``, in the dtype of x.
+        x: ``[N, S, d]``.
+        place, rows, wide, interpret: as for :func:`shrink`.
+        features: sums are made for the places below this.
+    """
+    _, _, length, rank = h.shape
+    d, blocks = x.shape[2], length // rows
+    size = columns(d, 2, rank)
+    flat = place.reshape(-1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    bounds = jnp.searchsorted(flat[order], jnp.arange(features + 1)).astype(jnp.int32)
+    pieces = d // size
+    # A feature that all examples share would keep one program busy alone: its blocks are dealt to several.
+    parts: Array = pl.pallas_call(
+        functools.partial(_outer, blocks=blocks, rows=rows, pieces=pieces),
+        out_shape=jax.ShapeDtypeStruct((_SPLITS, features, rank, d), wide),  # type: ignore[no-untyped-call]
+        grid=(features * pieces, _SPLITS),
+        in_specs=[_whole(a) for a in (order, bounds, h, x)],
+        out_specs=pl.BlockSpec(
+            (None, None, rank, size), lambda i, k: (k, div(i, pieces), 0, rem(i, pieces))
+        ),
+        interpret=interpret,
+        name="flix_outer",
+        compiler_params=_PARAMS,
+    )(order, bounds, h, x)
+    return parts.sum(0)
