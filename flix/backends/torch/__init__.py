@@ -19,12 +19,14 @@ from flix.backends.torch.layers import FlixConv1D, FlixEmbedding, FlixLinear
 from flix.backends.torch.lifecycle import add_feature
 from flix.backends.torch.merging import export_peft, merge
 from flix.backends.torch.model import RoutedModel, adapt
+from flix.backends.torch.paging import Pager, page, unpage
 from flix.core.summary import Summary
 
 __all__ = [
     "FlixConv1D",
     "FlixEmbedding",
     "FlixLinear",
+    "Pager",
     "RoutedModel",
     "Summary",
     "adapt",
@@ -34,9 +36,11 @@ __all__ = [
     "load_into",
     "merge",
     "named_pairs",
+    "page",
     "route",
     "save",
     "summary",
     "to_adapter",
     "trainable_parameters",
+    "unpage",
 ]

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flix.backends.torch.kernels.tables import upload
 from flix.core.errors import RoutingError
-from flix.core.layout import LayerLayout, first_unlike, plan_union
+from flix.core.layout import LayerLayout, UnionPlan, first_unlike, plan_union
 from flix.core.registry import FeatureRegistry
 from flix.core.routing import Routing, check_routing
 
@@ -39,13 +40,40 @@ class DevicePlan:
 
     Attributes:
         active: ids of the features whose parameters take part, ascending.
+        union: the number of their rows, U.
         rows: int64 ``[N, R]``.
         scale: ``[N, R]``, weight times s_f; it carries gradient where the weights do.
+        host: the plan on the host.
     """
 
     active: tuple[int, ...]
+    union: int
     rows: Tensor
     scale: Tensor
+    host: UnionPlan
+    _grouped: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def grouped(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the kernels need: int32 rows, -1 where unused, and the slots of each union row (order, starts)."""
+        if self._grouped is None:
+            used = self.host.scales != 0
+            rows = np.where(used, self.host.rows, -1).astype(np.int32)
+            flat = np.where(used, self.host.rows, self.union).ravel()
+            order = np.argsort(flat, kind="stable")
+            starts = np.searchsorted(flat[order], np.arange(self.union + 1))
+            # One upload for the three of them, each aligned alike, as kernels are compiled for.
+            arrays = [rows.ravel(), order.astype(np.int32), starts.astype(np.int32)]
+            sizes = [array.size for array in arrays]
+            whole = np.concatenate([np.pad(array, (0, -array.size % 4)) for array in arrays])
+            moved = upload(whole, self.rows.device)
+            first, second, third = (
+                part[:size]
+                for part, size in zip(
+                    torch.split(moved, [size + -size % 4 for size in sizes]), sizes, strict=True
+                )
+            )
+            self._grouped = (first.view(rows.shape), second, third)
+        return self._grouped
 
 
 class ActiveRouting:
@@ -74,6 +102,7 @@ class ActiveRouting:
         self.registry = registry
         self.length = length
         self.touched = touched
+        self.pager: Any = None  # the model's paging.Pager, if its features are paged
         self._plans: dict[Any, DevicePlan] = {}
         self._unlike: int | None = -1
 
@@ -96,13 +125,12 @@ class ActiveRouting:
         found = self._plans.get(key)
         if found is None:
             union = plan_union(self.flat, layout, self.touched)
-            scale = torch.as_tensor(union.scales, dtype=wide, device=device)
+            scale = upload(union.scales, device).to(wide)
             if self.weights is not None:
                 weights = self.weights.reshape(self.flat.shape).to(device=device, dtype=wide)
-                slots = torch.as_tensor(union.slots, device=device)
-                scale = weights.gather(1, slots) * scale
-            rows = torch.as_tensor(union.rows, device=device)
-            found = self._plans[key] = DevicePlan(union.active, rows, scale)
+                scale = weights.gather(1, upload(union.slots, device)) * scale
+            rows = upload(union.rows, device)
+            found = self._plans[key] = DevicePlan(union.active, union.union, rows, scale, union)
         return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,15 +18,17 @@ from flix.backends.torch._context import (
     current,
     make_routing,
 )
+from flix.backends.torch.kernels.choice import require_triton
 from flix.core.config import FlixConfig
 from flix.core.errors import ConfigError, RoutingError
 from flix.core.initial import initial_a, initial_b
-from flix.core.layout import LayerLayout, choose_strategy
+from flix.core.layout import LayerLayout, check_strategy
 from flix.core.registry import Feature
 
 _HALVES = (torch.float16, torch.bfloat16)
 
 
+@functools.cache
 def parameter_key(feature: Feature) -> str:
     """A feature's key among a layer's parameters.
 
@@ -48,6 +52,23 @@ class FeatureParameters(nn.Module):
         self.register_parameter(parameter_key(feature), nn.Parameter(value, trainable))
 
 
+class OnDevice(torch.autograd.Function):
+    """Values on the device in the place of parameters on the host; the gradients go there in one copy."""
+
+    @staticmethod
+    def forward(ctx: Any, values: list[Tensor], *params: Tensor) -> tuple[Tensor, ...]:
+        ctx.host = params[0].device
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        if grads[0].device == ctx.host:
+            return (None, *grads)
+        whole = torch.cat([grad.reshape(-1) for grad in grads]).to(ctx.host)
+        parts = whole.split([grad.numel() for grad in grads])  # type: ignore[no-untyped-call]
+        return (None, *(part.view(g.shape) for part, g in zip(parts, grads, strict=True)))
+
+
 class FlixLayer(nn.Module):
     """What all adapted layers share: the pairs of the features, and the way routing reaches them.
 
@@ -56,7 +77,7 @@ class FlixLayer(nn.Module):
         flix_config: the configuration.
         flix_A: A_f ``[r, d_in]`` of each feature.
         flix_B: B_f ``[d_out, r]`` of each feature.
-        flix_strategy: ``"auto"``, ``"gather"``, ``"masked"`` or ``"single"``.
+        flix_strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
     """
 
     flix_kind = "linear"
@@ -87,7 +108,8 @@ class FlixLayer(nn.Module):
         layout: LayerLayout | None = None,
     ) -> None:
         """Give the layer its features, with initial values; part of becoming an adapted layer."""
-        choose_strategy(strategy, examples=1, tokens=1)  # refuses an unknown name
+        check_strategy(strategy)
+        require_triton(strategy)
         self.flix_name = name
         self.flix_strategy = strategy
         self.flix_enabled = True
@@ -144,12 +166,22 @@ class FlixLayer(nn.Module):
             )
         return routing
 
-    def _params(self, active: tuple[int, ...]) -> list[Tensor]:
+    def _params(
+        self, active: tuple[int, ...], routing: ActiveRouting, device: torch.device
+    ) -> list[Tensor]:
+        """A of each active feature, then B of each, on the device."""
         features = self.flix_config.registry.features
-        return [
-            *(self.flix_A[features[i]] for i in active),
-            *(self.flix_B[features[i]] for i in active),
-        ]
+        keys = [parameter_key(features[i]) for i in active]
+        # Straight from the dictionaries: this runs for every layer and every step.
+        a, b = self.flix_A._parameters, self.flix_B._parameters
+        params: list[Tensor] = [*(a[k] for k in keys), *(b[k] for k in keys)]  # type: ignore[list-item]
+        if routing.pager is None and params[0].device == device:
+            return params
+        if routing.pager is not None:
+            values = routing.pager.values(self.flix_name, active)
+        else:
+            values = [p.detach().to(device) for p in params]  # a copy of a paged model
+        return list(OnDevice.apply(values, *params)) if torch.is_grad_enabled() else values  # type: ignore[no-untyped-call]
 
     def _grouped(self, x: Tensor, routing: AnyRouting, trailing: int) -> tuple[Tensor, int, int]:
         """x with its leading dimensions fitted to the routing's rows; (x, rows N, positions S a row).
@@ -187,22 +219,28 @@ class FlixLayer(nn.Module):
             )
         return x, count, total // count if count else 0
 
-    def _device_plan(self, x: Tensor, routing: ActiveRouting, strategy: str) -> DevicePlan:
+    def _device_plan(self, x: Tensor, routing: ActiveRouting) -> DevicePlan:
         dtype = x.dtype if x.is_floating_point() else self.weight.dtype
-        plan = routing.plan(self.flix_layout, x.device, dtype)  # type: ignore[arg-type]
+        return routing.plan(self.flix_layout, x.device, dtype)  # type: ignore[arg-type]
+
+    def _check_single(self, routing: ActiveRouting, strategy: str) -> None:
         if strategy == "single" and (row := routing.unlike()) is not None:
             raise ConfigError(
                 f"strategy 'single' needs one composition for all rows, but row {row} differs from "
                 "row 0; use 'auto', 'gather' or 'masked'"
             )
-        return plan
 
     def _bank_tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """For traced models: rows ``[F + 1, r]`` of each feature in the whole bank, and its factors."""
+        """For traced models: rows ``[F + 2, r]`` of each feature in the whole bank, and its factors.
+
+        The last but one stands for padding, the last for ids of no feature: their rows become NaN, never
+        silently the base's, since nothing can be raised in a graph.
+        """
         ranks = self.flix_layout.ranks
         widest = max(1, max(ranks, default=1))
-        table = [[0] * widest for _ in range(len(ranks) + 1)]
-        factor = [[0.0] * widest for _ in range(len(ranks) + 1)]
+        table = [[0] * widest for _ in range(len(ranks) + 2)]
+        factor = [[0.0] * widest for _ in range(len(ranks) + 2)]
+        factor[-1] = [math.nan] * widest
         start = 0
         for i, rank in enumerate(ranks):
             for j in range(rank):
@@ -218,7 +256,9 @@ class FlixLayer(nn.Module):
         table, factor = self._bank_tables(like)
         count = routing.flat.shape[0]
         ids = routing.flat.to(torch.int64)
-        ids = torch.where(ids < 0, len(self.flix_layout.ranks), ids)
+        features = len(self.flix_layout.ranks)
+        ids = torch.where((ids < -1) | (ids >= features), features + 1, ids)
+        ids = torch.where(ids == -1, features, ids)
         scale = factor[ids]
         if routing.weights is not None:
             scale = scale * routing.weights.to(scale.dtype)[:, :, None]

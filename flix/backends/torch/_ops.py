@@ -7,19 +7,53 @@ backward are the input and the rank-space activations; stacked rows are made aga
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Copying pair by pair costs about a microsecond for each, whatever its size.
+_MOST_BLOCKS = 512
 
-def _stack(params: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+
+def _stack(params: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A of the union ``[U, d_in]`` and B of the union, transposed, ``[U, d_out]``."""
     half = len(params) // 2
-    a = torch.cat(params[:half]).to(dtype)
-    b = torch.cat(params[half:], dim=1).to(dtype)
+    a = torch.cat(tuple(params[:half])).to(dtype)
+    b = torch.cat(tuple(params[half:]), dim=1).to(dtype)
     return a, b.t().contiguous()
+
+
+def _own(
+    params: Sequence[Tensor], rows: Tensor, blocks: Sequence[int] | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A of each example's slots, ``[N, R, d_in]``, and B transposed, ``[N, R, d_out]`` (strided).
+
+    Args:
+        rows: ``[N, R]``: rows of the union.
+        blocks: the same pair by pair (see ``UnionPlan``), where it is known: each pair is then copied once, straight
+            to its place, not first to the union.
+    """
+    half = len(params) // 2
+    count, slots = rows.shape
+    if blocks is None or len(blocks) > _MOST_BLOCKS:
+        a, b = _stack(params, dtype)
+        index = rows.reshape(-1)
+        return (
+            a.index_select(0, index).view(count, slots, a.shape[1]),
+            b.index_select(0, index).view(count, slots, b.shape[1]),
+        )
+    first, last = params[0], params[half]
+    a = torch.cat([params[i] if i >= 0 else first.new_zeros(-i, first.shape[1]) for i in blocks])
+    b = torch.cat(
+        [params[half + i] if i >= 0 else last.new_zeros(last.shape[0], -i) for i in blocks], 1
+    )
+    return (
+        a.to(dtype).view(count, slots, first.shape[1]),
+        b.to(dtype).view(last.shape[0], count, slots).permute(1, 2, 0),
+    )
 
 
 def _mask(scale: Tensor, rows: Tensor, union: int) -> Tensor:
@@ -27,12 +61,101 @@ def _mask(scale: Tensor, rows: Tensor, union: int) -> Tensor:
     return scale.new_zeros(scale.shape[0], union).scatter_add_(1, rows, scale)
 
 
+def routed_forward(
+    x: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    rows: Tensor,
+    strategy: str,
+    params: Sequence[Tensor],
+    blocks: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The output ``[N, S, d_out]`` and the rank-space activations, for the inputs of :class:`RoutedLinear`."""
+    count, length, d_in = x.shape
+    flat = x.reshape(count * length, d_in)
+    y = torch.mm(flat, kernel) if bias is None else torch.addmm(bias, flat, kernel)
+    if strategy == "gather":
+        a, b = _own(params, rows, blocks, x.dtype)
+        h = torch.bmm(x, a.transpose(1, 2))
+        y.view(count, length, y.shape[1]).baddbmm_(h * scale[:, None, :], b)
+    else:
+        a, b = _stack(params, x.dtype)
+        if strategy == "single":
+            a, b, factor = a[rows[0]], b[rows[0]], scale
+        else:
+            factor = _mask(scale, rows, a.shape[0])
+        h = torch.mm(flat, a.t()).view(count, length, a.shape[0])
+        y.addmm_((h * factor[:, None, :]).flatten(0, 1), b)
+    return y.view(count, length, y.shape[1]), h
+
+
+def routed_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernel: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    h: Tensor,
+    strategy: str,
+    params: Sequence[Tensor],
+    *,
+    need_x: bool,
+    need_scale: bool,
+    blocks: Sequence[int] | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Gradients of x, of the scale, of A ``[U, d_in]`` and of B transposed ``[U, d_out]``.
+
+    Args:
+        grad: of the output, ``[N, S, d_out]``, contiguous.
+        h: what the forward gave.
+        need_x, need_scale: which of the first two are wanted; None stands for the others.
+    """
+    count, length, d_in = x.shape
+    flat, dy = x.reshape(count * length, d_in), grad.flatten(0, 1)
+    union = sum(p.shape[0] for p in params[: len(params) // 2])
+    dx = torch.mm(dy, kernel.t()) if need_x else None
+    d_scale = None
+    if strategy == "gather":
+        index = rows.reshape(-1)
+        a, b = _own(params, rows, blocks, x.dtype)
+        dh = torch.bmm(grad, b.transpose(1, 2))
+        if need_scale:
+            d_scale = (dh * h).sum(1)
+        db = torch.bmm((h * scale[:, None, :]).transpose(1, 2), grad)
+        dh = dh * scale[:, None, :]
+        da = torch.bmm(dh.transpose(1, 2), x)
+        if dx is not None:
+            dx.view(count, length, d_in).baddbmm_(dh, a)
+        da = da.new_zeros(union, d_in).index_add_(0, index, da.view(-1, d_in))
+        db = db.new_zeros(union, dy.shape[1]).index_add_(0, index, db.view(-1, dy.shape[1]))
+    else:
+        a, b = _stack(params, x.dtype)
+        if strategy == "single":
+            a, b, factor = a[rows[0]], b[rows[0]], scale
+        else:
+            factor = _mask(scale, rows, union)
+        dh = torch.mm(dy, b.t()).view(count, length, b.shape[0])
+        if need_scale:
+            d_factor = (dh * h).sum(1)
+            d_scale = d_factor if strategy == "single" else d_factor.gather(1, rows)
+        db = torch.mm((h * factor[:, None, :]).flatten(0, 1).t(), dy)
+        flat_dh = (dh * factor[:, None, :]).flatten(0, 1)
+        da = torch.mm(flat_dh.t(), flat)
+        if dx is not None:
+            dx.addmm_(flat_dh, a)
+        if strategy == "single":
+            da = da.new_zeros(union, d_in).index_add_(0, rows[0], da)
+            db = db.new_zeros(union, dy.shape[1]).index_add_(0, rows[0], db)
+    return (dx.view_as(x) if dx is not None else None), d_scale, da, db
+
+
 class RoutedLinear(torch.autograd.Function):
     """y = x W + b + Σ_slots scale · B_slot (A_slot x), with a slot for every active rank of an example.
 
     Inputs: x ``[N, S, d_in]``; kernel ``[d_in, d_out]``; bias ``[d_out]`` or None; scale ``[N, R]`` (weight times
-    s_f, 0 where a slot is unused); rows int64 ``[N, R]``, the slots' rows in the union; the strategy; then A
-    ``[r, d_in]`` of each active feature, then B ``[d_out, r]`` of each.
+    s_f, 0 where a slot is unused); rows int64 ``[N, R]``, the slots' rows in the union; blocks, the same pair by pair
+    (``UnionPlan``); the strategy; then A ``[r, d_in]`` of each active feature, then B ``[d_out, r]`` of each.
     """
 
     @staticmethod
@@ -43,95 +166,56 @@ class RoutedLinear(torch.autograd.Function):
         bias: Tensor | None,
         scale: Tensor,
         rows: Tensor,
+        blocks: Sequence[int],
         strategy: str,
         *params: Tensor,
     ) -> Tensor:
-        count, length, d_in = x.shape
-        flat = x.reshape(count * length, d_in)
-        y = torch.mm(flat, kernel) if bias is None else torch.addmm(bias, flat, kernel)
-        a, b = _stack(params, x.dtype)
-        if strategy == "gather":
-            index = rows.reshape(-1)
-            a = a.index_select(0, index).view(count, rows.shape[1], d_in)
-            b = b.index_select(0, index).view(count, rows.shape[1], y.shape[1])
-            h = torch.bmm(x, a.transpose(1, 2))
-            y.view(count, length, y.shape[1]).baddbmm_(h * scale[:, None, :], b)
-        else:
-            if strategy == "single":
-                a, b, factor = a[rows[0]], b[rows[0]], scale
-            else:
-                factor = _mask(scale, rows, a.shape[0])
-            h = torch.mm(flat, a.t()).view(count, length, a.shape[0])
-            y.addmm_((h * factor[:, None, :]).flatten(0, 1), b)
+        y, h = routed_forward(x, kernel, bias, scale, rows, strategy, params, blocks)
         ctx.save_for_backward(x, kernel, scale, rows, h, *params)
-        ctx.strategy = strategy
-        return y.view(count, length, y.shape[1])
+        ctx.strategy, ctx.blocks = strategy, blocks
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         x, kernel, scale, rows, h, *params = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        count, length, d_in = x.shape
         grad = grad.contiguous()
-        flat, dy = x.reshape(count * length, d_in), grad.flatten(0, 1)
-        a, b = _stack(tuple(params), x.dtype)
-        union = a.shape[0]
-        dx = torch.mm(dy, kernel.t()) if needs[0] else None
+        dx, d_scale, da, db = routed_backward(
+            grad,
+            x,
+            kernel,
+            scale,
+            rows,
+            h,
+            ctx.strategy,
+            params,
+            need_x=needs[0],
+            need_scale=needs[3],
+            blocks=ctx.blocks,
+        )
+        flat, dy = x.reshape(-1, x.shape[-1]), grad.flatten(0, 1)
         d_kernel = torch.mm(flat.t(), dy) if needs[1] else None
         d_bias = dy.sum(0) if needs[2] else None
-        if ctx.strategy == "gather":
-            index = rows.reshape(-1)
-            a = a.index_select(0, index).view(count, rows.shape[1], d_in)
-            b = b.index_select(0, index).view(count, rows.shape[1], dy.shape[1])
-            dh = torch.bmm(grad, b.transpose(1, 2))
-            d_scale = (dh * h).sum(1) if needs[3] else None
-            db = torch.bmm((h * scale[:, None, :]).transpose(1, 2), grad)
-            dh = dh * scale[:, None, :]
-            da = torch.bmm(dh.transpose(1, 2), x)
-            if dx is not None:
-                dx.view(count, length, d_in).baddbmm_(dh, a)
-            da = da.new_zeros(union, d_in).index_add_(0, index, da.view(-1, d_in))
-            db = db.new_zeros(union, dy.shape[1]).index_add_(0, index, db.view(-1, dy.shape[1]))
-        else:
-            if ctx.strategy == "single":
-                a, b, factor = a[rows[0]], b[rows[0]], scale
-            else:
-                factor = _mask(scale, rows, union)
-            dh = torch.mm(dy, b.t()).view(count, length, b.shape[0])
-            d_scale = None
-            if needs[3]:
-                d_factor = (dh * h).sum(1)
-                d_scale = d_factor if ctx.strategy == "single" else d_factor.gather(1, rows)
-            db = torch.mm((h * factor[:, None, :]).flatten(0, 1).t(), dy)
-            flat_dh = (dh * factor[:, None, :]).flatten(0, 1)
-            da = torch.mm(flat_dh.t(), flat)
-            if dx is not None:
-                dx.addmm_(flat_dh, a)
-            if ctx.strategy == "single":
-                da = da.new_zeros(union, d_in).index_add_(0, rows[0], da)
-                db = db.new_zeros(union, dy.shape[1]).index_add_(0, rows[0], db)
-        half = len(params) // 2
         # One dtype for all pairs of a layer, so that one conversion and one split serve them.
-        ranks = [p.shape[0] for p in params[:half]]
-        d_a = torch.split(da.to(params[0].dtype), ranks)
-        d_b = torch.split(db.to(params[0].dtype).t(), ranks, dim=1)
-        return (
-            dx.view_as(x) if dx is not None else None,
-            d_kernel,
-            d_bias,
-            d_scale,
-            None,
-            None,
-            *d_a,
-            *d_b,
-        )
+        ranks = [p.shape[0] for p in params[: len(params) // 2]]
+        da, db = da.to(params[0].dtype), db.to(params[0].dtype)
+        d_a = torch.split(da, ranks)
+        if len(set(ranks)) == 1:
+            # In the layout of the parameters, or each would be copied once more when it is accumulated.
+            whole = db.view(len(ranks), ranks[0], db.shape[1]).transpose(1, 2).contiguous()
+            d_b = whole.unbind(0)
+        else:
+            d_b = torch.split(db.t(), ranks, dim=1)
+        return (dx, d_kernel, d_bias, d_scale, None, None, None, *d_a, *d_b)
 
 
 def traced_linear(
     x: Tensor, base: Tensor, scale: Tensor, rows: Tensor, a: Tensor, b: Tensor, strategy: str
 ) -> Tensor:
     """The same sum in plain differentiable operations, for compilers that trace the model.
+
+    Used where ``kernels`` has no operator for the device. Its cost grows with the registered features.
 
     Args:
         x: ``[N, S, d_in]``.

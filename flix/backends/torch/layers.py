@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flix.backends.torch._context import DevicePlan, TracedRouting
+from flix.backends.torch._context import ActiveRouting, AnyRouting, DevicePlan, TracedRouting
 from flix.backends.torch._layer import FlixLayer, with_grad
 from flix.backends.torch._ops import RoutedLinear, traced_linear
+from flix.backends.torch.kernels.choice import dtype_name, plan_strategy
+from flix.backends.torch.kernels.operators import routed_linear
+from flix.backends.torch.kernels.routes import routes
 from flix.core.config import FlixConfig
 from flix.core.errors import TargetError
-from flix.core.layout import LayerLayout, choose_strategy
+from flix.core.layout import LayerLayout
 
 
 class FlixLinear(FlixLayer, nn.Linear):
@@ -31,11 +34,11 @@ class FlixLinear(FlixLayer, nn.Linear):
         bias: whether there is a bias.
         config: the configuration; its ranks and seed are used.
         name: the layer's path, which ranks, initial values and messages go by.
-        strategy: ``"auto"``, ``"gather"``, ``"masked"`` or ``"single"``.
+        strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
         device, dtype: of the frozen kernel.
 
     Raises:
-        ConfigError: an unknown strategy.
+        ConfigError: an unknown strategy, or ``"fused"`` without Triton.
     """
 
     # Whether the kernel is stored [d_in, d_out], as transformers' Conv1D has it, or [d_out, d_in].
@@ -65,11 +68,14 @@ class FlixLinear(FlixLayer, nn.Linear):
     def d_out(self) -> int:
         return int(self.weight.shape[1 if self.flix_transposed else 0])
 
-    def _plain(self, x: Tensor) -> Tensor:
+    def _base(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         if not self.flix_transposed:
-            return F.linear(x, self.weight, self.bias)
-        y = torch.addmm(self.bias, x.reshape(-1, self.d_in), self.weight)
+            return F.linear(x, kernel, bias)
+        y = torch.addmm(bias, x.reshape(-1, self.d_in), kernel)  # type: ignore[arg-type]
         return y.view(*x.shape[:-1], self.d_out)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return self._base(x, self.weight, self.bias)
 
     def forward(self, x: Tensor, flix_features: Any = None, flix_weights: Any = None) -> Tensor:
         """The adapted map.
@@ -84,61 +90,115 @@ class FlixLinear(FlixLayer, nn.Linear):
 
         Raises:
             RoutingError: no routing in training, or routing that does not fit x.
+            ConfigError: ``"single"`` for rows that differ; ``"fused"`` where it cannot run.
         """
         routing = self._routing(flix_features, flix_weights)
         if routing is None:
             return self._plain(x)
         x, count, length = self._grouped(x, routing, trailing=1)
         lead = x.shape[:-1]
-        strategy = choose_strategy(self.flix_strategy, examples=count, tokens=length)
-        if isinstance(routing, TracedRouting):
-            y = self._traced(x.reshape(count, length, x.shape[-1]), routing, strategy)
-            return y.reshape(*lead, self.d_out)
-        plan = self._device_plan(x, routing, strategy)
-        if not plan.active or count == 0:
-            return with_grad(self._plain(x), self.training)
-        kernel, bias = self.weight, self.bias
         device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-            x, kernel = x.to(dtype), kernel.to(dtype)
-            bias = None if bias is None else bias.to(dtype)  # type: ignore[assignment]
-            with torch.autocast(device, enabled=False):
-                y = self._routed(x, kernel, bias, plan, strategy, count, length)
+        if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+            y = self._sum(x.reshape(count, length, x.shape[-1]), self.weight, self.bias, routing)
         else:
-            y = self._routed(x, kernel, bias, plan, strategy, count, length)
+            dtype = torch.get_autocast_dtype(device)
+            kernel = self.weight.to(dtype)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            with torch.autocast(device, enabled=False):
+                y = self._sum(
+                    x.to(dtype).reshape(count, length, x.shape[-1]), kernel, bias, routing
+                )
         return y.view(*lead, self.d_out)
 
-    def _routed(
-        self,
-        x: Tensor,
-        kernel: Tensor,
-        bias: Tensor | None,
-        plan: DevicePlan,
-        strategy: str,
-        count: int,
-        length: int,
+    def _sum(self, x: Tensor, kernel: Tensor, bias: Tensor | None, routing: AnyRouting) -> Tensor:
+        if isinstance(routing, TracedRouting):
+            return self._traced(x, kernel, bias, routing)
+        return self._eager(x, kernel, bias, routing)
+
+    def _eager(
+        self, x: Tensor, kernel: Tensor, bias: Tensor | None, routing: ActiveRouting
     ) -> Tensor:
+        """``[N, S, d_out]`` from x ``[N, S, d_in]``, by a plan made on the host."""
+        count, length, _ = x.shape
+        plan = self._device_plan(x, routing)
+        strategy = plan_strategy(
+            self.flix_strategy,
+            examples=count,
+            tokens=length,
+            union=plan.union,
+            rows_per_example=plan.rows.shape[1],
+            d_in=x.shape[2],
+            d_out=self.d_out,
+            device=x.device.type,
+            dtype=dtype_name(x.dtype),
+        )
+        self._check_single(routing, strategy)
+        if not plan.active or count == 0:
+            return with_grad(self._base(x, kernel, bias), self.training)
+        params = self._params(plan.active, routing, x.device)
+        straight = kernel if self.flix_transposed else kernel.t()
+        if strategy == "fused":
+            half = len(params) // 2
+            y: Tensor = routed_linear(
+                x,
+                straight,
+                bias,
+                plan.scale,
+                *plan.grouped(),
+                params[:half],
+                params[half:],
+                strategy,
+            )[0]
+            return y
         return RoutedLinear.apply(  # type: ignore[no-any-return, no-untyped-call]
-            x.reshape(count, length, x.shape[-1]),
-            kernel if self.flix_transposed else kernel.t(),
+            x,
+            straight,
             bias,
             plan.scale.to(x.dtype),
             plan.rows,
+            plan.host.blocks,
             strategy,
-            *self._params(plan.active),
+            *params,
         )
 
-    def _traced(self, x: Tensor, routing: TracedRouting, strategy: str) -> Tensor:
-        base = self._plain(x)
+    def _traced(
+        self, x: Tensor, kernel: Tensor, bias: Tensor | None, routing: TracedRouting
+    ) -> Tensor:
+        """The same inside a compiled graph, where ids are known to the running graph alone."""
+        count, length, _ = x.shape
         params = [(a, b) for _, a, b in self.pairs()]
-        if not params:
-            return base
-        rows, scale = self._traced_plan(x, routing)
-        x = x.to(base.dtype)
-        a = torch.cat([a for a, _ in params]).to(base.dtype)
-        b = torch.cat([b.t() for _, b in params]).to(base.dtype)
-        return traced_linear(x, base, scale.to(base.dtype), rows, a, b, strategy)
+        width = routing.flat.shape[1]
+        if not params or width == 0:
+            return self._base(x, kernel, bias)
+        layout = self.flix_layout
+        strategy = plan_strategy(
+            self.flix_strategy,
+            examples=count,
+            tokens=length,
+            union=None,
+            rows_per_example=width * max(layout.ranks),
+            d_in=self.d_in,
+            d_out=self.d_out,
+            device=x.device.type,
+            dtype=dtype_name(x.dtype),
+        )
+        a: list[Tensor] = [a for a, _ in params]
+        b: list[Tensor] = [b for _, b in params]
+        if strategy != "fused" and x.device.type != "cpu":
+            # No kernels here, and reading the ids on the host would stall the device.
+            rows, scale = self._traced_plan(x, routing)
+            bank_a, bank_b = torch.cat(a).to(x.dtype), torch.cat([p.t() for p in b]).to(x.dtype)
+            base = self._base(x, kernel, bias)
+            return traced_linear(x, base, scale.to(x.dtype), rows, bank_a, bank_b, strategy)
+        grouped = strategy == "fused" and torch.is_grad_enabled()
+        rows, slots, scale, order, starts = routes(
+            routing.flat, layout.ranks, layout.scales, x.dtype == torch.float64, grouped
+        )
+        if routing.weights is not None:
+            scale = routing.weights.to(scale.dtype).gather(1, slots) * scale
+        straight = kernel if self.flix_transposed else kernel.t()
+        y: Tensor = routed_linear(x, straight, bias, scale, rows, order, starts, a, b, strategy)[0]
+        return y
 
 
 class FlixConv1D(FlixLinear):
@@ -198,19 +258,20 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
         tokens = x.reshape(count, length)
         if isinstance(routing, TracedRouting):
             return base + self._traced(tokens, routing, base.dtype).view_as(base)
-        strategy = choose_strategy(self.flix_strategy, examples=count, tokens=length)
-        plan = self._device_plan(x, routing, strategy)
+        plan = self._device_plan(x, routing)
+        self._check_single(routing, self.flix_strategy)
         if not plan.active or count == 0:
             return with_grad(base, self.training)
-        return base + self._sum(tokens, plan, base.dtype).view_as(base)
+        params = self._params(plan.active, routing, base.device)
+        return base + self._sum(tokens, plan, params, base.dtype).view_as(base)
 
-    def _sum(self, tokens: Tensor, plan: DevicePlan, dtype: torch.dtype) -> Tensor:
+    def _sum(
+        self, tokens: Tensor, plan: DevicePlan, params: list[Tensor], dtype: torch.dtype
+    ) -> Tensor:
         """Feature by feature, over the rows that use it: A is as wide as the vocabulary, too large to stack."""
-        features = self.flix_config.registry.features
         total = tokens.new_zeros(*tokens.shape, self.d_out, dtype=dtype)
-        start = 0
-        for i in plan.active:
-            a, b = self.flix_A[features[i]], self.flix_B[features[i]]
+        start, half = 0, len(plan.active)
+        for a, b in zip(params[:half], params[half:], strict=True):
             # The factor of a feature stands at the slots that hold the first row of its A.
             first = (plan.rows == start) & (plan.scale.detach() != 0)
             if plan.scale.requires_grad:

@@ -13,14 +13,21 @@ from torch import Tensor, nn
 
 from flix.backends.torch import _checkpoint
 from flix.backends.torch._absent import watch
-from flix.backends.torch._context import TracedRouting, activated, current, make_routing
+from flix.backends.torch._context import (
+    ActiveRouting,
+    TracedRouting,
+    activated,
+    current,
+    make_routing,
+)
 from flix.backends.torch._distributed import touched_by_all
 from flix.backends.torch._layer import FlixLayer
+from flix.backends.torch.kernels.choice import require_triton
 from flix.backends.torch.layers import adaptable, become, revert
 from flix.core.adapter import LayerShape
 from flix.core.config import FlixConfig
 from flix.core.errors import ConfigError, RoutingError, TargetError
-from flix.core.layout import LayerLayout, choose_strategy
+from flix.core.layout import LayerLayout, check_strategy
 from flix.core.targets import LayerInfo, select
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -145,6 +152,11 @@ def _routing_of(
 ) -> Any:
     batch, length = _input_shape(args, kwargs)
     if torch.compiler.is_compiling() and isinstance(features, Tensor):
+        if "flix_pager" in vars(model):
+            raise ConfigError(
+                "a paged model cannot be compiled: which features a batch needs is only known when it "
+                "runs; compile a model without page()"
+            )
         return _traced_routing(model, features, weights, batch, length)
     per_token = getattr(features, "ndim", 0) == 3
     if per_token and length is not None and not model.training and features.shape[1] > length:
@@ -162,7 +174,7 @@ def _routing_of(
             and batch in (None, features.shape[0])
             and not model.training
         ):
-            return known[2]
+            return _paged(model, known[2])
     config = model.flix_config
     routing = make_routing(
         config.registry,
@@ -174,6 +186,14 @@ def _routing_of(
     )
     if isinstance(features, Tensor) and weights is None and not model.training:
         vars(model)["flix_last"] = (features, _version(features), routing)
+    return _paged(model, routing)
+
+
+def _paged(model: Any, routing: ActiveRouting) -> ActiveRouting:
+    """The routing, with its features on the device, if the model's are paged."""
+    routing.pager = vars(model).get("flix_pager")
+    if routing.pager is not None:
+        routing.pager.load(routing)
     return routing
 
 
@@ -200,7 +220,9 @@ def _traced_routing(
             f"{list(weights.shape)}"
         )
     if torch.is_grad_enabled():
-        slot = torch.where(ids < 0, len(model.flix_config.registry), ids).reshape(-1)
+        # Ids of no feature go where padding goes; the layers make their rows NaN.
+        count = len(model.flix_config.registry)
+        slot = torch.where((ids < 0) | (ids >= count), count, ids).reshape(-1)
         model.flix_present.index_fill_(0, slot.to(torch.int64), True)
         model.flix_traced = True
     return TracedRouting(ids, weights, length)
@@ -288,20 +310,22 @@ def adapt(model: Model, config: FlixConfig, *, strategy: str = "auto") -> Model:
     Args:
         model: any ``nn.Module`` with targets among its ``nn.Linear``, Conv1D and ``nn.Embedding``.
         config: the configuration.
-        strategy: how the sum is computed: ``"auto"``, ``"gather"``, ``"masked"`` or ``"single"``.
+        strategy: how the sum is computed: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"``, or ``"fused"`` (Triton
+            kernels, on a CUDA device).
 
     Returns:
         The same model.
 
     Raises:
         TargetError: patterns that match nothing or a layer that cannot be adapted; a model adapted already.
-        ConfigError: an unknown strategy.
+        ConfigError: an unknown strategy, or ``"fused"`` without Triton.
     """
     if not isinstance(model, nn.Module):
         raise TargetError(f"adapt needs a torch nn.Module, got {type(model).__name__}")
     if not isinstance(config, FlixConfig):
         raise ConfigError(f"adapt needs a FlixConfig, got {type(config).__name__}")
-    choose_strategy(strategy, examples=1, tokens=1)
+    check_strategy(strategy)
+    require_triton(strategy)
     if next(flix_layers(model), None) is not None:
         raise TargetError(
             "the model is adapted already; add features with add_feature, or adapt a fresh copy"
