@@ -58,11 +58,13 @@ conformance: $(VENV)/.dev
 conformance-nightly: $(VENV)/.dev
 	$(KIT) -n $(WORKERS) $(OURS) --flix-profile nightly --flix-report conformance/out/nightly.json
 
+# About 20 minutes; writes docs/speed.md and its plots. On a busy machine: make bench RUN="chrt -r 1".
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/layer.py --json benchmarks/out/layer.json
+	$(RUN) $(BIN)/python benchmarks/run.py
 
+# Tiny sizes, guards on; fails on a guard, never on a ratio.
 bench-smoke: $(VENV)/.dev
-	$(BIN)/python benchmarks/layer.py --smoke
+	$(BIN)/python benchmarks/run.py --smoke
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -2,8 +2,8 @@
 
 Method: float32, one thread, compiled; 25 features of rank 8, two active a row, rows shuffled; the base is frozen, so
 the frozen layer's backward is the gradient of x alone and a method's that of x and of its pairs. Every function returns
-its output and its gradients under a given cotangent, so that nothing can be pruned. Rounds are interleaved, and the
-figure is the median of the rounds' ratios.
+its output and its gradients under a given cotangent, so that nothing can be pruned, and they are held to the definition
+before the clock starts. Rounds are interleaved, and the figure is the median of the rounds' ratios.
 
     python benchmarks/jax_layer.py                 # both sizes, then 25 to 2000 registered features
     python benchmarks/jax_layer.py --crossover     # gather against masked over tokens a row and union
@@ -14,58 +14,78 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+if __name__ == "__main__":  # the package, wherever this is started from
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import jax_settings  # noqa: F401, I001 - before JAX
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-import flix
-from flix.backends.jax import gather, init, linear, linear_rows, touched
+from benchmarks.common import (
+    Arm,
+    Bar,
+    Figure,
+    Result,
+    environment,
+    interleave,
+    median_ms,
+    over,
+    ratio_table,
+)
+from benchmarks.guards import guard
+from benchmarks.layer_problem import ACTIVE, RANK, SHAPES, Problem, make_problem
+from flix.backends.jax import LayerBank, gather, init, linear, linear_rows, touched
 
-RANK, ACTIVE = 8, 2
-SIZES = {768: (16, 64, 1.30), 2048: (8, 128, 1.10)}
+BARS = {768: 1.20, 2048: 1.06}
+PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 Setup = dict[str, Any]
+Method = Callable[[Setup], Any]
 
 
-def setup(d: int, rows: int, length: int, features: int, seed: int = 0) -> Setup:
-    """Arrays of one problem: x ``[rows, length, d]``, kernel, bank, ids, cotangent."""
-    rng = np.random.default_rng(seed)
-    registry = flix.FeatureRegistry({"feature": [f"f{i}" for i in range(features)]})
-    bank = init(flix.FlixConfig(registry=registry, ranks=RANK), {"layer": (d, d)})
-    table = rng.normal(size=(features * RANK, d)).astype(np.float32) * 0.02
-    bank = jax.tree.map(lambda _: jnp.asarray(table), bank)
-
-    def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-    ids = np.stack([rng.choice(features, ACTIVE, replace=False) for _ in range(rows)])
+def setup(problem: Problem) -> Setup:
+    """A problem's arrays in JAX: x, the kernel, the bank, ids, the cotangent, and one LoRA."""
+    d, rank, registry = problem.d, problem.rank, problem.registry
+    tables = np.zeros((2, len(registry) * rank, d), np.float32)
+    for feature, pair in problem.pairs.items():
+        start = registry.id(*feature) * rank
+        tables[0, start : start + rank] = pair.a
+        tables[1, start : start + rank] = pair.b.T
+    bank = init(problem.config, {"layer": (d, d)})
+    bank = {"layer": LayerBank(*map(jnp.asarray, tables), bank["layer"].spec)}
+    lora = nnx.LoRA(d, ACTIVE * RANK, d, rngs=nnx.Rngs(0), b_initializer=nnx.initializers.normal())
+    structure, values = nnx.split(lora)
     return {
-        "x": normal(rows, length, d),
-        "kernel": normal(d, d) / d**0.5,
-        "g": normal(rows, length, d),
+        "x": jnp.asarray(problem.x),
+        "kernel": jnp.asarray(problem.weight.T),
+        "bias": jnp.asarray(problem.bias),
+        "g": jnp.asarray(problem.dy),
         "bank": bank,
-        "ids": jnp.asarray(ids, jnp.int32),
-        "lora": (normal(d, ACTIVE * RANK) * 0.02, normal(ACTIVE * RANK, d) * 0.02),
+        "ids": jnp.asarray(problem.ids),
+        "structure": structure,
+        "lora": values,
     }
 
 
 def frozen(s: Setup) -> Any:
-    y, back = jax.vjp(lambda x: x @ s["kernel"], s["x"])
+    y, back = jax.vjp(lambda x: x @ s["kernel"] + s["bias"], s["x"])
     return y, back(s["g"])
 
 
 def one_lora(s: Setup) -> Any:
-    """One LoRA of rank 16 for all rows: what the same arithmetic costs without routing."""
-    y, back = jax.vjp(lambda x, ab: x @ s["kernel"] + (x @ ab[0]) @ ab[1], s["x"], s["lora"])
+    """``nnx.LoRA`` of rank 16: one for all rows. It does not route, and is here for its arithmetic."""
+
+    def run(x: Any, values: Any) -> Any:
+        return x @ s["kernel"] + s["bias"] + nnx.merge(s["structure"], values)(x)
+
+    y, back = jax.vjp(run, s["x"], s["lora"])
     return y, back(s["g"])
 
 
@@ -75,7 +95,9 @@ def by_rows(s: Setup, strategy: str = "gather") -> Any:
     rows = gather(s["bank"], present)
 
     def run(x: Any, rows: Any) -> Any:
-        return linear_rows(x, s["kernel"], rows["layer"], s["ids"], present, strategy=strategy)
+        return linear_rows(
+            x, s["kernel"], rows["layer"], s["ids"], present, bias=s["bias"], strategy=strategy
+        )
 
     y, back = jax.vjp(run, s["x"], rows)
     return y, back(s["g"])
@@ -84,36 +106,71 @@ def by_rows(s: Setup, strategy: str = "gather") -> Any:
 def by_bank(s: Setup) -> Any:
     """The plain path: gradients as large as the bank."""
     y, back = jax.vjp(
-        lambda x, bank: linear(x, s["kernel"], bank["layer"], s["ids"], strategy="gather"),
+        lambda x, bank: linear(
+            x, s["kernel"], bank["layer"], s["ids"], bias=s["bias"], strategy="gather"
+        ),
         s["x"],
         s["bank"],
     )
     return y, back(s["g"])
 
 
-METHODS: dict[str, Callable[[Setup], Any]] = {
+METHODS: dict[str, Method] = {
     "frozen": frozen,
-    "one LoRA, rank 16": one_lora,
+    "nnx.LoRA, rank 16": one_lora,
     "gather": by_rows,
     "masked": lambda s: by_rows(s, "masked"),
+    "auto": lambda s: by_rows(s, "auto"),
     "gather, dense gradient": by_bank,
 }
 
 
-def measure(problem: Setup, methods: dict[str, Callable[[Setup], Any]], rounds: int) -> Any:
-    """Median seconds of the first method, and each other's median ratio to it within the rounds."""
-    compiled = {name: jax.jit(method) for name, method in methods.items()}
-    for method in compiled.values():
-        jax.block_until_ready(method(problem))
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(rounds):
-        for name, method in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(method(problem))
-            seconds[name].append(time.perf_counter() - start)
-    table = np.array(list(seconds.values()))
-    ratios = np.median(table / table[0], axis=1)
-    return float(np.median(table[0])), dict(zip(methods, map(float, ratios), strict=True))
+def _results(problem: Problem, out: Any) -> dict[str, Any]:
+    """y, dx and each feature's gradients of what a method returned."""
+    y, (dx, *rest) = out
+    found: dict[str, Any] = {"y": np.asarray(y), "dx": np.asarray(dx)}
+    if not rest:
+        return found
+    if not isinstance(rest[0], Mapping) or "layer" not in rest[0]:
+        leaves = jax.tree.leaves(rest[0])
+        return found | {"dA": np.asarray(leaves[0]), "dB": np.asarray(leaves[1])}
+    rank, features = problem.rank, problem.registry.features
+    a, b = np.asarray(rest[0]["layer"].A), np.asarray(rest[0]["layer"].B)
+    used = sorted(problem.registry.id(*feature) for feature in problem.pairs)
+    if isinstance(rest[0]["layer"], LayerBank):
+        used = list(range(len(features)))  # gradients of the whole table
+    for place, i in enumerate(used):
+        rows = slice(place * rank, (place + 1) * rank)
+        found[f"dA {features[i]}"], found[f"dB {features[i]}"] = a[rows], b[rows].T
+    return found
+
+
+def measure(
+    problem: Problem, methods: dict[str, Method], rounds: int
+) -> tuple[float, dict[str, Figure]]:
+    """Median seconds of the first method, and each other's ratio to it within the rounds."""
+    arrays = setup(problem)
+    structure = arrays.pop("structure")
+    expected, plain = problem.expected(), problem.plain()
+    arms = []
+    for name, method in methods.items():
+        compiled = jax.jit(lambda s, method=method: method({**s, "structure": structure}))
+        arm = Arm(
+            name,
+            lambda compiled=compiled: jax.block_until_ready(compiled(arrays)),
+            lambda out: _results(problem, out),
+        )
+        absent = [f"dA {f}" for f in problem.registry.features if f not in problem.pairs]
+        if name == "frozen":
+            guard(arm, plain)
+        elif "LoRA" in name:
+            guard(arm, ("y", "dx", "dA", "dB"))
+        else:
+            guard(arm, expected, absent=() if "dense" in name else absent)
+        arms.append(arm)
+    times = interleave(arms, rounds)
+    base = arms[0].name
+    return median_ms(times[base]) / 1e3, over(times, base)
 
 
 def crossover(rounds: int) -> None:
@@ -125,12 +182,40 @@ def crossover(rounds: int) -> None:
     for features in (4, 25, 100):
         line = []
         for length in tokens:
-            problem = setup(d, max(512 // length, 4), length, features)
-            line.append(measure(problem, pair, rounds)[1]["gather"])
+            problem = make_problem(d, max(512 // length, 4), length, features, drawn=features)
+            line.append(measure(problem, pair, rounds)[1]["gather"].median)
         print(f"{features * RANK:8d}", *(f"{ratio:8.2f}" for ratio in line))
 
 
+def growth_of(counts: tuple[int, ...], shape: tuple[int, int, int], rounds: int) -> dict[int, Any]:
+    """gather, and gather with the dense gradient, over growing registries."""
+    few = {name: METHODS[name] for name in ("frozen", "gather", "gather, dense gradient")}
+    return {n: measure(make_problem(*shape, n), few, rounds)[1] for n in counts}
+
+
+def suite(smoke: bool = False) -> Result:
+    """The JAX layer's part of the benchmark."""
+    shapes = ((64, 4, 16),) if smoke else SHAPES
+    rounds, counts = (3, (25, 100)) if smoke else (25, (25, 100, 500, 2000))
+    result = Result("layer-jax", "One layer: JAX", environment=environment(PACKAGES))
+    result.method = (
+        "As for PyTorch, compiled by `jit` and pinned to one core. `nnx.LoRA` is one LoRA for all rows; it cannot route them. "
+        "The gradient is taken of the rows that the batch uses (`gather`, `touched`); the dense gradient is as large as the bank."
+    )
+    columns: dict[str, dict[str, Any]] = {}
+    for d, batch, length in shapes:
+        seconds, ratios = measure(make_problem(d, batch, length), METHODS, rounds)
+        columns[f"d = {d}, {batch} x {length} positions"] = {"frozen, ms": seconds * 1e3, **ratios}
+        if d in BARS:
+            result.bars.append(Bar(f"JAX layer, d = {d}, over frozen", ratios["auto"], BARS[d]))
+    result.tables.append(ratio_table("Forward and backward over the frozen layer", columns))
+    growth = {f"{n:,}": found for n, found in growth_of(counts, shapes[0], rounds).items()}
+    result.tables.append(ratio_table(f"Registered features, d = {shapes[0][0]}", growth))
+    return result
+
+
 def main() -> None:
+    """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--crossover", action="store_true")
@@ -140,20 +225,20 @@ def main() -> None:
         crossover(options.rounds)
         return
     results: dict[str, Any] = {}
-    for d, (rows, length, bar) in SIZES.items():
-        base, ratios = measure(setup(d, rows, length, 25), METHODS, options.rounds)
-        print(f"d={d}, B={rows}, S={length}: frozen {base * 1e3:.1f} ms")
+    for d, batch, length in SHAPES:
+        base, ratios = measure(make_problem(d, batch, length), METHODS, options.rounds)
+        print(f"d={d}, B={batch}, S={length}: frozen {base * 1e3:.1f} ms")
         for name, ratio in ratios.items():
-            note = f"  (bar {bar:.2f})" if name == "gather" else ""
-            print(f"  {name:<24}{ratio:6.2f}{note}")
-        results[str(d)] = {"frozen_ms": base * 1e3, "ratios": ratios, "bar": bar}
+            note = f"  (bar {BARS[d]:.2f})" if name == "auto" else ""
+            print(f"  {name:<24}{ratio.median:6.2f} ± {ratio.spread:.2f}{note}")
+        medians = {name: ratio.median for name, ratio in ratios.items()}
+        results[str(d)] = {"frozen_ms": base * 1e3, "ratios": medians, "bar": BARS[d]}
     print("registered features, d=768: gather; with the dense gradient")
     growth = {}
-    few = {name: METHODS[name] for name in ("frozen", "gather", "gather, dense gradient")}
-    for features in (25, 100, 500, 2000):
-        _, ratios = measure(setup(768, 16, 64, features), few, options.rounds)
-        growth[features] = ratios
-        print(f"  {features:5d}{ratios['gather']:8.2f}{ratios['gather, dense gradient']:8.2f}")
+    for features, ratios in growth_of((25, 100, 500, 2000), SHAPES[0], options.rounds).items():
+        growth[features] = {name: ratio.median for name, ratio in ratios.items()}
+        line = growth[features]
+        print(f"  {features:5d}{line['gather']:8.2f}{line['gather, dense gradient']:8.2f}")
     results["growth"] = growth
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

@@ -1,144 +1,281 @@
-"""One layer, forward and backward, over the frozen layer: flix beside PEFT.
+"""One torch layer, forward and backward, over the frozen layer: flix beside PEFT.
 
 Method: float32, one thread unless told; every round runs each candidate once, in turn, and a candidate's figure is the
 median over rounds of its time over the frozen layer's in the same round, so that drift of the machine cancels.
 The output feeds a backward with a fixed gradient of full size, so nothing can be pruned; gradients are taken with
 respect to the input and the adapter's parameters, and the base is frozen. Gradients are set to None before each run, as
-an optimizer's zero_grad does.
+an optimizer's zero_grad does. Before the clock starts, every candidate's output and gradients are held to the
+definition.
 
-    python benchmarks/layer.py [--rounds 15] [--json FILE] [--smoke]
+    python benchmarks/layer.py [--rounds 21] [--threads 1] [--json FILE] [--smoke] [--crossover]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
-import numpy as np
+if __name__ == "__main__":  # the package, wherever this is started from
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
-from torch import nn
 
-import flix
-from flix.backends.torch import FlixLinear, route
+from benchmarks.common import (
+    Arm,
+    Bar,
+    Figure,
+    Plot,
+    Result,
+    Table,
+    environment,
+    interleave,
+    median_ms,
+    over,
+    ratio_table,
+)
+from benchmarks.guards import guard
+from benchmarks.layer_problem import ACTIVE, GROWTH, RANK, SHAPES, Problem, make_problem
+from benchmarks.memory import arm_peak
+from benchmarks.torch_arms import (
+    flix_arm,
+    frozen_arm,
+    peft_loop_arm,
+    peft_names_arm,
+    peft_single_arm,
+    unused_gradients,
+)
 
-SHAPES = ((768, 16, 64), (2048, 8, 128))  # (d, batch, length)
-FEATURES = 25
-RANK = 8
-ACTIVE = 2
-
-Run = Callable[[torch.Tensor, torch.Tensor], None]
-
-
-def frozen(d: int) -> tuple[nn.Module, Run]:
-    layer = nn.Linear(d, d).requires_grad_(False)
-    return layer, lambda x, dy: layer(x).backward(dy)
+AUTO = "**flix, auto**"
+BARS = {768: (1.18, 1.12), 2048: (1.07, 1.05)}  # forward and backward; forward alone
+SHORT = ((3, 12, "24-row union", 1.2), (25, 13, "200-row union", 1.9))
+MEMORY_BAR = 1.5
+PACKAGES = ("torch", "peft", "transformers", "numpy")
 
 
-def flix_layer(d: int, count: int, batch: int, strategy: str) -> tuple[nn.Module, Run]:
-    """``count`` features of rank 8 in two groups; every row takes one of each, in shuffled order."""
-    half = count // 2
-    registry = flix.FeatureRegistry(
-        {"language": [f"l{i}" for i in range(half)], "task": [f"t{i}" for i in range(count - half)]}
-    )
-    config = flix.FlixConfig(registry=registry, ranks=RANK)
-    layer = FlixLinear(d, d, config=config, strategy=strategy)
-    for bank in (layer.flix_A, layer.flix_B):
-        for parameter in bank.parameters():
-            nn.init.normal_(parameter, std=0.02)
-    rng = np.random.default_rng(0)
-    rows = [
-        {"language": f"l{rng.integers(min(half, 12))}", "task": f"t{rng.integers(min(half, 12))}"}
-        for _ in range(batch)
+def guarded(arms: list[Arm], problem: Problem, backward: bool) -> list[Arm]:
+    """The arms, once each has been held to the definition."""
+    expected, plain = problem.expected(), problem.plain()
+    for arm in arms:
+        absent: list[str] = []
+        if arm.name == "frozen layer":
+            wanted = plain
+        elif "for all rows" in arm.name:
+            wanted = dict.fromkeys(("y", "dx", "dA", "dB"))  # another sum than the rows'
+        else:
+            wanted, absent = expected, unused_gradients(arm, problem)
+        if not backward:
+            wanted, absent = {"y": wanted["y"]}, []
+        guard(arm, wanted, absent=absent)
+    return arms
+
+
+def compare(
+    arms: list[Arm], problem: Problem, rounds: int, backward: bool = True
+) -> tuple[dict[str, Figure], float]:
+    """Each arm over the first, and the first's milliseconds."""
+    times = interleave(guarded(arms, problem, backward), rounds)
+    base = arms[0].name
+    return over(times, base), median_ms(times[base])
+
+
+def both_ways(problem: Problem, rounds: int, growth: tuple[int, ...]) -> dict[str, Figure | float]:
+    """Forward and backward of all candidates, and flix over growing registries."""
+    d, batch, length = problem.d, *problem.x.shape[:2]
+    arms = [
+        frozen_arm(problem),
+        peft_single_arm(problem, ACTIVE * RANK),
+        peft_loop_arm(problem),
+        peft_names_arm(problem),
+        flix_arm("flix, gather", problem, "gather"),
+        flix_arm("flix, masked", problem, "masked"),
+        flix_arm(AUTO, problem),
     ]
-    routing = registry.encode(rows)
-    assert routing.width == ACTIVE
-
-    def run(x: torch.Tensor, dy: torch.Tensor) -> None:
-        # The plan of a batch is made once a step and shared by all layers; here it is paid for by one.
-        with route(registry, routing):
-            y = layer(x)
-        y.backward(dy)
-
-    return layer, run
+    for count in growth:
+        more = make_problem(d, batch, length, count)
+        arms.append(flix_arm(f"flix, auto, {count:,} features", more))
+    ratios, ms = compare(arms, problem, rounds)
+    return {"frozen layer, ms": ms, **ratios}
 
 
-def peft_lora(d: int, rank: int) -> tuple[nn.Module, Run]:
-    from peft import LoraConfig, get_peft_model
+def forward_alone(problem: Problem, rounds: int) -> dict[str, Figure | float]:
+    """The forward alone, without autograd, as evaluation runs it."""
+    arms = [
+        frozen_arm(problem, False),
+        peft_single_arm(problem, ACTIVE * RANK, False),
+        peft_names_arm(problem, False),
+        flix_arm("flix, gather", problem, "gather", False),
+        flix_arm("flix, masked", problem, "masked", False),
+        flix_arm(AUTO, problem, "auto", False),
+    ]
+    ratios, ms = compare(arms, problem, rounds, False)
+    return {"frozen layer, ms": ms, **ratios}
 
-    model = get_peft_model(
-        nn.Sequential(nn.Linear(d, d)), LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"])
+
+def short_inputs(
+    d: int, batches: tuple[int, ...], rounds: int
+) -> tuple[Table, dict[str, dict[int, Figure]]]:
+    """One position a row, over unions of two sizes, by batch size."""
+    found: dict[str, dict[int, Figure]] = {}
+    rows: list[list] = []
+    for features, drawn, label, _ in SHORT:
+        for batch in batches:
+            problem = make_problem(d, batch, 1, features, drawn=drawn)
+            arms = [
+                frozen_arm(problem),
+                flix_arm("gather", problem, "gather"),
+                flix_arm("masked", problem, "masked"),
+                flix_arm("auto", problem),
+            ]
+            union = RANK * len(problem.pairs)
+            ratios, _ = compare(arms, problem, rounds)
+            rows.append([f"{batch} rows, {union} union rows", *(ratios[a.name] for a in arms[1:])])
+            found.setdefault(label, {})[batch] = ratios["auto"]
+    title = f"One position a row, d = {d}: forward and backward over the frozen layer"
+    return Table(title, ["", "gather", "masked", "auto"], rows), found
+
+
+def memory_rows(problems: list[Problem]) -> tuple[Table, dict[int, float]]:
+    """Peak memory of forward and backward."""
+    ratios: dict[int, float] = {}
+    columns: list[list] = []
+    for problem in problems:
+        arms = [
+            frozen_arm(problem),
+            peft_single_arm(problem, ACTIVE * RANK),
+            flix_arm("flix, gather", problem, "gather"),
+            flix_arm("flix, masked", problem, "masked"),
+            flix_arm(AUTO, problem),
+        ]
+        peaks = [arm_peak(arm) for arm in guarded(arms, problem, True)]
+        ratios[problem.d] = peaks[-1] / peaks[0]
+        columns.append([p / 2**20 for p in peaks] + [p / peaks[0] for p in peaks])
+    names = [arm.name for arm in arms]
+    rows = [
+        [name, *(cell for c in columns for cell in (c[i], c[len(names) + i]))]
+        for i, name in enumerate(names)
+    ]
+    head = [cell for p in problems for cell in (f"d = {p.d}, MiB", "over frozen")]
+    note = (
+        "The most bytes that torch's allocator held at once during forward and backward, above the inputs and parameters "
+        "that were there before (output, saved tensors, gradients, temporaries), recorded by torch.profiler."
     )
-    return model, lambda x, dy: model(x).backward(dy)
+    return Table("Peak memory of one layer", ["", *head], rows, note), ratios
 
 
-def timed(layer: nn.Module, run: Run, x: torch.Tensor, dy: torch.Tensor) -> float:
-    layer.zero_grad(set_to_none=True)
-    x.grad = None
-    start = time.perf_counter()
-    run(x, dy)
-    elapsed = time.perf_counter() - start
-    # Guards: the gradient must have reached the input and, where there are any, the trained parameters.
-    assert x.grad is not None and bool(x.grad.abs().sum() > 0)
-    trained = [p for p in layer.parameters() if p.requires_grad]
-    assert not trained or any(p.grad is not None and bool(p.grad.any()) for p in trained)
-    return elapsed
+def crossover(rounds: int) -> None:
+    """Time of gather over time of masked, for tokens a row and union rows: above 1, masked is faster."""
+    tokens = (1, 2, 4, 8, 16, 32, 64)
+    print("gather / masked at d=768, forward and backward; union rows down, tokens a row across")
+    print("union".rjust(8), *(f"S={s}".rjust(8) for s in tokens))
+    for features, drawn in ((3, 12), (6, 12), (25, 13), (100, 50)):
+        line = []
+        for length in tokens:
+            problem = make_problem(768, max(512 // length, 8), length, features, drawn=drawn)
+            arms = [flix_arm(name, problem, name) for name in ("masked", "gather")]
+            line.append(compare(arms, problem, rounds)[0]["gather"].median)
+        print(f"{features * RANK:8d}", *(f"{ratio:8.2f}" for ratio in line))
 
 
-def compare(d: int, batch: int, length: int, rounds: int, candidates: dict) -> dict[str, float]:
-    torch.manual_seed(0)
-    x = torch.randn(batch, length, d, requires_grad=True)
-    dy = torch.randn(batch, length, d)
-    built = {name: make() for name, make in candidates.items()}
-    for layer, run in built.values():
-        for _ in range(2):
-            timed(layer, run, x, dy)
-    times: dict[str, list[float]] = {name: [] for name in built}
-    for _ in range(rounds):
-        for name, (layer, run) in built.items():
-            times[name].append(timed(layer, run, x, dy))
-    base = times["frozen layer"]
-    ratios = {
-        name: statistics.median(t / b for t, b in zip(values, base, strict=True))
-        for name, values in times.items()
-    }
-    ratios["frozen layer, ms"] = statistics.median(base) * 1e3
-    return ratios
-
-
-def measure(d: int, batch: int, length: int, rounds: int, smoke: bool) -> dict[str, float]:
-    candidates: dict[str, Callable[[], tuple[nn.Module, Run]]] = {
-        "frozen layer": lambda: frozen(d),
-        "PEFT LoRA r=16": lambda: peft_lora(d, ACTIVE * RANK),
-        "flix gather, 25 features": lambda: flix_layer(d, FEATURES, batch, "gather"),
-        "flix masked, 25 features": lambda: flix_layer(d, FEATURES, batch, "masked"),
-        "flix auto, 25 features": lambda: flix_layer(d, FEATURES, batch, "auto"),
-    }
-    for count in (100,) if smoke else (100, 500, 2000):
-        candidates[f"flix auto, {count} features"] = lambda n=count: flix_layer(d, n, batch, "auto")
-    return compare(d, batch, length, rounds, candidates)
+def suite(smoke: bool = False) -> Result:
+    """The torch layer's part of the benchmark."""
+    torch.set_num_threads(1)
+    shapes = ((64, 4, 16),) if smoke else SHAPES
+    growth = (100,) if smoke else tuple(n for n in GROWTH if 25 < n <= 2000)
+    result = Result("layer-torch", "One layer: PyTorch", environment=environment(PACKAGES))
+    result.method = (
+        "Forward and backward of one adapted linear layer over the frozen layer; gradients of the input and the adapter, base "
+        "frozen; 25 features of rank 8 unless said, two active in every row, rows in shuffled order. flix's plan of the "
+        "batch, shared by all layers of a model, is paid for by the one layer."
+    )
+    problems = [make_problem(*shape) for shape in shapes]
+    columns, forward = {}, {}
+    for problem in problems:
+        batch, length, d = problem.x.shape
+        rounds = 3 if smoke else 25 if d < 2048 else 15
+        head = f"d = {d}, {batch} x {length} positions"
+        columns[head] = both_ways(problem, rounds, growth if problem is problems[0] else ())
+        forward[head] = forward_alone(problem, rounds)
+        if d in BARS:
+            both, alone = BARS[d]
+            result.bars += [
+                Bar(f"torch layer, d = {d}, over frozen", columns[head][AUTO], both),
+                Bar(f"torch layer, d = {d}, forward alone", forward[head][AUTO], alone),
+            ]
+    note = "`adapter_names` is timed in evaluation mode: PEFT refuses it in training."
+    result.tables += [
+        ratio_table("Forward and backward over the frozen layer", columns, note=note),
+        ratio_table("Forward alone (no autograd) over the frozen layer", forward),
+    ]
+    result.plots.append(
+        Plot(
+            "layer-torch.png",
+            "One torch layer, forward and backward",
+            "",
+            "time over the frozen layer",
+            [
+                name.strip("*")
+                for name in columns[head]
+                if "ms" not in name and "features" not in name
+            ],
+            {
+                h: [
+                    f.median for name, f in c.items() if "ms" not in name and "features" not in name
+                ]
+                for h, c in columns.items()
+            },
+        )
+    )
+    rounds = 3 if smoke else 25
+    batches = (8,) if smoke else (16, 64, 512)
+    table, short = short_inputs(shapes[0][0], batches, rounds)
+    result.tables.append(table)
+    memory, peaks = memory_rows(problems)
+    result.tables.append(memory)
+    if not smoke:
+        for _, _, label, bar in SHORT:
+            result.bars.append(
+                Bar(f"torch layer, one position a row, 512 rows, {label}", short[label][512], bar)
+            )
+        for d, ratio in peaks.items():
+            result.bars.append(
+                Bar(f"torch layer, d = {d}, peak memory over frozen", ratio, MEMORY_BAR)
+            )
+    return result
 
 
 def main() -> None:
+    """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--crossover", action="store_true", help="gather against masked")
     parser.add_argument("--smoke", action="store_true", help="small and quick: does it run?")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.crossover:
+        crossover(options.rounds)
+        return
     shapes = ((256, 8, 32),) if options.smoke else SHAPES
     rounds = 5 if options.smoke else options.rounds
+    growth = (100,) if options.smoke else (100, 500, 2000)
     results = {}
     for d, batch, length in shapes:
-        ratios = measure(d, batch, length, rounds, options.smoke)
-        results[f"d={d}, B={batch}, S={length}"] = ratios
-        print(f"d={d}, B={batch}, S={length}: frozen {ratios.pop('frozen layer, ms'):.1f} ms")
-        for name, ratio in ratios.items():
-            print(f"  {name:<28}{ratio:6.3f}")
+        problem = make_problem(d, batch, length)
+        for what, ratios in (
+            ("forward and backward", both_ways(problem, rounds, growth)),
+            ("forward alone", forward_alone(problem, rounds)),
+        ):
+            ms = ratios.pop("frozen layer, ms")
+            print(f"d={d}, B={batch}, S={length}, {what}: frozen {ms:.1f} ms")
+            for name, ratio in ratios.items():
+                print(f"  {name:<44}{ratio.median:6.3f} ± {ratio.spread:.3f}")
+            results[f"d={d}, B={batch}, S={length}, {what}"] = {
+                "frozen layer, ms": ms,
+                **{name: ratio.median for name, ratio in ratios.items()},
+            }
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1) + "\n")

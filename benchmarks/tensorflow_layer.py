@@ -2,8 +2,9 @@
 
 One thread, float32, 25 features of rank 8, two active a row, shuffled rows; (d=768, B=16, S=64) and (d=2048, B=8,
 S=128). Rounds are interleaved, and a figure is the median over rounds of the ratio to the frozen layer in the same
-round. Both functions give back their output and their gradients, so that nothing is pruned: the frozen layer's are to
-x, the adapted layer's to x, A and B (``tf.IndexedSlices``, as an optimizer gets them).
+round. Every function gives back its output and its gradients, so that nothing is pruned, and they are held to the
+definition before the clock starts: the frozen layer's are to x, the adapted layer's to x, A and B
+(``tf.IndexedSlices``, as an optimizer gets them).
 
     python benchmarks/tensorflow_layer.py [--rounds 30] [--scaling] [--optimizer] [--jit] [--json]
 """
@@ -13,8 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import time
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # the package, wherever this is started from
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -23,39 +29,46 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-import flix
+from benchmarks.common import (
+    Arm,
+    Bar,
+    Figure,
+    Result,
+    environment,
+    interleave,
+    over,
+    ratio_table,
+)
+from benchmarks.guards import guard
+from benchmarks.layer_problem import ACTIVE, RANK, SHAPES, Problem, make_problem
 from flix.backends.tensorflow import FlixDense, keep_absent
 
-SHAPES = {768: (16, 64), 2048: (8, 128)}
-BARS = {768: 1.30, 2048: 1.12}
+BARS = {768: 1.20, 2048: 1.08}
+PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "numpy")
+BASE = "frozen"
+Step = Callable[..., Any]
 
 
-def make_config(features: int, rank: int = 8) -> flix.FlixConfig:
-    """Half languages, half tasks, all of one rank."""
-    tasks = features // 2
-    groups = {
-        "language": [f"l{i}" for i in range(features - tasks)],
-        "task": [f"t{i}" for i in range(tasks)],
-    }
-    return flix.FlixConfig(registry=flix.FeatureRegistry(groups), ranks=rank)
+def one_thread() -> None:
+    """Let TensorFlow compute with one thread; before it computes anything."""
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
-def make_ids(config: flix.FlixConfig, batch: int) -> np.ndarray:
-    """One language and one task a row, at random; the same draw among the first 25 features for any registry."""
-    rng = np.random.default_rng(0)
-    languages = config.registry.ids_of("language")[:13]
-    tasks = config.registry.ids_of("task")[:12]
-    return np.stack([rng.choice(languages, batch), rng.choice(tasks, batch)], 1).astype(np.int32)
+def _set_base(layer: Any, problem: Problem) -> Any:
+    layer.build((None, None, problem.d))
+    layer._kernel.assign(problem.weight.T)
+    layer.bias.assign(problem.bias)
+    return layer
 
 
-def frozen_step(d: int, jit: bool):
+def frozen_step(problem: Problem, jit: bool) -> Step:
     """The frozen layer: y and the gradient to x."""
-    layer = keras.layers.Dense(d)
-    layer.build((None, None, d))
+    layer = _set_base(keras.layers.Dense(problem.d), problem)
     layer.trainable = False
 
     @tf.function(jit_compile=jit)
-    def step(x, dy, ids):
+    def step(x: Any, dy: Any, ids: Any) -> Any:
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = layer(x)
@@ -64,17 +77,38 @@ def frozen_step(d: int, jit: bool):
     return step
 
 
-def routed_step(d: int, config: flix.FlixConfig, strategy: str, jit: bool, optimizer=None):
-    """The adapted layer: y and the gradients to x, A and B; with an optimizer, its step too."""
-    layer = FlixDense(d, config=config, name="q", strategy=strategy)
-    layer.build((None, None, d))
-    tables = [layer.flix_A, layer.flix_B]
+def lora_step(problem: Problem, jit: bool) -> Step:
+    """Keras ``enable_lora(16)``, one for all rows: it does not route, and is here for its cost."""
+    layer = _set_base(keras.layers.Dense(problem.d), problem)
+    layer.enable_lora(ACTIVE * RANK)
+    tables = [layer.lora_kernel_a, layer.lora_kernel_b]
     tables[1].assign(np.random.default_rng(1).normal(size=tables[1].shape) * 0.02)
+
+    @tf.function(jit_compile=jit)
+    def step(x: Any, dy: Any, ids: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+        dx, *grads = tape.gradient(y, [x, *tables], dy)
+        return y, dx, grads
+
+    return step
+
+
+def routed_step(problem: Problem, strategy: str, jit: bool, optimizer: Any = None) -> Step:
+    """The adapted layer: y and the gradients to x, A and B; with an optimizer, its step too."""
+    layer = FlixDense(problem.d, config=problem.config, name="q", strategy=strategy)
+    _set_base(layer, problem)
+    tables = [layer.flix_A, layer.flix_B]
+    layer.set_pairs(
+        {feature: pair.a for feature, pair in problem.pairs.items()},
+        {feature: pair.b for feature, pair in problem.pairs.items()},
+    )
     if optimizer is not None:
         optimizer.build(tables)
 
     @tf.function(jit_compile=jit)
-    def step(x, dy, ids):
+    def step(x: Any, dy: Any, ids: Any) -> Any:
         with tf.GradientTape(persistent=False) as tape:
             tape.watch(x)
             y = layer(x, flix_features=ids)
@@ -86,46 +120,90 @@ def routed_step(d: int, config: flix.FlixConfig, strategy: str, jit: bool, optim
     return step
 
 
-def materialised(outputs) -> None:
-    """Wait for a step's results."""
-    for tensor in tf.nest.flatten(outputs):
-        tensor.numpy()
+def materialised(outputs: Any) -> Any:
+    """A step's results, waited for."""
+    return tf.nest.map_structure(lambda tensor: tensor.numpy(), outputs)
 
 
-def ratios(steps: dict, inputs: dict, rounds: int, base: str) -> dict[str, float]:
-    """Median over interleaved rounds of each step's time over the base's."""
-    for name, step in steps.items():
-        for _ in range(3):
-            materialised(step(*inputs[name]))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds):
-        names = list(steps)
-        for name in names if number % 2 else names[::-1]:
-            start = time.perf_counter()
-            materialised(steps[name](*inputs[name]))
-            times[name].append(time.perf_counter() - start)
-    return {
-        name: statistics.median(t / b for t, b in zip(times[name], times[base], strict=True))
-        for name in steps
-    }
+def _results(problem: Problem, out: Any) -> dict[str, Any]:
+    """y, dx and each feature's gradients of what a step returned."""
+    found = {"y": out[0], "dx": out[1]}
+    if len(out) == 3 and not isinstance(out[2][0], tuple):
+        return found | {"dA": out[2][0], "dB": out[2][1]}
+    rank, features = problem.rank, problem.registry.features
+    for which, (values, indices) in zip("AB", out[2] if len(out) == 3 else (), strict=False):
+        rows: dict[int, Any] = {}
+        for index, value in zip(indices, values, strict=True):
+            if index:  # row 0 stands for unused slots
+                rows[int(index) - 1] = rows.get(int(index) - 1, 0) + value
+        for i in sorted({row // rank for row in rows}):
+            value = np.stack([rows.get(i * rank + j, np.zeros(problem.d)) for j in range(rank)])
+            found[f"d{which} {features[i]}"] = value if which == "A" else value.T
+    return found
 
 
-def measure(d: int, registries: list[int], args: argparse.Namespace) -> dict[str, float]:
-    """Ratios at one size, for registries of several sizes."""
-    batch, length = SHAPES[d]
-    rng = np.random.default_rng(2)
-    x = tf.constant(rng.normal(size=(batch, length, d)).astype(np.float32))
-    dy = tf.constant(rng.normal(size=(batch, length, d)).astype(np.float32))
-    steps, inputs = {"frozen": frozen_step(d, args.jit)}, {"frozen": (x, dy, tf.constant([[0]]))}
-    for features in registries:
-        config = make_config(features)
-        optimizer = None
-        if args.optimizer:
-            optimizer = keep_absent(keras.optimizers.AdamW(1e-3), whole=args.jit)
-        name = f"{args.strategy}, {features} features"
-        steps[name] = routed_step(d, config, args.strategy, args.jit, optimizer)
-        inputs[name] = (x, dy, tf.constant(make_ids(config, batch)))
-    return ratios(steps, inputs, args.rounds, "frozen")
+def measure(
+    problems: dict[str, Problem],
+    rounds: int,
+    *,
+    strategy: str = "gather",
+    jit: bool = False,
+    optimizer: bool = False,
+    peers: bool = False,
+) -> dict[str, Figure]:
+    """Ratios over the frozen layer.
+
+    Args:
+        problems: by the arms' names, alike but for the registered features.
+        rounds: how many.
+        strategy: flix's; "all" measures each of them on the first problem.
+        jit: compiled by XLA.
+        optimizer: with a step of AdamW.
+        peers: with Keras ``enable_lora`` beside.
+    """
+    first = next(iter(problems.values()))
+    x, dy = tf.constant(first.x), tf.constant(first.dy)
+
+    def arm(name: str, step: Step, problem: Problem) -> Arm:
+        ids = tf.constant(problem.ids)
+        return Arm(name, lambda: materialised(step(x, dy, ids)), lambda out: _results(problem, out))
+
+    arms = [arm(BASE, frozen_step(first, jit), first)]
+    guard(arms[0], first.plain())
+    if peers:
+        arms.append(arm("Keras `enable_lora(16)`", lora_step(first, jit), first))
+        guard(arms[1], ("y", "dx", "dA", "dB"))
+    expected = first.expected()
+    for name, problem in problems.items():
+        for how in ("gather", "masked", "auto") if strategy == "all" else (strategy,):
+            tuned = keep_absent(keras.optimizers.AdamW(1e-3), whole=jit) if optimizer else None
+            made = arm(name.format(how), routed_step(problem, how, jit, tuned), problem)
+            unused = [f"dA {f}" for f in problem.registry.features if f not in problem.pairs]
+            guard(made, expected, absent=unused)
+            arms.append(made)
+    return over(interleave(arms, rounds, warmup=3), BASE)
+
+
+def suite(smoke: bool = False) -> Result:
+    """The TensorFlow layer's part of the benchmark."""
+    one_thread()
+    shapes = ((64, 4, 16),) if smoke else SHAPES
+    rounds, counts = (3, (100,)) if smoke else (25, (25, 100, 500, 2000))
+    result = Result("layer-tensorflow", "One layer: TensorFlow", environment=environment(PACKAGES))
+    result.method = "As for PyTorch, in a `tf.function` without XLA. Keras `enable_lora` is one LoRA for all rows; it cannot route them."
+    columns = {}
+    for d, batch, length in shapes:
+        problem = {"flix, {}": make_problem(d, batch, length)}
+        head = f"d = {d}, {batch} x {length} positions"
+        columns[head] = measure(problem, rounds, strategy="all", peers=True)
+        if d in BARS:
+            found = columns[head]["flix, auto"]
+            result.bars.append(Bar(f"TensorFlow layer, d = {d}, over frozen", found, BARS[d]))
+    result.tables.append(ratio_table("Forward and backward over the frozen layer", columns))
+    growing = {f"{n:,} features": make_problem(*shapes[0], n) for n in counts}
+    found = measure(growing, rounds)
+    result.tables.append(ratio_table("Registered features", {f"gather, d = {shapes[0][0]}": found}))
+    return result
 
 
 def main() -> None:
@@ -133,22 +211,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--strategy", default="gather")
-    parser.add_argument("--sizes", type=int, nargs="*", default=list(SHAPES))
+    parser.add_argument("--sizes", type=int, nargs="*", default=[d for d, _, _ in SHAPES])
     parser.add_argument("--scaling", action="store_true", help="registries of 25 to 2000 features")
     parser.add_argument("--optimizer", action="store_true", help="with a step of AdamW")
     parser.add_argument("--jit", action="store_true", help="compiled by XLA")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    one_thread()
+    sizes = {d: (batch, length) for d, batch, length in SHAPES}
     results = {}
     for d in args.sizes:
-        registries = [25, 100, 500, 2000] if args.scaling else [25]
-        results[d] = measure(d, registries, args)
+        counts = [25, 100, 500, 2000] if args.scaling else [25]
+        problems = {f"{args.strategy}, {n} features": make_problem(d, *sizes[d], n) for n in counts}
+        found = measure(
+            problems, args.rounds, strategy=args.strategy, jit=args.jit, optimizer=args.optimizer
+        )
+        results[d] = {name: ratio.median for name, ratio in found.items()}
         if not args.json:
-            for name, ratio in results[d].items():
-                bar = f"   (bar {BARS[d]:.2f})" if "25 features" in name else ""
-                print(f"d={d}  {name:<28}{ratio:6.2f}{bar}", flush=True)
+            for name, ratio in found.items():
+                bar = f"   (bar {BARS[d]:.2f})" if " 25 features" in name else ""
+                print(f"d={d}  {name:<28}{ratio.median:6.2f} ± {ratio.spread:.2f}{bar}", flush=True)
     if args.json:
         print(json.dumps(results))
 
