@@ -31,15 +31,17 @@ class FlixTrainer(Trainer):  # type: ignore[misc]
         return torch.utils.data.SequentialSampler(data)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW over the trainable parameters."""
+        """AdamW over the trainable parameters; fused, as there are many and small ones."""
         if self.optimizer is None:
             adapted: Any = self.model
+            kinds = {p.device.type for p in trainable_parameters(adapted)}
             self.optimizer = torch.optim.AdamW(
                 trainable_parameters(adapted),
                 lr=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
                 weight_decay=self.args.weight_decay,
+                fused=kinds <= {"cpu", "cuda"},
             )
         return self.optimizer
 

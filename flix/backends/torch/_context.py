@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,26 @@ class DevicePlan:
     scale: Tensor
     host: UnionPlan
     _grouped: tuple[Tensor, Tensor, Tensor] | None = None
+    _masks: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    _stacks: dict[int, tuple[list[Tensor], tuple[int, ...], Any]] = field(default_factory=dict)
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """Each example's factor for every row of the union, ``[N, U]``; made once for all layers, without gradient."""
+        found = self._masks.get(dtype)
+        if found is None:
+            scale = self.scale.detach().to(dtype)
+            zeros = scale.new_zeros(scale.shape[0], self.union)
+            found = self._masks[dtype] = zeros.scatter_add_(1, self.rows, scale)
+        return found
+
+    def stack(self, layer: object, params: list[Tensor], make: Callable[[], Any]) -> Any:
+        """A layer's stacked union, kept while its parameters stay as they are: generation asks at every token."""
+        versions = tuple(p._version for p in params)
+        kept = self._stacks.get(id(layer))
+        same = kept is not None and all(p is q for p, q in zip(kept[0], params, strict=True))
+        if kept is None or not same or kept[1] != versions:
+            kept = self._stacks[id(layer)] = (params, versions, make())
+        return kept[2]
 
     def grouped(self) -> tuple[Tensor, Tensor, Tensor]:
         """What the kernels need: int32 rows, -1 where unused, and the slots of each union row (order, starts)."""

@@ -28,7 +28,6 @@ from flix.core.registry import Feature
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-@functools.cache
 def parameter_key(feature: Feature) -> str:
     """A feature's key among a layer's parameters.
 
@@ -36,6 +35,12 @@ def parameter_key(feature: Feature) -> str:
     """
     escaped = (part.replace("%", "%25").replace(".", "%2E").replace(":", "%3A") for part in feature)
     return ":".join(escaped)
+
+
+@functools.lru_cache(maxsize=64)
+def _keys(features: tuple[Feature, ...]) -> tuple[str, ...]:
+    """The keys of a registry's features, by id."""
+    return tuple(parameter_key(feature) for feature in features)
 
 
 class FeatureParameters(nn.Module):
@@ -83,6 +88,7 @@ class FlixLayer(nn.Module):
     flix_kind = "linear"
     flix_name: str
     flix_config: FlixConfig
+    flix_keys: tuple[str, ...]
     flix_layout: LayerLayout
     flix_strategy: str
     flix_base: type[nn.Module]
@@ -124,6 +130,7 @@ class FlixLayer(nn.Module):
     def set_config(self, config: FlixConfig, layout: LayerLayout | None = None) -> None:
         """Set the configuration, and the layout that follows from it (given if it is known already)."""
         self.flix_config = config
+        self.flix_keys = _keys(config.registry.features)
         self.flix_layout = layout or config.layout(self.flix_name)
 
     def add_pair(self, feature: Feature) -> None:
@@ -170,8 +177,7 @@ class FlixLayer(nn.Module):
         self, active: tuple[int, ...], routing: ActiveRouting, device: torch.device
     ) -> list[Tensor]:
         """A of each active feature, then B of each, on the device."""
-        features = self.flix_config.registry.features
-        keys = [parameter_key(features[i]) for i in active]
+        keys = [self.flix_keys[i] for i in active]
         # Straight from the dictionaries: this runs for every layer and every step.
         a, b = self.flix_A._parameters, self.flix_B._parameters
         params: list[Tensor] = [*(a[k] for k in keys), *(b[k] for k in keys)]  # type: ignore[list-item]
@@ -274,3 +280,10 @@ def with_grad(y: Tensor, training: bool) -> Tensor:
     if training and torch.is_grad_enabled() and not y.requires_grad and y.is_floating_point():
         return y.requires_grad_(True) if y.is_leaf else y
     return y
+
+
+def flix_layers(model: nn.Module) -> Iterator[tuple[str, FlixLayer]]:
+    """(path, layer) of every adapted layer, in the model's order."""
+    for path, module in model.named_modules():
+        if isinstance(module, FlixLayer):
+            yield path, module

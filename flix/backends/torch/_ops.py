@@ -14,51 +14,75 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flix.backends.torch._context import DevicePlan
+
 # Copying pair by pair costs about a microsecond for each, whatever its size.
 _MOST_BLOCKS = 512
 
 
-def _stack(params: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A of the union ``[U, d_in]`` and B of the union, transposed, ``[U, d_out]``."""
+Stack = tuple[Tensor, Tensor]
+"""A of a batch's union ``[U, d_in]``, and B of it ``[d_out, U]``."""
+
+
+def stack(params: Sequence[Tensor], dtype: torch.dtype) -> Stack:
+    """The union of a batch's features: A of each, then B of each, side by side."""
     half = len(params) // 2
-    a = torch.cat(tuple(params[:half])).to(dtype)
-    b = torch.cat(tuple(params[half:]), dim=1).to(dtype)
-    return a, b.t().contiguous()
+    a = torch.cat(tuple(params[:half]))
+    b = torch.cat(tuple(params[half:]), dim=1)
+    return a.to(dtype), b.to(dtype)
 
 
-def _own(
+def mask(scale: Tensor, rows: Tensor, union: int) -> Tensor:
+    """Each example's factor for every row of the union: ``[N, U]``."""
+    return scale.new_zeros(scale.shape[0], union).scatter_add_(1, rows, scale)
+
+
+def _own_a(
     params: Sequence[Tensor], rows: Tensor, blocks: Sequence[int] | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """A of each example's slots, ``[N, R, d_in]``, and B transposed, ``[N, R, d_out]`` (strided).
+) -> Tensor:
+    """A of each example's slots, ``[N, R, d_in]``.
 
     Args:
         rows: ``[N, R]``: rows of the union.
         blocks: the same pair by pair (see ``UnionPlan``), where it is known: each pair is then copied once, straight
             to its place, not first to the union.
     """
-    half = len(params) // 2
-    count, slots = rows.shape
+    own, first = params[: len(params) // 2], params[0]
     if blocks is None or len(blocks) > _MOST_BLOCKS:
-        a, b = _stack(params, dtype)
-        index = rows.reshape(-1)
-        return (
-            a.index_select(0, index).view(count, slots, a.shape[1]),
-            b.index_select(0, index).view(count, slots, b.shape[1]),
-        )
-    first, last = params[0], params[half]
-    a = torch.cat([params[i] if i >= 0 else first.new_zeros(-i, first.shape[1]) for i in blocks])
-    b = torch.cat(
-        [params[half + i] if i >= 0 else last.new_zeros(last.shape[0], -i) for i in blocks], 1
-    )
-    return (
-        a.to(dtype).view(count, slots, first.shape[1]),
-        b.to(dtype).view(last.shape[0], count, slots).permute(1, 2, 0),
-    )
+        a = torch.cat(tuple(own)).to(dtype).index_select(0, rows.reshape(-1))
+    else:
+        pads = (first.new_zeros(-i, first.shape[1]) if i < 0 else own[i] for i in blocks)
+        a = torch.cat(tuple(pads)).to(dtype)
+    return a.view(*rows.shape, first.shape[1])
 
 
-def _mask(scale: Tensor, rows: Tensor, union: int) -> Tensor:
-    """Each example's factor for every row of the union: ``[N, U]``."""
-    return scale.new_zeros(scale.shape[0], union).scatter_add_(1, rows, scale)
+def _own_b(
+    params: Sequence[Tensor], rows: Tensor, blocks: Sequence[int] | None, dtype: torch.dtype
+) -> Tensor:
+    """B of each example's slots, transposed, ``[N, R, d_out]`` (strided); otherwise as :func:`_own_a`."""
+    own = params[len(params) // 2 :]
+    if blocks is None or len(blocks) > _MOST_BLOCKS:
+        b = torch.cat(tuple(own), dim=1).to(dtype).t().contiguous()
+        return b.index_select(0, rows.reshape(-1)).view(*rows.shape, own[0].shape[0])
+    pads = (own[0].new_zeros(own[0].shape[0], -i) if i < 0 else own[i] for i in blocks)
+    b = torch.cat(tuple(pads), dim=1).to(dtype)
+    return b.view(own[0].shape[0], *rows.shape).permute(1, 2, 0)
+
+
+def _whole(
+    params: Sequence[Tensor],
+    scale: Tensor,
+    rows: Tensor,
+    strategy: str,
+    dtype: torch.dtype,
+    union: Stack | None,
+    factor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A ``[K, d_in]``, B ``[d_out, K]`` and factors ``[N, K]`` of what all examples are multiplied with."""
+    a, b = stack(params, dtype) if union is None else union
+    if strategy == "single":
+        return a.index_select(0, rows[0]), b.index_select(1, rows[0]), scale
+    return a, b, mask(scale, rows, a.shape[0]) if factor is None else factor
 
 
 def routed_forward(
@@ -69,24 +93,30 @@ def routed_forward(
     rows: Tensor,
     strategy: str,
     params: Sequence[Tensor],
+    *,
     blocks: Sequence[int] | None = None,
+    factor: Tensor | None = None,
+    union: Stack | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The output ``[N, S, d_out]`` and the rank-space activations, for the inputs of :class:`RoutedLinear`."""
+    """The output ``[N, S, d_out]`` and the rank-space activations, for the inputs of :class:`RoutedLinear`.
+
+    Args:
+        x, kernel, bias, scale, rows, strategy, params: see :class:`RoutedLinear`.
+        blocks: the rows pair by pair, if they are known.
+        factor: :func:`mask`, if it was made before.
+        union: :func:`stack`, if it was made before.
+    """
     count, length, d_in = x.shape
     flat = x.reshape(count * length, d_in)
     y = torch.mm(flat, kernel) if bias is None else torch.addmm(bias, flat, kernel)
     if strategy == "gather":
-        a, b = _own(params, rows, blocks, x.dtype)
-        h = torch.bmm(x, a.transpose(1, 2))
+        h = torch.bmm(x, _own_a(params, rows, blocks, x.dtype).transpose(1, 2))
+        b = _own_b(params, rows, blocks, x.dtype)
         y.view(count, length, y.shape[1]).baddbmm_(h * scale[:, None, :], b)
     else:
-        a, b = _stack(params, x.dtype)
-        if strategy == "single":
-            a, b, factor = a[rows[0]], b[rows[0]], scale
-        else:
-            factor = _mask(scale, rows, a.shape[0])
+        a, b, factor = _whole(params, scale, rows, strategy, x.dtype, union, factor)
         h = torch.mm(flat, a.t()).view(count, length, a.shape[0])
-        y.addmm_((h * factor[:, None, :]).flatten(0, 1), b)
+        y.addmm_((h * factor[:, None, :]).flatten(0, 1), b.t())
     return y.view(count, length, y.shape[1]), h
 
 
@@ -103,6 +133,7 @@ def routed_backward(
     need_x: bool,
     need_scale: bool,
     blocks: Sequence[int] | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """Gradients of x, of the scale, of A ``[U, d_in]`` and of B transposed ``[U, d_out]``.
 
@@ -110,52 +141,50 @@ def routed_backward(
         grad: of the output, ``[N, S, d_out]``, contiguous.
         h: what the forward gave.
         need_x, need_scale: which of the first two are wanted; None stands for the others.
+        blocks, factor: as for :func:`routed_forward`.
     """
     count, length, d_in = x.shape
     flat, dy = x.reshape(count * length, d_in), grad.flatten(0, 1)
-    union = sum(p.shape[0] for p in params[: len(params) // 2])
-    dx = torch.mm(dy, kernel.t()) if need_x else None
-    d_scale = None
+    total = sum(p.shape[0] for p in params[: len(params) // 2])
+    d_scale = dx = None
     if strategy == "gather":
         index = rows.reshape(-1)
-        a, b = _own(params, rows, blocks, x.dtype)
-        dh = torch.bmm(grad, b.transpose(1, 2))
+        # One copy of the rows at a time, and the largest tensor, dx, last: this is where memory peaks.
+        dh = torch.bmm(grad, _own_b(params, rows, blocks, x.dtype).transpose(1, 2))
         if need_scale:
             d_scale = (dh * h).sum(1)
-        db = torch.bmm((h * scale[:, None, :]).transpose(1, 2), grad)
+        each = torch.bmm((h * scale[:, None, :]).transpose(1, 2), grad).view(-1, dy.shape[1])
+        db = each.new_zeros(total, dy.shape[1]).index_add_(0, index, each)
         dh = dh * scale[:, None, :]
-        da = torch.bmm(dh.transpose(1, 2), x)
-        if dx is not None:
-            dx.view(count, length, d_in).baddbmm_(dh, a)
-        da = da.new_zeros(union, d_in).index_add_(0, index, da.view(-1, d_in))
-        db = db.new_zeros(union, dy.shape[1]).index_add_(0, index, db.view(-1, dy.shape[1]))
-    else:
-        a, b = _stack(params, x.dtype)
-        if strategy == "single":
-            a, b, factor = a[rows[0]], b[rows[0]], scale
-        else:
-            factor = _mask(scale, rows, union)
-        dh = torch.mm(dy, b.t()).view(count, length, b.shape[0])
-        if need_scale:
-            d_factor = (dh * h).sum(1)
-            d_scale = d_factor if strategy == "single" else d_factor.gather(1, rows)
-        db = torch.mm((h * factor[:, None, :]).flatten(0, 1).t(), dy)
-        flat_dh = (dh * factor[:, None, :]).flatten(0, 1)
-        da = torch.mm(flat_dh.t(), flat)
-        if dx is not None:
-            dx.addmm_(flat_dh, a)
-        if strategy == "single":
-            da = da.new_zeros(union, d_in).index_add_(0, rows[0], da)
-            db = db.new_zeros(union, dy.shape[1]).index_add_(0, rows[0], db)
-    return (dx.view_as(x) if dx is not None else None), d_scale, da, db
+        each = torch.bmm(dh.transpose(1, 2), x).view(-1, d_in)
+        da = each.new_zeros(total, d_in).index_add_(0, index, each)
+        del each
+        if need_x:
+            dx = torch.mm(dy, kernel.t()).view_as(x)
+            dx.baddbmm_(dh, _own_a(params, rows, blocks, x.dtype))
+        return dx, d_scale, da, db
+    a, b, factor = _whole(params, scale, rows, strategy, x.dtype, None, factor)
+    dh = torch.mm(dy, b).view(count, length, b.shape[1])
+    if need_scale:
+        d_factor = (dh * h).sum(1)
+        d_scale = d_factor if strategy == "single" else d_factor.gather(1, rows)
+    db = torch.mm((h * factor[:, None, :]).flatten(0, 1).t(), dy)
+    flat_dh = (dh * factor[:, None, :]).flatten(0, 1)
+    da = torch.mm(flat_dh.t(), flat)
+    if need_x:
+        dx = torch.mm(dy, kernel.t()).addmm_(flat_dh, a).view_as(x)
+    if strategy == "single":
+        da = da.new_zeros(total, d_in).index_add_(0, rows[0], da)
+        db = db.new_zeros(total, dy.shape[1]).index_add_(0, rows[0], db)
+    return dx, d_scale, da, db
 
 
 class RoutedLinear(torch.autograd.Function):
     """y = x W + b + Σ_slots scale · B_slot (A_slot x), with a slot for every active rank of an example.
 
     Inputs: x ``[N, S, d_in]``; kernel ``[d_in, d_out]``; bias ``[d_out]`` or None; scale ``[N, R]`` (weight times
-    s_f, 0 where a slot is unused); rows int64 ``[N, R]``, the slots' rows in the union; blocks, the same pair by pair
-    (``UnionPlan``); the strategy; then A ``[r, d_in]`` of each active feature, then B ``[d_out, r]`` of each.
+    s_f, 0 where a slot is unused); the plan of the batch, which has the slots' rows in the union; the strategy; then A
+    ``[r, d_in]`` of each active feature, then B ``[d_out, r]`` of each.
     """
 
     @staticmethod
@@ -165,34 +194,44 @@ class RoutedLinear(torch.autograd.Function):
         kernel: Tensor,
         bias: Tensor | None,
         scale: Tensor,
-        rows: Tensor,
-        blocks: Sequence[int],
+        plan: DevicePlan,
         strategy: str,
         *params: Tensor,
     ) -> Tensor:
-        y, h = routed_forward(x, kernel, bias, scale, rows, strategy, params, blocks)
-        ctx.save_for_backward(x, kernel, scale, rows, h, *params)
-        ctx.strategy, ctx.blocks = strategy, blocks
+        y, h = routed_forward(
+            x,
+            kernel,
+            bias,
+            scale,
+            plan.rows,
+            strategy,
+            params,
+            blocks=plan.host.blocks,
+            factor=plan.mask(x.dtype) if strategy == "masked" else None,
+        )
+        ctx.save_for_backward(x, kernel, scale, h, *params)
+        ctx.strategy, ctx.plan = strategy, plan
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, kernel, scale, rows, h, *params = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        x, kernel, scale, h, *params = ctx.saved_tensors
+        needs, plan = ctx.needs_input_grad, ctx.plan
         grad = grad.contiguous()
         dx, d_scale, da, db = routed_backward(
             grad,
             x,
             kernel,
             scale,
-            rows,
+            plan.rows,
             h,
             ctx.strategy,
             params,
             need_x=needs[0],
             need_scale=needs[3],
-            blocks=ctx.blocks,
+            blocks=plan.host.blocks,
+            factor=plan.mask(x.dtype) if ctx.strategy == "masked" else None,
         )
         flat, dy = x.reshape(-1, x.shape[-1]), grad.flatten(0, 1)
         d_kernel = torch.mm(flat.t(), dy) if needs[1] else None
@@ -207,7 +246,7 @@ class RoutedLinear(torch.autograd.Function):
             d_b = whole.unbind(0)
         else:
             d_b = torch.split(db.t(), ranks, dim=1)
-        return (dx, d_kernel, d_bias, d_scale, None, None, None, *d_a, *d_b)
+        return (dx, d_kernel, d_bias, d_scale, None, None, *d_a, *d_b)
 
 
 def traced_linear(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flix.backends.torch import adapt, load, merge, save, trainable_parameters
 from flix.backends.torch._layer import FlixLayer
+from flix.backends.torch.kernels.choice import INTERPRETED
 
 if TYPE_CHECKING:
     from flix_conformance import AdamW, Batch, Case, Pairs  # type: ignore[import-not-found]
@@ -57,7 +58,9 @@ def _layer(model: nn.Module, case: Case) -> FlixLayer:
 
 
 def _model(case: Case) -> _Model:
-    model = adapt(_plain(case), case.config, strategy=case.strategy)
+    # The kernels have no float64.
+    without = case.strategy == "fused" and case.dtype == "float64"
+    model = adapt(_plain(case), case.config, strategy="auto" if without else case.strategy)
     with torch.no_grad():
         for feature, a, b in _layer(model, case).pairs():
             a.copy_(torch.from_numpy(case.pairs[feature][0]))
@@ -91,7 +94,8 @@ class TorchHarness:
     """See ``flix_conformance.harness.Harness``."""
 
     dtypes = ("float32", "bfloat16", "float64")
-    strategies = ("auto", "gather", "masked", "single")
+    # The kernels take part where Triton interprets them: TRITON_INTERPRET=1.
+    strategies = ("auto", "gather", "masked", "single", *(("fused",) if INTERPRETED else ()))
     kinds = ("linear", "embedding")
 
     def forward(self, case: Case) -> tuple[NDArray[Any], str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flix.backends.torch._context import ActiveRouting, AnyRouting, DevicePlan, TracedRouting
 from flix.backends.torch._layer import FlixLayer, with_grad
-from flix.backends.torch._ops import RoutedLinear, traced_linear
+from flix.backends.torch._ops import RoutedLinear, routed_forward, stack, traced_linear
 from flix.backends.torch.kernels.choice import dtype_name, plan_strategy
 from flix.backends.torch.kernels.operators import routed_linear
 from flix.backends.torch.kernels.routes import routes
@@ -150,16 +150,31 @@ class FlixLinear(FlixLayer, nn.Linear):
                 strategy,
             )[0]
             return y
+        scale = plan.scale.to(x.dtype)
+        if strategy == "masked" and length == 1 and not torch.is_grad_enabled():
+            return self._step(x, straight, bias, scale, plan, params)
         return RoutedLinear.apply(  # type: ignore[no-any-return, no-untyped-call]
-            x,
-            straight,
-            bias,
-            plan.scale.to(x.dtype),
-            plan.rows,
-            plan.host.blocks,
-            strategy,
-            *params,
+            x, straight, bias, scale, plan, strategy, *params
         )
+
+    def _step(
+        self,
+        x: Tensor,
+        kernel: Tensor,
+        bias: Tensor | None,
+        scale: Tensor,
+        plan: DevicePlan,
+        params: list[Tensor],
+    ) -> Tensor:
+        """One token of a generation: the same plan and parameters as at the last one, stacked already."""
+        union = None
+        if not any(p.is_inference() for p in params):  # those do not say when they change
+            union = plan.stack(self, params, lambda: stack(params, x.dtype))
+        factor = plan.mask(x.dtype)
+        y, _ = routed_forward(
+            x, kernel, bias, scale, plan.rows, "masked", params, factor=factor, union=union
+        )
+        return y
 
     def _traced(
         self, x: Tensor, kernel: Tensor, bias: Tensor | None, routing: TracedRouting

@@ -1,0 +1,132 @@
+"""From the keywords of a model's forward to the routing that its layers run under."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flix.backends.torch._context import ActiveRouting, TracedRouting, current, make_routing
+from flix.backends.torch._distributed import touched_by_all
+from flix.backends.torch._layer import flix_layers
+from flix.core.errors import ConfigError, RoutingError
+
+_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+
+
+def check_unrouted(model: Any, weights: Any) -> None:
+    """A forward without routing: an error in training, the base (and a warning) otherwise."""
+    if weights is not None:
+        raise RoutingError("flix_weights was given without flix_features; weights belong to ids")
+    if current.routing is not None or not is_enabled(model):
+        return
+    if model.training:
+        raise RoutingError(
+            "an adapted model was called in training without routing; pass flix_features=ids, int "
+            "[batch, width], made by registry.encode(rows) (ids of -1 for rows of the base alone)"
+        )
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "an adapted model was called without flix_features: the base model answers alone. Pass "
+            "flix_features=ids, or ids of -1 if this is meant",
+            stacklevel=3,
+        )
+
+
+def is_enabled(model: nn.Module) -> bool:
+    """Whether any adapted layer of the model is switched on."""
+    return any(layer.flix_enabled for _, layer in flix_layers(model))
+
+
+def routing_of(
+    model: Any, features: Any, weights: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    batch, length = _input_shape(args, kwargs)
+    if torch.compiler.is_compiling() and isinstance(features, Tensor):
+        if "flix_pager" in vars(model):
+            raise ConfigError(
+                "a paged model cannot be compiled: which features a batch needs is only known when it "
+                "runs; compile a model without page()"
+            )
+        return _traced_routing(model, features, weights, batch, length)
+    per_token = getattr(features, "ndim", 0) == 3
+    if per_token and length is not None and not model.training and features.shape[1] > length:
+        # Generation: with a cache only the newest positions are run, under the last ids given.
+        features = features[:, -length:]
+        weights = None if weights is None else weights[:, -length:]
+    if isinstance(features, Tensor) and weights is None:
+        # Generation calls with the same ids at every step; the last plan is kept with its model.
+        known = vars(model).get("flix_last")
+        if (
+            known is not None
+            and known[0] is features
+            and known[1] == _version(features)
+            and known[2].length == length
+            and batch in (None, features.shape[0])
+            and not model.training
+        ):
+            return _paged(model, known[2])
+    config = model.flix_config
+    routing = make_routing(
+        config.registry,
+        features,
+        weights,
+        batch=batch,
+        length=length,
+        touched=touched_by_all(model) if torch.is_grad_enabled() else None,
+    )
+    if isinstance(features, Tensor) and weights is None and not model.training:
+        vars(model)["flix_last"] = (features, _version(features), routing)
+    return _paged(model, routing)
+
+
+def _paged(model: Any, routing: ActiveRouting) -> ActiveRouting:
+    """The routing, with its features on the device, if the model's are paged."""
+    routing.pager = vars(model).get("flix_pager")
+    if routing.pager is not None:
+        routing.pager.load(routing)
+    return routing
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _traced_routing(
+    model: Any, ids: Tensor, weights: Any, batch: int | None, length: int | None
+) -> TracedRouting:
+    """Inside a compiler: what shapes and dtypes tell is checked, values are not."""
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.dim() not in (2, 3):
+        raise RoutingError(
+            "flix_features must be integer ids of shape [batch, width] or [batch, length, width], "
+            f"got {ids.dtype} {list(ids.shape)}"
+        )
+    if batch is not None and ids.shape[0] != batch:
+        raise RoutingError(
+            f"flix_features routes {ids.shape[0]} rows, but the batch has {batch} rows"
+        )
+    if weights is not None and weights.shape != ids.shape:
+        raise RoutingError(
+            f"flix_weights must have the shape of flix_features, {list(ids.shape)}, got "
+            f"{list(weights.shape)}"
+        )
+    if torch.is_grad_enabled():
+        # Ids of no feature go where padding goes; the layers make their rows NaN.
+        count = len(model.flix_config.registry)
+        slot = torch.where((ids < 0) | (ids >= count), count, ids).reshape(-1)
+        model.flix_present.index_fill_(0, slot.to(torch.int64), True)
+        model.flix_traced = True
+    return TracedRouting(ids, weights, length)
+
+
+def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Batch size and length of the input, where it is named as transformers names it."""
+    for name in _INPUTS:
+        value = kwargs.get(name)
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            return value.shape[0], value.shape[1]
+    if args and isinstance(args[0], Tensor) and args[0].dim() >= 2:
+        return None, args[0].shape[1]
+    return None, None
