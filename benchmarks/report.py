@@ -28,6 +28,7 @@ PARTS = (
     "model-jax",
     "model-keras",
     "scale",
+    "paging",
 )
 ROOT = Path(__file__).resolve().parents[1]
 

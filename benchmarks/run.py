@@ -34,10 +34,11 @@ SUITES = {
     "model-jax": "benchmarks.model_jax:suite",
     "model-keras": "benchmarks.model_keras:suite",
     "scale": "benchmarks.scale:suite",
+    "paging": "benchmarks.paging:suite",
 }
 SMOKE_PROCESSES = (
     ("model-t5", "model-gpt2"),
-    ("layer-torch", "scale"),
+    ("layer-torch", "scale", "paging"),
     ("layer-jax", "model-jax"),
     ("layer-tensorflow", "model-keras"),
 )

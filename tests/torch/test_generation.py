@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from flix.backends.torch import adapt  # noqa: E402
+from flix.backends.torch import adapt, trainable_parameters  # noqa: E402
 
 from .conftest import ROWS, batch, config, make, randomize, routing  # noqa: E402
 
@@ -88,3 +88,22 @@ def test_per_token_routing_generates_on_under_the_last_tokens_features():
     by_row = model.generate(prompt, flix_features=ids, **arguments)
     by_token = model.generate(prompt, flix_features=per_token, **arguments)
     assert torch.equal(by_row, by_token)
+
+
+def test_a_fused_step_between_tokens_is_seen():
+    """What is kept between tokens must not outlive an optimizer that changes parameters without counting it."""
+    torch.manual_seed(0)
+    model = _model("llama")
+    ids, _ = routing()
+    token = torch.full((len(ids), 1), 5)
+    optimizer = torch.optim.AdamW(trainable_parameters(model), 0.1, fused=True)
+    with torch.no_grad():
+        before = model(token, flix_features=ids).logits
+    model.train()
+    model(token, flix_features=ids).logits.square().sum().backward()
+    optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        after = model(token, flix_features=ids).logits
+        fresh = model(token, flix_features=ids.clone()).logits
+    assert torch.equal(after, fresh) and not torch.equal(after, before)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flix.backends.torch._versions import state
 from flix.backends.torch.kernels.tables import upload
 from flix.core.errors import RoutingError
 from flix.core.layout import LayerLayout, UnionPlan, first_unlike, plan_union
@@ -66,7 +67,7 @@ class DevicePlan:
 
     def stack(self, layer: object, params: list[Tensor], make: Callable[[], Any]) -> Any:
         """A layer's stacked union, kept while its parameters stay as they are: generation asks at every token."""
-        versions = tuple(p._version for p in params)
+        versions = state(params)
         kept = self._stacks.get(id(layer))
         same = kept is not None and all(p is q for p, q in zip(kept[0], params, strict=True))
         if kept is None or not same or kept[1] != versions:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flix.backends.torch._context import ActiveRouting, TracedRouting, current, make_routing
 from flix.backends.torch._distributed import touched_by_all
 from flix.backends.torch._layer import flix_layers
+from flix.backends.torch._versions import version
 from flix.core.errors import ConfigError, RoutingError
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
@@ -62,7 +63,7 @@ def routing_of(
         if (
             known is not None
             and known[0] is features
-            and known[1] == _version(features)
+            and known[1] == version(features)
             and known[2].length == length
             and batch in (None, features.shape[0])
             and not model.training
@@ -78,7 +79,7 @@ def routing_of(
         touched=touched_by_all(model) if torch.is_grad_enabled() else None,
     )
     if isinstance(features, Tensor) and weights is None and not model.training:
-        vars(model)["flix_last"] = (features, _version(features), routing)
+        vars(model)["flix_last"] = (features, version(features), routing)
     return _paged(model, routing)
 
 
@@ -88,10 +89,6 @@ def _paged(model: Any, routing: ActiveRouting) -> ActiveRouting:
     if routing.pager is not None:
         routing.pager.load(routing)
     return routing
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _traced_routing(

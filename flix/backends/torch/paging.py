@@ -9,6 +9,7 @@ host with the backward. The numbers are those of an unpaged model, bit for bit.
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from flix.backends.torch._context import ActiveRouting, host_ids
 from flix.backends.torch.model import flix_layers, require_adapted
@@ -32,7 +34,19 @@ class _Page:
     values: dict[str, tuple[Tensor, Tensor]]
     versions: tuple[int, ...]
     size: int
+    stepped: bool = False  # whether an optimizer may have changed the host's parameters since
     ready: Any = None  # the event after which the copies are there, on CUDA
+
+
+_pagers: weakref.WeakSet[Pager] = weakref.WeakSet()
+
+
+def _after_step(*_: Any) -> None:
+    for pager in _pagers:
+        pager.after_step()
+
+
+register_optimizer_step_post_hook(_after_step)
 
 
 class Pager:
@@ -52,6 +66,7 @@ class Pager:
         self._pages: OrderedDict[int, _Page] = OrderedDict()
         self._model = model
         self._layers = [layer for _, layer in flix_layers(model)]
+        _pagers.add(self)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -117,7 +132,7 @@ class Pager:
         for i in wanted:
             versions = tuple(p._version for _, p in parameters[i])
             known = self._pages.get(i)
-            if known is not None and known.versions == versions:
+            if known is not None and known.versions == versions and not known.stepped:
                 self._pages.move_to_end(i)
                 continue
             if known is not None:
@@ -134,6 +149,12 @@ class Pager:
             self.copied += sizes[i]
         self.peak = max(self.peak, self.resident)
 
+    def after_step(self) -> None:
+        """An optimizer has stepped: what has a gradient may have moved, and fused optimizers leave no other trace."""
+        for i, found in self._pages.items():
+            if any(p.grad is not None for _, p in self._parameters(i)):
+                found.stepped = True
+
     def _drop(self, i: int) -> None:
         self.resident -= self._pages.pop(i).size
 
@@ -146,7 +167,7 @@ class Pager:
             ready = self._stream.record_event() if self._stream is not None else None
         for (layer, _), a, b in zip(parameters[::2], copies[::2], copies[1::2], strict=True):
             values[layer] = a, b
-        return _Page(values, versions, size, ready)
+        return _Page(values, versions, size, ready=ready)
 
     def _parameters(self, i: int) -> list[tuple[str, Tensor]]:
         """(layer, A), (layer, B) of a feature in each layer where it has an update, on the host."""
