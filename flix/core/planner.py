@@ -45,6 +45,7 @@ class Facts:
         d_in, d_out: the layer's sizes; of an embedding, whose A is looked up in every strategy, 0 and d_out.
         device: the class of devices, a key of the calibration: ``"torch-cpu"``.
         fused: whether the backend has a fused kernel for this device and dtype.
+        stacked: whether the union is stacked already, from the step before, so that masked moves nothing.
     """
 
     examples: int
@@ -55,6 +56,7 @@ class Facts:
     d_out: int
     device: str
     fused: bool = False
+    stacked: bool = False
 
     def terms(self, strategy: str) -> tuple[float, float, float, float]:
         """(1, N, V, M) of a strategy, which the coefficients multiply."""
@@ -62,6 +64,8 @@ class Facts:
         used = self.union if strategy == "masked" else self.rows
         # Gather's gradients are summed over the union.
         moved = self.examples * used + self.union if strategy == "gather" else used
+        if strategy == "masked" and self.stacked:
+            moved = 0
         products = self.examples * self.tokens * used * width
         return 1.0, float(self.examples), float(moved * width), float(products)
 

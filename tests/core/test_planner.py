@@ -84,6 +84,13 @@ def test_estimates_are_the_formula():
     )
 
 
+def test_a_union_that_is_stacked_already_moves_nothing():
+    fresh, kept = facts(16, 1), Facts(16, 1, 16, 144, 768, 768, "torch-cpu", stacked=True)
+    moved = TRUE.estimate(fresh, "masked") - TRUE.estimate(kept, "masked")
+    assert moved == pytest.approx(144 * 1536 * 5e-9)
+    assert TRUE.estimate(fresh, "gather") == TRUE.estimate(kept, "gather")
+
+
 def test_fit_finds_the_coefficients_that_made_the_times():
     shapes = [shape for shape, _, _ in grid("made-up")]
     samples = [(f, s, TRUE.estimate(f, s)) for f in shapes for s in PLANNED]

@@ -121,11 +121,14 @@ class FlixLinear(FlixLayer, nn.Linear):
         """``[N, S, d_out]`` from x ``[N, S, d_in]``, by a plan made on the host."""
         count, length, _ = x.shape
         plan = self._device_plan(x, routing)
+        # A token of a generation: the union stays stacked until the next.
+        token = length == 1 and not torch.is_grad_enabled()
         strategy = plan_strategy(
             self.flix_strategy,
             examples=count,
             tokens=length,
             union=plan.union,
+            stacked=token,
             rows_per_example=plan.rows.shape[1],
             d_in=x.shape[2],
             d_out=self.d_out,
@@ -151,7 +154,7 @@ class FlixLinear(FlixLayer, nn.Linear):
             )[0]
             return y
         scale = plan.scale.to(x.dtype)
-        if strategy == "masked" and length == 1 and not torch.is_grad_enabled():
+        if strategy == "masked" and token:
             return self._step(x, straight, bias, scale, plan, params)
         return RoutedLinear.apply(  # type: ignore[no-any-return, no-untyped-call]
             x, straight, bias, scale, plan, strategy, *params

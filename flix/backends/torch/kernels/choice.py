@@ -61,6 +61,7 @@ def plan_strategy(
     d_out: int,
     device: str,
     dtype: str,
+    stacked: bool = False,
     triton: bool = TRITON,
     interpreted: bool = INTERPRETED,
 ) -> str:
@@ -75,6 +76,7 @@ def plan_strategy(
         d_in, d_out: the layer's sizes.
         device: the device's type.
         dtype: of the computation, as ``"bfloat16"``.
+        stacked: whether the layer keeps the union stacked between calls.
         triton: whether Triton is installed.
         interpreted: whether Triton interprets its kernels on the CPU.
 
@@ -99,7 +101,9 @@ def plan_strategy(
         # Sizes may be symbols here, which costs would tie the graph to.
         return choose_strategy(strategy, examples=examples, tokens=tokens)
     bound = examples * rows_per_example if union is None else union
-    facts = Facts(examples, tokens, rows_per_example, bound, d_in, d_out, f"torch-{device}", fused)
+    facts = Facts(
+        examples, tokens, rows_per_example, bound, d_in, d_out, f"torch-{device}", fused, stacked
+    )
     return picked(strategy, facts)
 
 
