@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from benchmarks.common import Arm, Results
 from benchmarks.layer_problem import Feature, Problem
 from flix.backends.torch import FlixLinear, route
+from flix.backends.torch._context import activated, make_routing
 
 Forward = Callable[[Tensor], Tensor]
 Gradients = Callable[[], Results]
@@ -75,8 +76,14 @@ def frozen_arm(problem: Problem, backward: bool = True) -> Arm:
     return make_arm("frozen layer", problem, layer, layer, dict, backward)
 
 
-def flix_arm(name: str, problem: Problem, strategy: str = "auto", backward: bool = True) -> Arm:
-    """flix. A batch's plan is made once a step and shared by all layers; here one layer pays for it."""
+def flix_arm(
+    name: str,
+    problem: Problem,
+    strategy: str = "auto",
+    backward: bool = True,
+    planned: bool = False,
+) -> Arm:
+    """flix. A batch's plan is made once a step for all layers: by this layer, or (planned) by one before it."""
     d = problem.d
     layer = FlixLinear(d, d, config=problem.config, strategy=strategy)
     base = _base(problem)
@@ -87,8 +94,10 @@ def flix_arm(name: str, problem: Problem, strategy: str = "auto", backward: bool
             layer.flix_B[feature].copy_(torch.from_numpy(pair.b))
     ids = torch.from_numpy(problem.ids)
 
+    before = make_routing(problem.registry, ids)
+
     def forward(x: Tensor) -> Tensor:
-        with route(problem.registry, ids):
+        with activated(before) if planned else route(problem.registry, ids):
             return layer(x)
 
     def gradients() -> Results:

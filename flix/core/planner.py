@@ -165,7 +165,7 @@ def user_table() -> Path:
     named = os.environ.get("FLIX_CALIBRATION")
     if named:
         return Path(named)
-    settings = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    settings = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     return Path(settings) / "flix" / "calibration.json"
 
 

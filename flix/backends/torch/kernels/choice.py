@@ -17,11 +17,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 
 DTYPES = ("float16", "bfloat16", "float32")
 
-# Rows of one position each from which the masked product over a small union beats the kernel that reads every row's
-# own part of the bank: that one's traffic grows with rows times ranks, the product's with the union. Reasoned from
-# bytes, not measured.
-_SCATTERED_ROWS = 256
-_SCATTERED_UNION = 16
 
 _NAMES = {
     torch.float16: "float16",
@@ -94,16 +89,12 @@ def plan_strategy(
             )
         return strategy
     # The interpreter is a test's means: auto never picks it.
-    small = union is not None and union <= _SCATTERED_UNION * rows_per_example
-    scattered = tokens == 1 and small and examples >= _SCATTERED_ROWS
-    fused = lacks is None and device == "cuda" and not scattered
-    if union is None and not fused:
-        # Sizes may be symbols here, which costs would tie the graph to.
-        return choose_strategy(strategy, examples=examples, tokens=tokens)
-    bound = examples * rows_per_example if union is None else union
-    facts = Facts(
-        examples, tokens, rows_per_example, bound, d_in, d_out, f"torch-{device}", fused, stacked
-    )
+    fused = lacks is None and device == "cuda"
+    if union is None:
+        # In a graph: sizes may be symbols, which costs would tie it to.
+        return "fused" if fused else choose_strategy(strategy, examples=examples, tokens=tokens)
+    where = f"torch-{device}"
+    facts = Facts(examples, tokens, rows_per_example, union, d_in, d_out, where, fused, stacked)
     return picked(strategy, facts)
 
 
