@@ -107,3 +107,16 @@ def test_a_fused_step_between_tokens_is_seen():
         after = model(token, flix_features=ids).logits
         fresh = model(token, flix_features=ids.clone()).logits
     assert torch.equal(after, fresh) and not torch.equal(after, before)
+
+
+def test_a_token_in_another_precision_has_a_union_of_its_own():
+    model = _model("llama")
+    ids, _ = routing()
+    token = torch.full((len(ids), 1), 5)
+    with torch.no_grad():
+        full = model(token, flix_features=ids).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(token, flix_features=ids).logits
+        again = model(token, flix_features=ids).logits
+    assert torch.equal(full, again)
+    torch.testing.assert_close(half.float(), full, rtol=0.1, atol=0.1)

@@ -54,7 +54,7 @@ class DevicePlan:
     host: UnionPlan
     _grouped: tuple[Tensor, Tensor, Tensor] | None = None
     _masks: dict[torch.dtype, Tensor] = field(default_factory=dict)
-    _stacks: dict[int, tuple[list[Tensor], tuple[int, ...], Any]] = field(default_factory=dict)
+    _stacks: dict[Any, tuple[list[Tensor], tuple[int, ...], Any]] = field(default_factory=dict)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """Each example's factor for every row of the union, ``[N, U]``; made once for all layers, without gradient."""
@@ -65,13 +65,16 @@ class DevicePlan:
             found = self._masks[dtype] = zeros.scatter_add_(1, self.rows, scale)
         return found
 
-    def stack(self, layer: object, params: list[Tensor], make: Callable[[], Any]) -> Any:
+    def stack(
+        self, layer: object, dtype: torch.dtype, params: list[Tensor], make: Callable[[], Any]
+    ) -> Any:
         """A layer's stacked union, kept while its parameters stay as they are: generation asks at every token."""
         versions = state(params)
-        kept = self._stacks.get(id(layer))
+        key = (id(layer), dtype)
+        kept = self._stacks.get(key)
         same = kept is not None and all(p is q for p, q in zip(kept[0], params, strict=True))
         if kept is None or not same or kept[1] != versions:
-            kept = self._stacks[id(layer)] = (params, versions, make())
+            kept = self._stacks[key] = (params, versions, make())
         return kept[2]
 
     def grouped(self) -> tuple[Tensor, Tensor, Tensor]:

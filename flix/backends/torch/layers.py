@@ -172,7 +172,7 @@ class FlixLinear(FlixLayer, nn.Linear):
         """One token of a generation: the same plan and parameters as at the last one, stacked already."""
         union = None
         if not any(p.is_inference() for p in params):  # those do not say when they change
-            union = plan.stack(self, params, lambda: stack(params, x.dtype))
+            union = plan.stack(self, x.dtype, params, lambda: stack(params, x.dtype))
         factor = plan.mask(x.dtype)
         y, _ = routed_forward(
             x, kernel, bias, scale, plan.rows, "masked", params, factor=factor, union=union
