@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import kit_sources  # noqa: F401
 from flix_conformance.checks import CHECKS
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from flix.core.adapter import CONFIG_FILE, FORMAT, Adapter, LayerShape, load_ada
 from flix.core.config import FlixConfig
 from flix.core.errors import AdapterError, FlixError
 from flix.core.explain import Batch, Choice, explain
-from flix.core.planner import PLANNED, calibrations
+from flix.core.planner import PLANNED, calibration_of
 from flix.core.registry import Feature
 from flix.core.routing import Row
 
@@ -166,7 +166,8 @@ def _show_choices(choices: list[Choice], batch: Batch) -> None:
             f"{batch.tokens} positions, {batch.device}"
         ),
     )  # fmt: skip
-    show(f"costs measured: {calibrations()[batch.device].measured}")
+    used = calibration_of(batch.device)
+    show(f"costs measured on {used.device}: {used.measured}")
 
 
 def _planned(path: Path) -> tuple[FlixConfig, Layers, list[Row] | None, list[str]]:

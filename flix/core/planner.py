@@ -7,8 +7,8 @@ composition's. What a strategy adds to the frozen layer is modelled as
     seconds = start + example * N + moved * V + product * M
 
 with N examples, V values of A and B that are moved (copied for examples, stacked for the union) and M multiply-adds of
-the low-rank products. The four coefficients of each strategy are fitted to
-measurements on a class of devices (``flix bench calibrate``); the table of those that were measured is in this package.
+the low-rank products. The four coefficients of each strategy are fitted to measurements on a class of devices
+(``flix bench calibrate``); the table of those that were measured is in this package.
 """
 
 from __future__ import annotations
@@ -93,9 +93,6 @@ class Calibration:
                     f"{self.device!r} has {found!r} for {strategy!r}"
                 )
 
-    def __hash__(self) -> int:
-        return hash((self.device, self.measured, tuple(sorted(self.seconds.items()))))
-
     def estimate(self, facts: Facts, strategy: str) -> float:
         """Seconds that a strategy adds to the frozen layer's forward and backward."""
         terms = facts.terms(strategy)
@@ -122,9 +119,6 @@ class Decision:
     strategy: str
     reason: str
     seconds: Mapping[str, float] = field(default_factory=dict)
-
-    def __hash__(self) -> int:
-        return hash((self.strategy, self.reason))
 
 
 def calibrations_from(data: Mapping[str, Any]) -> dict[str, Calibration]:
@@ -189,6 +183,25 @@ def calibrations() -> dict[str, Calibration]:
     return {**own, **(read_calibrations(path) if path.exists() else {})}
 
 
+def calibration_of(device: str, table: Mapping[str, Calibration] | None = None) -> Calibration:
+    """The calibration that a device goes by: its own, or where nobody measured it that of its framework's CPU.
+
+    Args:
+        device: the class of devices.
+        table: {device: costs}; default: those in force.
+
+    Raises:
+        ConfigError: neither is known.
+    """
+    known = calibrations() if table is None else table
+    found = known.get(device, known.get(f"{device.partition('-')[0]}-cpu"))
+    if found is None:
+        raise ConfigError(
+            f"there is no calibration for {device!r}; there is one for {listed(known)}"
+        )
+    return found
+
+
 def decide(strategy: str, facts: Facts, table: Mapping[str, Calibration] | None = None) -> Decision:
     """The strategy to run.
 
@@ -205,14 +218,7 @@ def decide(strategy: str, facts: Facts, table: Mapping[str, Calibration] | None 
         return Decision(strategy, "it was asked for")
     if facts.fused:
         return _with_kernel(facts)
-    known = calibrations() if table is None else table
-    # A device that nobody measured goes by its framework's CPU.
-    stand_in = f"{facts.device.partition('-')[0]}-cpu"
-    calibration = known.get(facts.device, known.get(stand_in))
-    if calibration is None:
-        raise ConfigError(
-            f"there is no calibration for {facts.device!r}; there is one for {listed(known)}"
-        )
+    calibration = calibration_of(facts.device, table)
     # Rows cannot be known to be alike, but for a single one.
     choices = ("single", "gather", "masked") if facts.examples == 1 else ("gather", "masked")
     seconds = {s: calibration.estimate(facts, s) for s in choices}

@@ -120,7 +120,9 @@ def test_plan_explains_strategies(adapter: Path) -> None:
         assert choice["strategy"] in ("gather", "masked") and "8 examples" in choice["reason"]
         assert set(choice["seconds"]) == {"gather", "masked"}
     text = run(app, command).stdout
-    assert "is estimated to add" in text and "costs measured: 20" in text
+    assert "is estimated to add" in text and "costs measured on torch-cpu: 20" in text
+    other = run(app, [*command, "--device", "jax-gpu"])
+    assert other.exit_code == 0 and "costs measured on jax-cpu: 20" in other.stdout
     unknown = run(app, ["plan", str(adapter), "--explain", "--device", "abacus"])
     assert unknown.exit_code == 2 and "no calibration for 'abacus'" in unknown.stderr
 

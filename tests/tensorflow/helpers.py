@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 import flix
+from flix.backends.tensorflow import adapt
 
 REGISTRY = flix.FeatureRegistry(
     {"language": ["hau", "swa", "yor", "fra"], "task": ["ner", "pos", "mt"]}
@@ -182,3 +183,27 @@ def batch(rows=6, length=5, vocabulary=11, seed=0):
     x = rng.integers(0, vocabulary, (rows, length)).astype(np.int32)
     ids = np.stack([rng.integers(-1, 4, rows), rng.integers(4, 7, rows)], 1).astype(np.int32)
     return x, ids
+
+
+X, IDS = batch()
+GIVEN = {"inputs": X, "flix_features": IDS}
+KINDS = ["functional", "sequential", "subclassed"]
+
+
+def made(kind):
+    """(a plain model, its inputs, its targets)."""
+    if kind == "functional":
+        return functional(), X, ["emb", "q", "mha.query", "mha.attention_output", "out"]
+    x = np.random.default_rng(0).normal(size=(6, 6)).astype("f")
+    if kind == "sequential":
+        return sequential(), x, ["dense", "dense_1"]
+    keras.utils.set_random_seed(3)
+    model = Subclassed()
+    model(x)
+    return model, x, ["first", "blocks.0.up", "blocks.1.down", "head"]
+
+
+def adapted(kind="functional", **changes):
+    model, x, targets = made(kind)
+    model = adapt(model, make_config(**{"target_modules": targets, **changes}))
+    return model, {"inputs": x, "flix_features": IDS}

@@ -1,6 +1,5 @@
-"""Adapted models: functional, sequential, subclassed; files; merging; new features; saving; serving."""
+"""Adapted models: functional, sequential, subclassed; merging; new features; shared layers."""
 
-import importlib.util
 import warnings
 
 import keras
@@ -10,45 +9,23 @@ import tensorflow as tf
 
 import flix
 from flix.backends import tensorflow as backend
-from flix.backends.tensorflow import adapt, add_feature, load, merge, named_pairs, save, summary
+from flix.backends.tensorflow import adapt, add_feature, merge, named_pairs, summary
 from flix.backends.tensorflow._base import flix_layers, layer_infos
-from flix.core.adapter import load_adapter
 from flix.core.initial import initial_a
 from tests.tensorflow.helpers import (
+    IDS,
+    KINDS,
     REGISTRY,
     Block,
-    Subclassed,
-    batch,
+    X,
+    adapted,
     functional,
+    made,
     make_config,
     oracle,
     pairs_of,
     randomise,
-    sequential,
 )
-
-X, IDS = batch()
-GIVEN = {"inputs": X, "flix_features": IDS}
-KINDS = ["functional", "sequential", "subclassed"]
-
-
-def made(kind):
-    """(a plain model, its inputs, its targets)."""
-    if kind == "functional":
-        return functional(), X, ["emb", "q", "mha.query", "mha.attention_output", "out"]
-    x = np.random.default_rng(0).normal(size=(6, 6)).astype("f")
-    if kind == "sequential":
-        return sequential(), x, ["dense", "dense_1"]
-    keras.utils.set_random_seed(3)
-    model = Subclassed()
-    model(x)
-    return model, x, ["first", "blocks.0.up", "blocks.1.down", "head"]
-
-
-def adapted(kind="functional", **changes):
-    model, x, targets = made(kind)
-    model = adapt(model, make_config(**{"target_modules": targets, **changes}))
-    return model, {"inputs": x, "flix_features": IDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,66 +92,6 @@ def test_merge_is_the_forward_and_leaves_no_flix_layer(kind):
         merge(merged, row)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_keras_file_keeps_model_adapter_flags_and_optimizer(kind, tmp_path):
-    model, given = adapted(kind)
-    model.compile(keras.optimizers.AdamW(1e-2, weight_decay=0.1), "mse", run_eagerly=True)
-    y = np.ones_like(model(given))
-    model.fit(given, y, verbose=0)
-    model.save(tmp_path / "m.keras")
-    again = keras.models.load_model(tmp_path / "m.keras")
-    np.testing.assert_allclose(again(given), model(given), atol=1e-6)
-    assert again.flix_config == model.flix_config
-    assert len(again.trainable_variables) == len(model.trainable_variables)
-    model.fit(given, y, verbose=0)
-    again.fit(given, y, verbose=0)
-    for name, value in named_pairs(model).items():
-        np.testing.assert_allclose(named_pairs(again)[name], value, atol=1e-6)
-    again.save_weights(tmp_path / "w.weights.h5")
-    other = keras.models.load_model(tmp_path / "m.keras", compile=False)
-    other.load_weights(tmp_path / "w.weights.h5")
-    np.testing.assert_allclose(other(given), again(given), atol=1e-6)
-
-
-def test_head_unfrozen_by_hand_trains_and_stays_so(tmp_path):
-    model, given = adapted(target_modules=["q"])
-    model.base.get_layer("out").trainable = True
-    assert len(model.trainable_variables) == 4
-    model.save(tmp_path / "m.keras")
-    again = keras.models.load_model(tmp_path / "m.keras")
-    assert [v.name for v in again.trainable_variables] == [
-        v.name for v in model.trainable_variables
-    ]
-    again.compile("adam", "mse", run_eagerly=True)
-    kernel = again.base.get_layer("out").kernel.numpy()
-    again.fit(given, np.ones((6, 3)), verbose=0)
-    assert not np.array_equal(kernel, again.base.get_layer("out").kernel.numpy())
-
-
-@pytest.mark.parametrize("kind", ["functional", "subclassed"])
-def test_saved_model_serves_with_routing_as_an_input(kind, tmp_path):
-    model, given = adapted(kind)
-    randomise(layer for _, layer in flix_layers(model.base))
-    wanted = model(given).numpy()
-    model.export(str(tmp_path / "served"), verbose=False)
-    served = tf.saved_model.load(str(tmp_path / "served"))
-    signature = served.signatures["serving_default"]
-    assert set(signature.structured_input_signature[1]) == {"inputs", "flix_features"}
-    (got,) = signature(inputs=tf.constant(given["inputs"]), flix_features=tf.constant(IDS)).values()
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
-    wide = np.concatenate([IDS[:2], [[-1], [-1]]], 1).astype(np.int32)
-    got = served.serve({"inputs": given["inputs"][:2], "flix_features": wide})
-    np.testing.assert_allclose(got, wanted[:2], atol=1e-5)
-    model.export(
-        str(tmp_path / "weighted"), verbose=False, input_signature=[model.input_specs(weights=True)]
-    )
-    weighted = tf.saved_model.load(str(tmp_path / "weighted"))
-    weights = np.ones(IDS.shape, "f")
-    np.testing.assert_allclose(
-        weighted.serve({**given, "flix_weights": weights}), wanted, atol=1e-5
-    )
-
-
 @pytest.mark.parametrize("jit", [False, True])
 def test_compiled_call_traces_once_whatever_the_features(jit):
     model, given = adapted("sequential")
@@ -236,67 +153,6 @@ def test_per_token_routing_packs_rows():
     model, _ = adapted("functional")
     with pytest.raises(flix.RoutingError, match=r"layer 'out' got an input of leading shape \[6\]"):
         model({"inputs": X, "flix_features": tokens})
-
-
-@pytest.mark.parametrize("kind", ["functional", "subclassed"])
-def test_adapter_folder_round_trip(kind, tmp_path):
-    model, given = adapted(kind)
-    randomise(layer for _, layer in flix_layers(model.base))
-    save(model, tmp_path / "a")
-    again = load(made(kind)[0], tmp_path / "a")
-    np.testing.assert_array_equal(again(given), model(given))
-    other, _ = adapted(kind)
-    load(other, tmp_path / "a")
-    np.testing.assert_array_equal(other(given), model(given))
-    adapter = load_adapter(tmp_path / "a")
-    path, layer = next(flix_layers(model.base))
-    assert adapter.layers[path].d_in == layer.d_in
-    with pytest.raises(flix.AdapterError, match="another architecture"):
-        load(sequential(8), tmp_path / "a")
-    with pytest.raises(flix.AdapterError, match="rank"):
-        load(adapted(kind, ranks=2)[0], tmp_path / "a")
-    with pytest.raises(flix.AdapterError, match="scale"):
-        load(adapted(kind, alpha=1.0)[0], tmp_path / "a")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-def test_files_cross_to_torch_and_back(tmp_path):
-    import torch
-
-    from flix.backends import torch as other
-
-    plain, x, _ = made("sequential")
-    kernels = [(layer.kernel.numpy(), layer.bias.numpy()) for layer in plain.layers]
-    model = adapt(plain, make_config(target_modules=["dense", "dense_1"]))
-    randomise(layer for _, layer in flix_layers(model.base))
-
-    def twin():
-        net = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6))
-        for layer, (kernel, bias) in zip(net, kernels, strict=True):
-            layer.weight.data, layer.bias.data = torch.tensor(kernel.T.copy()), torch.tensor(bias)
-        return net
-
-    save(model, tmp_path / "keras")
-    net = other.load(twin(), tmp_path / "keras", rename={"dense": "0", "dense_1": "1"}).eval()
-    ids = torch.tensor(IDS)
-    wanted = model({"inputs": x, "flix_features": IDS}).numpy()
-    got = net(torch.tensor(x), flix_features=ids).detach().numpy()
-    assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(wanted)
-
-    net = other.adapt(twin(), make_config(target_modules=["0", "1"]))
-    for number, parameter in enumerate(net.parameters()):
-        if parameter.requires_grad:
-            parameter.data = torch.randn(
-                parameter.shape, generator=torch.Generator().manual_seed(number)
-            )
-    other.save(net, tmp_path / "torch")
-    fresh = made("sequential")[0]
-    again = load(
-        fresh, tmp_path / "torch", rename=lambda path: {"0": "dense", "1": "dense_1"}[path]
-    )
-    got = again({"inputs": x, "flix_features": IDS}).numpy()
-    wanted = net.eval()(torch.tensor(x), flix_features=ids).detach().numpy()
-    assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize("freeze", [True, False])

@@ -194,6 +194,11 @@ def test_compiling_a_paged_model_is_refused():
     tokens, ids = next(batches(1))
     with pytest.raises(Exception, match="a paged model cannot be compiled"):
         torch.compile(model, fullgraph=True, backend="eager")(input_ids=tokens, flix_features=ids)
+    plain = copy.deepcopy(model)  # copies are not paged
+    with torch.no_grad():
+        wanted = model(input_ids=tokens, flix_features=ids).logits
+        compiled = torch.compile(plain, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(input_ids=tokens, flix_features=ids).logits, wanted)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

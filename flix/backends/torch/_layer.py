@@ -62,14 +62,17 @@ class OnDevice(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: list[Tensor], *params: Tensor) -> tuple[Tensor, ...]:
-        ctx.host = params[0].device
+        ctx.hosts = [p.device for p in params]
         return tuple(value.view_as(value) for value in values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
-        if grads[0].device == ctx.host:
+        first = ctx.hosts[0]
+        if any(host != first for host in ctx.hosts):  # a feature joined after the others were moved
+            return (None, *(g.to(host) for g, host in zip(grads, ctx.hosts, strict=True)))
+        if grads[0].device == first:
             return (None, *grads)
-        whole = torch.cat([grad.reshape(-1) for grad in grads]).to(ctx.host)
+        whole = torch.cat([grad.reshape(-1) for grad in grads]).to(first)
         parts = whole.split([grad.numel() for grad in grads])  # type: ignore[no-untyped-call]
         return (None, *(part.view(g.shape) for part, g in zip(parts, grads, strict=True)))
 

@@ -46,7 +46,7 @@ def routing_of(
 ) -> Any:
     batch, length = _input_shape(args, kwargs)
     if torch.compiler.is_compiling() and isinstance(features, Tensor):
-        if "flix_pager" in vars(model):
+        if vars(model).get("flix_pager") is not None:
             raise ConfigError(
                 "a paged model cannot be compiled: which features a batch needs is only known when it "
                 "runs; compile a model without page()"
