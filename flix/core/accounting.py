@@ -200,23 +200,24 @@ def plan(config: FlixConfig, layers: Layers, datasets: Sequence[Row] | None = No
     rows = every_combination(config.registry) if datasets is None else list(datasets)
     if not rows:
         raise ConfigError("a plan needs at least one dataset, got none")
-    features = tuple(feature_cost(config, layers, f) for f in config.registry.features)
+    registry = config.registry
+    features = {registry.id(*f): feature_cost(config, layers, f) for f in registry.live}
     sets = active_sets(config.registry, rows)
     fullest = max(
         sets,
         key=lambda ids: (sum(features[i].flops for i in ids), sum(features[i].rank for i in ids)),
     )
     most = sum(features[i].flops for i in fullest)
-    parameters = sum(item.parameters for item in features)
+    parameters = sum(item.parameters for item in features.values())
     unit = lora_cost(layers, 1)
     plain = not config.rank_pattern
     rank = max(sum(features[i].rank for i in ids) for ids in sets)
-    total = sum(item.rank for item in features)
+    total = sum(item.rank for item in features.values())
     if not plain:
         rank = math.ceil(most / unit.flops) if unit.flops else rank
         total = round(parameters / unit.parameters)
     return Plan(
-        features=features,
+        features=tuple(features.values()),
         mixture=Cost(rank=rank, parameters=parameters, flops=most),
         compute_matched=lora_cost(layers, rank),
         parameter_matched=lora_cost(layers, max(total, 1) if parameters else 0),

@@ -7,16 +7,18 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core.config import FlixConfig
+from flix.core.bulk import uncollected
+from flix.core.config import FlixConfig, nested
 from flix.core.errors import AdapterError, FlixError, listed, near
 from flix.core.registry import Feature
+from flix.core.targets import exactly
 
 CONFIG_FILE = "flix_config.json"
 TENSOR_FILE = "flix.safetensors"
@@ -25,7 +27,7 @@ VERSION = 1
 
 Rename = Union[Mapping[str, str], Callable[[str], str], None]
 Path_ = Union[str, "os.PathLike[str]"]
-_DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+_ALLOWED = ("F16", "F32", "F64", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Adapter:
 
     def __post_init__(self) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-        dtypes = {name: str(tensor.dtype) for name, tensor in self.tensors.items()}
+        # A dtype's name is worked out anew at every asking, which shows with many tensors.
+        names = {dtype: str(dtype) for dtype in {t.dtype for t in self.tensors.values()}}
+        dtypes = {name: names[tensor.dtype] for name, tensor in self.tensors.items()}
         _check_tensors(self.config, self.layers, shapes, dtypes, "the adapter")
 
     def pair(self, layer: str, feature: Feature) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -136,15 +140,13 @@ def _with_ranks_of(
     config: FlixConfig, old: Mapping[str, LayerShape], new: Mapping[str, LayerShape]
 ) -> FlixConfig:
     """The configuration for renamed layers: rank patterns may not match the new paths, so they are spelled out."""
-    import re
-    from dataclasses import replace
-
     if not config.rank_pattern:
         return config
-    pattern = {
-        re.escape(path): {f: config.rank(before, f) for f in config.registry.features}
-        for before, path in zip(old, new, strict=True)
-    }
+    groups: dict[tuple[tuple[Feature, int], ...], list[str]] = {}
+    for before, path in zip(old, new, strict=True):
+        ranks = tuple((f, config.rank(before, f)) for f in config.registry.live)
+        groups.setdefault(ranks, []).append(path)
+    pattern = {exactly(paths): nested(dict(ranks)) for ranks, paths in groups.items()}
     return replace(config, rank_pattern=pattern)
 
 
@@ -165,6 +167,7 @@ def expected_tensors(
                 yield tensor_name(path, "B", feature), (shape.d_out, rank)
 
 
+@uncollected
 def save_adapter(adapter: Adapter, directory: Path_) -> None:
     """Write an adapter's folder. Each file is written aside, synced and moved into place.
 
@@ -220,6 +223,7 @@ def _write_aside(folder: Path, name: str, data: bytes) -> str:
     return temporary
 
 
+@uncollected
 def load_adapter(directory: Path_, rename: Rename = None) -> Adapter:
     """Read an adapter's folder into numpy; no framework is needed.
 
@@ -235,7 +239,16 @@ def load_adapter(directory: Path_, rename: Rename = None) -> Adapter:
     description = _read_description(folder)
     config, layers = _read_config(folder, description)
     tensors = _read_tensors(folder, config, layers, description.get("sha256"))
-    return Adapter(config, layers, tensors).renamed(rename)
+    return _checked(config, layers, tensors).renamed(rename)
+
+
+def _checked(
+    config: FlixConfig, layers: Mapping[str, LayerShape], tensors: Mapping[str, NDArray[Any]]
+) -> Adapter:
+    """An adapter whose tensors were checked already; with many, checking again would show."""
+    adapter = object.__new__(Adapter)
+    vars(adapter).update(config=config, layers=layers, tensors=tensors)
+    return adapter
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -326,8 +339,7 @@ def _check_tensors(
                 f"{where}: tensor {name!r} must have the shape {list(shape)}, got "
                 f"{list(shapes[name])}"
             )
-        allowed = (*_DTYPES, *(np.dtype(t).name for t in _DTYPES.values()))
-        if dtypes[name] not in allowed:
+        if dtypes[name] not in _ALLOWED:
             raise AdapterError(
                 f"{where}: tensor {name!r} must be float16, float32 or float64, got {dtypes[name]}"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Union
 
@@ -67,6 +67,7 @@ class FlixConfig:
         if isinstance(self.rank_pattern, Mapping):
             put(self, "rank_pattern", dict(self.rank_pattern))
         put(self, "_patterns", self._resolve_rank_pattern())
+        put(self, "_layers", {})
         if self.feature_dropout is not None:
             if not isinstance(self.feature_dropout, FeatureDropout):
                 raise ConfigError(
@@ -95,16 +96,26 @@ class FlixConfig:
             if isinstance(value, Mapping):
                 ranks = by_feature(self.registry, value, what)
             else:
-                ranks = dict.fromkeys(self.registry.features, value)
+                ranks = dict.fromkeys(self.registry.live, value)
             resolved.append((pattern, {f: check_rank(r, what) for f, r in ranks.items()}))
         return tuple(resolved)
 
     def rank(self, layer: str, feature: Feature) -> int:
         """The rank of a feature in a layer: ``rank_pattern``'s where it speaks, else ``ranks``'."""
-        for pattern, ranks in self._patterns:  # type: ignore[attr-defined]
-            if feature in ranks and pattern_matches(layer, pattern):
-                return int(ranks[feature])
+        if (rank := self._ranks_of(layer).get(feature)) is not None:
+            return rank
         return int(self.ranks[feature])  # type: ignore[index]
+
+    def _ranks_of(self, layer: str) -> dict[Feature, int]:
+        """What ``rank_pattern`` says of a layer. Kept: with many layers and patterns, matching again would show."""
+        kept: dict[str, dict[Feature, int]] = self._layers  # type: ignore[attr-defined]
+        if layer not in kept:
+            found: dict[Feature, int] = {}
+            for pattern, ranks in reversed(self._patterns):  # type: ignore[attr-defined]
+                if pattern_matches(layer, pattern):
+                    found.update(ranks)
+            kept[layer] = found
+        return kept[layer]
 
     def scale(self, layer: str, feature: Feature) -> float:
         """s_f of SPEC §1 in a layer; 0 where the feature has rank 0."""
@@ -146,7 +157,7 @@ class FlixConfig:
         ranks = {**self.ranks, feature: check_rank(rank, "rank")}  # type: ignore[dict-item]
         alphas = self.alpha
         if alpha is not None:
-            known = self.registry.features
+            known = self.registry.live
             if isinstance(alphas, Mapping):
                 alphas = {**alphas}
             elif alphas is not None:
@@ -156,17 +167,105 @@ class FlixConfig:
             alphas[feature] = alpha
         return replace(self, registry=registry, ranks=ranks, alpha=alphas)
 
+    def without_feature(self, group: str, name: str) -> FlixConfig:
+        """The configuration without one feature; every other id, rank and scale stays.
+
+        Raises:
+            FeatureError: no such feature, or the last of its group.
+        """
+        registry = self.registry.without_feature(group, name)
+        return self._translated(registry, lambda f: None if f == (group, name) else f)
+
+    def with_renamed(self, group: str, name: str, new: str) -> FlixConfig:
+        """The configuration with another name for one feature; every id, rank and scale stays.
+
+        Raises:
+            FeatureError: no such feature, or a new name that is ill-formed or taken.
+        """
+        registry = self.registry.renamed(group, name, new)
+        return self._translated(registry, lambda f: (group, new) if f == (group, name) else f)
+
+    def subset(self, features: Iterable[Feature]) -> FlixConfig:
+        """The configuration of some of the features and of what they imply.
+
+        Raises:
+            FeatureError: an unknown feature, or none at all.
+        """
+        registry = self.registry.subset(features)
+        return self._translated(registry, lambda f: f if f in registry else None)
+
+    def _translated(
+        self, registry: FeatureRegistry, translate: Callable[[Feature], Feature | None]
+    ) -> FlixConfig:
+        """What is said of features, under their new names; None for features that are gone."""
+
+        def renamed(values: Mapping[Feature, Any]) -> dict[Feature, Any]:
+            pairs = ((translate(f), value) for f, value in values.items())
+            return {f: value for f, value in pairs if f is not None}
+
+        fallbacks = self.unknown
+        if isinstance(fallbacks, Mapping):
+            # Fallbacks are names without a group: a name goes on to mean the features that still have it.
+            names = {f[1]: (translate(f) or ("", ""))[1] for f in self.registry.live}
+            names.update({f[1]: f[1] for f in registry.live if f in self.registry})
+            kept = {
+                name: found
+                for name, given in fallbacks.items()
+                if (
+                    found := [
+                        new
+                        for known in ([given] if isinstance(given, str) else given)
+                        if (new := names.get(known, known))
+                    ]
+                )
+            }
+            fallbacks = kept or "error"
+        dropout = self.feature_dropout
+        if dropout is not None:
+            rates = {g: rate for g, rate in dropout.per_group.items() if g in registry.groups}
+            dropout = replace(dropout, per_group=rates)
+
+        def renamed_pattern(ranks: Any) -> Any:
+            """Ranks as the user gave them: one, or by group, by group and name, by feature."""
+            if not isinstance(ranks, Mapping):
+                return ranks
+            found: dict[Any, Any] = {}
+            for key, value in ranks.items():
+                if isinstance(key, tuple) or isinstance(value, Mapping):
+                    one = (
+                        {key: value}
+                        if isinstance(key, tuple)
+                        else {(key, n): r for n, r in value.items()}
+                    )
+                    for (group, name), rank in renamed(one).items():
+                        found.setdefault(group, {})[name] = rank
+                elif key in registry.groups:
+                    found[key] = value
+            return found
+
+        return replace(
+            self,
+            registry=registry,
+            ranks=renamed(self.ranks),  # type: ignore[arg-type]
+            alpha=renamed(self.alpha) if isinstance(self.alpha, Mapping) else self.alpha,
+            rank_pattern={
+                pattern: renamed_pattern(ranks) for pattern, ranks in self.rank_pattern.items()
+            },
+            unknown=fallbacks,
+            feature_dropout=dropout,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form; :meth:`from_dict` gives an equal configuration."""
         return {
             "registry": self.registry.to_dict(),
-            "ranks": _nested(self.ranks),
-            "alpha": _nested(self.alpha) if isinstance(self.alpha, Mapping) else self.alpha,
+            "ranks": nested({f: self.ranks[f] for f in self.registry.live}),  # type: ignore[index]
+            "alpha": nested(self.alpha) if isinstance(self.alpha, Mapping) else self.alpha,
             "scaling": self.scaling,
             "target_modules": _plain(self.target_modules),
             "exclude_modules": _plain(self.exclude_modules),
             "rank_pattern": {
-                pattern: _nested(value) if isinstance(value, Mapping) else value
+                pattern: nested(value) if isinstance(value, Mapping) else value
                 for pattern, value in self.rank_pattern.items()
             },
             "feature_dropout": self.feature_dropout.to_dict() if self.feature_dropout else None,
@@ -203,16 +302,19 @@ def _resolve_ranks(registry: FeatureRegistry, ranks: object) -> dict[Feature, in
     if callable(ranks):
         ranks = ranks(registry)
     if isinstance(ranks, int) and not isinstance(ranks, bool):
-        ranks = dict.fromkeys(registry.features, ranks)
+        ranks = dict.fromkeys(registry.live, ranks)
     if not isinstance(ranks, Mapping):
         raise ConfigError(
             "ranks must be a rule of flix.ranks, one rank, or {(group, feature): rank}, "
             f"got {ranks!r}"
         )
-    found = by_feature(registry, ranks, "ranks")
-    for feature in registry.features:
+    # A removed feature keeps its id, and rank 0 under it.
+    given = {key: rank for key, rank in ranks.items() if key not in registry.removed}
+    found = by_feature(registry, given, "ranks")
+    for feature in registry.live:
         if feature not in found:
             raise ConfigError(f"ranks must cover every feature; {':'.join(feature)} has none")
+    found.update(dict.fromkeys(registry.removed, 0))
     return {f: check_rank(found[f], f"the rank of {':'.join(f)}") for f in registry.features}
 
 
@@ -247,15 +349,15 @@ def _positive(value: object, what: str) -> float:
     return float(value)
 
 
-def _nested(values: Any) -> dict[str, Any]:
-    """{(group, feature): v} as {group: {feature: v}}; other keys stay."""
-    nested: dict[str, Any] = {}
+def nested(values: Any) -> dict[str, Any]:
+    """{(group, feature): v} as {group: {feature: v}}, the form that files have; other keys stay."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(key, tuple):
-            nested.setdefault(key[0], {})[key[1]] = value
+            found.setdefault(key[0], {})[key[1]] = value
         else:
-            nested[key] = dict(value) if isinstance(value, Mapping) else value
-    return nested
+            found[key] = dict(value) if isinstance(value, Mapping) else value
+    return found
 
 
 def _plain(patterns: Patterns) -> str | list[str]:

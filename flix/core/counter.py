@@ -9,7 +9,9 @@ arrays; keys come from BLAKE2b over the length-prefixed parts, so ("a", "bc") an
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,26 +26,47 @@ Bits = NDArray[np.uint64]
 
 def key(*parts: int | str) -> tuple[np.uint64, np.uint64]:
     """Two 64-bit words that identify the sequence of ``parts``."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        data = str(part).encode()
-        digest.update(f"{type(part).__name__}:{len(data)}:".encode())
-        digest.update(data)
+    digest = hashlib.blake2b(b"".join(map(_prefixed, parts)), digest_size=16)
     words = np.frombuffer(digest.digest(), dtype="<u8")
     return np.uint64(words[0]), np.uint64(words[1])
 
 
+def keys(prefix: Sequence[int | str], endings: Iterable[Sequence[int | str]]) -> tuple[Bits, Bits]:
+    """The keys of ``(*prefix, *ending)`` for many endings: the first words ``[n]``, and the second ones."""
+    start = hashlib.blake2b(b"".join(map(_prefixed, prefix)), digest_size=16)
+    found = bytearray()
+    for ending in endings:
+        digest = start.copy()
+        digest.update(b"".join(map(_prefixed, ending)))
+        found += digest.digest()
+    words = np.frombuffer(bytes(found), dtype="<u8").reshape(-1, 2)
+    return words[:, 0].astype(np.uint64), words[:, 1].astype(np.uint64)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _prefixed(part: int | str) -> bytes:
+    data = str(part).encode()
+    return f"{type(part).__name__}:{len(data)}:".encode() + data
+
+
 def _mix(z: Bits) -> Bits:
-    z = (z ^ (z >> _S30)) * _MIX_1
-    z = (z ^ (z >> _S27)) * _MIX_2
-    return z ^ (z >> _S31)
+    # In place where it can be: a large model's initial values are tens of millions of these.
+    mixed = z >> _S30
+    mixed ^= z
+    mixed *= _MIX_1
+    shifted = mixed >> _S27
+    mixed ^= shifted
+    mixed *= _MIX_2
+    shifted = mixed >> _S31
+    mixed ^= shifted
+    return mixed
 
 
-def bits(words: tuple[np.uint64, np.uint64], *positions: NDArray[np.integer]) -> Bits:
+def bits(words: tuple[np.uint64 | Bits, np.uint64 | Bits], *positions: NDArray[np.integer]) -> Bits:
     """64 random bits at each position.
 
     Args:
-        words: a key made by :func:`key`.
+        words: a key made by :func:`key`, or keys as arrays that broadcast with the positions.
         positions: one or more integer arrays that broadcast together: the coordinates of the position.
 
     Returns:

@@ -40,13 +40,29 @@ def resized_mean(
     a = np.concatenate([pair[0] for pair in pairs])
     b = np.concatenate([p[1] * (s / count / scale) for p, s in zip(pairs, scales, strict=True)], 1)
     if a.shape[0] > rank:
-        q_a, r_a = np.linalg.qr(a.T)
-        q_b, r_b = np.linalg.qr(b)
-        u, sigma, v = np.linalg.svd(r_b @ r_a.T)
-        root = np.sqrt(sigma[:rank])
-        a, b = (q_a @ v[:rank].T * root).T, q_b @ u[:, :rank] * root
+        a, b, _ = nearest(a, b, rank)
     missing = rank - a.shape[0]
     if missing:
         a = np.concatenate([a, fresh_a[rank - missing :]])
         b = np.pad(b, ((0, 0), (0, missing)))
     return a, b
+
+
+def nearest(
+    a: NDArray[np.floating], b: NDArray[np.floating], rank: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """The pair of a rank whose B A is nearest to another's (Eckart and Young).
+
+    Args:
+        a: ``[r, d_in]``.
+        b: ``[d_out, r]``.
+        rank: the rank wanted, at most r. A product of less rank gives a smaller pair.
+
+    Returns:
+        A ``[rank, d_in]``, B ``[d_out, rank]``, and the singular values of the product, the largest first.
+    """
+    q_a, r_a = np.linalg.qr(a.T.astype(np.float64))
+    q_b, r_b = np.linalg.qr(b.astype(np.float64))
+    u, sigma, v = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    root = np.sqrt(sigma[:rank])
+    return (q_a @ v[:rank].T * root).T, q_b @ u[:, :rank] * root, sigma

@@ -54,22 +54,23 @@ def check_same(adapter: Adapter, config: FlixConfig, layouts: Mapping[str, Layer
         if path not in layouts:
             raise AdapterError(f"layer {path!r} of the adapter is not adapted in the model")
     features = config.registry.features
-    if features != adapter.config.registry.features:
+    other = adapter.config.registry
+    if (features, config.registry.removed) != (other.features, other.removed):
         raise AdapterError(
             "the adapter has other features than the model: "
-            f"{adapter.config.registry} and {config.registry}"
+            f"{adapter.config.registry} and {config.registry}; load_features takes over some features"
         )
     for path, layout in layouts.items():
-        other = adapter.config.layout(path)
-        if layout == other:
+        theirs = adapter.config.layout(path)
+        if layout == theirs:
             continue
         for i, feature in enumerate(features):
-            if layout.ranks[i] != other.ranks[i]:
+            if layout.ranks[i] != theirs.ranks[i]:
                 raise AdapterError(
                     f"layer {path!r}: {':'.join(feature)} has rank {layout.ranks[i]} in the model and "
-                    f"{other.ranks[i]} in the adapter"
+                    f"{theirs.ranks[i]} in the adapter"
                 )
-            if layout.scales[i] != other.scales[i]:
+            if layout.scales[i] != theirs.scales[i]:
                 raise AdapterError(
                     f"layer {path!r}: {':'.join(feature)} has another scale in the model than in the "
                     "adapter (alpha or scaling differ)"

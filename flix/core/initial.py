@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flix.core import counter
+from flix.core.names import Feature
+
+# Values made at a time: what the arithmetic leaves behind in between should stay in the cache.
+_VALUES = 1 << 16
 
 
 def initial_a(
@@ -21,12 +26,34 @@ def initial_a(
     Returns:
         float32 ``[rank, d_in]``.
     """
-    words = counter.key("A", seed, layer, group, feature)
-    position = np.arange(rank * d_in, dtype=np.uint64).reshape(rank, d_in)
-    # 24 leading bits fit a float32 exactly: in [-1, 1), then one rounding by the bound.
-    unit = (counter.bits(words, position) >> np.uint64(40)).astype(np.float32)
-    unit = unit * np.float32(2.0**-23) - np.float32(1.0)
-    return unit * np.float32(1.0 / math.sqrt(max(d_in, 1)))
+    return initial_table(
+        seed=seed, layer=layer, features=[(group, feature)], ranks=[rank], d_in=d_in
+    )
+
+
+def initial_table(
+    *, seed: int, layer: str, features: Sequence[Feature], ranks: Sequence[int], d_in: int
+) -> NDArray[np.float32]:
+    """:func:`initial_a` of several features of a layer, one after the other: float32 ``[sum of ranks, d_in]``."""
+    total = int(sum(ranks))
+    table = np.empty((total, d_in), np.float32)
+    first, second = counter.keys(("A", seed, layer), features)
+    first, second = np.repeat(first, ranks)[:, None], np.repeat(second, ranks)[:, None]
+    starts = np.cumsum(ranks) - ranks
+    row = (np.arange(total) - np.repeat(starts, ranks)).astype(np.uint64)[:, None]
+    column = np.arange(d_in, dtype=np.uint64)
+    bound = np.float32(1.0 / math.sqrt(max(d_in, 1)))
+    step = max(1, _VALUES // max(d_in, 1))
+    for begin in range(0, total, step):
+        part = slice(begin, begin + step)
+        position = row[part] * np.uint64(d_in) + column
+        # 24 leading bits fit a float32 exactly: in [-1, 1), then one rounding by the bound.
+        unit = table[part]
+        unit[...] = counter.bits((first[part], second[part]), position) >> np.uint64(40)
+        unit *= np.float32(2.0**-23)
+        unit -= np.float32(1.0)
+        unit *= bound
+    return table
 
 
 def initial_b(*, rank: int, d_out: int) -> NDArray[np.float32]:

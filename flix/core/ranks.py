@@ -24,7 +24,7 @@ ByFeature = Mapping[Any, Any]
 def uniform(rank: int) -> Rule:
     """The same rank for every feature."""
     rank = check_rank(rank, "uniform rank")
-    return lambda registry: dict.fromkeys(registry.features, rank)
+    return lambda registry: dict.fromkeys(registry.live, rank)
 
 
 def by_group(**ranks: int) -> Rule:
@@ -72,14 +72,14 @@ def proportional(
 
     def rule(registry: FeatureRegistry) -> Ranks:
         size = by_feature(registry, sizes, "sizes", number=True)
-        if missing := [f for f in registry.features if f not in size]:
+        if missing := [f for f in registry.live if f not in size]:
             raise RankError(
                 f"sizes must name every feature; missing: {listed(map(_text, missing))}"
             )
         for feature, n in size.items():
             if not _is_number(n) or n < 0:
                 raise RankError(f"the size of {_text(feature)} must be 0 or more, got {n!r}")
-        count = len(registry)
+        count = len(registry.live)
         if budget < low * count:
             raise RankError(
                 f"a budget of {budget} is infeasible: {count} features of rank {low} or more need at "
@@ -92,11 +92,11 @@ def proportional(
             )
         # Sizes are divided by the largest first, so that no power overflows.
         top = max(max(size.values()), 1)
-        claim = {f: (size[f] / top) ** (1.0 / temperature) for f in registry.features}
-        ranks = dict.fromkeys(registry.features, low)
+        claim = {f: (size[f] / top) ** (1.0 / temperature) for f in registry.live}
+        ranks = dict.fromkeys(registry.live, low)
         queue = [
             (-claim[f] / (low + 0.5), -size[f], i, f)
-            for i, f in enumerate(registry.features)
+            for i, f in enumerate(registry.live)
             if low < high
         ]
         heapq.heapify(queue)
@@ -159,7 +159,7 @@ def compute_matched(*, lora_rank: int, datasets: Sequence[Row]) -> Rule:
             for i in registry.ids_of(group):
                 if not users[i]:
                     ranks[i] = min(used, default=1)
-        return dict(zip(registry.features, ranks, strict=True))
+        return {f: ranks[registry.id(*f)] for f in registry.live}
 
     return rule
 
@@ -175,14 +175,14 @@ def parameter_matched(*, lora_rank: int) -> Rule:
     check_rank(lora_rank, "lora_rank", least=1)
 
     def rule(registry: FeatureRegistry) -> Ranks:
-        count = len(registry)
+        count = len(registry.live)
         if count > lora_rank:
             raise RankError(
                 f"lora_rank={lora_rank} is infeasible: {count} features of rank 1 or more need at least "
                 f"{count}, the smallest feasible lora_rank"
             )
         share, rest = divmod(lora_rank, count)
-        return {f: share + (i < rest) for i, f in enumerate(registry.features)}
+        return {f: share + (i < rest) for i, f in enumerate(registry.live)}
 
     return rule
 
@@ -225,11 +225,11 @@ def by_feature(
 
 def _complete(registry: FeatureRegistry, ranks: ByFeature, what: str) -> Ranks:
     found = by_feature(registry, ranks, f"{what} ranks")
-    if missing := [f for f in registry.features if f not in found]:
+    if missing := [f for f in registry.live if f not in found]:
         raise RankError(
             f"{what} ranks must cover every feature; missing: {listed(map(_text, missing))}"
         )
-    return {f: check_rank(found[f], f"the rank of {_text(f)}") for f in registry.features}
+    return {f: check_rank(found[f], f"the rank of {_text(f)}") for f in registry.live}
 
 
 def _is_number(value: object) -> bool:

@@ -346,6 +346,8 @@ def check_routing(
             f"flix_features has the id {int(ids[place])} in row {place[0]} (position {list(place)}); "
             f"valid ids are 0 to {len(registry) - 1}, and -1 for padding"
         )
+    if registry.removed:
+        _check_removed(ids, registry)
     if weights is None:
         return
     if weights.dtype.kind not in "fV":  # V: bfloat16 seen from numpy
@@ -362,4 +364,16 @@ def check_routing(
         name = ":".join(registry.features[feature]) if feature >= 0 else "padding"
         raise RoutingError(
             f"flix_weights must be finite, got {weights[place]} in row {place[0]} for {name}"
+        )
+
+
+def _check_removed(ids: NDArray[Any], registry: FeatureRegistry) -> None:
+    gone = [i for i, feature in enumerate(registry.features) if feature in registry.removed]
+    found = np.isin(ids, gone)
+    if found.any():
+        place = tuple(int(i) for i in np.argwhere(found)[0])
+        name = ":".join(registry.features[int(ids[place])])
+        raise RoutingError(
+            f"flix_features has the id {int(ids[place])} in row {place[0]}: {name}, which was removed; "
+            "make ids with registry.encode(rows)"
         )

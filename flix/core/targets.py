@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +47,17 @@ def matches(path: str, patterns: Patterns) -> bool:
 
 def pattern_matches(path: str, pattern: str) -> bool:
     """Whether a key of ``rank_pattern`` matches a path: a regular expression for its last components."""
-    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path) is not None
+    return _ending(pattern).fullmatch(path) is not None
+
+
+def exactly(paths: Sequence[str]) -> str:
+    """A key of ``rank_pattern`` that matches exactly these paths."""
+    return f"^(?:{'|'.join(map(re.escape, paths))})"
+
+
+@functools.lru_cache(maxsize=4096)
+def _ending(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:.*\.)?(?:{pattern})")
 
 
 def select(

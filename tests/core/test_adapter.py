@@ -172,6 +172,6 @@ def test_peft_form_pads_to_one_rank_and_is_exact(tmp_path):
     np.testing.assert_allclose(b @ a, delta(original, "a.q", active), rtol=1e-5, atol=1e-6)
     assert tensors["base_model.model.emb.lora_embedding_A"].shape == (5, 7)
     report = write_peft(tmp_path, config, tensors)
-    assert report.max_lora_rank == 8 and "--max-lora-rank 8" in report.message
+    assert report.max_lora_rank == 8 and "got emb" in report.message  # no name that vLLM knows
     with pytest.raises(AdapterError, match="language:swa have rank 0 in every layer"):
         as_peft(original, ((("language", "swa"), 1.0),))

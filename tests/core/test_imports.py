@@ -17,9 +17,10 @@ def _run(code: str) -> str:
 
 
 def test_import_flix_takes_under_300_ms_and_loads_no_framework():
+    # Processor time: what else the machine does meanwhile does not count.
     code = (
-        "import sys, time; start = time.perf_counter(); import flix; "
-        "print(time.perf_counter() - start); "
+        "import sys, time; start = time.process_time(); import flix; "
+        "print(time.process_time() - start); "
         f"print([name for name in {FRAMEWORKS!r} if name in sys.modules])"
     )
     _run(code)  # compiles the bytecode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import nn  # noqa: E402
 import flix  # noqa: E402
 from flix.backends.torch import named_pairs  # noqa: E402
 from flix.backends.torch.model import flix_layers  # noqa: E402
+from tests.architectures.zoo import build  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -56,88 +56,20 @@ def randomize(model: nn.Module, seed: int = 0, std: float = 0.1) -> None:
 
 
 def llama(**changes: Any) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings = {
-        "vocab_size": 40,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "initializer_range": 0.2,
-        "pad_token_id": 0,
-        "eos_token_id": None,
-        "bos_token_id": None,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
-
-
-def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=40,
-            n_embd=16,
-            n_layer=2,
-            n_head=2,
-            n_positions=64,
-            initializer_range=0.2,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            eos_token_id=None,
-            bos_token_id=None,
-            pad_token_id=0,
-        )
-    )
-
-
-def bert() -> nn.Module:
-    from transformers import BertConfig, BertModel
-
-    return BertModel(
-        BertConfig(
-            vocab_size=40,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            initializer_range=0.2,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    )
+    return build("llama", **changes)
 
 
 def t5() -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=40,
-            d_model=16,
-            d_kv=8,
-            d_ff=24,
-            num_layers=2,
-            num_decoder_layers=2,
-            num_heads=2,
-            dropout_rate=0.0,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-            eos_token_id=None,
-        )
-    )
+    return build("t5")
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gpt2": gpt2, "bert": bert, "t5": t5}
+# One of each kind, for what does not depend on the architecture; tests/architectures has them all.
+MODELS = ("llama", "gpt2", "bert", "t5")
 
 
 def make(name: str, dtype: Any = torch.float64, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return MODELS[name]().to(dtype)
+    return build(name).to(dtype)
 
 
 def batch(name: str, rows: int = len(ROWS), length: int = 9) -> dict[str, Any]:

@@ -1,23 +1,20 @@
-"""Mixed-batch generation equals row-by-row generation."""
+"""What generation keeps between tokens, and the forms in which it takes routing.
+
+That mixed batches generate what their rows do is tested over architectures, in tests/architectures.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import flix  # noqa: E402
 from flix.backends.torch import adapt, trainable_parameters  # noqa: E402
 
-from .conftest import ROWS, batch, config, make, randomize, routing  # noqa: E402
-
-WAYS = {
-    "greedy": {"do_sample": False},
-    "beams": {"do_sample": False, "num_beams": 3},
-    "several beams returned": {"do_sample": False, "num_beams": 4, "num_return_sequences": 2},
-    "without cache": {"do_sample": False, "use_cache": False},
-    "static cache": {"do_sample": False, "cache_implementation": "static"},
-}
+from .conftest import ROWS, batch, config, make, randomize, registry, routing  # noqa: E402
 
 
 def _model(name):
@@ -26,57 +23,58 @@ def _model(name):
     return model.eval()
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
-def test_mixed_batch_equals_row_by_row(name, way):
-    model = _model(name)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_routing_may_be_a_routing_an_array_or_a_list(beams):
+    """Only tensors are repeated for beams; the rest is made one first."""
+    model = _model("llama")
+    prompt = batch("llama")["input_ids"]
+    encoded = registry().encode(ROWS)
     ids, weights = routing()
-    prompt = batch(name)["input_ids"]
-    arguments = {"max_new_tokens": 6, **WAYS[way]}
+    arguments = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams}
+    expected = model.generate(prompt, flix_features=ids, flix_weights=weights, **arguments)
+    given = [
+        {"flix_features": encoded},
+        {"flix_features": encoded.ids, "flix_weights": encoded.weights},
+        {"flix_features": encoded.ids.tolist(), "flix_weights": encoded.weights.tolist()},
+        {"flix_features": ids, "flix_weights": encoded.weights},
+    ]
+    for form in given:
+        assert torch.equal(model.generate(prompt, **form, **arguments), expected)
+    plain = registry().encode([{"language": "hau"}] * len(ROWS))
+    by_ids = model.generate(prompt, flix_features=torch.from_numpy(plain.ids), **arguments)
+    assert torch.equal(model.generate(prompt, flix_features=plain, **arguments), by_ids)
+    other = flix.FeatureRegistry({"language": ["hau"]}).encode([{"language": "hau"}] * 4)
+    with pytest.raises(flix.RoutingError, match="encoded by another registry"):
+        model.generate(prompt, flix_features=other, **arguments)
 
-    def run(part):
-        return model.generate(
-            input_ids=prompt[part],
-            attention_mask=torch.ones_like(prompt[part]),
-            flix_features=ids[part],
-            flix_weights=weights[part],
-            **arguments,
-        )
 
-    mixed = run(slice(None))
-    rows = torch.cat([run(slice(i, i + 1)) for i in range(len(ROWS))])
-    assert torch.equal(mixed, rows)
-    base = model.generate(input_ids=prompt, flix_features=torch.full_like(ids, -1), **arguments)
-    assert not torch.equal(base[: len(mixed)], mixed[: len(base)]), "the updates must matter"
+def test_the_plan_of_a_generation_is_made_once(monkeypatch):
+    """Also with weights; changing them in place, or the ids, makes another."""
+    from flix.backends.torch import _context
 
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_left_padding_does_not_matter(name):
-    model = _model(name)
-    ids, _ = routing([ROWS[0]] * 2)
-    prompt = batch(name, rows=2)["input_ids"]
-    padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), prompt], dim=1)
-    plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), flix_features=ids, max_new_tokens=5, do_sample=False)  # fmt: skip
-    mask = (torch.arange(padded.shape[1]) >= 3).long().expand_as(padded)
-    left = model.generate(
-        padded, attention_mask=mask, flix_features=ids, max_new_tokens=5, do_sample=False
+    calls = []
+    plan_union = _context.plan_union
+    monkeypatch.setattr(
+        _context, "plan_union", lambda *args: calls.append(args) or plan_union(*args)
     )
-    assert torch.equal(left[:, 3:], plain)
+    model = _model("llama")
+    ids, weights = routing()
+    token = torch.full((len(ids), 1), 5)
 
+    def logits():
+        return model(token, flix_features=ids, flix_weights=weights).logits
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
-def test_sampling_with_several_sequences_a_row(name):
-    model = _model(name)
-    ids, _ = routing()
-    torch.manual_seed(0)
-    found = model.generate(
-        batch(name)["input_ids"],
-        flix_features=ids,
-        do_sample=True,
-        num_return_sequences=3,
-        max_new_tokens=4,
-    )
-    assert found.shape[0] == 3 * len(ROWS)
+    with torch.no_grad():
+        before = logits()
+        count = len(calls)
+        assert torch.equal(logits(), before) and len(calls) == count > 0
+        weights.mul_(2.0)
+        after = logits()
+        assert not torch.equal(after, before) and len(calls) > count
+        fresh = model(token, flix_features=ids.clone(), flix_weights=weights.clone()).logits
+        torch.testing.assert_close(after, fresh)
+        ids.copy_(ids[np.arange(len(ids))[::-1].copy()])
+        assert not torch.equal(logits(), after)
 
 
 def test_per_token_routing_generates_on_under_the_last_tokens_features():

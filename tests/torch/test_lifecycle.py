@@ -72,19 +72,22 @@ def test_a_batch_of_another_size_is_named():
         model(**batch("llama"), flix_weights=torch.ones(4, 2))
 
 
-def test_adapting_a_thousand_layers_is_quick_and_so_are_its_files(tmp_path):
+@pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_adapting_a_thousand_layers_is_quick_and_so_are_its_files(count, tmp_path):
+    """On a quiet machine 100 features take under 2 s to adapt and under 10 s to save and load; here, with room."""
     import time
 
-    registry = flix.FeatureRegistry({"language": [f"l{i}" for i in range(20)]})
+    registry = flix.FeatureRegistry({"language": [f"l{i}" for i in range(count)]})
     many = flix.FlixConfig(registry=registry, ranks=1, rank_pattern={"9": 2})
     model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(1000)))
+    share = count / 100
     start = time.process_time()
     adapt(model, many)
-    assert time.process_time() - start < 6.0  # 2 s on a quiet machine; processor time, with room
+    assert time.process_time() - start < 1.0 + 5.0 * share
     start = time.process_time()
     save(model, tmp_path)
     load(torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(1000))), tmp_path)
-    assert time.process_time() - start < 20.0
+    assert time.process_time() - start < 2.0 + 20.0 * share
 
 
 def test_adapting_twice_is_refused():

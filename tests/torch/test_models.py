@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from flix.backends.torch import adapt, load, merge, named_pairs, save  # noqa: E402
+from flix.backends.torch import adapt, named_pairs  # noqa: E402
 from flix.backends.torch.model import flix_layers  # noqa: E402
 
 from .conftest import (  # noqa: E402
@@ -108,77 +108,3 @@ def test_adapted_model_starts_equal_to_its_base(name):
     inputs = batch(name)
     found = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
     assert relative(found, output(base(**inputs))) < 1e-12
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_merge_equals_the_routed_forward(name, tmp_path):
-    adapted = adapt(make(name), config())
-    randomize(adapted)
-    adapted.eval()
-    for row in ROWS[:3]:
-        ids, weights = routing([row])
-        inputs = batch(name, rows=1)
-        merged = merge(adapted, row)
-        assert type(merged) is type(make(name))
-        assert not list(flix_layers(merged))
-        assert not [n for n, _ in merged.named_parameters() if "flix" in n]
-        found = output(merged(**inputs))
-        expected = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
-        assert relative(found, expected) < 1e-9
-
-
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
-def test_merging_a_tied_embedding_leaves_the_head_alone(name, tmp_path):
-    targets = {"gpt2": ["wte"], "t5": ["shared"]}[name]
-    base = make(name).eval()
-    adapted = adapt(copy.deepcopy(base), config(target_modules=targets))
-    randomize(adapted)
-    adapted.eval()
-    row = {"language": "hau", "task": "ner"}
-    ids, weights = routing([row])
-    inputs = batch(name, rows=1)
-    routed = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
-    assert relative(routed, output(base(**inputs))) > 1e-3, "the embedding's update must act"
-    merged = merge(adapted, row)
-    expected = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
-    assert relative(output(merged(**inputs)), expected) < 1e-9
-    merged.save_pretrained(tmp_path)
-    again = type(merged).from_pretrained(tmp_path, dtype=torch.float64).eval()
-    assert relative(output(again(**inputs)), expected) < 1e-6
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_save_and_load_into_a_fresh_model(name, tmp_path):
-    adapted = adapt(make(name), config(rank_pattern={".*(q|q_proj|query|c_attn)": 5}))
-    randomize(adapted)
-    save(adapted, tmp_path / "adapter")
-    fresh = load(make(name), tmp_path / "adapter")
-    ids, weights = routing()
-    inputs = batch(name)
-    found = output(fresh(**inputs, flix_features=ids, flix_weights=weights))
-    expected = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
-    assert relative(found, expected) == 0.0
-    assert fresh.flix_config == adapted.flix_config
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_class_copy_and_pickle_keep_the_model(name):
-    import pickle
-
-    base_class = type(make(name))
-    adapted = adapt(make(name), config())
-    randomize(adapted)
-    assert isinstance(adapted, base_class)
-    ids, weights = routing()
-    inputs = batch(name)
-    before = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
-    for twin in (copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
-        assert isinstance(twin, base_class)
-        same = output(twin(**inputs, flix_features=ids, flix_weights=weights))
-        assert relative(same, before) == 0.0
-        with torch.no_grad():
-            for parameter in twin.parameters():
-                parameter.zero_()
-        assert not output(twin(**inputs, flix_features=ids, flix_weights=weights)).any()
-    again = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
-    assert relative(again, before) == 0.0

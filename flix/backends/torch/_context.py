@@ -25,11 +25,20 @@ from flix.core.routing import Routing, check_routing
 
 
 class _Current(threading.local):
+    """This thread's state.
+
+    Attributes:
+        routing: the routing of the forward that is running.
+        defaults: under :func:`routed`, one composition for all rows of a model's calls, by the model's ``id``.
+    """
+
     routing: ActiveRouting | TracedRouting | None
+    defaults: dict[int, Uniform]
 
     def __init__(self) -> None:
         # Set on the instance from the start: compiled code guards on the attribute's place.
         self.routing = None
+        self.defaults = {}
 
 
 current = _Current()
@@ -173,6 +182,27 @@ class TracedRouting:
 
 
 AnyRouting = ActiveRouting | TracedRouting
+
+
+class Uniform:
+    """One composition for all rows and positions of any input.
+
+    Attributes:
+        registry: the registry that the ids belong to.
+        ids: int64 ``[W]``, checked.
+        weights: float32 ``[W]``, or None for 1.
+    """
+
+    def __init__(self, registry: FeatureRegistry, ids: Tensor, weights: Tensor | None) -> None:
+        self.registry, self.ids, self.weights = registry, ids, weights
+
+    def active(self, touched: tuple[int, ...] = ()) -> ActiveRouting:
+        """The routing, without leading dimensions: a layer takes all that it is given for one row."""
+        return ActiveRouting(self.ids.numpy(), self.weights, self.registry, touched=touched)
+
+    def traced(self) -> TracedRouting:
+        """The same inside a compiled graph."""
+        return TracedRouting(self.ids, self.weights, None)
 
 
 def host_ids(features: Any) -> np.ndarray[Any, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,15 +21,15 @@ from flix.backends.torch._context import (
     make_routing,
 )
 from flix.backends.torch.kernels.choice import require_triton
+from flix.core.adapter import Adapter
 from flix.core.config import FlixConfig
 from flix.core.errors import ConfigError, RoutingError
-from flix.core.initial import initial_a, initial_b
+from flix.core.initial import initial_a, initial_b, initial_table
 from flix.core.layout import LayerLayout, check_strategy
 from flix.core.registry import Feature
 
-_HALVES = (torch.float16, torch.bfloat16)
 
-
+@functools.lru_cache(maxsize=1 << 16)
 def parameter_key(feature: Feature) -> str:
     """A feature's key among a layer's parameters.
 
@@ -52,9 +54,13 @@ class FeatureParameters(nn.Module):
     def __contains__(self, feature: Feature) -> bool:
         return parameter_key(feature) in self._parameters
 
-    def put(self, feature: Feature, value: Tensor, trainable: bool = True) -> None:
+    def hold(self, feature: Feature, parameter: nn.Parameter) -> None:
         """Set a feature's parameter."""
-        self.register_parameter(parameter_key(feature), nn.Parameter(value, trainable))
+        self.register_parameter(parameter_key(feature), parameter)
+
+    def clear(self) -> None:
+        """Let go of every parameter."""
+        self._parameters.clear()
 
 
 class OnDevice(torch.autograd.Function):
@@ -115,8 +121,9 @@ class FlixLayer(nn.Module):
         name: str,
         strategy: str = "auto",
         layout: LayerLayout | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
-        """Give the layer its features, with initial values; part of becoming an adapted layer."""
+        """Give the layer its features, with an adapter's values or initial ones; part of becoming an adapted layer."""
         check_strategy(strategy)
         require_triton(strategy)
         self.flix_name = name
@@ -127,14 +134,36 @@ class FlixLayer(nn.Module):
         if getattr(self, "bias", None) is not None:
             self.bias.requires_grad_(False)
         self.set_config(config, layout)
-        for feature in config.registry.features:
-            self.add_pair(feature)
+        self._add_pairs(adapter)
 
     def set_config(self, config: FlixConfig, layout: LayerLayout | None = None) -> None:
         """Set the configuration, and the layout that follows from it (given if it is known already)."""
         self.flix_config = config
         self.flix_keys = _keys(config.registry.features)
         self.flix_layout = layout or config.layout(self.flix_name)
+
+    def _add_pairs(self, adapter: Adapter | None) -> None:
+        """Make the parameters of all features."""
+        ranks = self.flix_layout.ranks
+        chosen = [
+            (f, r) for f, r in zip(self.flix_config.registry.features, ranks, strict=True) if r
+        ]
+        if adapter is not None:
+            self._put((f, *adapter.pair(self.flix_name, f)) for f, _ in chosen)
+            return
+        table = initial_table(
+            seed=self.flix_config.seed,
+            layer=self.flix_name,
+            features=[feature for feature, _ in chosen],
+            ranks=[rank for _, rank in chosen],
+            d_in=self.d_in,
+        )
+        ends = itertools.accumulate(rank for _, rank in chosen)
+        d_out = self.d_out
+        self._put(
+            (feature, table[end - rank : end], initial_b(rank=rank, d_out=d_out))
+            for (feature, rank), end in zip(chosen, ends, strict=True)
+        )
 
     def add_pair(self, feature: Feature) -> None:
         """Make the parameters of one feature, with their initial values; none where its rank is 0."""
@@ -149,18 +178,29 @@ class FlixLayer(nn.Module):
             rank=rank,
             d_in=self.d_in,
         )
-        b = initial_b(rank=rank, d_out=self.d_out)
-        # Pairs of a half-precision base are kept in float32, where small updates do not round away.
+        self._put([(feature, a, initial_b(rank=rank, d_out=self.d_out))])
+
+    def _put(self, pairs: Iterable[tuple[Feature, Any, Any]]) -> None:
+        """Set features' pairs to copies of arrays."""
         weight: Tensor = self.weight  # type: ignore[assignment]
-        dtype = torch.float32 if weight.dtype in _HALVES else weight.dtype
-        for bank, value in ((self.flix_A, a), (self.flix_B, b)):
-            bank.put(feature, torch.from_numpy(value).to(device=weight.device, dtype=dtype))
+        # Pairs of a half-precision base are kept in float32, where small updates do not round away.
+        wide = np.float64 if weight.dtype == torch.float64 else np.float32
+        device = None if weight.device.type == "cpu" else weight.device
+        # Straight into the dictionaries, and by way of numpy, whose copies cost a fraction of torch's: a large model
+        # has these by the hundred thousand.
+        bank_a, bank_b = self.flix_A._parameters, self.flix_B._parameters
+        for feature, a, b in pairs:
+            key = parameter_key(feature)
+            for bank, value in ((bank_a, a), (bank_b, b)):
+                copied = torch.from_numpy(np.array(value, wide))
+                bank[key] = nn.Parameter(copied if device is None else copied.to(device))
 
     def pairs(self) -> Iterator[tuple[Feature, nn.Parameter, nn.Parameter]]:
         """(feature, A, B) of every feature with an update in this layer."""
-        for feature in self.flix_config.registry.features:
-            if feature in self.flix_A:
-                yield feature, self.flix_A[feature], self.flix_B[feature]
+        a, b = self.flix_A._parameters, self.flix_B._parameters
+        for feature, key in zip(self.flix_config.registry.features, self.flix_keys, strict=True):
+            if key in a:
+                yield feature, a[key], b[key]  # type: ignore[misc]
 
     def _routing(self, features: Any, weights: Any) -> AnyRouting | None:
         """The routing to run under: the one given, or the one in force; None to run the base alone."""

@@ -8,21 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flix.backends.torch._context import ActiveRouting, TracedRouting, current, make_routing
+from flix.backends.torch._context import (
+    ActiveRouting,
+    AnyRouting,
+    TracedRouting,
+    Uniform,
+    current,
+    make_routing,
+)
 from flix.backends.torch._distributed import touched_by_all
 from flix.backends.torch._layer import flix_layers
 from flix.backends.torch._versions import version
 from flix.core.errors import ConfigError, RoutingError
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+_PROMPTS = ("inputs", "input_ids", "inputs_embeds", "encoder_outputs")
 
 
-def check_unrouted(model: Any, weights: Any) -> None:
-    """A forward without routing: an error in training, the base (and a warning) otherwise."""
+def unrouted(model: Any, weights: Any) -> AnyRouting | None:
+    """The routing of a forward that was given none.
+
+    That of the forward around it, or of :func:`routed`; else an error in training, and otherwise None, the base (and a
+    warning).
+    """
     if weights is not None:
         raise RoutingError("flix_weights was given without flix_features; weights belong to ids")
     if current.routing is not None or not is_enabled(model):
-        return
+        return current.routing
+    default = current.defaults.get(id(model))
+    if default is not None:
+        return _uniform(model, default)
     if model.training:
         raise RoutingError(
             "an adapted model was called in training without routing; pass flix_features=ids, int "
@@ -31,9 +46,52 @@ def check_unrouted(model: Any, weights: Any) -> None:
     if not torch.compiler.is_compiling():
         warnings.warn(
             "an adapted model was called without flix_features: the base model answers alone. Pass "
-            "flix_features=ids, or ids of -1 if this is meant",
+            "flix_features=ids, or ids of -1 if this is meant; where a keyword cannot be passed, use "
+            "routed(model, row)",
             stacklevel=3,
         )
+    return None
+
+
+def _uniform(model: Any, default: Uniform) -> AnyRouting:
+    if torch.compiler.is_compiling():
+        _refuse_paged(model)
+        _mark(model, default.ids)
+        return default.traced()
+    others = touched_by_all(model) if torch.is_grad_enabled() else None
+    touched = others(default.ids.numpy()[None]) if others is not None else ()
+    # The last is kept with its model, and with it its plan: generation calls at every token.
+    known = vars(model).get("flix_last")
+    if known is not None and known[0] is default and not touched and not model.training:
+        return _paged(model, known[-1])
+    routing = default.active(touched)
+    if not model.training:
+        vars(model)["flix_last"] = (default, routing)
+    return _paged(model, routing)
+
+
+def generation_routing(
+    model: Any, features: Any, weights: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Routing for ``generate()``, which repeats rows for beams and samples only where they are tensors.
+
+    Raises:
+        RoutingError: routing that breaks a rule, or that has another number of rows than the prompts.
+    """
+    given = [kwargs.get(name) for name in _PROMPTS] + [args[0] if args else None]
+    prompts = next((value for value in given if value is not None), None)
+    if prompts is not None and not isinstance(prompts, Tensor):  # an encoder's output
+        prompts = prompts[0] if isinstance(prompts, tuple) else prompts["last_hidden_state"]
+    batch = prompts.shape[0] if isinstance(prompts, Tensor) else None
+    if isinstance(features, Tensor) and (weights is None or isinstance(weights, Tensor)):
+        make_routing(model.flix_config.registry, features, weights, batch=batch)
+        return {"flix_features": features, "flix_weights": weights}
+    checked = make_routing(model.flix_config.registry, features, weights, batch=batch)
+    ids = torch.from_numpy(checked.flat.reshape(*checked.lead, -1))
+    found = checked.weights
+    if found is not None and bool((found.detach().cpu()[ids >= 0] == 1).all()):
+        found = None
+    return {"flix_features": ids, "flix_weights": found}
 
 
 def is_enabled(model: nn.Module) -> bool:
@@ -44,31 +102,34 @@ def is_enabled(model: nn.Module) -> bool:
 def routing_of(
     model: Any, features: Any, weights: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
+    refuse_merged(model)
     batch, length = _input_shape(args, kwargs)
     if torch.compiler.is_compiling() and isinstance(features, Tensor):
-        if vars(model).get("flix_pager") is not None:
-            raise ConfigError(
-                "a paged model cannot be compiled: which features a batch needs is only known when it "
-                "runs; compile a model without page()"
-            )
+        _refuse_paged(model)
         return _traced_routing(model, features, weights, batch, length)
     per_token = getattr(features, "ndim", 0) == 3
     if per_token and length is not None and not model.training and features.shape[1] > length:
         # Generation: with a cache only the newest positions are run, under the last ids given.
         features = features[:, -length:]
         weights = None if weights is None else weights[:, -length:]
-    if isinstance(features, Tensor) and weights is None:
-        # Generation calls with the same ids at every step; the last plan is kept with its model.
+    # Generation calls with the same tensors at every step; the last plan is kept with its model.
+    keep = (
+        not model.training
+        and isinstance(features, Tensor)
+        and (weights is None or (isinstance(weights, Tensor) and not weights.requires_grad))
+    )
+    if keep:
+        state = (version(features), None if weights is None else version(weights))
         known = vars(model).get("flix_last")
         if (
             known is not None
             and known[0] is features
-            and known[1] == version(features)
-            and known[2].length == length
+            and known[1] is weights
+            and known[2] == state
+            and known[-1].length == length
             and batch in (None, features.shape[0])
-            and not model.training
         ):
-            return _paged(model, known[2])
+            return _paged(model, known[-1])
     config = model.flix_config
     routing = make_routing(
         config.registry,
@@ -78,8 +139,8 @@ def routing_of(
         length=length,
         touched=touched_by_all(model) if torch.is_grad_enabled() else None,
     )
-    if isinstance(features, Tensor) and weights is None and not model.training:
-        vars(model)["flix_last"] = (features, version(features), routing)
+    if keep:
+        vars(model)["flix_last"] = (features, weights, state, routing)
     return _paged(model, routing)
 
 
@@ -109,13 +170,34 @@ def _traced_routing(
             f"flix_weights must have the shape of flix_features, {list(ids.shape)}, got "
             f"{list(weights.shape)}"
         )
+    _mark(model, ids)
+    return TracedRouting(ids, weights, length)
+
+
+def refuse_merged(model: nn.Module) -> None:
+    """A model that is merged in place has one composition in its kernels."""
+    if "flix_merged" in vars(model):
+        raise RoutingError(
+            f"flix_features was given to a model that is merged in place, with {vars(model)['flix_merged']!r}: "
+            "its composition is fixed; unmerge(model) lets it route again"
+        )
+
+
+def _refuse_paged(model: Any) -> None:
+    if vars(model).get("flix_pager") is not None:
+        raise ConfigError(
+            "a paged model cannot be compiled: which features a batch needs is only known when it "
+            "runs; compile a model without page()"
+        )
+
+
+def _mark(model: Any, ids: Tensor) -> None:
+    """Note in the model which features a compiled step sees; ids of no feature go where padding goes."""
     if torch.is_grad_enabled():
-        # Ids of no feature go where padding goes; the layers make their rows NaN.
         count = len(model.flix_config.registry)
         slot = torch.where((ids < 0) | (ids >= count), count, ids).reshape(-1)
         model.flix_present.index_fill_(0, slot.to(torch.int64), True)
         model.flix_traced = True
-    return TracedRouting(ids, weights, length)
 
 
 def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int | None]:

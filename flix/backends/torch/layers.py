@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from flix.backends.torch._context import ActiveRouting, AnyRouting, DevicePlan, TracedRouting
 from flix.backends.torch._layer import FlixLayer, with_grad
 from flix.backends.torch._ops import RoutedLinear, routed_forward, stack, traced_linear
+from flix.backends.torch._scaled import is_scaled_embedding, scaled
 from flix.backends.torch.kernels.choice import dtype_name, plan_strategy
 from flix.backends.torch.kernels.operators import routed_linear
 from flix.backends.torch.kernels.routes import routes
+from flix.core.adapter import Adapter
 from flix.core.config import FlixConfig
 from flix.core.errors import TargetError
 from flix.core.layout import LayerLayout
@@ -224,6 +226,10 @@ class FlixConv1D(FlixLinear):
 
     flix_transposed = True
 
+    def extra_repr(self) -> str:
+        # nn.Linear's reads attributes that Conv1D does not have.
+        return f"in_features={self.d_in}, out_features={self.d_out}, bias={self.bias is not None}"
+
 
 class FlixEmbedding(FlixLayer, nn.Embedding):
     """A frozen embedding plus each row's own sum: y = E0[t] + Σ w s B_f A_f[:, t] (SPEC §1).
@@ -270,18 +276,22 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
         """The adapted lookup: token ids ``[B, ...]`` to ``[B, ..., d_out]``; otherwise as FlixLinear's."""
         routing = self._routing(flix_features, flix_weights)
         if routing is None:
-            return nn.Embedding.forward(self, x)
+            return self._scaled(nn.Embedding.forward(self, x))
         x, count, length = self._grouped(x, routing, trailing=0)
         base = nn.Embedding.forward(self, x)
         tokens = x.reshape(count, length)
         if isinstance(routing, TracedRouting):
-            return base + self._traced(tokens, routing, base.dtype).view_as(base)
+            return self._scaled(base + self._traced(tokens, routing, base.dtype).view_as(base))
         plan = self._device_plan(x, routing)
         self._check_single(routing, self.flix_strategy)
         if not plan.active or count == 0:
-            return with_grad(base, self.training)
+            return with_grad(self._scaled(base), self.training)
         params = self._params(plan.active, routing, base.device)
-        return base + self._sum(tokens, plan, params, base.dtype).view_as(base)
+        return self._scaled(base + self._sum(tokens, plan, params, base.dtype).view_as(base))
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        """What transformers' scaled embeddings do to the looked-up row; the update is scaled with its kernel."""
+        return scaled(self, y)
 
     def _sum(
         self, tokens: Tensor, plan: DevicePlan, params: list[Tensor], dtype: torch.dtype
@@ -335,7 +345,7 @@ def adaptable(module: nn.Module) -> tuple[type[FlixLayer] | None, str]:
             continue
         if "forward" in vars(module):
             return None, "its forward is patched on the instance (as accelerate's dispatch does)"
-        if type(module) is not base:
+        if type(module) is not base and not is_scaled_embedding(module):
             return None, f"its class {type(module).__name__} has a forward of its own"
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             return None, "an embedding with max_norm rewrites its kernel"
@@ -344,7 +354,12 @@ def adaptable(module: nn.Module) -> tuple[type[FlixLayer] | None, str]:
 
 
 def become(
-    module: nn.Module, config: FlixConfig, name: str, strategy: str, layout: LayerLayout
+    module: nn.Module,
+    config: FlixConfig,
+    name: str,
+    strategy: str,
+    layout: LayerLayout,
+    adapter: Adapter | None = None,
 ) -> None:
     """Turn a plain layer into its adapted class, in place: references, hooks and sharing stay as they are."""
     target, reason = adaptable(module)
@@ -354,12 +369,14 @@ def become(
     module.__class__ = target  # type: ignore[assignment]
     assert isinstance(module, FlixLayer)
     module.flix_base = base
-    module.attach(config, name, strategy, layout)
+    module.attach(config, name, strategy, layout, adapter)
 
 
 def revert(module: FlixLayer) -> None:
     """Turn an adapted layer back into the plain layer it was, in place."""
     base = module.flix_base
+    if "flix_kernel" in vars(module):  # merged in place: the base's own kernel comes back
+        module.weight = vars(module)["flix_kernel"]
     for name in ("flix_A", "flix_B"):
         delattr(module, name)
     for name in [key for key in vars(module) if key.startswith("flix_")]:

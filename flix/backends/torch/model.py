@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import functools
 import inspect
 from typing import Any, TypeVar
 
@@ -16,12 +17,14 @@ from flix.backends.torch._context import (
     current,
 )
 from flix.backends.torch._layer import FlixLayer, flix_layers
-from flix.backends.torch._routing import check_unrouted, routing_of
+from flix.backends.torch._routing import generation_routing, routing_of, unrouted
+from flix.backends.torch._scaled import same_scale
 from flix.backends.torch.kernels.choice import require_triton
 from flix.backends.torch.layers import adaptable, become, revert
-from flix.core.adapter import LayerShape
+from flix.core.adapter import Adapter, LayerShape
+from flix.core.bulk import uncollected
 from flix.core.config import FlixConfig
-from flix.core.errors import ConfigError, TargetError
+from flix.core.errors import ConfigError, RoutingError, TargetError
 from flix.core.layout import LayerLayout, check_strategy
 from flix.core.targets import LayerInfo, select
 
@@ -83,11 +86,11 @@ def routed_class(base: type[nn.Module]) -> type[nn.Module]:
     def forward(
         self: Any, *args: Any, flix_features: Any = None, flix_weights: Any = None, **kwargs: Any
     ) -> Any:
-        if flix_features is None:
-            check_unrouted(self, flix_weights)
-            return base.forward(self, *args, **kwargs)
         previous = current.routing
-        current.routing = routing_of(self, flix_features, flix_weights, args, kwargs)
+        if flix_features is None:
+            current.routing = unrouted(self, flix_weights)
+        else:
+            current.routing = routing_of(self, flix_features, flix_weights, args, kwargs)
         try:
             return base.forward(self, *args, **kwargs)
         finally:
@@ -103,18 +106,43 @@ def routed_class(base: type[nn.Module]) -> type[nn.Module]:
     parameters = [p for p in old if p not in tail] + added + tail
     forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     forward.__doc__ = base.forward.__doc__
-    _routed[base] = type(
-        base.__name__,
-        (RoutedModel, base),
-        {
-            "forward": forward,
-            "flix_plain": base,
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-        },
-    )
+    members = {
+        "forward": forward,
+        "flix_plain": base,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    if callable(getattr(base, "generate", None)):
+        members["generate"] = _generate_of(base)
+    if hasattr(base, "init_continuous_batching"):
+        members["init_continuous_batching"] = _refuse_continuous_batching
+    _routed[base] = type(base.__name__, (RoutedModel, base), members)
     return _routed[base]
+
+
+def _generate_of(base: Any) -> Any:
+    """The ``generate`` of a model class, with routing that is checked, and in a form that beams and samples repeat."""
+
+    @functools.wraps(base.generate)
+    def generate(
+        self: Any, *args: Any, flix_features: Any = None, flix_weights: Any = None, **kwargs: Any
+    ) -> Any:
+        if flix_features is not None:
+            kwargs |= generation_routing(self, flix_features, flix_weights, args, kwargs)
+        elif flix_weights is not None:
+            unrouted(self, flix_weights)
+        return base.generate(self, *args, **kwargs)
+
+    return generate
+
+
+def _refuse_continuous_batching(self: Any, *_: Any, **__: Any) -> Any:
+    """What transformers' ``generate_batch`` begins with: requests packed into one row, run on another thread."""
+    raise RoutingError(
+        "continuous batching (generate_batch) gives the model no routing, so the base would answer alone; "
+        "call generate() with flix_features, or merge(model, row) and serve the plain model"
+    )
 
 
 def layer_infos(model: nn.Module) -> list[LayerInfo]:
@@ -211,22 +239,39 @@ def adapt(model: Model, config: FlixConfig, *, strategy: str = "auto") -> Model:
     return model
 
 
-def adapt_paths(model: nn.Module, config: FlixConfig, paths: list[str], strategy: str) -> None:
-    """Adapt the layers at these paths, whatever the configuration's patterns say, and freeze the base."""
+def adapt_paths(
+    model: nn.Module,
+    config: FlixConfig,
+    paths: list[str],
+    strategy: str,
+    adapter: Adapter | None = None,
+) -> None:
+    """Adapt the layers at these paths, whatever the configuration's patterns say, and freeze the base.
+
+    The features get an adapter's values, or initial ones.
+    """
     trainable = tuple(name for name, p in model.named_parameters() if p.requires_grad)
     model.requires_grad_(False)
-    attach_layers(model, config, paths, strategy)
+    attach_layers(model, config, paths, strategy, adapter)
     make_routed(model, config)
     model.flix_frozen = trainable  # type: ignore[assignment]
 
 
-def attach_layers(model: nn.Module, config: FlixConfig, paths: list[str], strategy: str) -> None:
+@uncollected
+def attach_layers(
+    model: nn.Module,
+    config: FlixConfig,
+    paths: list[str],
+    strategy: str,
+    adapter: Adapter | None = None,
+) -> None:
     """Turn the layers at these paths into adapted ones; equal layouts are one object."""
     layouts: dict[LayerLayout, LayerLayout] = {}
     modules = dict(model.named_modules())
     for path in paths:
         layout = config.layout(path)
-        become(modules[path], config, path, strategy, layouts.setdefault(layout, layout))
+        layout = layouts.setdefault(layout, layout)
+        become(modules[path], config, path, strategy, layout, adapter)
         if isinstance(modules[path], nn.Embedding):
             _relink(model, modules, path, set(paths))
 
@@ -238,10 +283,11 @@ def _relink(model: nn.Module, modules: dict[str, nn.Module], path: str, targets:
     which is itself never run: adapted alone, it would silently do nothing.
     """
     adapted = modules[path]
+    assert isinstance(adapted, FlixLayer)
     for other, module in modules.items():
-        if other in targets or module is adapted or type(module) is not nn.Embedding:
+        if other in targets or module is adapted or type(module) is not adapted.flix_base:
             continue
-        if module.weight is adapted.weight:
+        if module.weight is adapted.weight and same_scale(module, adapted):
             parent, _, name = other.rpartition(".")
             setattr(model.get_submodule(parent), name, adapted)
 

@@ -149,6 +149,12 @@ class Pager:
             self.copied += sizes[i]
         self.peak = max(self.peak, self.resident)
 
+    def forget(self) -> None:
+        """Drop every page: the model's features or layers have changed."""
+        self._pages.clear()
+        self.resident = 0
+        self._layers = [layer for _, layer in flix_layers(self._model)]
+
     def after_step(self) -> None:
         """An optimizer has stepped: what has a gradient may have moved, and fused optimizers leave no other trace."""
         for i, found in self._pages.items():

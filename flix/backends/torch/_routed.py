@@ -1,0 +1,78 @@
+"""One composition for every call of a model, where the caller has no keyword for it (a pipeline, a metric)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from flix.backends.torch._context import Uniform, current
+from flix.backends.torch._routing import refuse_merged
+from flix.backends.torch.model import RoutedModel
+from flix.core.errors import RoutingError, TargetError
+from flix.core.routing import Routing, Row
+
+
+@contextmanager
+def routed(model: nn.Module, features: Row | Routing) -> Iterator[None]:
+    """Run a model's calls that give no ``flix_features`` under one composition for all rows.
+
+    For code that calls the model itself, such as transformers' pipelines::
+
+        with routed(model, {"language": "hau", "task": "ner"}):
+            found = pipe(texts)
+
+    Batches may have any size, and ``generate()`` may use beams. A call that does give ``flix_features`` runs under
+    those; of nested contexts the inner one counts. Only this thread is concerned, and this model (or the adapted
+    models inside it, for a wrapper such as DDP or a compiled model), not copies of it. Results must be made inside
+    the context: iterators that call the model later run without it.
+
+    Args:
+        model: an adapted model, or a module that holds one.
+        features: ``{group: name | [names] | {name: weight}}``, encoded under the configuration's ``unknown``, or a
+            :class:`flix.Routing` of one row. ``{}`` means the base alone, without a warning.
+
+    Raises:
+        FeatureError, RoutingError: a row that cannot be encoded, routing of several rows, or a model that is merged in
+            place.
+        TargetError: no adapted model.
+    """
+    members = [module for module in model.modules() if isinstance(module, RoutedModel)]
+    if not members:
+        raise TargetError(
+            f"routed needs an adapted model, but this {type(model).__name__} is not, and holds none; "
+            "adapt(model, config) or load(model, folder) first"
+        )
+    for member in members:
+        refuse_merged(member)
+    defaults = {id(member): _uniform(member, features) for member in members}
+    previous = current.defaults
+    current.defaults = {**previous, **defaults}
+    try:
+        yield
+    finally:
+        current.defaults = previous
+
+
+def _uniform(model: RoutedModel, features: Row | Routing) -> Uniform:
+    config = model.flix_config
+    if isinstance(features, Routing):
+        routing = features
+        if routing.registry != config.registry:
+            raise RoutingError(
+                f"the routing was encoded by another registry ({routing.registry}) than the model's "
+                f"({config.registry})"
+            )
+        if routing.ids.ndim != 2 or len(routing) != 1:
+            raise RoutingError(
+                "routed takes one composition for all rows, but the routing has the shape "
+                f"{list(routing.ids.shape)}; give one row, or pass flix_features to the call"
+            )
+    else:
+        routing = config.registry.encode([features], unknown=config.unknown)
+    ids = torch.from_numpy(routing.ids[0].astype("int64"))
+    weights = torch.from_numpy(routing.weights[0].copy())
+    plain = bool((weights[ids >= 0] == 1).all())
+    return Uniform(config.registry, ids, None if plain else weights)

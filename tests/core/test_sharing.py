@@ -1,0 +1,313 @@
+"""Features that leave, are renamed, are shared one by one, and adapters that come together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import flix
+from flix import Adapter, AdapterError, ConfigError, FeatureError, FeatureRegistry, FlixConfig
+from flix.core.adapter import LayerShape, expected_tensors
+from flix.core.composition import composition, delta
+from flix.core.lifecycle import plan_joining, plan_removal, plan_renaming
+
+LAYERS = {"a.q": LayerShape(5, 3), "a.b.q": LayerShape(4, 2), "emb": LayerShape(7, 4, "embedding")}
+RULES = {("task", "*"): [("shared", "all")]}
+
+
+GROUPS = {"language": ["hau", "swa"], "task": ["ner", "pos"], "shared": ["all"]}
+
+
+def registry() -> FeatureRegistry:
+    return FeatureRegistry(GROUPS, implies=RULES)
+
+
+def adapter(seed: int = 0, groups=None, layers=LAYERS, implies=RULES, **changes) -> Adapter:
+    features = FeatureRegistry(groups or GROUPS, implies)
+    config = FlixConfig(registry=features, **{"ranks": 2, **changes})
+    rng = np.random.default_rng(seed)
+    tensors = {
+        n: rng.normal(size=s).astype(np.float32) for n, s in expected_tensors(config, layers)
+    }
+    return Adapter(config, layers, tensors)
+
+
+def same_pairs(first: Adapter, second: Adapter, feature, other=None) -> bool:
+    return all(
+        np.array_equal(x, y)
+        for path in first.layers
+        for x, y in zip(first.pair(path, feature), second.pair(path, other or feature), strict=True)
+    )
+
+
+# Removal
+
+
+def test_a_removed_feature_keeps_its_id_for_itself():
+    before = registry()
+    after = before.without_feature("language", "hau")
+    assert after.features == before.features and len(after) == len(before)
+    assert ("language", "hau") not in after and ("language", "hau") not in after.live
+    assert after.id("language", "swa") == 1 and after.names("language") == ("swa",)
+    assert after.with_feature("language", "yor").id("language", "yor") == len(before)
+    back = after.with_feature("language", "hau")
+    assert back == before and back.id("language", "hau") == 0
+    assert FeatureRegistry.from_dict(after.to_dict()) == after != before
+    assert "removed" not in before.to_dict()  # files of before read as ever
+
+
+def test_removed_features_are_refused_by_name_and_by_id():
+    after = registry().without_feature("language", "hau")
+    with pytest.raises(FeatureError, match=r"'hau' of group 'language' was removed .*has: swa"):
+        after.id("language", "hau")
+    with pytest.raises(FeatureError, match="row 1: group 'language' has no feature 'hau'"):
+        after.encode([{"language": "swa"}, {"language": "hau"}])
+    from flix.core.routing import check_routing
+
+    with pytest.raises(flix.RoutingError, match=r"id 0 in row 1: language:hau, which was removed"):
+        check_routing(np.array([[1], [0]]), None, after)
+    assert after.encode([{"language": "x"}], "mean").ids.tolist() == [[1]]
+
+
+def test_what_cannot_be_removed():
+    with pytest.raises(FeatureError, match="'all' is the last feature of group 'shared'"):
+        registry().without_feature("shared", "all")
+    with pytest.raises(FeatureError, match=r"no feature 'hua' .did you mean 'hau'"):
+        registry().without_feature("language", "hua")
+
+
+def test_implications_go_with_a_feature():
+    given = FeatureRegistry(
+        {"language": ["fra", "ron"], "family": ["romance", "slavic"]},
+        implies={
+            ("language", "fra"): [("family", "romance")],
+            ("language", "ron"): [("family", "romance")],
+        },
+    )
+    assert given.without_feature("language", "fra").implies == {
+        ("language", "ron"): (("family", "romance"),)
+    }
+    assert given.without_feature("family", "romance").implies == {}
+    assert given.renamed("family", "romance", "latin").implies[("language", "fra")] == (
+        ("family", "latin"),
+    )
+
+
+def test_a_configuration_without_a_feature_round_trips():
+    config = FlixConfig(
+        registry=registry(),
+        ranks=flix.ranks.by_group(language=2, task=3, shared=1),
+        alpha={"language": 4.0},
+        rank_pattern={"q": {"language": {"hau": 5, "swa": 6}, "task": 1}, "emb": 4},
+        unknown={"hausa": ["hau", "swa"], "h": "hau"},
+        feature_dropout=flix.FeatureDropout(per_group={"task": 0.0}),
+    )
+    after = config.without_feature("language", "hau")
+    assert after.rank("a.q", ("language", "hau")) == 0 == after.rank("emb", ("language", "hau"))
+    assert after.rank("a.q", ("language", "swa")) == 6 and after.rank("a.q", ("task", "ner")) == 1
+    assert after.unknown == {"hausa": ["swa"]}
+    assert after.layout("a.q").ranks[1:] == config.layout("a.q").ranks[1:]
+    assert FlixConfig.from_dict(after.to_dict()) == after
+    renamed = config.with_renamed("language", "hau", "ha")
+    assert renamed.layout("a.q") == config.layout("a.q")
+    assert renamed.unknown == {"hausa": ["ha", "swa"], "h": ["ha"]}
+    assert FlixConfig.from_dict(renamed.to_dict()) == renamed
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        flix.ranks.uniform(3),
+        flix.ranks.by_group(language=1, task=2, shared=3),
+        flix.ranks.proportional(budget=9, sizes={"language": 5, "task": 9, "shared": 1}),
+        flix.ranks.parameter_matched(lora_rank=9),
+        flix.ranks.compute_matched(lora_rank=9, datasets=[{"language": "swa", "task": "ner"}]),
+    ],
+)
+def test_rank_rules_pass_over_removed_features(rule):
+    after = registry().without_feature("language", "hau")
+    assert set(rule(after)) == set(after.live)
+    assert FlixConfig(registry=after, ranks=rule).ranks["language", "hau"] == 0
+
+
+def test_files_keep_removed_features_removed(tmp_path):
+    whole = adapter()
+    flix.save_adapter(flix.remove_feature(whole, "language", "hau"), tmp_path)
+    again = flix.load_adapter(tmp_path)
+    assert not any(".hau" in name for name in again.tensors)
+    assert again.config.registry.removed == {("language", "hau")}
+    assert same_pairs(again, whole, ("language", "swa"))
+
+
+# Names
+
+
+def test_renaming_keeps_ids_and_values(tmp_path):
+    whole = adapter()
+    flix.save_adapter(flix.rename_feature(whole, "language", "swa", "swh"), tmp_path)
+    again = flix.load_adapter(tmp_path)
+    assert again.config.registry.id("language", "swh") == 1
+    assert same_pairs(whole, again, ("language", "swa"), ("language", "swh"))
+    for new, message in (("hau", "exists"), ("", "non-empty"), ("*", "non-empty")):
+        with pytest.raises(FeatureError, match=message):
+            flix.rename_feature(whole, "language", "swa", new)
+    gone = flix.remove_feature(whole, "language", "hau")
+    with pytest.raises(FeatureError, match="was removed, and its id stays reserved"):
+        flix.rename_feature(gone, "language", "swa", "hau")
+
+
+# One feature without the rest
+
+
+def test_a_share_holds_what_was_chosen_and_what_it_implies(tmp_path):
+    whole = adapter(rank_pattern={"q": {"task": {"ner": 5}}}, alpha={"task": 3.0})
+    flix.save_adapter(flix.select_features(whole, {"task": "ner"}), tmp_path)
+    share = flix.load_adapter(tmp_path)
+    assert share.config.registry.features == (("task", "ner"), ("shared", "all"))
+    row = {"task": "ner"}
+    for path in LAYERS:
+        found = delta(share, path, composition(share.config, row))
+        assert np.array_equal(found, delta(whole, path, composition(whole.config, row)))
+    with pytest.raises(FeatureError, match="features are chosen as"):
+        flix.select_features(whole, [])
+    with pytest.raises(FeatureError, match="did you mean 'ner'"):
+        flix.select_features(whole, [("task", "nre")])
+
+
+# Several files as one
+
+
+def test_shares_come_together_to_the_whole():
+    whole = adapter(rank_pattern={"q": {"language": {"swa": 3}}}, alpha={"language": {"hau": 5.0}})
+    parts = [flix.select_features(whole, [f]) for f in whole.config.registry.features]
+    again = flix.combine_adapters(parts)
+    assert set(again.config.registry.features) == set(whole.config.registry.features)
+    assert again.config.registry.implies == whole.config.registry.implies
+    for path in LAYERS:
+        for f in whole.config.registry.features:
+            assert again.config.rank(path, f) == whole.config.rank(path, f)
+            assert again.config.scale(path, f) == whole.config.scale(path, f)
+    assert all(np.array_equal(again.tensors[n], t) for n, t in whole.tensors.items())
+    assert again.tensors.keys() == whole.tensors.keys()
+    assert FlixConfig.from_dict(again.config.to_dict()) == again.config
+
+
+def test_adapters_of_other_layers_and_ranks_keep_their_own_outputs():
+    first = adapter(0, {"language": ["hau"]}, {"a.q": LAYERS["a.q"]}, None, ranks=4, alpha=2.0)
+    layers = {"a.b.q": LAYERS["a.b.q"], "a.q": LAYERS["a.q"]}
+    second = adapter(1, {"task": ["ner"]}, layers, None, rank_pattern={"a.q": 1}, ranks=3)
+    both = flix.combine_adapters({"ann": first, "ben": second})
+    assert list(both.layers) == ["a.q", "a.b.q"]
+    assert both.config.rank("a.b.q", ("language", "hau")) == 0
+    assert both.config.rank("a.q", ("task", "ner")) == 1
+    for one, row in ((first, {"language": "hau"}), (second, {"task": "ner"})):
+        for path in one.layers:
+            found = delta(both, path, composition(both.config, row))
+            assert np.array_equal(found, delta(one, path, composition(one.config, row)))
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"seed": 1}, "other values in A of layer 'a.q'"),
+        ({"alpha": 7.0}, "scales 1 and 3.5 in layer 'a.q'"),
+        ({"rank_pattern": {"b.q": 1}}, "ranks 2 and 1 in layer 'a.b.q'"),
+        ({"layers": {"a.q": LAYERS["a.q"]}}, "ranks 2 and 0 in layer 'a.b.q'"),
+        ({"implies": None}, "task:ner .*it implies other features"),
+    ],
+)
+def test_what_differs_is_named(change, message):
+    if "seed" not in change:  # the same values wherever they overlap
+        rng = np.random.default_rng
+        first, second = adapter(), adapter(**change)
+        tensors = {
+            n: first.tensors[n]
+            if first.tensors[n].shape == t.shape
+            else rng(0).normal(size=t.shape)
+            for n, t in second.tensors.items()
+        }
+        second = Adapter(second.config, second.layers, tensors)
+    else:
+        first, second = adapter(), adapter(**change)
+    with pytest.raises(AdapterError, match=message) as caught:
+        flix.combine_adapters({"ann's": first, "ben's": second})
+    assert "ann's and ben's" in str(caught.value) and "conflicts='keep'" in str(caught.value)
+
+
+def test_conflicts_are_settled_as_asked():
+    first, second = adapter(0), adapter(1, {"task": ["pos", "topic"]}, LAYERS, None, ranks=3)
+    feature = ("task", "pos")
+    kept = flix.combine_adapters([first, second], conflicts="keep")
+    replaced = flix.combine_adapters([first, second], conflicts="replace")
+    assert same_pairs(kept, first, feature) and same_pairs(replaced, second, feature)
+    for found in (kept, replaced):
+        assert found.config.registry.features == (*registry().features, ("task", "topic"))
+        assert same_pairs(found, first, ("language", "hau"))
+        assert same_pairs(found, second, ("task", "topic"))
+    # What a feature implies comes with its values, so that every row does what it did.
+    implied = {
+        f: kept.config.registry.implied(i) for i, f in enumerate(kept.config.registry.features)
+    }
+    assert implied["task", "ner"] == implied["task", "pos"] == (4,) and not implied["task", "topic"]
+    assert not replaced.config.registry.implied(3)
+    assert flix.combine_adapters([first, first]).tensors.keys() == first.tensors.keys()
+    with pytest.raises(ConfigError, match="error, keep, replace; got 'first'"):
+        flix.combine_adapters([first, second], conflicts="first")
+
+
+def test_adapters_of_different_models_are_refused():
+    other = {**LAYERS, "emb": LayerShape(8, 4, "embedding")}
+    second = adapter(1, {"domain": ["news"]}, other, None)
+    with pytest.raises(
+        AdapterError, match=r"'emb' is embedding 7 -> 4 in ann and .* 8 -> 4 in ben"
+    ):
+        flix.combine_adapters({"ann": adapter(), "ben": second})
+
+
+@pytest.mark.parametrize("scaling", ["lora", "rslora"])
+def test_scales_survive_another_scaling(scaling):
+    other = "rslora" if scaling == "lora" else "lora"
+    first = adapter(0, {"language": ["hau"]}, LAYERS, None, scaling=scaling)
+    second = adapter(1, {"task": ["ner"]}, LAYERS, None, scaling=other, ranks=3, alpha=7.0)
+    both = flix.combine_adapters([first, second])
+    for path in LAYERS:
+        assert both.config.scale(path, ("language", "hau")) == first.config.scale(
+            path, ("language", "hau")
+        )
+        wanted = second.config.scale(path, ("task", "ner"))
+        assert both.config.scale(path, ("task", "ner")) == pytest.approx(wanted, rel=1e-14)
+    uneven = adapter(1, {"task": ["ner"]}, LAYERS, None, scaling=other, rank_pattern={"b.q": 1})
+    with pytest.raises(AdapterError, match="no alpha keeps its scales"):
+        flix.combine_adapters([first, uneven])
+
+
+def test_renamed_layers_keep_their_own_ranks_even_where_paths_end_alike():
+    layers = {"one": LayerShape(3, 3), "x.two": LayerShape(3, 3)}
+    given = adapter(0, {"task": ["ner"]}, layers, None, rank_pattern={"one": 1})
+    renamed = given.renamed({"one": "q", "x.two": "x.q"})
+    assert renamed.config.rank("q", ("task", "ner")) == 1
+    assert renamed.config.rank("x.q", ("task", "ner")) == 2
+
+
+# Plans
+
+
+def test_changes_say_what_stays_and_what_comes():
+    whole = adapter()
+    removal = plan_removal(whole.config, "language", "hau")
+    assert ("language", "hau") not in removal.kept and not removal.arriving
+    renaming = plan_renaming(whole.config, "language", "hau", "ha")
+    assert renaming.kept["language", "ha"] == ("language", "hau") and not renaming.arriving
+    other = adapter(1, {"task": ["topic"], "domain": ["news"]}, {"new": LayerShape(2, 2)}, None)
+    joining = plan_joining(whole, other, {"domain": "news"})
+    assert joining.arriving == (("domain", "news"),)
+    assert (
+        list(joining.layers or {}) == ["new"] and joining.config.rank("new", ("task", "ner")) == 0
+    )
+    assert joining.pair("a.q", ("domain", "news")) is None
+    pair = joining.pair("new", ("domain", "news"))
+    assert pair is not None and np.array_equal(pair[0], other.pair("new", ("domain", "news"))[0])
+    gone = flix.remove_feature(whole, "task", "pos")
+    back = plan_joining(gone, flix.select_features(whole, {"task": "pos"}))
+    assert back.arriving == (("task", "pos"),)
+    assert back.config.registry.id("task", "pos") == whole.config.registry.id("task", "pos")

@@ -1,0 +1,338 @@
+"""A model's life after training: features leave, are renamed, shared, switched off, merged and taken out again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import flix  # noqa: E402
+from flix import AdapterError, FeatureError, RoutingError, TargetError  # noqa: E402
+from flix.backends.torch import (  # noqa: E402
+    adapt,
+    add_feature,
+    disable,
+    freeze,
+    load,
+    load_features,
+    merge,
+    merge_in_place,
+    named_pairs,
+    page,
+    remove_feature,
+    rename_feature,
+    save,
+    share_base,
+    thaw,
+    to_adapter,
+    trainable_parameters,
+    unmerge,
+)
+from flix.backends.torch.model import flix_layers  # noqa: E402
+
+from .conftest import batch, config, make, output, randomize, routing  # noqa: E402
+
+ROW = {"language": "swa", "task": "pos"}
+MODELS = ["llama", "gpt2", "t5"]
+
+
+def adapted(name="llama", seed=0, **changes):
+    model = adapt(make(name), config(**changes))
+    randomize(model, seed)
+    return model.eval()
+
+
+def run(model, name="llama", rows=None):
+    rows = rows or [ROW, {"language": "hau", "task": "ner"}, {"task": "pos"}]
+    encoded = model.flix_config.registry.encode(rows)
+    with torch.no_grad():
+        return output(model(**batch(name, rows=len(rows)), flix_features=encoded))
+
+
+def values(model):
+    return {name: p.detach().clone() for name, p in named_pairs(model).items()}
+
+
+# Leaving and other names
+
+
+def test_removal_takes_a_features_update_and_nothing_else():
+    model = adapted()
+    before, kept = values(model), dict(named_pairs(model))
+    wanted = run(model, rows=[{"language": "swa"}, {"task": "ner"}])
+    remove_feature(model, "language", "hau")
+    after = named_pairs(model)
+    assert (
+        {n for n in before if n not in after} == {n for n in before if n.endswith(".hau")} != set()
+    )
+    assert all(after[n] is kept[n] for n in after)  # an optimizer's state stays with them
+    assert torch.equal(run(model, rows=[{"language": "swa"}, {"task": "ner"}]), wanted)
+    with pytest.raises(FeatureError, match="no feature 'hau'"):
+        run(model, rows=[{"language": "hau"}])
+    with pytest.raises(RoutingError, match="language:hau, which was removed"):
+        model(**batch("llama", rows=1), flix_features=torch.zeros(1, 1, dtype=torch.int64))
+
+
+def test_a_removed_feature_comes_back_afresh_under_its_id(tmp_path):
+    model = adapted()
+    remove_feature(model, "language", "swa")
+    save(model, tmp_path)
+    again = load(make("llama"), tmp_path).eval()
+    assert torch.equal(run(model, rows=[{"task": "pos"}]), run(again, rows=[{"task": "pos"}]))
+    add_feature(again, "language", "swa", rank=2)
+    assert again.flix_config.registry.id("language", "swa") == 1
+    fresh = adapt(make("llama"), config(ranks={**config().ranks, ("language", "swa"): 2}))
+    name = "model.layers.0.self_attn.q_proj.A.language.swa"
+    assert torch.equal(named_pairs(again)[name], named_pairs(fresh)[name])
+
+
+def test_renaming_keeps_ids_parameters_and_outputs():
+    model = adapted()
+    before, wanted = dict(named_pairs(model)), run(model)
+    rename_feature(model, "language", "swa", "swh")
+    after = named_pairs(model)
+    assert all(after[n.replace(".swa", ".swh")] is p for n, p in before.items())
+    found = run(
+        model,
+        rows=[{**ROW, "language": "swh"}, {"language": "hau", "task": "ner"}, {"task": "pos"}],
+    )
+    assert torch.equal(found, wanted)
+    with pytest.raises(FeatureError, match="no feature 'swa'"):
+        run(model)
+
+
+def test_an_optimizer_goes_on_after_a_removal():
+    model = adapted().train()
+    optimizer = torch.optim.AdamW(trainable_parameters(model), 0.1)
+
+    def step():
+        encoded = model.flix_config.registry.encode([{"language": "swa", "task": "ner"}])
+        optimizer.zero_grad()
+        output(model(**batch("llama", rows=1), flix_features=encoded)).sum().backward()
+        optimizer.step()
+
+    step()
+    remove_feature(model, "language", "hau")
+    rename_feature(model, "task", "pos", "upos")
+    before = values(model)
+    step()
+    after = values(model)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved == {n for n in after if n.endswith((".swa", ".ner"))}
+
+
+# One language's file, other people's files
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_language_is_shared_without_the_rest(name, tmp_path):
+    giver, taker = adapted(name, 0), adapted(name, 1)
+    add_feature(giver, "language", "kin", rank=3)
+    randomize(giver, 5)
+    save(giver, tmp_path, features={"language": "kin"})
+    share = flix.load_adapter(tmp_path)
+    assert share.config.registry.features == (("language", "kin"),)
+    before = values(taker)
+    assert load_features(taker, tmp_path) == (("language", "kin"),)
+    after = named_pairs(taker)
+    assert all(torch.equal(after[n], p) for n, p in before.items())
+    new = [n for n in after if n not in before]
+    assert new and all(torch.equal(after[n], named_pairs(giver)[n]) for n in new)
+    rows = [{"language": "kin"}]
+    assert torch.equal(run(taker, name, rows), run(giver, name, rows))
+
+
+def test_conflicts_with_the_models_own_features(tmp_path):
+    giver, taker = adapted(seed=0), adapted(seed=1)
+    save(giver, tmp_path)
+    before, wanted = values(taker), run(giver, rows=[ROW])
+    with pytest.raises(
+        AdapterError,
+        match=r"5 feature\(s\) differ .*language:hau \(the model and the adapter: other",
+    ):
+        load_features(taker, tmp_path)
+    assert load_features(taker, tmp_path, {"language": "swa"}, conflicts="keep") == ()
+    assert all(torch.equal(p, before[n]) for n, p in named_pairs(taker).items())
+    replaced = load_features(
+        taker, tmp_path, {"language": "swa", "task": "pos"}, conflicts="replace"
+    )
+    assert replaced == (("language", "swa"), ("task", "pos"))
+    assert torch.equal(run(taker, rows=[ROW]), wanted)
+    assert torch.equal(named_pairs(taker)["model.layers.0.self_attn.q_proj.A.task.ner"],
+                       before["model.layers.0.self_attn.q_proj.A.task.ner"])  # fmt: skip
+
+
+def test_features_bring_layers_that_were_not_adapted():
+    narrow = adapt(make("llama"), config(target_modules=["q_proj"]))
+    randomize(narrow, 1)
+    wide = adapted()
+    add_feature(wide, "task", "topic", rank=2)
+    randomize(wide, 3)
+    wanted = run(narrow.eval(), rows=[ROW])
+    load_features(narrow, to_adapter(wide), {"task": "topic"}, freeze_others=True)
+    assert len(list(flix_layers(narrow))) == 14
+    assert torch.equal(run(narrow, rows=[ROW]), wanted)
+    assert torch.equal(run(narrow, rows=[{"task": "topic"}]), run(wide, rows=[{"task": "topic"}]))
+    trained = {n for n, p in narrow.named_parameters() if p.requires_grad}
+    assert trained and all(n.endswith("task:topic") for n in trained)
+
+
+def test_an_adapter_of_another_model_is_refused():
+    other = adapt(make("gpt2"), config())
+    with pytest.raises(
+        AdapterError, match=r"made for another architecture: .* no layer 'transformer.h.0"
+    ):
+        load_features(adapted(), to_adapter(other))
+
+
+def test_pages_follow_a_change():
+    model, plain = adapted(), adapted()
+    other = adapted(seed=4)
+    page(model, 10**7)
+    for one in (model, plain):
+        run(one)
+        load_features(one, to_adapter(other), {"language": "swa"}, conflicts="replace")
+    assert torch.equal(run(model), run(plain))
+
+
+# Switching
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_disabled_the_model_is_its_base(name):
+    model = adapted(name)
+    with torch.no_grad():
+        base = output(make(name).eval()(**batch(name, rows=3)))
+    wanted = run(model, name)
+    with disable(model):
+        with torch.no_grad():
+            assert torch.equal(output(model(**batch(name, rows=3))), base)
+        assert torch.equal(run(model, name), base)
+        model.train()
+        output(model(**batch(name, rows=3)))  # no routing is asked for, in training either
+        model.eval()
+        with disable(model):
+            pass
+        assert torch.equal(run(model, name), base)
+    assert torch.equal(run(model, name), wanted) and not torch.equal(wanted, base)
+
+
+def test_disable_ends_with_its_context_even_after_an_error():
+    model = adapted()
+    wanted = run(model)
+    with pytest.raises(KeyError), disable(model):
+        raise KeyError
+    assert torch.equal(run(model), wanted)
+
+
+def test_frozen_features_stay_and_thawed_ones_train():
+    model = adapted().train()
+    freeze(model, {"language": "swa"})
+
+    def trained():
+        return {n.rsplit("language:", 1)[-1].rsplit("task:", 1)[-1] for n, p in model.named_parameters() if p.requires_grad}  # fmt: skip
+
+    assert trained() == {"hau", "zul", "ner", "pos"}
+    freeze(model, [("task", "ner"), ("task", "pos")])
+    assert trained() == {"hau", "zul"}
+    thaw(model, {"task": "ner"})
+    assert trained() == {"hau", "zul", "ner"}
+    thaw(model)
+    assert trained() == {"hau", "swa", "zul", "ner", "pos"}
+    with pytest.raises(FeatureError, match="no feature 'nre'"):
+        freeze(model, {"task": "nre"})
+
+
+# Merging for a while
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merged_in_place_and_out_again_bit_for_bit(name):
+    model = adapted(name, target_modules=r".*(q|c_attn|q_proj|embed_tokens|wte|shared)")
+    kernels = {n: p.detach().clone() for n, p in model.named_parameters()}
+    wanted, rows = run(model, name), [ROW] * 3
+    merged = output(merge(model, ROW)(**batch(name, rows=3)))
+    merge_in_place(model, ROW)
+    with torch.no_grad():
+        torch.testing.assert_close(output(model(**batch(name, rows=3))), merged, rtol=0, atol=1e-12)
+    with pytest.raises(RoutingError, match=r"merged in place, with .*'swa'.*unmerge\(model\)"):
+        run(model, name, rows)
+    with pytest.raises(TargetError, match="merged already"):
+        merge_in_place(model, ROW)
+    twin = output(merge(model, {"task": "ner"})(**batch(name, rows=3)))
+    unmerge(model)
+    assert all(torch.equal(p, kernels[n]) for n, p in model.named_parameters())
+    assert torch.equal(run(model, name), wanted)
+    # A copy merged from a merged model starts from the base's kernels, not from the folded ones.
+    assert torch.equal(output(merge(model, {"task": "ner"})(**batch(name, rows=3))), twin)
+    with pytest.raises(TargetError, match="not merged"):
+        unmerge(model)
+
+
+def test_a_merged_model_saves_its_features(tmp_path):
+    model = adapted()
+    before = values(model)
+    merge_in_place(model, ROW)
+    save(model, tmp_path)
+    again = load(make("llama"), tmp_path)
+    assert all(torch.equal(p, before[n]) for n, p in named_pairs(again).items())
+
+
+# Two adapters, one base
+
+
+def test_two_adapters_side_by_side_share_one_base():
+    first = adapted(seed=0)
+    wanted = run(first)
+    second = share_base(first)
+    assert not list(flix_layers(second)) and "flix_features" not in str(vars(second))
+    adapt(second, config(target_modules=["q_proj", "v_proj"]))
+    randomize(second, 7)
+    second.eval()
+    base = dict(make("llama").named_parameters())
+    mine, theirs = dict(first.named_parameters()), dict(second.named_parameters())
+    assert all(mine[n] is theirs[n] for n in base)
+    assert torch.equal(run(first), wanted)
+    alone = adapt(make("llama"), config(target_modules=["q_proj", "v_proj"])).eval()
+    randomize(alone, 7)
+    assert torch.equal(run(second), run(alone)) and not torch.equal(run(second), wanted)
+    # Each trains by itself.
+    second.train()
+    encoded = second.flix_config.registry.encode([ROW])
+    optimizer = torch.optim.AdamW(trainable_parameters(second), 0.1)
+    output(second(**batch("llama", rows=1), flix_features=encoded)).sum().backward()
+    optimizer.step()
+    assert torch.equal(run(first), wanted)
+    assert all(not p.requires_grad for n, p in first.named_parameters() if n in base)
+
+
+def test_copies_carry_the_state_of_their_model():
+    model = adapted()
+    remove_feature(model, "language", "hau")
+    merge_in_place(model, ROW)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        wanted = output(model(**batch("llama")))
+        assert torch.equal(output(twin(**batch("llama"))), wanted)
+    unmerge(model)
+    unmerge(twin)
+    assert torch.equal(run(twin, rows=[ROW]), run(model, rows=[ROW]))
+
+
+def test_changes_reach_a_compiled_model():
+    model = adapted()
+    model.to(torch.float32)
+    run(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    ids, weights = (t[:2] for t in routing([ROW, {"language": "swa"}]))
+    inputs = batch("llama", rows=2)
+    with torch.no_grad():
+        output(compiled(**inputs, flix_features=ids, flix_weights=weights))
+        remove_feature(model, "language", "hau")
+        randomize(model, 9)
+        found = output(compiled(**inputs, flix_features=ids, flix_weights=weights))
+        plain = output(model(**inputs, flix_features=ids, flix_weights=weights))
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
