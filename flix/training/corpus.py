@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core import counter
+from flix.core import cells, counter
 from flix.core.errors import FlixError
 from flix.core.registry import Feature, FeatureRegistry
 from flix.core.routing import Unknown
@@ -186,7 +186,7 @@ def cell_name(registry: FeatureRegistry, features: Mapping[str, object]) -> str:
     """A combination in words, groups in the registry's order: ``language=hau,task=ner``."""
     order = {group: i for i, group in enumerate(registry.groups)}
     groups = sorted(features, key=lambda group: order.get(group, len(order)))
-    return ",".join(f"{g}={'+'.join(sorted(names_of(features[g])))}" for g in groups)
+    return cells.cell_name(cells.cell_of(features, groups))
 
 
 def _distinct(rows: Sequence[Row]) -> tuple[list[Features], NDArray[np.int64]]:
@@ -227,20 +227,20 @@ def _active(
 def _held_out(
     settings: Settings, registry: FeatureRegistry, active: Sequence[frozenset[int]]
 ) -> tuple[NDArray[np.bool_], list[str]]:
-    held = np.zeros(len(active), bool)
-    notes = []
+    entries = []
     for number, cell in enumerate(settings.held_out):
         if not cell:
             raise SettingsError(f"held_out[{number}] is empty: it would hold out every row")
         try:
-            wanted = {registry.id(group, name) for group, name in cell.items()}
+            entries.append({registry.id(group, name) for group, name in cell.items()})
         except FlixError as error:
             raise SettingsError(f"held_out[{number}]: {error}") from None
-        matched = np.array([wanted <= ids for ids in active], bool)
-        if not matched.any():
-            notes.append(f"held_out[{number}] ({cell_name(registry, cell)}) matches no row")
-        held |= matched
-    return held, notes
+    matched = cells.covering(entries, active)
+    notes = [
+        f"held_out[{number}] ({cell_name(registry, settings.held_out[number])}) matches no row"
+        for number in np.flatnonzero(~matched.any(axis=1)).tolist()
+    ]
+    return np.asarray(matched.any(axis=0), bool), notes
 
 
 def _held_back(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core import counter
+from flix.core.mixture import Schedule, probabilities
 from flix.training.corpus import Examples
 from flix.training.sources import Row
 
@@ -31,13 +31,17 @@ class Item:
 class Mixture:
     """The training rows of a run as a dataset: item ``i`` is the i-th row drawn.
 
-    Each draw takes a cell with p ∝ n^(1/temperature), then one of its rows, uniformly and with replacement.
+    Cells get their shares by p ∝ n^(1/temperature). The run goes through epochs of as many rows as there are examples;
+    a cell's rows are all seen before any is seen again (:class:`flix.core.mixture.Schedule`).
 
     Args:
         examples: the training rows.
         length: how many rows the run draws.
         temperature: 1 draws cells by their size, larger values level them out.
-        seed: of the draws.
+        seed: of the order.
+
+    Raises:
+        MixtureError: no examples, or a temperature of 0 or less.
     """
 
     def __init__(self, examples: Examples, *, length: int, temperature: float, seed: int) -> None:
@@ -45,24 +49,15 @@ class Mixture:
         self.length = length
         self.cells, counts = np.unique(examples.cells, return_counts=True)
         self._order = np.argsort(examples.cells, kind="stable")
-        self._starts = np.cumsum(counts) - counts
-        self._counts = counts
-        claim = (counts / counts.max()) ** (1.0 / temperature)
-        self.probabilities: NDArray[np.float64] = claim / claim.sum()
-        self._edges = np.cumsum(self.probabilities)
-        self._cell_key = counter.key("mixture cell", seed)
-        self._row_key = counter.key("mixture row", seed)
+        self.probabilities: NDArray[np.float64] = probabilities(counts, temperature)
+        self._schedule = Schedule(counts, self.probabilities, length=len(examples), seed=seed)
 
     def __len__(self) -> int:
         return self.length
 
     def draw(self, positions: Sequence[int]) -> NDArray[np.int64]:
         """The places, among the examples, of the rows drawn at these positions: int64 ``[n]``."""
-        where = np.asarray(positions, dtype=np.int64)
-        chosen = np.searchsorted(self._edges, counter.uniform(self._cell_key, where), side="right")
-        chosen = np.minimum(chosen, len(self.cells) - 1)
-        within = counter.uniform(self._row_key, where) * self._counts[chosen]
-        places: NDArray[np.int64] = self._order[self._starts[chosen] + within.astype(np.int64)]
+        places: NDArray[np.int64] = self._order[self._schedule.draw(positions)]
         return places
 
     def __getitem__(self, position: int) -> Item:

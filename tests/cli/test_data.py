@@ -100,6 +100,20 @@ def test_mixture_is_a_function_of_seed_and_position(config: Callable[..., Path])
     assert len(set(whole.tolist())) == len(corpus.train)
 
 
+def test_mixture_shows_all_rows_of_a_cell_before_any_again(config: Callable[..., Path]) -> None:
+    corpus = corpus_of(config())
+    mixture = Mixture(corpus.train, length=1, temperature=2.0, seed=5)
+    # The length of a run changes no row of it: a run can be resumed for more steps.
+    longer = Mixture(corpus.train, length=999, temperature=2.0, seed=5)
+    drawn = mixture.draw(range(333))
+    assert np.array_equal(drawn, longer.draw(range(333)))
+    epochs = mixture.draw(range(3 * len(corpus.train)))
+    counts = np.bincount(epochs, minlength=len(corpus.train))
+    for cell in np.unique(corpus.train.cells):
+        own = counts[corpus.train.cells == cell]
+        assert own.max() - own.min() <= 1
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
 def test_mixture_follows_the_temperature(
     tmp_path: Path, config: Callable[..., Path], temperature: float

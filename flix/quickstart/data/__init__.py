@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flix.core.mixture import shares
+
 from .build import Progress, build_cells
 from .cache import cache_file, default_cache_dir, package_versions, read_cells, write_cells
 from .design import LANGUAGES, TASKS
@@ -60,8 +62,7 @@ def sampling_probabilities(sizes: Sequence[int], exponent: float = 0.5) -> np.nd
         raise ValueError("sizes must be a non-empty list of numbers")
     if not np.isfinite(counts).all() or (counts < 0).any() or not counts.any():
         raise ValueError("sizes must be finite, not negative, and not all zero")
-    weights = np.where(counts > 0, counts**exponent, 0.0)
-    return np.asarray(weights / weights.sum())
+    return shares(counts, exponent)
 
 
 def copy_baseline(examples: Iterable[Example]) -> float:

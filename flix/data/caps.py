@@ -1,0 +1,73 @@
+"""Caps: the most rows that each cell counts for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Union
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flix.core.cells import Cell, MixtureError
+from flix.core.errors import listed, near
+from flix.core.mixture import check_whole
+
+Cap = Union[int, Mapping[Any, Any], None]
+"""A number for all cells, or numbers by group, by feature or by cell."""
+
+
+def caps_of(
+    cap: Cap, cells: Sequence[Cell], names: Sequence[str], occurring: Sequence[Cell]
+) -> NDArray[np.float64]:
+    """The cap of each cell, infinity where it has none; the least of those that apply.
+
+    Args:
+        cap: a number; or ``{group: number}`` (for each cell of the group), ``{group: {name: number}}``,
+            ``{(group, name): number}``, ``{cell's name: number}``, which may be mixed.
+        cells: the trained cells.
+        names: their names.
+        occurring: all cells, held-out ones included, whose groups and features may be named.
+
+    Raises:
+        MixtureError: a cap below 1, or one for what does not occur.
+    """
+    caps = np.full(len(cells), np.inf)
+    if cap is None:
+        return caps
+    if not isinstance(cap, Mapping):
+        return np.full(len(cells), float(check_whole(cap, "a cap", least=1)))
+    features: dict[str, dict[str, None]] = {}
+    for cell in occurring:
+        for group, members in cell:
+            features.setdefault(group, {}).update(dict.fromkeys(members))
+    for key, value in cap.items():
+        if key in names:
+            applies = [name == key for name in names]
+            _lower(caps, applies, value, f"the cap of {key}")
+            continue
+        group = key[0] if isinstance(key, tuple) and len(key) == 2 else key
+        if group not in features:
+            choices = [*features, *names]
+            raise MixtureError(
+                f"cap: there is no group or trained cell {group!r}{near(str(group), choices)}; "
+                f"the groups are: {listed(features)}; the cells are: {listed(names)}"
+            )
+        if group is key and not isinstance(value, Mapping):
+            applies = [any(g == group for g, _ in cell) for cell in cells]
+            _lower(caps, applies, value, f"the cap of {group}")
+            continue
+        inner = value if group is key else {key[1]: value}
+        for name, most in inner.items():
+            if name not in features[group]:
+                raise MixtureError(
+                    f"cap: no row has the {group} {name!r}{near(str(name), features[group])}; "
+                    f"there is: {listed(features[group])}"
+                )
+            applies = [any(g == group and name in members for g, members in cell) for cell in cells]
+            _lower(caps, applies, most, f"the cap of {group}:{name}")
+    return caps
+
+
+def _lower(caps: NDArray[np.float64], applies: Sequence[bool], value: object, what: str) -> None:
+    most = float(check_whole(value, what, least=1))
+    caps[np.asarray(applies, bool)] = np.minimum(caps[np.asarray(applies, bool)], most)

@@ -1,0 +1,200 @@
+"""The feature columns of sources: which there are, what the rows hold, and the cells that this makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flix.core.cells import Cell, MixtureError, cell_of, names_of
+from flix.core.errors import FeatureError, listed, near
+from flix.core.registry import FeatureRegistry
+from flix.data.sources import Source, column_names
+
+
+def feature_columns(
+    sources: Sequence[Source], given: Sequence[str] | None, registry: FeatureRegistry | None
+) -> tuple[str, ...]:
+    """The names of a mixture's feature columns.
+
+    Args:
+        sources: the sources.
+        given: the names, or None to go by the registry or the sources.
+        registry: the registry, if there is one.
+
+    Raises:
+        MixtureError: none, or one twice.
+        FeatureError: one that is no group of the registry.
+    """
+    if given is not None:
+        names = [given] if isinstance(given, str) else list(given)
+        if not names or len(set(names)) < len(names):
+            raise MixtureError(f"columns must be names, each once, got {given!r}")
+        if registry is not None:
+            for name in names:
+                registry.ids_of(name)
+        return tuple(names)
+    declared = list(dict.fromkeys(name for source in sources for name in source.features))
+    present = set(declared).union(*(column_names(source) for source in sources))
+    if registry is not None:
+        groups = [group for group in registry.groups if group in present]
+        wanted = f"the registry's groups ({listed(registry.groups)})"
+    else:
+        usual = [name for name in ("language", "task") if name in present]
+        groups = [*usual, *(name for name in declared if name not in usual)]
+        wanted = "language or task"
+    if not groups:
+        raise MixtureError(
+            f"no source has a column of {wanted}, or declares one; name the feature columns: columns=[...]"
+        )
+    return tuple(groups)
+
+
+@dataclass(frozen=True)
+class Column:
+    """What the rows of a source say of one group.
+
+    Attributes:
+        values: the distinct values, by first occurrence.
+        codes: int64 ``[rows]``, each row's place in them.
+    """
+
+    values: tuple[Any, ...]
+    codes: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A source whose rows can be read by number.
+
+    Attributes:
+        source: the source.
+        columns: its feature columns, declared or read.
+        cells: the distinct cells, by first occurrence.
+        cell_codes: int64 ``[rows]``, each row's place in them.
+    """
+
+    source: Source
+    columns: dict[str, Column]
+    cells: tuple[Cell, ...]
+    cell_codes: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.cell_codes)
+
+    def features(self, row: int) -> dict[str, Any]:
+        """What a row activates, by column."""
+        return {name: column.values[column.codes[row]] for name, column in self.columns.items()}
+
+
+def check_columns(source: Source, columns: Sequence[str]) -> None:
+    """Refuse a source that does not say, once and only once, what its rows have of each feature column.
+
+    Raises:
+        MixtureError: a column that is missing, declared beside one of the dataset, or declared in vain.
+        FeatureError: an ill-formed declared value.
+    """
+    present = column_names(source)
+    for name in source.features:
+        if name not in columns:
+            raise MixtureError(
+                f"{source.label} declares {name!r}, which is no feature column{near(name, columns)}; "
+                f"the feature columns are: {listed(columns)}"
+            )
+        if name in present:
+            raise MixtureError(
+                f"{source.label} declares {name!r} and has a column of that name; "
+                "leave out one of the two"
+            )
+        try:
+            names_of(name, source.features[name])
+        except FeatureError as error:
+            raise FeatureError(f"{source.label}: {error}") from None
+    for name in columns:
+        if name not in source.features and name not in present:
+            raise MixtureError(
+                f"{source.label} lacks the feature column {name!r}{near(name, present)}; its columns "
+                f"are: {listed(present)}. Declare what all its rows have: (dataset, {{{name!r}: ...}}), "
+                "None for nothing"
+            )
+
+
+def read_table(source: Source, columns: Sequence[str]) -> Table:
+    """The cells of a source, from its feature columns alone.
+
+    Raises:
+        MixtureError: a row without a value, or with one of a wrong type.
+        FeatureError: an ill-formed name.
+    """
+    rows = len(source.dataset)
+    found: dict[str, Column] = {}
+    for name in columns:
+        if name in source.features:
+            found[name] = Column((source.features[name],), np.zeros(rows, np.int64))
+        else:
+            found[name] = _read_column(source, name)
+    # The number of a row's combination of values, then the cell of that combination.
+    number = np.zeros(rows, np.int64)
+    for column in found.values():
+        pairs = number * len(column.values) + column.codes
+        _, number = np.unique(pairs, return_inverse=True)
+    _, first = np.unique(number, return_index=True)
+    cells: dict[Cell, int] = {}
+    of_number = np.empty(len(first), np.int64)
+    for place in np.argsort(first, kind="stable").tolist():
+        row = int(first[place])
+        features = {name: column.values[column.codes[row]] for name, column in found.items()}
+        of_number[place] = cells.setdefault(cell_of(features, columns), len(cells))
+    return Table(source, found, tuple(cells), of_number[number])
+
+
+def _read_column(source: Source, name: str) -> Column:
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    selected = source.dataset.select_columns([name]).with_format("arrow")[:]
+    chunks = selected.column(name)
+    if chunks.null_count:
+        row = int(np.argmax(chunks.is_null().to_numpy()))
+        raise MixtureError(
+            f"{source.label}, row {row}: the feature column {name!r} holds nothing; drop the row, "
+            "name the feature, or declare None for a source none of whose rows has any"
+        )
+    kind = chunks.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        coded = pa.chunked_array([chunks.combine_chunks()]).dictionary_encode().chunk(0)
+        values = coded.dictionary.to_pylist()
+        codes = coded.indices.to_numpy().astype(np.int64)
+    elif pa.types.is_nested(kind):
+        values, codes = _distinct(chunks.to_pylist())
+    else:
+        raise MixtureError(
+            f"{source.label}: the feature column {name!r} must hold names, got {kind}"
+            " (the numbers of a ClassLabel are turned into names with its int2str)"
+        )
+    for place, value in enumerate(values):
+        try:
+            names_of(name, value)
+        except FeatureError as error:
+            row = int(np.argmax(codes == place))
+            raise FeatureError(f"{source.label}, row {row}: {error}") from None
+    return Column(tuple(values), codes)
+
+
+def _distinct(items: list[Any]) -> tuple[list[Any], NDArray[np.int64]]:
+    """The distinct values and each item's place in them. Arrow gives every struct all keys: those of None go."""
+    seen: dict[str, int] = {}
+    values: list[Any] = []
+    codes = np.empty(len(items), np.int64)
+    for place, item in enumerate(items):
+        value = item
+        if isinstance(item, Mapping):
+            value = {name: weight for name, weight in item.items() if weight is not None}
+        key = repr(value)
+        if key not in seen:
+            seen[key] = len(values)
+            values.append(value)
+        codes[place] = seen[key]
+    return values, codes

@@ -1,0 +1,351 @@
+"""The mixture: cells of several datasets, drawn by temperature, some of them never."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flix.core import counter
+from flix.core.cells import Cell, HeldOut, MixtureError, cell_name, cell_of, features_of
+from flix.core.errors import listed
+from flix.core.mixture import Schedule, check_whole, probabilities, walk
+from flix.core.names import Feature
+from flix.core.registry import FeatureRegistry
+from flix.data import streaming
+from flix.data.caps import Cap, caps_of
+from flix.data.columns import check_columns, feature_columns, read_table
+from flix.data.display import table_of
+from flix.data.rows import TrainRows
+from flix.data.sources import Source, as_sources, datasets_library, is_streamed, stream_size
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import TrainerCallback
+
+Stopping = Literal["all_exhausted", "first_exhausted", "all_exhausted_without_replacement"]
+
+
+class Mixture:
+    """Datasets mixed by cell, a cell being all rows that name the same features.
+
+    Cells are drawn with p ∝ min(rows, cap)^(1/temperature). An epoch takes from each its share of rows, and the next
+    epoch goes on where it stopped, so every row of a cell is seen before any is seen again. What an epoch takes
+    depends on the seed and the epoch alone.
+
+    Args:
+        sources: a list, or a mapping by name, of ``datasets.Dataset`` or ``IterableDataset``, each alone (its columns
+            then say what its rows activate), as a pair ``(dataset, {"language": "hau"})`` of what all its rows
+            activate, or as a :class:`Source`. Or a single one.
+        columns: the feature columns; default: the registry's groups that some source has, else what the sources
+            declare together with the columns ``language`` and ``task`` where one has them.
+        temperature: 1 draws by size, larger values level the cells out, ``math.inf`` draws all alike.
+        cap: the most rows that a cell counts for: a number for all, or ``{group: number}``,
+            ``{group: {name: number}}``, ``{(group, name): number}`` or ``{cell's name: number}``; the least that
+            applies counts.
+        held_out: cells never trained on, as ``{group: name}``; one that names some groups only holds out all cells
+            that match. A row of several features in a group is held out if one of its combinations is.
+        seed: of the order of rows.
+        epoch_size: rows of an epoch; default: as many as the trained cells count for.
+        registry: the features; default: what occurs. What its features imply counts in ``held_out``, too.
+
+    Raises:
+        MixtureError: a source, column, cap, temperature or size that breaks its rule; a row without a feature; a
+            held-out cell that matches nothing; or nothing left to train on.
+        FeatureError: an ill-formed feature, or one that the registry does not have.
+        MissingFrameworkError: ``datasets`` is not installed.
+    """
+
+    def __init__(
+        self,
+        sources: object,
+        *,
+        columns: Sequence[str] | None = None,
+        temperature: float = 2.0,
+        cap: Cap = None,
+        held_out: HeldOut | Iterable[Mapping[str, str]] = (),
+        seed: int = 0,
+        epoch_size: int | None = None,
+        registry: FeatureRegistry | None = None,
+    ) -> None:
+        self.sources: tuple[Source, ...] = tuple(as_sources(sources))
+        self.temperature = temperature
+        self.seed = check_whole(seed, "seed")
+        self.columns: tuple[str, ...] = feature_columns(self.sources, columns, registry)
+        for source in self.sources:
+            check_columns(source, self.columns)
+        self.excluded = held_out if isinstance(held_out, HeldOut) else HeldOut(held_out)
+        self._given = registry
+        self._tables = [read_table(s, self.columns) for s in self.sources if not is_streamed(s)]
+        self._streams = [s for s in self.sources if is_streamed(s)]
+        self._collect()
+        held = self._check_held_out()
+        self._held_rows: NDArray[np.bool_] = held[self._cell_of_row]
+        trained = np.flatnonzero(~held)
+        if not len(trained):
+            raise MixtureError(
+                f"held_out covers every cell ({listed(map(cell_name, self._cells))}); "
+                "nothing is left to train on"
+            )
+        self.cells: tuple[str, ...] = tuple(self._names[i] for i in trained.tolist())
+        self.held_out_cells: tuple[str, ...] = tuple(
+            self._names[i] for i in np.flatnonzero(held).tolist()
+        )
+        sizes = self._sizes[trained]
+        caps = caps_of(cap, [self._cells[i] for i in trained.tolist()], self.cells, self._cells)
+        p = probabilities(sizes, temperature, caps, self.cells)
+        self.sizes: dict[str, int] = dict(zip(self.cells, sizes.tolist(), strict=True))
+        self.counted: dict[str, int] = {
+            name: int(min(size, most))
+            for (name, size), most in zip(self.sizes.items(), caps.tolist(), strict=True)
+        }
+        self.probabilities: dict[str, float] = dict(zip(self.cells, p.tolist(), strict=True))
+        self.epoch_size = check_whole(
+            sum(self.counted.values()) if epoch_size is None else epoch_size, "epoch_size", least=1
+        )
+        self._trained = trained
+        self._schedule = Schedule(
+            sizes, p, length=self.epoch_size, seed=self.seed, names=self.cells
+        )
+
+    def _collect(self) -> None:
+        """The cells of all sources, their names and sizes, and the cell of every row that has a number."""
+        cells: dict[Cell, int] = {}
+        rows = []
+        for table in self._tables:
+            numbers = [cells.setdefault(cell, len(cells)) for cell in table.cells]
+            rows.append(np.array(numbers, np.int64)[table.cell_codes])
+        self._cell_of_row: NDArray[np.int64] = np.concatenate([np.zeros(0, np.int64), *rows])
+        counts = np.bincount(self._cell_of_row, minlength=len(cells)).tolist()
+        names = [cell_name(cell) for cell in cells]
+        keys: list[Cell] = list(cells)
+        self._cell_of_stream: list[int] = []
+        for source in self._streams:
+            size = stream_size(source)
+            cell = cell_of(source.features, self.columns)
+            if set(source.features) == set(self.columns) and cell in cells:
+                place = cells[cell]
+                counts[place] += size
+            else:
+                place = len(keys)
+                keys.append(cell)
+                counts.append(size)
+                if set(source.features) == set(self.columns):
+                    cells[cell] = place
+                    names.append(cell_name(cell))
+                else:  # which cells its rows are of is not known before they are read
+                    names.append(f"{cell_name(cell)}{',' if cell else ''}... ({source.name})")
+            self._cell_of_stream.append(place)
+        self._cells, self._names = keys, names
+        self._sizes: NDArray[np.int64] = np.array(counts, np.int64)
+
+    @property
+    def _opaque(self) -> list[Source]:
+        """Streamed sources whose rows' cells are not known before they are read."""
+        return [s for s in self._streams if set(s.features) != set(self.columns)]
+
+    def _check_held_out(self) -> NDArray[np.bool_]:
+        if not self._opaque:
+            self.excluded.check_matched(self._cells, self._given)
+        return np.asarray(self.excluded.among(self._cells, self._given).any(axis=0), bool)
+
+    def registry(self) -> FeatureRegistry:
+        """The registry given, or one of what occurs, held-out cells included, in the order of the sources.
+
+        Raises:
+            MixtureError: a streamed source's rows say what they activate, and no registry was given.
+        """
+        if self._given is not None:
+            return self._given
+        for source in self._opaque:
+            raise MixtureError(
+                f"{source.label} is streamed: what its rows activate is not known before they are "
+                "read; give the mixture a registry"
+            )
+        groups: dict[str, dict[str, None]] = {name: {} for name in self.columns}
+        for cell in self._cells:
+            for group, names in cell:
+                groups[group].update(dict.fromkeys(names))
+        return FeatureRegistry({group: list(names) for group, names in groups.items() if names})
+
+    def feature_sizes(self) -> dict[Feature, int]:
+        """The training rows of every feature, for ``flix.ranks.proportional(sizes=...)``; implied ones counted.
+
+        Raises:
+            MixtureError: as :meth:`registry`; or the rows of a streamed source activate what is not known.
+        """
+        for source in self._opaque:
+            raise MixtureError(
+                f"{source.label} is streamed: how many rows its features have is not known"
+            )
+        registry = self.registry()
+        totals = dict.fromkeys(registry.live, 0)
+        for i in self._trained.tolist():
+            for feature in features_of(self._cells[i], registry):
+                totals[feature] += int(self._sizes[i])
+        return totals
+
+    @cached_property
+    def train(self) -> TrainRows:
+        """The training rows of the current epoch, read by position; ``set_epoch`` chooses the epoch.
+
+        Raises:
+            MixtureError: a source is streamed.
+        """
+        self._need_numbers("train")
+        order = np.argsort(self._cell_of_row, kind="stable")
+        order = order[~self._held_rows[order]]
+        return TrainRows(
+            self._tables, order, self._schedule, frozenset(self._cells[i] for i in self._trained)
+        )
+
+    def callback(self) -> TrainerCallback:
+        """A callback that tells :attr:`train` the epoch of a ``transformers.Trainer``, resumed ones too.
+
+        Raises:
+            MissingFrameworkError: transformers is not installed.
+        """
+        from flix.data.trainer import epoch_callback
+
+        return epoch_callback(self.train)
+
+    def epoch(self, epoch: int) -> Dataset:
+        """An epoch's rows in their order as a ``datasets.Dataset``, by index: no row is copied.
+
+        Raises:
+            MixtureError: a source is streamed, or the sources' columns have different types.
+        """
+        self._need_numbers("epoch")
+        return self._joined.select(self.train.rows_of(epoch))
+
+    @property
+    def held_out(self) -> Dataset:
+        """The rows of the held-out cells, for evaluation, as a ``datasets.Dataset``.
+
+        Raises:
+            MixtureError: as :meth:`epoch`.
+        """
+        self._need_numbers("held_out")
+        return self._held_joined()
+
+    def _held_joined(self) -> Any:
+        return self._joined.select(np.flatnonzero(self._held_rows))
+
+    def stream(
+        self,
+        *,
+        epoch: int = 0,
+        shuffle_buffer: int = 0,
+        stopping_strategy: Stopping = "all_exhausted",
+    ) -> IterableDataset:
+        """The training rows as a ``datasets.IterableDataset``: cells and streamed sources, interleaved by probability.
+
+        Cells whose rows have numbers are shuffled by (seed, epoch); a streamed source keeps its order. Resuming by
+        ``state_dict`` is exact without a shuffle buffer (``datasets`` does not keep the buffer's rows).
+
+        Args:
+            epoch: another epoch draws in another order.
+            shuffle_buffer: rows of a buffer that shuffles what is drawn; 0: none.
+            stopping_strategy: of ``datasets.interleave_datasets``; by default the stream ends when all rows were
+                seen, those of small cells several times.
+
+        Raises:
+            MixtureError: an argument out of its range, or columns of different types.
+        """
+        check_whole(epoch, "an epoch")
+        check_whole(shuffle_buffer, "shuffle_buffer")
+        streams, p = [], []
+        for i, name in zip(self._trained.tolist(), self.cells, strict=True):
+            share = self.probabilities[name] / self._sizes[i]
+            rows = np.flatnonzero(self._cell_of_row == i)
+            if len(rows):
+                words = counter.key("mixture stream rows", self.seed, name)
+                shuffled = rows[walk(len(rows), epoch * len(rows), len(rows), words)]
+                streams.append(self._joined.select(shuffled).to_iterable_dataset())
+                p.append(share * len(rows))
+            for source, place in zip(self._streams, self._cell_of_stream, strict=True):
+                if place == i:
+                    keep = streaming.KeepTrained(
+                        *self._rule(source.label), frozenset(source.features)
+                    )
+                    stream = streaming.with_features(source)
+                    streams.append(stream.filter(keep, input_columns=list(self.columns)))
+                    p.append(share * stream_size(source))
+        words = counter.key("mixture stream", self.seed, epoch)
+        mixed = streaming.interleave(
+            streams,
+            np.asarray(p) / np.sum(p),
+            seed=int(counter.bits(words, np.zeros(1, np.int64))[0] >> np.uint64(33)),
+            stopping_strategy=stopping_strategy,
+            shuffle_buffer=shuffle_buffer,
+        )
+        guard = streaming.Guard(*self._rule("the mixture's stream"))
+        return mixed.filter(guard, input_columns=list(self.columns))
+
+    def stream_held_out(self) -> IterableDataset:
+        """The held-out rows as a ``datasets.IterableDataset``, source after source; streams whose rows say
+        what they activate are read through.
+
+        Raises:
+            MixtureError: columns of different types.
+        """
+        streams = []
+        if self._held_rows.any() or not self._streams:
+            streams.append(self._held_joined().to_iterable_dataset())
+        for source, place in zip(self._streams, self._cell_of_stream, strict=True):
+            stream = streaming.with_features(source)
+            if source in self._opaque:
+                keep = streaming.KeepHeldOut(*self._rule(source.label))
+                streams.append(stream.filter(keep, input_columns=list(self.columns)))
+            elif place not in self._trained:
+                streams.append(stream)
+        if not streams:  # nothing is held out
+            streams = [streaming.with_features(self._streams[0]).take(0)]
+        return streaming.chain(streams)
+
+    def _rule(self, label: str) -> tuple[HeldOut, FeatureRegistry | None, tuple[str, ...], str]:
+        return self.excluded, self._given, self.columns, label
+
+    @cached_property
+    def _joined(self) -> Any:
+        """All rows that have numbers, with the feature columns, as one dataset."""
+        library = datasets_library()
+        parts = []
+        for table in self._tables:
+            part = table.source.dataset
+            for name, value in table.source.features.items():
+                part = part.add_column(name, [value] * len(table))
+            parts.append(part)
+        try:
+            return library.concatenate_datasets(parts)
+        except ValueError as error:
+            raise streaming.not_alike(error) from error
+
+    def _need_numbers(self, what: str) -> None:
+        for source in self._streams:
+            raise MixtureError(
+                f"mixture.{what} reads rows by number, and {source.label} is streamed; use "
+                "mixture.stream(), and mixture.stream_held_out() for evaluation"
+            )
+
+    def __str__(self) -> str:
+        counts = self._schedule.counts(0).tolist()
+        rows = [
+            (name, self.sizes[name], self.counted[name], self.probabilities[name], count)
+            for name, count in zip(self.cells, counts, strict=True)
+        ]
+        held = [
+            (self._names[i], int(self._sizes[i]))
+            for i in range(len(self._names))
+            if self._names[i] in self.held_out_cells
+        ]
+        return table_of(rows, held, temperature=self.temperature)
+
+    def __repr__(self) -> str:
+        return (
+            f"Mixture({len(self.sources)} sources, {len(self.cells)} cells, "
+            f"{len(self.held_out_cells)} held out, {self.epoch_size} rows an epoch)"
+        )

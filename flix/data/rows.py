@@ -1,0 +1,115 @@
+"""The rows of an epoch as a map-style dataset, for any loader that reads by position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flix.core.cells import Cell, HeldOutError, cell_name, cell_of
+from flix.core.mixture import Schedule, check_whole
+from flix.data.columns import Table
+from flix.data.epoch import SharedEpoch
+
+Row = dict[str, Any]
+
+
+class TrainRows:
+    """The training rows of the current epoch, in the mixture's order.
+
+    A row is a dict of its source's columns, in the source's format or through its transform, and the feature columns.
+    PyTorch's ``DataLoader``, Accelerate and the ``Trainer`` read it as it is; no loader needs to shuffle it.
+
+    Args:
+        tables: the sources.
+        order: int64, the numbers of the trained rows (counted through the tables) by cell.
+        schedule: what each epoch takes, in places of ``order``.
+        trained: the cells that may be drawn.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        order: NDArray[np.int64],
+        schedule: Schedule,
+        trained: frozenset[Cell],
+    ) -> None:
+        self._tables = tuple(tables)
+        self._starts = np.cumsum([0, *map(len, tables)])[:-1]
+        self._order = order
+        self._schedule = schedule
+        self._trained = trained
+        self._epoch = SharedEpoch()
+
+    def __len__(self) -> int:
+        return self._schedule.length
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch."""
+        return self._epoch.value
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the rows those of another epoch.
+
+        Raises:
+            MixtureError: no whole number of 0 or more.
+        """
+        self._epoch.value = check_whole(epoch, "an epoch")
+
+    def rows_of(self, epoch: int) -> NDArray[np.int64]:
+        """The numbers of an epoch's rows, counted through the sources: int64 ``[length]``."""
+        return self._order[self._schedule.plan(check_whole(epoch, "an epoch"))]
+
+    @overload
+    def __getitem__(self, position: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, position: slice) -> list[Row]: ...
+
+    def __getitem__(self, position: int | slice) -> Row | list[Row]:
+        if isinstance(position, slice):
+            return self.__getitems__(list(range(*position.indices(len(self)))))
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Row]:
+        """Several rows at once.
+
+        Raises:
+            IndexError: a position that the epoch does not have.
+            HeldOutError: a row of a cell that is not trained on would be returned; it is not.
+        """
+        length = len(self)
+        where = np.asarray(positions, np.int64)
+        for position in where[(where < -length) | (where >= length)].tolist():
+            raise IndexError(f"position {position} of an epoch of {length} rows")
+        numbers = self._order[self._schedule.draw(where % length + self.epoch * length)]
+        owners = np.searchsorted(self._starts, numbers, side="right") - 1
+        found: list[Row] = [{} for _ in range(len(numbers))]
+        for owner in np.unique(owners).tolist():
+            places = np.flatnonzero(owners == owner).tolist()
+            table = self._tables[owner]
+            local = (numbers[places] - self._starts[owner]).tolist()
+            features = [self._guarded(table, row) for row in local]
+            read = table.source.dataset.__getitems__(local)
+            for place, row, own in zip(places, read, features, strict=True):
+                found[place] = {**row, **own}
+        return found
+
+    def __iter__(self) -> Iterator[Row]:
+        # In blocks, since reading rows one by one costs more.
+        for start in range(0, len(self), 64):
+            yield from self[start : start + 64]
+
+    def _guarded(self, table: Table, row: int) -> dict[str, Any]:
+        """What a row activates; the row's own values are checked, not the numbers that led to it."""
+        features = table.features(row)
+        cell = cell_of(features)
+        if cell not in self._trained:
+            raise HeldOutError(
+                f"{table.source.label}, row {row} is of {cell_name(cell)}, which is not trained on; "
+                "the mixture does not return it"
+            )
+        return features
