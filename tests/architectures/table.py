@@ -1,0 +1,247 @@
+"""Write the table {architecture x feature} of docs/support.md from what the tests claim to cover.
+
+    python -m tests.architectures.table            # rewrite the generated blocks
+    python -m tests.architectures.table --check    # exit with 1 and a diff where they are not what the tests claim
+
+A claim is a mark ``covers(architecture, feature, backend=...)`` on a test that is collected and will run: tests marked
+``skip`` or ``xfail`` claim nothing, nor do those whose ``skipif`` holds. A section of the document stands between
+``<!-- generated: BACKEND -->`` and ``<!-- end: BACKEND -->``; tests of a backend are collected only where it has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import io
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.architectures.claims import MARKER
+from tests.architectures.zoo import ZOO
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "support.md"
+COVERED, INAPPLICABLE, UNTESTED = "✓", "–", " "
+
+Claim = tuple[str, str, str]
+"""(backend, architecture, feature)."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A backend's part of the document.
+
+    Attributes:
+        paths: where its tests are, from the root of the repository.
+        architectures: labels of the rows by the names that tests use, in order.
+        tables: title, and labels of the columns by the names that tests use, in order.
+        applies: whether a feature is something that an architecture can have.
+    """
+
+    paths: Sequence[str]
+    architectures: dict[str, str]
+    tables: Sequence[tuple[str, dict[str, str]]]
+    applies: Callable[[str, str], bool] = field(default=lambda architecture, feature: True)
+
+
+_GENERATION = {
+    "greedy": "greedy",
+    "beams": "beams",
+    "sampling": "sampling",
+    "static cache": "static cache",
+    "padding": "padded prompts",
+    "prompt lookup": "prompt lookup",
+}
+_PIPELINES = (
+    "text-generation",
+    "fill-mask",
+    "feature-extraction",
+    "text-classification",
+    "token-classification",
+)
+
+
+def _torch_applies(architecture: str, feature: str) -> bool:
+    made = ZOO[architecture]
+    if feature in _PIPELINES:
+        return feature in made.heads
+    if feature in _GENERATION:
+        return made.kind != "encoder"
+    # The ids of a position would mean another one in the decoder.
+    return not (feature == "per-token routing" and made.kind == "encoder-decoder")
+
+
+SECTIONS: dict[str, Section] = {
+    "torch": Section(
+        paths=("tests/architectures", "tests/torch"),
+        architectures={
+            "gpt2": "GPT-2 (Conv1D)",
+            "llama": "Llama",
+            "mistral": "Mistral",
+            "qwen2": "Qwen2",
+            "qwen3": "Qwen3",
+            "gemma2": "Gemma 2",
+            "gemma3": "Gemma 3 (text)",
+            "t5": "T5",
+            "mt5": "mT5",
+            "byt5": "ByT5",
+            "bart": "BART",
+            "bert": "BERT",
+            "xlm-r": "XLM-R",
+            "minilm": "all-MiniLM-L6-v2 (its real weights)",
+        },
+        tables=(
+            (
+                "Forward and training",
+                {
+                    "mixed batch": "mixed batch",
+                    "gradients": "gradients",
+                    "per-token routing": "per token",
+                    "embeddings": "embeddings",
+                    "routed": "`routed`",
+                    "checkpointing": "checkpointing",
+                    "torch.compile": "`torch.compile`",
+                },
+            ),
+            ("Files", {"save and load": "save, load", "merge": "merge", "PEFT": "export to PEFT"}),
+            ("Generation", _GENERATION),
+            ("Pipelines", {task: f"`{task}`" for task in _PIPELINES}),
+        ),
+        applies=_torch_applies,
+    ),
+}
+
+
+class Collector:
+    """A pytest plugin that keeps what the collected tests claim."""
+
+    def __init__(self) -> None:
+        self.claims: set[Claim] = set()
+
+    def pytest_configure(self, config: Any) -> None:
+        config.addinivalue_line("markers", MARKER)
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        for item in session.items:
+            if not _will_run(item):
+                continue
+            for mark in item.iter_markers("covers"):
+                architecture, feature = mark.args
+                self.claims.add((mark.kwargs.get("backend", "torch"), architecture, feature))
+
+
+def _will_run(item: Any) -> bool:
+    marks = [*item.iter_markers()]
+    if any(mark.name in ("skip", "xfail") for mark in marks):
+        return False
+    # A condition given as text is taken to hold: better a cell too few than one too many.
+    conditions = (mark.args[0] for mark in marks if mark.name == "skipif" and mark.args)
+    return not any(isinstance(condition, str) or condition for condition in conditions)
+
+
+def collect(paths: Iterable[Path]) -> set[Claim]:
+    """What the tests under some paths claim.
+
+    Raises:
+        RuntimeError: the tests cannot be collected.
+    """
+    collector = Collector()
+    arguments = ["--collect-only", "-qqq", *map(str, paths)]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        status = pytest.main(arguments, plugins=[collector])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise RuntimeError(f"the tests cannot be collected ({status!r}):\n{said.getvalue()}")
+    return collector.claims
+
+
+def render(section: Section, claims: set[tuple[str, str]]) -> str:
+    """A section's tables, one line for an architecture that has any cell there.
+
+    Args:
+        section: its rows and columns.
+        claims: (architecture, feature) pairs that tests cover.
+
+    Raises:
+        ValueError: a claim that names no row or column, or a cell that does not apply.
+    """
+    features = {name for _, columns in section.tables for name in columns}
+    for architecture, feature in sorted(claims):
+        if architecture not in section.architectures or feature not in features:
+            raise ValueError(f"a test claims {architecture!r} x {feature!r}: no such row or column")
+        if not section.applies(architecture, feature):
+            raise ValueError(f"a test claims {architecture!r} x {feature!r}: marked inapplicable")
+    parts = []
+    for title, columns in section.tables:
+        lines = [
+            f"| {title} | {' | '.join(columns.values())} |",
+            f"|---|{':-:|' * len(columns)}",
+        ]
+        for name, label in section.architectures.items():
+            if not any(section.applies(name, feature) for feature in columns):
+                continue
+            cells = [_cell(section, claims, name, feature) for feature in columns]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _cell(section: Section, claims: set[tuple[str, str]], architecture: str, feature: str) -> str:
+    if (architecture, feature) in claims:
+        return COVERED
+    return UNTESTED if section.applies(architecture, feature) else INAPPLICABLE
+
+
+def rewritten(text: str, claims: set[Claim], sections: dict[str, Section]) -> str:
+    """A document with its generated blocks made anew.
+
+    Raises:
+        ValueError: a block of an unknown backend, or a claim that has no place.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        backend = match[1]
+        if backend not in sections:
+            raise ValueError(f"the document has a block {backend!r}; there are: {list(sections)}")
+        own = {(row, column) for found, row, column in claims if found == backend}
+        table = render(sections[backend], own)
+        return f"<!-- generated: {backend} -->\n\n{table}\n\n<!-- end: {backend} -->"
+
+    return _BLOCK.sub(block, text)
+
+
+_BLOCK = re.compile(r"<!-- generated: (\S+) -->.*?<!-- end: \1 -->", re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.architectures.table")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where it differs")
+    options = parser.parse_args(arguments)
+    text = DOCUMENT.read_text(encoding="utf-8")
+    present = [match[1] for match in _BLOCK.finditer(text) if match[1] in SECTIONS]
+    claims = collect(ROOT / path for backend in present for path in SECTIONS[backend].paths)
+    new = rewritten(text, claims, SECTIONS)
+    if options.check and new != text:
+        lines = difflib.unified_diff(
+            text.splitlines(),
+            new.splitlines(),
+            "docs/support.md",
+            "what the tests claim",
+            lineterm="",
+        )
+        print("\n".join(lines))
+        return 1
+    if not options.check:
+        DOCUMENT.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

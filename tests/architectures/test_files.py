@@ -1,0 +1,136 @@
+"""The ways out of a model: adapter files, merged plain models and their folders, PEFT."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from flix.backends.torch import adapt, export_peft, load, merge, named_pairs, save  # noqa: E402
+from flix.backends.torch.model import flix_layers  # noqa: E402
+from tests.architectures.claims import over  # noqa: E402
+from tests.architectures.test_forward import weights_of  # noqa: E402
+from tests.architectures.zoo import RELATIVES, ZOO, class_of, inputs_of, pretrained  # noqa: E402
+from tests.torch.conftest import (  # noqa: E402
+    ROWS,
+    config,
+    output,
+    randomize,
+    relative,
+    routing,
+)
+
+ROW = {"language": "swa", "task": "pos"}
+
+
+def _adapted(name, **changes):
+    weights_of(name)
+    model = adapt(pretrained(name), config(**changes))
+    randomize(model)
+    return model.eval()
+
+
+def _routed(model, name, row=ROW):
+    ids, weights = routing([row] * 2)
+    inputs = inputs_of(name, rows=2)
+    with torch.no_grad():
+        return output(model(**inputs, flix_features=ids, flix_weights=weights))
+
+
+def _plain(model, name):
+    with torch.no_grad():
+        return output(model(**inputs_of(name, rows=2)))
+
+
+@over(ZOO, "save and load", slow=["minilm"])
+def test_an_adapter_loads_into_a_fresh_model(name, tmp_path):
+    adapted = _adapted(name, rank_pattern={".*(q|q_proj|query|c_attn)": 5})
+    save(adapted, tmp_path / "adapter")
+    fresh = load(pretrained(name), tmp_path / "adapter").eval()
+    assert fresh.flix_config == adapted.flix_config
+    ours, theirs = named_pairs(fresh), named_pairs(adapted)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[pair], value) for pair, value in theirs.items())
+    assert relative(_routed(fresh, name), _routed(adapted, name)) < 1e-12
+    assert relative(_routed(fresh, name), _plain(pretrained(name), name)) > 1e-3
+
+
+def _held_to_its_folder(adapted, merged, name, tmp_path):
+    """The merged model equals the routed one, and so does the folder that it saves."""
+    expected = _routed(adapted, name)
+    assert type(merged) is class_of(name)
+    assert not list(flix_layers(merged))
+    assert relative(_plain(merged, name), expected) < 1e-9
+    merged.save_pretrained(tmp_path)
+    again = class_of(name).from_pretrained(tmp_path, dtype=torch.float64)
+    assert relative(_plain(again, name), expected) < 1e-9
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert not [key for key in file.keys() if "flix" in key]  # noqa: SIM118
+    assert "flix" not in (tmp_path / "config.json").read_text()
+
+
+@over(ZOO, "merge")
+def test_a_merged_model_is_a_plain_model_and_saves_as_one(name, tmp_path):
+    adapted = _adapted(name)
+    for row in (ROWS[1], ROW):
+        merged = merge(adapted, row)
+        with torch.no_grad():
+            assert relative(_plain(merged, name), _routed(adapted, name, row)) < 1e-9
+    _held_to_its_folder(adapted, merged, name, tmp_path)
+
+
+@over(ZOO, "merge", slow=["minilm"])
+def test_merging_an_embedding_leaves_a_tied_head_alone(name, tmp_path):
+    adapted = _adapted(name, target_modules=list(ZOO[name].embeddings))
+    assert relative(_routed(adapted, name), _plain(pretrained(name), name)) > 1e-3
+    merged = merge(adapted, ROW)
+    _held_to_its_folder(adapted, merged, name, tmp_path)
+    if ZOO[name].kind == "decoder":
+        assert not merged.config.tie_word_embeddings
+
+
+@over(ZOO, "PEFT", slow=["minilm"])
+def test_an_exported_composition_opens_in_peft(name, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = _adapted(name, rank_pattern={".*(q|q_proj|query|c_attn)": {"task": 1}})
+    report = export_peft(model, ROW, tmp_path)
+    assert report.rank == 7 and report.max_lora_rank == 8
+    served = peft.PeftModel.from_pretrained(pretrained(name), tmp_path).double().eval()
+    found = _plain(served, name)
+    assert relative(found, _routed(model, name)) < 1e-6
+    assert relative(found, _plain(pretrained(name), name)) > 1e-3
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["lora_alpha"] == written["r"] and not written["use_rslora"]
+
+
+# PEFT adapts the module by name; those models run other modules that share its kernel.
+@over([n for n, a in ZOO.items() if a.kind != "encoder-decoder"], "PEFT", slow=RELATIVES)
+def test_an_exported_embedding_opens_in_peft(name, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = _adapted(name, target_modules=list(ZOO[name].embeddings))
+    export_peft(model, ROW, tmp_path)
+    served = peft.PeftModel.from_pretrained(pretrained(name), tmp_path).double().eval()
+    assert relative(_plain(served, name), _routed(model, name)) < 1e-6
+
+
+@over(ZOO, "mixed batch", slow=RELATIVES)
+def test_class_copy_and_pickle_keep_the_model(name):
+    adapted = _adapted(name)
+    assert isinstance(adapted, class_of(name))
+    before = _routed(adapted, name)
+    for twin in (copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
+        assert isinstance(twin, class_of(name))
+        assert relative(_routed(twin, name), before) < 1e-12
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        assert not torch.equal(_routed(twin, name), before)
+    assert torch.equal(_routed(adapted, name), before)
+    assert type(adapted).__name__ in repr(adapted)
