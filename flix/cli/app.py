@@ -204,13 +204,85 @@ def export(
     features: FeaturesOption,
     out: Out,
     to: Annotated[str, typer.Option("--to", help="The format: peft.")] = "peft",
+    compress_to: Annotated[
+        int | None,
+        typer.Option(
+            "--compress-to",
+            metavar="RANK",
+            help="Cut a larger rank to this one, and say the error.",
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write one composition as a LoRA that PEFT and vLLM open."""
+    """Write one composition as a LoRA that PEFT opens, and say how vLLM serves it."""
     from flix.cli.converting import export_adapter
 
-    export_adapter(adapter, base, features, out, to, force, as_json)
+    export_adapter(adapter, base, features, out, to, compress_to, force, as_json)
+
+
+@app.command("import")
+@guarded
+def import_(
+    loras: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME=FOLDER...", help="A LoRA's folder, and its feature's name."),
+    ],
+    group: Annotated[str, typer.Option("--group", help="The group that they become.")],
+    out: Out,
+    source: Annotated[str, typer.Option("--from", help="The format: peft.")] = "peft",
+    skip_modules: Annotated[
+        bool,
+        typer.Option("--skip-modules", help="Leave out whole modules that were trained beside."),
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make an adapter of LoRAs that PEFT wrote: each becomes a feature, together they are a group."""
+    from flix.cli.sharing import import_folders
+
+    import_folders(loras, group, out, source, skip_modules, force, as_json)
+
+
+@app.command()
+@guarded
+def share(
+    adapter: AdapterFolder,
+    features: Annotated[
+        list[str],
+        typer.Option("--features", metavar="GROUP:NAME,...", help="The features to share."),
+    ],
+    out: Out,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write some features, and what they imply, as an adapter of their own."""
+    from flix.cli.sharing import share_features
+
+    share_features(adapter, features, out, force, as_json)
+
+
+@app.command()
+@guarded
+def combine(
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER...", help="Two adapters' folders or more.")
+    ],
+    out: Out,
+    conflicts: Annotated[
+        str,
+        typer.Option(
+            "--conflicts",
+            help="What counts where a feature differs: error, keep (the earlier) or replace (the later).",
+        ),
+    ] = "error",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Put the features of several adapters together as one."""
+    from flix.cli.sharing import combine_folders
+
+    combine_folders(adapters, out, conflicts, force, as_json)
 
 
 @app.command()

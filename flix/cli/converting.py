@@ -8,10 +8,11 @@ from typing import Any
 
 from flix.cli.console import quiet, show, show_json
 from flix.cli.features import parse_features
+from flix.cli.folders import check_out
 from flix.core.adapter import load_adapter
 from flix.core.composition import composition
 from flix.core.errors import ConfigError
-from flix.training.errors import ModelError, RunError
+from flix.training.errors import ModelError
 
 
 def merge_adapter(
@@ -34,18 +35,22 @@ def merge_adapter(
 
 
 def export_adapter(
-    folder: Path, base: str, features: Sequence[str], out: Path, to: str, force: bool, as_json: bool
+    folder: Path,
+    base: str,
+    features: Sequence[str],
+    out: Path,
+    to: str,
+    compress_to: int | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
-    """Write one composition as a LoRA that PEFT and vLLM open."""
+    """Write one composition as a LoRA that PEFT and vLLM open, and say whether vLLM serves it."""
     if to != "peft":
         raise ConfigError(f"--to: flix exports to peft, got {to!r}")
     model, row, active = _composed(folder, base, features, out, force)
     from flix.backends.torch import export_peft
 
-    result = export_peft(model, row, out)
-    flags = None
-    if result.max_lora_rank is not None:
-        flags = f"--enable-lora --max-lora-rank {result.max_lora_rank}"
+    result = export_peft(model, row, out, compress_to=compress_to)
     if as_json:
         show_json(
             {
@@ -53,14 +58,13 @@ def export_adapter(
                 "features": active,
                 "rank": result.rank,
                 "layers": result.layers,
-                "vllm_flags": flags,
+                "error": result.error,
+                "vllm": result.serving.to_dict(),
             }
         )
         return
     show(f"exported {_named(active)} as a LoRA of rank {result.rank}: {out}")
     show(result.message)
-    if flags is not None:
-        show(f"vllm serve {base} {flags} --lora-modules {out.name}={out}")
 
 
 def _composed(
@@ -70,19 +74,14 @@ def _composed(
     adapter = load_adapter(folder)
     row = parse_features(features, adapter.config.registry)
     active = composition(adapter.config, row)
-    if out.exists() and not out.is_dir():
-        raise RunError(f"--out: {str(out)!r} is a file")
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise RunError(f"--out: {str(out)!r} is not empty; --force writes into it all the same")
-    if out.exists() and out.resolve() in (Path(folder).resolve(), Path(base).resolve()):
-        raise RunError("--out must be another folder than the adapter's and the base's")
+    check_out(out, force, Path(folder), Path(base))
     quiet()
     from flix.training.models import load_model, locate
 
     model = load_model(locate(base), dtype="auto")
-    from flix.backends.torch import load_into
+    from flix.backends.torch import load
 
-    loaded = load_into(model, adapter).eval()
+    loaded = load(model, folder).eval()  # trained heads come with it
     return loaded, row, {":".join(feature): weight for feature, weight in active}
 
 

@@ -59,7 +59,7 @@ def _version(backend: str) -> str | None:
 def update_norms(adapter: Adapter) -> dict[Feature, dict[str, float]]:
     """The Frobenius norm of s B A for every feature and layer, from r x r products alone."""
     norms: dict[Feature, dict[str, float]] = {}
-    for feature in adapter.config.registry.features:
+    for feature in adapter.config.registry.live:
         norms[feature] = {}
         for layer in adapter.layers:
             a, b = (part.astype(np.float64) for part in adapter.pair(layer, feature))
@@ -72,10 +72,11 @@ def inspect_adapter(folder: Path, by_layer: bool, as_json: bool) -> None:
     """What an adapter's folder holds."""
     adapter = load_adapter(folder)
     config, norms = adapter.config, update_norms(adapter)
+    live = {config.registry.id(*f): f for f in config.registry.live}
+    removed = [":".join(f) for f in config.registry.features if f in config.registry.removed]
     total = {f: float(np.sqrt(sum(n * n for n in per.values()))) for f, per in norms.items()}
-    costs = {f: feature_cost(config, adapter.layers, f) for f in config.registry.features}
-    implied = {f: config.registry.implied(i) for i, f in enumerate(config.registry.features)}
-    names = [":".join(f) for f in config.registry.features]
+    costs = {f: feature_cost(config, adapter.layers, f) for f in live.values()}
+    names = {i: ":".join(f) for i, f in live.items()}
     if as_json:
         show_json(
             {
@@ -89,12 +90,13 @@ def inspect_adapter(folder: Path, by_layer: bool, as_json: bool) -> None:
                         "feature": f[1],
                         "rank": costs[f].rank,
                         "parameters": costs[f].parameters,
-                        "implies": [names[j] for j in implied[f]],
+                        "implies": [names[j] for j in config.registry.implied(i)],
                         "norm": total[f],
                         "norms": norms[f],
                     }
-                    for i, f in enumerate(config.registry.features)
+                    for i, f in live.items()
                 ],
+                "removed": removed,
                 "layers": {
                     path: {"kind": s.kind, "d_in": s.d_in, "d_out": s.d_out}
                     for path, s in adapter.layers.items()
@@ -107,7 +109,9 @@ def inspect_adapter(folder: Path, by_layer: bool, as_json: bool) -> None:
     )
     dropout = config.feature_dropout
     rates = dropout.rates(config.registry) if dropout else {}
-    show(f"{folder}: {len(config.registry)} features in {groups}; {len(adapter.layers)} layers")
+    show(f"{folder}: {len(live)} features in {groups}; {len(adapter.layers)} layers")
+    if removed:
+        show(f"removed, their ids reserved: {', '.join(removed)}")
     show(
         f"scaling {config.scaling}, seed {config.seed}, unknown features: {config.unknown}, "
         f"feature dropout: {', '.join(f'{g} {p:g}' for g, p in rates.items()) or 'none'}"
@@ -116,15 +120,15 @@ def inspect_adapter(folder: Path, by_layer: bool, as_json: bool) -> None:
         ["id", "feature", "rank", "parameters", "norm of update", "implies"],
         [
             [i, names[i], costs[f].rank, costs[f].parameters, total[f],
-             " ".join(names[j] for j in implied[f])]
-            for i, f in enumerate(config.registry.features)
+             " ".join(names[j] for j in config.registry.implied(i))]
+            for i, f in live.items()
         ],
     )  # fmt: skip
     if by_layer:
         show_table(
-            ["layer", "kind", "d_in", "d_out", *names],
+            ["layer", "kind", "d_in", "d_out", *names.values()],
             [
-                [path, s.kind, s.d_in, s.d_out, *(norms[f][path] for f in config.registry.features)]
+                [path, s.kind, s.d_in, s.d_out, *(norms[f][path] for f in live.values())]
                 for path, s in adapter.layers.items()
             ],
             title="norm of each feature's update by layer",

@@ -7,7 +7,7 @@ The names and rules are PEFT's (checked against 0.21): keys ``base_model.model.<
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from flix.core.adapter import Adapter, Path_, _write_aside
 from flix.core.composition import Composition, lora_pair
-from flix.core.errors import AdapterError, listed
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+from flix.core.errors import AdapterError, ConfigError, listed
+from flix.core.factors import nearest
+from flix.core.serving import ServingReport, check_vllm
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,29 @@ class PeftExport:
 
     Attributes:
         rank: the LoRA's rank, r.
-        max_lora_rank: the least value of vLLM's ``--max-lora-rank`` that serves it; None above 512.
-        layers: the number of layers.
+        layers: the number of adapted layers.
+        error: the relative error of the update where it was cut to a rank that was asked for (Frobenius norm over all
+            layers, of the composition's); 0.0 where it is exact.
+        serving: whether vLLM serves it, and how.
     """
 
     rank: int
-    max_lora_rank: int | None
     layers: int
+    error: float
+    serving: ServingReport
+
+    @property
+    def max_lora_rank(self) -> int | None:
+        """The least value of vLLM's ``--max-lora-rank`` that serves it; None above the largest."""
+        return self.serving.max_lora_rank
 
     @property
     def message(self) -> str:
         """What to tell the user about serving."""
-        if self.max_lora_rank is None:
-            return (
-                f"rank {self.rank} exceeds the largest that vLLM serves ({VLLM_RANKS[-1]}); merge the "
-                "composition into the base instead, or train with smaller ranks"
-            )
-        return f"to serve with vLLM: --enable-lora --max-lora-rank {self.max_lora_rank}"
+        cut = ""
+        if self.error:
+            cut = f"cut to rank {self.rank}: the update's relative error is {self.error:.2e}\n"
+        return f"{cut}{self.serving}"
 
 
 def as_peft(
@@ -103,10 +109,87 @@ def as_peft(
     return config, tensors
 
 
+def with_modules(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, NDArray[np.float32]],
+    modules: Mapping[str, Mapping[str, NDArray[np.float32]]],
+) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
+    """A LoRA with whole modules beside it (``modules_to_save``).
+
+    Args:
+        config: PEFT's configuration.
+        tensors: PEFT's tensors.
+        modules: each module's state by the module's path; none changes nothing.
+    """
+    whole = {
+        f"base_model.model.{path}.{name}": value
+        for path, state in modules.items()
+        for name, value in state.items()
+    }
+    return {**config, "modules_to_save": list(modules) or None}, {**tensors, **whole}
+
+
+def cut_to_rank(
+    config: Mapping[str, Any], tensors: Mapping[str, NDArray[np.float32]], rank: int
+) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]], float]:
+    """A LoRA of at most this rank whose update is as near as can be, layer by layer (Eckart and Young).
+
+    Args:
+        config: PEFT's configuration; one rank for all layers.
+        tensors: PEFT's tensors.
+        rank: the rank wanted.
+
+    Returns:
+        Configuration, tensors, and the relative error in the Frobenius norm over all layers. A LoRA whose rank is no
+        larger comes back as it is, with 0.0.
+
+    Raises:
+        ConfigError: a rank below 1.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ConfigError(f"compress_to must be an integer of at least 1, got {rank!r}")
+    if int(config["r"]) <= rank:
+        return dict(config), dict(tensors), 0.0
+    cut: dict[str, NDArray[np.float32]] = {}
+    lost = whole = 0.0
+    for name, a in tensors.items():
+        if not name.endswith((".lora_A.weight", ".lora_embedding_A")):
+            continue
+        other = name.replace(".lora_A.", ".lora_B.").replace(
+            ".lora_embedding_A", ".lora_embedding_B"
+        )
+        first, second, values = nearest(a, tensors[other], rank)
+        missing = rank - first.shape[0]  # a layer narrower than the rank
+        cut[name] = np.pad(first, ((0, missing), (0, 0))).astype(np.float32)
+        cut[other] = np.pad(second, ((0, 0), (0, missing))).astype(np.float32)
+        lost += float(np.sum(values[rank:] ** 2))
+        whole += float(np.sum(values**2))
+    alpha = float(config["lora_alpha"]) * rank / int(config["r"])
+    settings = {**config, "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
+    return settings, cut, (lost / whole) ** 0.5 if whole else 0.0
+
+
 def write_peft(
-    directory: Path_, config: dict[str, Any], tensors: dict[str, NDArray[np.float32]]
+    directory: Path_,
+    config: dict[str, Any],
+    tensors: Mapping[str, NDArray[np.float32]],
+    *,
+    error: float = 0.0,
+    architecture: str | None = None,
+    encoder_decoder: bool = False,
+    vocabulary: int | None = None,
 ) -> PeftExport:
-    """Write a folder that PEFT opens: adapter_config.json and adapter_model.safetensors."""
+    """Write a folder that PEFT opens: adapter_config.json and adapter_model.safetensors.
+
+    Args:
+        directory: the folder.
+        config: PEFT's configuration.
+        tensors: PEFT's tensors.
+        error: what :func:`cut_to_rank` said.
+        architecture: the base's class, for vLLM's rules.
+        encoder_decoder: whether the base is an encoder-decoder.
+        vocabulary: the size of its vocabulary.
+    """
     import os
 
     from safetensors.numpy import save
@@ -119,6 +202,15 @@ def write_peft(
     for name, content in (("adapter_model.safetensors", data), ("adapter_config.json", text)):
         raw = content if isinstance(content, bytes) else content.encode()
         os.replace(_write_aside(folder, name, raw), folder / name)
-    rank = int(config["r"])
-    served = next((r for r in VLLM_RANKS if r >= rank), None)
-    return PeftExport(rank=rank, max_lora_rank=served, layers=len(tensors) // 2)
+    serving = check_vllm(
+        config,
+        {name: tensor.shape for name, tensor in tensors.items()},
+        model=folder.resolve().name or "lora",
+        folder=str(folder),
+        base=config.get("base_model_name_or_path"),
+        architecture=architecture,
+        encoder_decoder=encoder_decoder,
+        vocabulary=vocabulary,
+    )
+    layers = sum(name.endswith((".lora_A.weight", ".lora_embedding_A")) for name in tensors)
+    return PeftExport(int(config["r"]), layers, error, serving)

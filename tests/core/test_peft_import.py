@@ -1,0 +1,212 @@
+"""LoRA folders in PEFT's format, made by hand: what is read, how it becomes an adapter, and what is refused."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import flix
+from flix import AdapterError, ConfigError, FeatureError, from_peft
+from flix.core.composition import delta
+from flix.core.peft_import import read_peft
+
+STEM = "base_model.model."
+DRAW = np.random.default_rng(0)
+RANKS = {"a.q": 4, "a.v": 2, "emb": 4}
+
+
+def pairs(ranks=None, dtype="f4"):
+    made = {}
+    for path, rank in (ranks or RANKS).items():
+        names = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if path == "emb"
+            else ("lora_A.weight", "lora_B.weight")
+        )
+        for name, shape in zip(names, ((rank, 6), (5, rank)), strict=True):
+            made[f"{STEM}{path}.{name}"] = DRAW.normal(size=shape).astype(dtype)
+    return made
+
+
+def folder(path, tensors=None, **settings):
+    path.mkdir(exist_ok=True)
+    save_file(pairs() if tensors is None else tensors, path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **settings}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+def updates(lora):
+    """The update of each layer as PEFT computes it."""
+    return {
+        path: lora.scales[path] * b.astype(float) @ a.astype(float)
+        for path, (a, b) in lora.pairs.items()
+    }
+
+
+def same(adapter, lora, feature, rtol=1e-6):
+    for path, wanted in updates(lora).items():
+        found = delta(adapter, path, ((feature, 1.0),))
+        np.testing.assert_allclose(found, wanted, rtol=rtol, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scales"),
+    [
+        ({}, (2.0, 4.0, 2.0)),
+        ({"use_rslora": True}, (4.0, 8 / math.sqrt(2), 4.0)),
+        ({"alpha_pattern": {"q": 3.0, ".*": 1.0}}, (0.75, 0.5, 0.25)),
+        ({"alpha_pattern": {"^a.q": 3.0, "mb": 1.0}}, (0.75, 4.0, 2.0)),
+        ({"lora_alpha": 0}, (0.0, 0.0, 0.0)),
+        ({"lora_alpha": -4}, (-1.0, -2.0, -1.0)),
+        ({"alpha_pattern": {"q": -3.0}}, (-0.75, 4.0, 2.0)),
+    ],
+)
+def test_scales_and_ranks_by_layer(tmp_path, settings, scales):
+    lora = read_peft(folder(tmp_path / "l", **settings))
+    assert tuple(lora.scales[path] for path in RANKS) == pytest.approx(scales)
+    assert lora.kinds == {"a.q": "linear", "a.v": "linear", "emb": "embedding"}
+    adapter = from_peft({"ner": tmp_path / "l"}, "task")
+    same(adapter, lora, ("task", "ner"))
+    assert {p: adapter.config.rank(p, ("task", "ner")) for p in RANKS} == RANKS
+    kept = adapter.pair("a.v", ("task", "ner"))[0]
+    assert np.array_equal(kept, lora.pairs["a.v"][0])
+
+
+def test_several_become_a_group_and_survive_a_save(tmp_path):
+    first = folder(tmp_path / "one", use_rslora=True)
+    second = folder(tmp_path / "two", pairs({"a.q": 3, "b.k": 1}), r=3, alpha_pattern={"k": 5})
+    adapter = from_peft({"swa": first, "hau": second}, "language")
+    flix.save_adapter(adapter, tmp_path / "saved")
+    for found in (adapter, flix.load_adapter(tmp_path / "saved")):
+        assert found.config.registry.features == (("language", "swa"), ("language", "hau"))
+        assert set(found.layers) == {*RANKS, "b.k"}
+        assert found.config.rank("emb", ("language", "hau")) == 0
+        assert found.config.rank("b.k", ("language", "swa")) == 0
+        same(found, read_peft(first), ("language", "swa"))
+        same(found, read_peft(second), ("language", "hau"))
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_dtypes(tmp_path, dtype):
+    adapter = from_peft({"x": folder(tmp_path / "l", pairs(dtype=dtype))}, "task")
+    same(adapter, read_peft(tmp_path / "l"), ("task", "x"))
+    kinds = {str(t.dtype) for t in adapter.tensors.values()}
+    assert kinds == {"float64" if dtype == "f8" else "float32"}
+
+
+def test_bfloat16(tmp_path):
+    exact = {n: (t.view("u4") & 0xFFFF0000).view("f4") for n, t in pairs().items()}
+    path = folder(tmp_path / "l", exact)
+    header, body = {}, b""
+    for name, tensor in exact.items():
+        raw = (tensor.view("u4") >> 16).astype("<u2").tobytes()
+        offsets = [len(body), len(body) + len(raw)]
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": offsets}
+        body += raw
+    text = json.dumps(header).encode()
+    data = len(text).to_bytes(8, "little") + text + body
+    (path / "adapter_model.safetensors").write_bytes(data)
+    lora = read_peft(path)
+    assert np.array_equal(lora.pairs["a.q"][0], exact[f"{STEM}a.q.lora_A.weight"])
+    assert np.array_equal(lora.pairs["emb"][1], exact[f"{STEM}emb.lora_embedding_B"])
+
+
+def test_names_without_peft_s_prefix(tmp_path):
+    bare = {name.removeprefix(STEM): tensor for name, tensor in pairs().items()}
+    assert set(read_peft(folder(tmp_path / "l", bare)).pairs) == set(RANKS)
+
+
+def test_a_frozen_copy_of_the_embedding_is_passed_over(tmp_path):
+    tensors = {**pairs(), f"{STEM}emb.base_layer.weight": np.zeros((6, 5), "f4")}
+    assert set(read_peft(folder(tmp_path / "l", tensors)).pairs) == set(RANKS)
+
+
+def test_whole_modules_are_refused_or_left_out(tmp_path):
+    head = {f"{STEM}score.weight": np.zeros((2, 5), "f4"), "steps": np.zeros(1, "i8")}
+    path = folder(tmp_path / "l", {**pairs(), **head}, modules_to_save=["score"])
+    with pytest.raises(AdapterError, match=r"score\.weight.*skip_modules=True"):
+        read_peft(path)
+    assert set(read_peft(path, skip_modules=True).pairs) == set(RANKS)
+    assert set(from_peft({"x": path}, "task", skip_modules=True).layers) == set(RANKS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; need 'LORA'"),
+        ({"bias": "all"}, "trained biases"),
+        ({"use_dora": True}, "use_dora is set, DoRA"),
+        ({"lora_bias": True}, "lora_bias is set"),
+        ({"use_qalora": True}, "QA-LoRA"),
+        ({"use_bdlora": {"nblocks": 2}}, "block-diagonal"),
+        ({"kasa_config": {"beta": 1}}, "KaSA"),
+        ({"arrow_config": {"top_k": 3}}, "routes among experts"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"target_parameters": ["w"]}, "bare parameters"),
+        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"lora_alpha": "much"}, "lora_alpha is a number"),
+        ({"alpha_pattern": {"(": 2}}, "alpha_pattern"),
+    ],
+)
+def test_what_is_no_plain_lora(tmp_path, settings, message):
+    with pytest.raises(AdapterError, match=message):
+        read_peft(folder(tmp_path / "l", **settings))
+
+
+def test_files_that_are_missing_or_damaged(tmp_path):
+    with pytest.raises(AdapterError, match=r"it has no adapter_config\.json"):
+        read_peft(tmp_path)
+    path = folder(tmp_path / "l")
+    data = (path / "adapter_model.safetensors").read_bytes()
+    (path / "adapter_model.safetensors").write_bytes(data[:-5])
+    with pytest.raises(AdapterError, match="damaged"):
+        read_peft(path)
+    (path / "adapter_model.safetensors").unlink()
+    (path / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(AdapterError, match=r"adapter_model\.bin is a pickle, which is not read"):
+        read_peft(path)
+    (path / "adapter_config.json").write_text("{")
+    with pytest.raises(AdapterError, match="cannot be read"):
+        read_peft(path)
+    (path / "adapter_config.json").write_text("[]")
+    with pytest.raises(AdapterError, match="no LoRA"):
+        read_peft(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({f"{STEM}a.q.lora_B.weight": None}, r"'a\.q' needs lora_A.*'A': \[4, 6\]"),
+        ({f"{STEM}a.q.lora_B.weight": np.zeros((5, 3), "f4")}, r"'B': \[5, 3\]"),
+        ({f"{STEM}a.q.lora_B.weight": np.zeros((5, 4, 1, 1), "f4")}, r"\[5, 4, 1, 1\]"),
+        ({f"{STEM}a.q.lora_A.weight": np.zeros((4, 6), "i8")}, "lora_A.*must be one of F16"),
+        (dict.fromkeys(pairs()), "holds no low-rank pair"),
+    ],
+)
+def test_ill_formed_tensors(tmp_path, changes, message):
+    tensors = {n: t for n, t in {**pairs(), **changes}.items() if t is not None}
+    with pytest.raises(AdapterError, match=message):
+        read_peft(folder(tmp_path / "l", tensors))
+
+
+def test_loras_of_different_models(tmp_path):
+    other = {
+        f"{STEM}a.q.lora_A.weight": np.zeros((4, 9), "f4"),
+        f"{STEM}a.q.lora_B.weight": np.zeros((5, 4), "f4"),
+    }
+    folders = {"one": folder(tmp_path / "one"), "two": folder(tmp_path / "two", other)}
+    with pytest.raises(AdapterError, match=r"'two': layer 'a\.q' is linear 9 -> 5, but linear 6"):
+        from_peft(folders, "task")
+
+
+def test_arguments(tmp_path):
+    path = folder(tmp_path / "l")
+    for wrong in (path, str(path), {}, [path]):
+        with pytest.raises(ConfigError, match=r"takes \{feature: folder\}"):
+            from_peft(wrong, "task")
+    with pytest.raises(FeatureError, match=r"without '\."):
+        from_peft({"ner": path}, "a.b")

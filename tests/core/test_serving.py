@@ -1,0 +1,243 @@
+"""vLLM's rules, each broken by one LoRA; and cutting a LoRA to a rank."""
+
+import json
+
+import numpy as np
+import pytest
+
+from flix import ConfigError
+from flix.core.peft_format import cut_to_rank, write_peft
+from flix.core.serving import VLLM_RANKS, check_vllm
+
+STEM = "base_model.model."
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def lora(rank=4, *paths, embeddings=(), **changes):
+    """A plain LoRA's configuration and shapes; keywords replace settings."""
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "bias": "none",
+        "modules_to_save": None,
+        **changes,
+    }
+    shapes = {}
+    for path in paths or (Q,):
+        shapes[f"{STEM}{path}.lora_A.weight"] = (rank, 16)
+        shapes[f"{STEM}{path}.lora_B.weight"] = (24, rank)
+    for path in embeddings:
+        shapes[f"{STEM}{path}.lora_embedding_A"] = (rank, 40)
+        shapes[f"{STEM}{path}.lora_embedding_B"] = (16, rank)
+    return config, shapes
+
+
+def check(made, **changes):
+    return check_vllm(*made, **{"architecture": "LlamaForCausalLM", **changes})
+
+
+def refused(report, rule, *found):
+    """The one problem is this one, says what was found, and what to do; no flags come with it."""
+    (problem,) = report.problems
+    assert rule in problem.rule and all(text in problem.found for text in found), problem
+    assert problem.remedy and not report.ok and report.flags == report.command == ""
+    assert str(problem) in str(report)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 9, 64, 257, 320, 321, 512])
+def test_the_flags(rank):
+    report = check(lora(rank), model="sw-ner", folder="out/sw-ner", base="my/base")
+    needed = min(r for r in VLLM_RANKS if r >= rank)
+    assert report.ok and report.max_lora_rank == needed and not report.notes
+    assert (
+        report.flags == f"--enable-lora --max-lora-rank {needed} --lora-modules sw-ner=out/sw-ner"
+    )
+    assert report.command == f"vllm serve my/base {report.flags}"
+    assert '"model": "sw-ner"' in str(report) and report.command in str(report)
+    assert report.to_dict()["command"] == report.command
+
+
+def test_names_with_blanks_are_quoted():
+    report = check(lora(), model="a", folder="my loras/a", base="my base")
+    assert "--lora-modules 'a=my loras/a'" in report.flags and "'my base'" in report.command
+
+
+def test_a_rank_too_large():
+    report = check(lora(513))
+    refused(report, "at most 512", "513")
+    assert report.max_lora_rank is None and "compress_to=512" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule", "found"),
+    [
+        ({"bias": "all"}, "no biases", "all"),
+        ({"lora_bias": True}, "no biases", "lora_bias"),
+        ({"modules_to_save": ["score", "embed_tokens"]}, "modules_to_save", "score, embed_tokens"),
+        ({"use_dora": True}, "plain LoRA", "DoRA"),
+        ({"alora_invocation_tokens": [1]}, "plain LoRA", "alora"),
+        ({"layer_replication": [[0, 2]]}, "plain LoRA", "layer_replication"),
+        ({"use_qalora": True}, "plain LoRA", "qalora"),
+        ({"init_lora_weights": "pissa_niter_4"}, "PEFT started from", "pissa_niter_4"),
+        ({"rank_pattern": {"q_proj": 4}}, "one rank", "q_proj"),
+        ({"alpha_pattern": {"q_proj": 8}}, "one rank and one alpha", "alpha_pattern"),
+        ({"r": 8}, "configuration's rank, 8", Q),
+    ],
+)
+def test_settings_that_are_refused(settings, rule, found):
+    refused(check(lora(4, **settings)), rule, found)
+
+
+@pytest.mark.parametrize("settings", [{"init_lora_weights": "gaussian"}, {"use_rslora": True}])
+def test_settings_that_are_served(settings):
+    assert check(lora(4, **settings)).ok
+
+
+def test_the_rank_counts_patterned_layers():
+    config, shapes = lora(4)
+    shapes[f"{STEM}{Q}.lora_A.weight"] = (20, 16)
+    report = check((config, shapes))
+    assert report.max_lora_rank == 32 and not report.ok
+
+
+def test_tensors_of_another_kind():
+    config, shapes = lora()
+    shapes[f"{STEM}score.weight"] = (2, 16)
+    refused(check((config, shapes)), "tensors are named", f"{STEM}score.weight")
+
+
+def test_whole_modules_are_one_problem():
+    config, shapes = lora(modules_to_save=["score"])
+    shapes[f"{STEM}score.weight"] = (2, 16)
+    refused(check((config, shapes)), "modules_to_save", "score")
+
+
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "BertModel", "XLMRobertaModel"])
+def test_bases_that_take_no_lora(architecture):
+    refused(check(lora(), architecture=architecture), "class for the base", architecture)
+
+
+def test_encoder_decoders_are_refused():
+    report = check(lora(), architecture="T5ForConditionalGeneration", encoder_decoder=True)
+    refused(report, "is a decoder", "T5ForConditionalGeneration")
+
+
+@pytest.mark.parametrize("architecture", [None, "MyForCausalLM"])
+def test_unknown_bases_are_left_to_the_user(architecture):
+    report = check(lora(), architecture=architecture, base="my/base")
+    assert report.ok and architecture in (None, "MyForCausalLM")
+    assert (architecture or "my/base") in report.notes[0] and "note: " in str(report)
+
+
+EMBEDDING = "model.embed_tokens"
+
+
+def test_embeddings_and_heads_where_they_are_declared():
+    made = lora(4, Q, "lm_head", embeddings=[EMBEDDING])
+    assert check(made, vocabulary=40).ok
+    refused(
+        check(made, architecture="Gemma2ForCausalLM"), "besides linear", "embed_tokens, lm_head"
+    )
+    lately = check(made, architecture="Qwen3ForCausalLM")
+    assert lately.ok and "2026" in lately.notes[0]
+    unknown = check(made, architecture=None)
+    assert unknown.ok and len(unknown.notes) == 2
+
+
+def test_other_embeddings_are_refused():
+    refused(check(lora(4, embeddings=["model.wpe"])), "besides linear", "model.wpe")
+
+
+def test_the_vocabulary_counts():
+    report = check(lora(4, embeddings=[EMBEDDING]), vocabulary=41)
+    refused(report, "vocabulary exactly", "40", "41")
+    refused(check(lora(4, "lm_head"), vocabulary=300_000), "at most 257,024", "300,000")
+    assert check(lora(4), vocabulary=300_000).ok
+
+
+def test_several_problems_are_all_said():
+    report = check(lora(600, bias="all", use_dora=True))
+    assert len(report.problems) == 3 and str(report).count("would not serve") == 3
+    assert len(json.loads(json.dumps(report.to_dict()))["problems"]) == 3
+
+
+def _tensors(draw, layers, rank, true_rank):
+    tensors = {}
+    for path, (d_in, d_out), embedding in layers:
+        inner = draw.normal(size=(true_rank, rank))
+        a = (np.linalg.pinv(inner) @ draw.normal(size=(true_rank, d_in))).astype("f4")
+        b = (draw.normal(size=(d_out, true_rank)) @ inner).astype("f4")
+        names = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
+        for name, tensor in zip(names, (a, b), strict=True):
+            tensors[f"{STEM}{path}.lora_{name}"] = tensor
+    return tensors
+
+
+LAYERS = (("a", (30, 20), False), ("e", (50, 12), True), ("narrow", (3, 20), False))
+
+
+def _delta(tensors, path, embedding):
+    names = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
+    a, b = (tensors[f"{STEM}{path}.lora_{name}"].astype(float) for name in names)
+    return b @ a
+
+
+def test_cutting_is_the_best_of_its_rank_and_says_what_it_costs():
+    draw = np.random.default_rng(0)
+    config, _ = lora(10)
+    tensors = _tensors(draw, LAYERS, 10, 10)
+    before = {name: tensor.copy() for name, tensor in tensors.items()}
+    settings, cut, error = cut_to_rank(config, tensors, 4)
+    assert settings["r"] == settings["lora_alpha"] == 4 and list(cut) == list(tensors)
+    assert config["r"] == 10 and all(np.array_equal(before[n], t) for n, t in tensors.items())
+    lost = whole = best = 0.0
+    for path, _, embedding in LAYERS:
+        old, new = _delta(tensors, path, embedding), _delta(cut, path, embedding)
+        lost += np.sum((old - new) ** 2)
+        whole += np.sum(old**2)
+        best += np.sum(np.linalg.svd(old)[1][4:] ** 2)
+    assert error == pytest.approx((lost / whole) ** 0.5, rel=1e-4)
+    assert lost == pytest.approx(best, rel=1e-4) and 0.05 < error < 0.9
+
+
+def test_cutting_off_zeros_costs_nothing():
+    config, _ = lora(10, lora_alpha=5)
+    tensors = _tensors(np.random.default_rng(1), LAYERS, 10, 3)
+    settings, cut, error = cut_to_rank(config, tensors, 3)
+    assert error < 1e-6 and settings["lora_alpha"] / settings["r"] == 0.5
+    for path, _, embedding in LAYERS:
+        np.testing.assert_allclose(
+            _delta(cut, path, embedding), _delta(tensors, path, embedding), atol=1e-4
+        )
+
+
+def test_a_small_rank_is_left_alone():
+    config, _ = lora(4)
+    tensors = _tensors(np.random.default_rng(2), LAYERS, 4, 4)
+    settings, cut, error = cut_to_rank(config, tensors, 8)
+    assert settings == config and error == 0.0
+    assert all(cut[name] is tensor for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.0, True, "8"])
+def test_ill_formed_ranks(rank):
+    with pytest.raises(ConfigError, match="at least 1"):
+        cut_to_rank(*lora(4), rank)
+
+
+def test_what_is_written_says_the_same(tmp_path):
+    config, _ = lora(10, base_model_name_or_path="my/base")
+    tensors = _tensors(np.random.default_rng(0), LAYERS[:1], 10, 10)
+    settings, cut, error = cut_to_rank(config, tensors, 4)
+    result = write_peft(
+        tmp_path / "sw", settings, cut, error=error, architecture="LlamaForCausalLM"
+    )
+    assert result.rank == 4 and result.layers == 1 and result.max_lora_rank == 8
+    assert f"relative error is {error:.2e}" in result.message
+    assert (
+        f"vllm serve my/base --enable-lora --max-lora-rank 8 --lora-modules sw={tmp_path}/sw"
+        in (result.message)
+    )
+    whole = write_peft(tmp_path / "sw", config, tensors, architecture="GPT2LMHeadModel")
+    assert "relative error" not in whole.message and "would not serve" in whole.message

@@ -1,0 +1,116 @@
+"""Merged models as plain transformers folders: a process that has no flix reads them, with equal outputs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from flix.backends.torch import adapt, merge, save  # noqa: E402
+from flix.cli.app import app  # noqa: E402
+from tests.torch.conftest import batch, config, make, randomize, relative  # noqa: E402
+
+from .test_import import ask  # noqa: E402
+
+ROW = {"language": {"hau": 0.5, "swa": 1.0}, "task": "ner"}
+FEATURES = "language=hau:0.5+swa,task=ner"
+MODELS = {
+    "llama": ("AutoModelForCausalLM", {}),
+    "gpt2": ("AutoModelForCausalLM", {"target_modules": ["wte", "c_attn"]}),
+    "bert": ("AutoModel", {}),
+    "t5": ("AutoModelForSeq2SeqLM", {"target_modules": ["q", "wo", "shared"]}),
+}
+READER = """
+import json, sys
+sys.modules["flix"] = None  # importing it would fail
+import torch, transformers
+for folder, auto, inputs in json.loads(sys.argv[1]):
+    model = getattr(transformers, auto).from_pretrained(folder, dtype=torch.float64).eval()
+    assert not any("flix" in name for name, _ in model.named_parameters())
+    with torch.no_grad():
+        found = model(**{name: torch.tensor(values) for name, values in inputs.items()})
+    torch.save(found.logits if "logits" in found else found.last_hidden_state, folder + "/found.pt")
+assert not any(name.split(".")[0] == "flix" and module for name, module in sys.modules.items())
+"""
+
+
+def read_elsewhere(folders: dict[str, Path]) -> dict[str, Any]:
+    """The outputs that a fresh process without flix computes from folders, for ``batch(name)``."""
+    jobs = [
+        (str(folder), MODELS[name][0], {k: v.tolist() for k, v in batch(name).items()})
+        for name, folder in folders.items()
+    ]
+    command = [sys.executable, "-c", READER, json.dumps(jobs)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return {name: torch.load(folder / "found.pt") for name, folder in folders.items()}
+
+
+def _adapted(name: str, base: Any) -> Any:
+    model = adapt(base, config(**MODELS[name][1]))
+    randomize(model)
+    return model.eval()
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A folder of a tiny Llama with a tokenizer and settings for generation, and an adapter for it."""
+    folder = tmp_path / "base"
+    model = make("llama")
+    model.generation_config.update(max_new_tokens=7, do_sample=True, temperature=0.3)
+    model.save_pretrained(folder)
+    transformers.ByT5Tokenizer().save_pretrained(folder)
+    save(_adapted("llama", model), tmp_path / "adapter")
+    return folder
+
+
+def merge_command(base: Path, out: Path) -> Any:
+    adapter = str(base.parent / "adapter")
+    arguments = ["merge", adapter, "--base", str(base), "--features", FEATURES]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(out), "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_a_process_without_flix_reads_them(base, tmp_path):
+    wanted = {}
+    for name in MODELS:
+        model = _adapted(name, make(name))
+        wanted[name] = ask(model, name, [ROW] * 4)
+        if name == "llama":
+            merge_command(base, tmp_path / name)
+        else:
+            merge(model, ROW).save_pretrained(tmp_path / name)
+        assert "flix" not in (tmp_path / name / "config.json").read_text()
+    found = read_elsewhere({name: tmp_path / name for name in MODELS})
+    for name in MODELS:
+        assert relative(found[name], wanted[name]) < 1e-12, name
+
+
+def test_the_command_writes_a_whole_folder(base, tmp_path):
+    out = tmp_path / "merged"
+    assert merge_command(base, out)["tokenizer"] is True
+    files = {path.name for path in out.iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json"} <= files
+    assert "tokenizer_config.json" in files and not any(f.endswith((".bin", ".pt")) for f in files)
+    assert not any("flix" in f for f in files)
+    kept = transformers.GenerationConfig.from_pretrained(out)
+    assert (kept.max_new_tokens, kept.temperature) == (7, 0.3)
+    assert transformers.AutoTokenizer.from_pretrained(out)("ab").input_ids
+
+
+def test_without_a_tokenizer_it_says_so(base, tmp_path):
+    for path in base.glob("*token*"):
+        path.unlink()
+    assert merge_command(base, tmp_path / "merged")["tokenizer"] is False
+    assert not list((tmp_path / "merged").glob("*token*"))
