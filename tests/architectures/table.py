@@ -111,6 +111,14 @@ SECTIONS: dict[str, Section] = {
                 },
             ),
             ("Files", {"save and load": "save, load", "merge": "merge", "PEFT": "export to PEFT"}),
+            (
+                "Life",
+                {
+                    "share a feature": "a feature's own file",
+                    "disable": "`disable`",
+                    "merge in place": "`merge_in_place`, `unmerge`",
+                },
+            ),
             ("Generation", _GENERATION),
             ("Pipelines", {task: f"`{task}`" for task in _PIPELINES}),
         ),

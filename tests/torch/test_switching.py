@@ -32,11 +32,13 @@ from flix.backends.torch import (  # noqa: E402
     unmerge,
 )
 from flix.backends.torch.model import flix_layers  # noqa: E402
+from tests.architectures.claims import over  # noqa: E402
+from tests.architectures.zoo import RELATIVES, ZOO, inputs_of  # noqa: E402
 
 from .conftest import batch, config, make, output, randomize, routing  # noqa: E402
 
 ROW = {"language": "swa", "task": "pos"}
-MODELS = ["llama", "gpt2", "t5"]
+MADE = [name for name in ZOO if name != "minilm"]  # that one has weights of its own
 
 
 def adapted(name="llama", seed=0, **changes):
@@ -49,7 +51,7 @@ def run(model, name="llama", rows=None):
     rows = rows or [ROW, {"language": "hau", "task": "ner"}, {"task": "pos"}]
     encoded = model.flix_config.registry.encode(rows)
     with torch.no_grad():
-        return output(model(**batch(name, rows=len(rows)), flix_features=encoded))
+        return output(model(**inputs_of(name, rows=len(rows)), flix_features=encoded))
 
 
 def values(model):
@@ -127,7 +129,7 @@ def test_an_optimizer_goes_on_after_a_removal():
 # One language's file, other people's files
 
 
-@pytest.mark.parametrize("name", MODELS)
+@over(MADE, "share a feature", slow=RELATIVES)
 def test_one_language_is_shared_without_the_rest(name, tmp_path):
     giver, taker = adapted(name, 0), adapted(name, 1)
     add_feature(giver, "language", "kin", rank=3)
@@ -201,18 +203,18 @@ def test_pages_follow_a_change():
 # Switching
 
 
-@pytest.mark.parametrize("name", MODELS)
+@over(MADE, "disable", slow=RELATIVES)
 def test_disabled_the_model_is_its_base(name):
     model = adapted(name)
     with torch.no_grad():
-        base = output(make(name).eval()(**batch(name, rows=3)))
+        base = output(make(name).eval()(**inputs_of(name, rows=3)))
     wanted = run(model, name)
     with disable(model):
         with torch.no_grad():
-            assert torch.equal(output(model(**batch(name, rows=3))), base)
+            assert torch.equal(output(model(**inputs_of(name, rows=3))), base)
         assert torch.equal(run(model, name), base)
         model.train()
-        output(model(**batch(name, rows=3)))  # no routing is asked for, in training either
+        output(model(**inputs_of(name, rows=3)))  # no routing is asked for, in training either
         model.eval()
         with disable(model):
             pass
@@ -249,25 +251,27 @@ def test_frozen_features_stay_and_thawed_ones_train():
 # Merging for a while
 
 
-@pytest.mark.parametrize("name", MODELS)
+@over(MADE, "merge in place", slow=RELATIVES)
 def test_merged_in_place_and_out_again_bit_for_bit(name):
-    model = adapted(name, target_modules=r".*(q|c_attn|q_proj|embed_tokens|wte|shared)")
+    model = adapted(name, target_modules=[*ZOO[name].embeddings])
     kernels = {n: p.detach().clone() for n, p in model.named_parameters()}
     wanted, rows = run(model, name), [ROW] * 3
-    merged = output(merge(model, ROW)(**batch(name, rows=3)))
+    merged = output(merge(model, ROW)(**inputs_of(name, rows=3)))
     merge_in_place(model, ROW)
     with torch.no_grad():
-        torch.testing.assert_close(output(model(**batch(name, rows=3))), merged, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            output(model(**inputs_of(name, rows=3))), merged, rtol=0, atol=1e-12
+        )
     with pytest.raises(RoutingError, match=r"merged in place, with .*'swa'.*unmerge\(model\)"):
         run(model, name, rows)
     with pytest.raises(TargetError, match="merged already"):
         merge_in_place(model, ROW)
-    twin = output(merge(model, {"task": "ner"})(**batch(name, rows=3)))
+    twin = output(merge(model, {"task": "ner"})(**inputs_of(name, rows=3)))
     unmerge(model)
     assert all(torch.equal(p, kernels[n]) for n, p in model.named_parameters())
     assert torch.equal(run(model, name), wanted)
     # A copy merged from a merged model starts from the base's kernels, not from the folded ones.
-    assert torch.equal(output(merge(model, {"task": "ner"})(**batch(name, rows=3))), twin)
+    assert torch.equal(output(merge(model, {"task": "ner"})(**inputs_of(name, rows=3))), twin)
     with pytest.raises(TargetError, match="not merged"):
         unmerge(model)
 
