@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,21 @@ def test_report(folder: Path) -> None:
     assert outcomes["forward"] == {"numpy": "passed", "broken": "failed"}
     assert outcomes["cross_forward"] == {"numpy+broken": "failed"}
     assert outcomes["merge"] == {}
+
+
+def test_what_a_harness_lacks_is_marked(folder: Path) -> None:
+    """A backend whose features cannot leave again: the others' checks run, and the report says what did not."""
+    source = (
+        "from flix_numpy import Harness\n\nclass harness(Harness):\n    remove_feature = None\n"
+    )
+    (folder / "partial.py").write_text(source, encoding="utf-8")
+    arguments = ("--flix-backend", "partial=partial", "-k", "renamed or removed or changed_merge")
+    found = run(folder, *arguments, "-rs")
+    assert found.returncode == 0, found.stdout
+    assert re.search(r"^renamed_feature +pass$", found.stdout, re.MULTILINE)
+    for name in ("removed_feature", "removed_refused", "changed_merge"):
+        assert re.search(rf"^{name} +-$", found.stdout, re.MULTILINE), found.stdout
+    assert "the harness has no remove_feature" in found.stdout
 
 
 def test_expected_failures(folder: Path) -> None:

@@ -148,6 +148,14 @@ class FlixConfig:
     ) -> FlixConfig:
         """The configuration with one more feature; every other id, rank and scale stays.
 
+        Args:
+            group: a group of the registry.
+            name: the new feature.
+            rank: its rank.
+            alpha: its alpha; default: the configuration's, where that is one number, or the one that all features of
+                its group have been given; else its rank.
+            implies: features that it implies.
+
         Raises:
             FeatureError: unknown group, or a name that exists already.
             RankError: an ill-formed rank.
@@ -156,6 +164,9 @@ class FlixConfig:
         feature = (group, name)
         ranks = {**self.ranks, feature: check_rank(rank, "rank")}  # type: ignore[dict-item]
         alphas = self.alpha
+        if alpha is None and isinstance(alphas, Mapping):
+            shared = {alphas.get((group, other)) for other in self.registry.names(group)}
+            alpha = shared.pop() if len(shared) == 1 else None
         if alpha is not None:
             known = self.registry.live
             if isinstance(alphas, Mapping):

@@ -21,9 +21,9 @@ from flix.training.features import build_config
 from flix.training.progress import Reporter
 from flix.training.settings import Settings
 from flix.training.sources import read_rows
+from flix.transformers.checkpoints import checkpoint_step, last_checkpoint
 
 ADAPTER, METRICS, RESOLVED, CHECKPOINTS = "adapter", "metrics.json", "config.yaml", "checkpoints"
-_PREFIX = "checkpoint-"
 
 # What may differ between the start of a run and its continuation.
 _FREE = {"output", "evaluation"}
@@ -148,7 +148,7 @@ def train(
     )
     began = time.perf_counter()
     try:
-        if checkpoint is not None and _step(checkpoint) >= t.steps:
+        if checkpoint is not None and checkpoint_step(checkpoint) >= t.steps:
             reporter.note(f"the run has its {t.steps} steps already; nothing is left to train")
             load(model, checkpoint)
         else:
@@ -174,20 +174,6 @@ def train(
     return TrainResult(output, output / ADAPTER, metrics, model)
 
 
-def last_checkpoint(output: Path) -> Path | None:
-    """The latest complete checkpoint of a run, or None."""
-    complete = [
-        path
-        for path in (output / CHECKPOINTS).glob(f"{_PREFIX}*")
-        if (path / "trainer_state.json").is_file() and path.name.removeprefix(_PREFIX).isdigit()
-    ]
-    return max(complete, key=_step, default=None)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(_PREFIX))
-
-
 def _claim(output: Path, resume: bool, overwrite: bool) -> tuple[Path | None, list[Path]]:
     """Make sure that the output folder is ours to write.
 
@@ -199,7 +185,7 @@ def _claim(output: Path, resume: bool, overwrite: bool) -> tuple[Path | None, li
     if resume and overwrite:
         raise RunError("resume and overwrite exclude each other")
     if resume:
-        found = last_checkpoint(output)
+        found = last_checkpoint(output / CHECKPOINTS)
         if found is None:
             raise RunError(f"nothing to resume: {str(output)!r} holds no complete checkpoint")
         return found, []

@@ -1,4 +1,4 @@
-"""transformers' Trainer for adapted models: checkpoints hold the adapter, not the base."""
+"""The Trainer of ``flix train``: its arguments, the order of its rows, and what it says while it runs."""
 
 from __future__ import annotations
 
@@ -7,52 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from flix.backends.torch import load, save, trainable_parameters
 from flix.training.errors import RunError
 from flix.training.progress import Reporter
 from flix.training.settings import Settings
+from flix.transformers import FlixTrainer
 
 _SHOWN = ("loss", "learning_rate")
 
 
-class FlixTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer of an adapted model.
-
-    Rows come in the order of the dataset, which is a mixture drawn beforehand. All trainable parameters share one
-    weight decay, whatever their features are called. Checkpoints hold the adapter's folder, the optimizer, the
-    schedule, the generators' states and the trainer's state.
-    """
+class MixtureTrainer(FlixTrainer):
+    """A Trainer whose rows come in the order of the dataset, which is a mixture drawn beforehand."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
         data: Any = train_dataset if train_dataset is not None else self.train_dataset
         return torch.utils.data.SequentialSampler(data)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW over the trainable parameters; fused, as there are many and small ones."""
-        if self.optimizer is None:
-            adapted: Any = self.model
-            kinds = {p.device.type for p in trainable_parameters(adapted)}
-            self.optimizer = torch.optim.AdamW(
-                trainable_parameters(adapted),
-                lr=self.args.learning_rate,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-                weight_decay=self.args.weight_decay,
-                fused=kinds <= {"cpu", "cuda"},
-            )
-        return self.optimizer
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.args.should_save:
-            adapted: Any = self.model
-            save(adapted, output_dir or str(self.args.output_dir))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        adapted: Any = self.model
-        load(adapted, resume_from_checkpoint)
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]
@@ -92,7 +63,7 @@ def make_trainer(
     evaluation: dict[str, Any],
     collator: Any,
     reporter: Reporter,
-) -> FlixTrainer:
+) -> MixtureTrainer:
     """A trainer with the settings' arguments.
 
     Args:
@@ -104,8 +75,9 @@ def make_trainer(
         collator: makes batches.
         reporter: told of progress.
     """
-    trainer = FlixTrainer(
+    trainer = MixtureTrainer(
         model=model,
+        loss_by_feature=False,
         args=arguments(settings, checkpoints, bool(evaluation)),
         data_collator=collator,
         train_dataset=mixture,
@@ -123,7 +95,7 @@ def arguments(settings: Settings, checkpoints: Path, evaluates: bool) -> Trainin
     warmup = t.warmup_steps
     if warmup is None:
         warmup = math.ceil((t.warmup_ratio or 0.0) * t.steps)
-    args = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=t.steps,
         per_device_train_batch_size=t.batch_size,
@@ -134,6 +106,7 @@ def arguments(settings: Settings, checkpoints: Path, evaluates: bool) -> Trainin
         warmup_steps=warmup,
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
+        optim="adamw_torch_fused",  # features are many and small parameters
         bf16=t.bf16,
         seed=settings.seed,
         data_seed=settings.seed,
@@ -149,11 +122,6 @@ def arguments(settings: Settings, checkpoints: Path, evaluates: bool) -> Trainin
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=False,
-        ddp_find_unused_parameters=True,
         disable_tqdm=True,
         report_to=[],
     )
-    if args.n_gpu > 1:
-        # One process trains on one device; nn.DataParallel would replicate the model on threads.
-        args._n_gpu = 1
-    return args

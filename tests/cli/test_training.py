@@ -279,7 +279,8 @@ def test_merge_and_export(
 
     lora = tmp_path / "lora"
     said = ok("export", adapter, *common, "--to", "peft", "--out", lora)
-    assert said["rank"] == 6 and said["vllm_flags"] == "--enable-lora --max-lora-rank 8"
+    assert said["rank"] == said["vllm"]["max_lora_rank"] - 2 == 6
+    assert said["vllm"]["ok"] is (model == "llama") and said["error"] == 0.0
     peft = pytest.importorskip("peft")
     opened = peft.PeftModel.from_pretrained(cls.from_pretrained(models[model]), lora)
     torch.testing.assert_close(logits(opened), wanted, atol=1e-5, rtol=1e-5)

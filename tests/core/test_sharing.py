@@ -114,6 +114,17 @@ def test_a_configuration_without_a_feature_round_trips():
     assert FlixConfig.from_dict(renamed.to_dict()) == renamed
 
 
+def test_a_new_feature_takes_the_alpha_of_its_group():
+    config = FlixConfig(registry=registry(), ranks=2, alpha={"language": 8.0, "task": {"ner": 3.0}})
+    grown = config.with_feature("language", "yor", rank=4).with_feature("task", "topic", rank=4)
+    assert grown.scale("x", ("language", "yor")) == 2.0
+    assert grown.scale("x", ("task", "topic")) == 1.0  # its group has no one alpha: its rank
+    assert (
+        grown.with_feature("language", "ibo", rank=4, alpha=4.0).scale("x", ("language", "ibo"))
+        == 1.0
+    )
+
+
 @pytest.mark.parametrize(
     "rule",
     [

@@ -66,11 +66,3 @@ except flix.MissingFrameworkError as error:
     found = run("-c", code)
     assert "the jax backend needs JAX" in found.stdout, found.stderr
     assert 'pip install "flix-peft[jax]"' in found.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("example", sorted(p.name for p in (ROOT / "examples").glob("jax_*.py")))
-def test_examples_run(example: str) -> None:
-    found = run(f"examples/{example}")
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert found.stdout

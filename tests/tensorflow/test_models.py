@@ -317,6 +317,30 @@ def test_batch_normalisation_of_the_base_keeps_its_statistics():
         np.testing.assert_array_equal(old, new.numpy())
 
 
+@pytest.mark.parametrize("layers", [["q"], ["emb"]])
+@pytest.mark.parametrize("strategy", ["gather", "masked"])
+def test_ids_of_no_feature_never_pass_for_the_base(layers, strategy):
+    """In graphs, where values are known at run time only: an error; compiled by XLA, NaN in their rows."""
+    inputs = keras.Input((5,), dtype="int32", name="inputs")
+    x = keras.layers.Dense(3, name="q")(keras.layers.Embedding(11, 4, name="emb")(inputs))
+    model = adapt(keras.Model(inputs, x), make_config(target_modules=layers), strategy=strategy)
+    randomise(layer for _, layer in flix_layers(model.base))
+    wanted = model({"inputs": X, "flix_features": IDS}).numpy()
+    plain, compiled = tf.function(model), tf.function(model, jit_compile=True)
+    for number in (7, 9, -2):
+        ids = IDS.copy()
+        ids[1, 0] = number
+        given = {"inputs": tf.constant(X), "flix_features": tf.constant(ids)}
+        with pytest.raises(
+            tf.errors.InvalidArgumentError, match="flix_features must be ids from 0 to 6"
+        ):
+            plain(given)
+        y = compiled(given).numpy()
+        assert np.isnan(y[1]).all()
+        others = [0, 2, 3, 4, 5]
+        np.testing.assert_allclose(y[others], wanted[others], atol=1e-5)
+
+
 def test_public_names():
     for name in backend.__all__:
         assert getattr(backend, name) is not None

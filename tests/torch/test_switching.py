@@ -167,6 +167,13 @@ def test_conflicts_with_the_models_own_features(tmp_path):
                        before["model.layers.0.self_attn.q_proj.A.task.ner"])  # fmt: skip
 
 
+def test_every_feature_may_be_replaced_at_once():
+    taker = adapted(seed=1)
+    load_features(taker, to_adapter(adapted()), conflicts="replace", freeze_others=True)
+    assert torch.equal(run(taker), run(adapted()))
+    assert all(p.requires_grad for p in named_pairs(taker).values())
+
+
 def test_features_bring_layers_that_were_not_adapted():
     narrow = adapt(make("llama"), config(target_modules=["q_proj"]))
     randomize(narrow, 1)

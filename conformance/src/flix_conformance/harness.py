@@ -39,6 +39,8 @@ class Case:
         weights: float32 in the shape of ids, or None for 1.
         dtype: what kernel, bias and x are to be in; they hold only values that it has.
         strategy: how the sum is to be computed: one of the harness's.
+        model: a model that the harness's ``adapted`` made, perhaps changed since, to be used in place of a new one; its
+            features then count instead of ``config`` and ``pairs``. None in harnesses without ``adapted``.
     """
 
     config: flix.FlixConfig
@@ -52,6 +54,7 @@ class Case:
     weights: Array | None
     dtype: str
     strategy: str
+    model: Any = None
 
     @property
     def registry(self) -> flix.FeatureRegistry:
@@ -110,7 +113,8 @@ class AdamW:
 
 
 class Harness(Protocol):
-    """What a backend shows the kit. ``encode``, ``dropout`` and ``refuse`` are optional, see :class:`Backend`.
+    """What a backend shows the kit. ``encode``, ``dropout`` and ``refuse`` are optional, see :class:`Backend`, and so
+    is what a feature's life takes, see :class:`Lifecycle`.
 
     Attributes:
         dtypes: of ``"float32"``, ``"bfloat16"``, ``"float64"``, those that it computes in.
@@ -143,6 +147,37 @@ class Harness(Protocol):
 
     def load(self, case: Case, folder: Path) -> Pairs:
         """Read an adapter into a plain model with the case's layer; the case's own pairs play no part."""
+
+
+class Lifecycle(Protocol):
+    """What a harness may have beyond :class:`Harness`. Checks that need what it lacks are not run; the report says so.
+
+    A model is whatever ``adapted`` returns; the kit hands it back, here or as a case's ``model``. Methods that change
+    one do so in place, or return the changed one.
+    """
+
+    def adapted(self, case: Case) -> Any:
+        """An adapted model with the case's pairs."""
+
+    def state(self, model: Any) -> tuple[Mapping[Feature, int], Pairs]:
+        """The ids of the features that rows may name, and the pairs."""
+
+    def add_feature(
+        self, model: Any, group: str, name: str, rank: int, init_from: Sequence[str]
+    ) -> Any:
+        """Add a feature, with fresh values or from some of its group (``init_from``); the others train no more."""
+
+    def remove_feature(self, model: Any, group: str, name: str) -> Any:
+        """Remove a feature."""
+
+    def rename_feature(self, model: Any, group: str, name: str, new: str) -> Any:
+        """Give a feature another name."""
+
+    def save_features(self, model: Any, folder: Path, features: Sequence[Feature]) -> None:
+        """Write some of a model's features as an adapter's folder."""
+
+    def load_features(self, model: Any, folder: Path) -> Any:
+        """Take all features of an adapter's folder into a model that has others."""
 
 
 @dataclass
@@ -209,3 +244,21 @@ class Backend:
         except Exception as error:
             return error
         return None
+
+    def lacks(self, methods: Sequence[str]) -> list[str]:
+        """Those of some optional methods that the harness does not have."""
+        return [name for name in methods if not callable(getattr(self.harness, name, None))]
+
+    def adapted(self, case: Case) -> Any:
+        """See :class:`Lifecycle`."""
+        return self.harness.adapted(case)
+
+    def state(self, model: Any) -> tuple[dict[Feature, int], Pairs]:
+        """See :class:`Lifecycle`."""
+        ids, pairs = self.harness.state(model)
+        return dict(ids), dict(pairs)
+
+    def change(self, method: str, model: Any, *arguments: Any) -> Any:
+        """The model after one of the methods that change it."""
+        changed = getattr(self.harness, method)(model, *arguments)
+        return model if changed is None else changed

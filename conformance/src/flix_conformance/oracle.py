@@ -9,7 +9,7 @@ that calling it with absolute values bounds the size of what was summed: the sca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,8 +106,24 @@ def merged(case: Case, active: Mapping[Feature, float]) -> Array:
     return kernel
 
 
-def train(case: Case, batches: Sequence[Batch], settings: AdamW) -> list[Pairs]:
-    """The pairs after each step of AdamW; a feature that no row lists is not touched, its step count included."""
+def nearest(case: Case, origins: Sequence[Feature], rank: int) -> tuple[Array, float]:
+    """The mean update of some features, ``[d_out, d_in]``, and how near a matrix of this rank can come to it."""
+    mean = np.zeros((case.d_out, case.d_in))
+    for feature in origins:
+        if feature in case.pairs:
+            a, b = (part.astype(np.float64) for part in case.pairs[feature])
+            mean += scale(case, feature) * (b @ a) / len(origins)
+    left_out = np.linalg.svd(mean, compute_uv=False)[rank:]
+    return mean, float(np.sqrt((left_out**2).sum()))
+
+
+def train(
+    case: Case, batches: Sequence[Batch], settings: AdamW, frozen: Collection[Feature] = ()
+) -> list[Pairs]:
+    """The pairs after each step of AdamW; a feature that no row lists is not touched, its step count included.
+
+    Nor is a frozen one.
+    """
     values = {f: [a.astype(np.float64), b.astype(np.float64)] for f, (a, b) in case.pairs.items()}
     moments: dict[Any, tuple[Array, Array, int]] = {}
     trajectory: list[Pairs] = []
@@ -120,6 +136,8 @@ def train(case: Case, batches: Sequence[Batch], settings: AdamW) -> list[Pairs]:
         )
         grads = gradients(now, (forward(now) - batch.target) / len(batch.x))
         for feature in listed(case, batch.ids):
+            if feature in frozen:
+                continue
             for part in (0, 1):
                 g, p = grads.pairs[feature][part], values[feature][part]
                 m, v, count = moments.get((feature, part), (0.0 * p, 0.0 * p, 0))

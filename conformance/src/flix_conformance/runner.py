@@ -82,7 +82,7 @@ def run(check: Check | str, *backends: Backend, profile: Profile | str = "ci") -
     """
     chosen = CHECKS[check] if isinstance(check, str) else check
     found = PROFILES[profile] if isinstance(profile, str) else profile
-    offered(chosen.kind, *backends)
+    offered(chosen, *backends)
 
     total = max(1, math.ceil(chosen.examples * found.examples))
     turns = min(total, found.pool)

@@ -17,7 +17,8 @@ except ImportError as _error:  # pragma: no cover - exercised in a subprocess
     raise _missing("jax", "JAX", _error) from _error
 
 from flix.backends.jax._routing import route
-from flix.backends.jax.bank import LayerBank, LayerRows, LayerSpec, freeze, init
+from flix.backends.jax.bank import LayerBank, LayerRows, LayerSpec, init
+from flix.backends.jax.export import export_fn
 from flix.backends.jax.files import load, load_bank, load_into, save, to_adapter, to_bank
 from flix.backends.jax.functional import (
     embed,
@@ -36,11 +37,18 @@ from flix.backends.jax.layers import (
     FlixLinearGeneral,
     FlixParam,
 )
-from flix.backends.jax.lifecycle import add_feature, thaw
+from flix.backends.jax.lifecycle import (
+    add_feature,
+    import_peft,
+    load_features,
+    remove_feature,
+    rename_feature,
+)
 from flix.backends.jax.merging import merge, merge_kernels
 from flix.backends.jax.model import RoutedModel, adapt
 from flix.backends.jax.optim import adamw, mask_absent, scale_by_feature_adam, sparse_update
 from flix.backends.jax.sharding import partition_specs, shard
+from flix.backends.jax.switching import disable, freeze, thaw
 from flix.backends.jax.training import FlixOptimizer, SparseGrads, value_and_grad
 from flix.core.summary import Summary
 
@@ -60,21 +68,27 @@ __all__ = [
     "adamw",
     "adapt",
     "add_feature",
+    "disable",
     "embed",
     "embed_rows",
+    "export_fn",
     "freeze",
     "gather",
+    "import_peft",
     "init",
     "linear",
     "linear_rows",
     "load",
     "load_bank",
+    "load_features",
     "load_into",
     "mask_absent",
     "merge",
     "merge_kernels",
     "named_pairs",
     "partition_specs",
+    "remove_feature",
+    "rename_feature",
     "route",
     "save",
     "scale_by_feature_adam",

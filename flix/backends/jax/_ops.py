@@ -18,6 +18,8 @@ from flix.backends.jax import _fused
 from flix.backends.jax.bank import LayerSpec
 from flix.core.planner import Facts, picked
 
+_BATCH, _LENGTH = 16, 64
+
 
 class Slots(NamedTuple):
     """Which table rows each example uses: int32 ``[N, R]`` (K or more where unused), and their factors ``[N, R]``."""
@@ -31,9 +33,14 @@ def wide(dtype: Any) -> Any:
     return jnp.dtype(jnp.promote_types(dtype, jnp.float32))
 
 
+def at_most(size: int, limit: int) -> int:
+    """The smaller of a size and a limit; the limit for a symbolic size (``jax.export``), which may be any."""
+    return min(size, limit) if isinstance(size, int) else limit
+
+
 def touched(ids: Array, features: int, size: int | None = None) -> Array:
     """The features of a batch, ascending, padded with the number of features: int32 ``[size]``."""
-    size = min(ids.size, features) if size is None else size
+    size = at_most(ids.size, features) if size is None else size
     flat = jnp.where(ids < 0, features, ids).ravel().astype(jnp.int32)
     if size == 0 or ids.size == 0:
         return jnp.full((size,), features, jnp.int32)
@@ -62,15 +69,18 @@ def take_rows(table: Array, rows: Array) -> Array:
 
 def _misplaced(ids: Array, spec: LayerSpec, present: Array | None) -> tuple[Array, Array]:
     """Each id's place among the features at hand, and which ids have none although they should."""
+    bad = (ids < -1) | (ids >= len(spec.ranks))
+    if len(spec.removed):
+        bad |= (ids[..., None] == spec.removed).any(-1)
     if present is None:
-        return ids, (ids < -1) | (ids >= len(spec.ranks))
+        return ids, bad
     place = jnp.searchsorted(present, ids).astype(jnp.int32)
     found = jnp.take(present, place, mode="fill", fill_value=-1) == ids
-    return place, (ids < -1) | (ids >= len(spec.ranks)) | ((ids >= 0) & ~found)
+    return place, bad | ((ids >= 0) & ~found)
 
 
 def poisoned(y: Array, spec: LayerSpec, ids: Array, present: Array | None) -> Array:
-    """The output of a layer without rows: NaN for an example with an id that is no feature's.
+    """The output of a layer without rows: NaN for an example with an id that is no feature's, or a removed one's.
 
     Args:
         y: ``[N, ..., d_out]``.
@@ -81,7 +91,7 @@ def poisoned(y: Array, spec: LayerSpec, ids: Array, present: Array | None) -> Ar
 
 
 def _poison(scale: Array, bad: Array) -> Array:
-    """Traced ids cannot be refused: a row with one that is no feature's becomes NaN, never silently the base."""
+    """Traced ids cannot be refused: a row with one of no feature, or a removed one, becomes NaN, never the base."""
     return jnp.where(bad.any(-1)[..., None], jnp.nan, scale)
 
 
@@ -193,6 +203,9 @@ def pick_strategy(
         accelerated = False  # looked up, not multiplied: there is no product to fuse
         strategy = "gather" if strategy == "fused" else strategy
     rows = int(np.sort(spec.ranks)[::-1][:width].sum())
+    # Sizes that are symbolic (jax.export) are taken for middling ones.
+    count = count if isinstance(count, int) else _BATCH
+    length = length if isinstance(length, int) else _LENGTH
     facts = Facts(
         examples=count,
         tokens=length,
@@ -231,7 +244,7 @@ def add_fused(
         features = len(spec.ranks)
         # Features that no row activates cost room, not time; to leave them out pays where there are many.
         every = jnp.arange(features, dtype=jnp.int32)
-        present = every if features <= ids.size else touched(ids, features)
+        present = every if at_most(ids.size, features) == features else touched(ids, features)
         index = row_index(spec, present, _fused.padded_rank(spec.widest))
     else:
         index = jnp.asarray(_placed_rows(spec, present.shape[0], _fused.padded_rank(spec.widest)))
@@ -286,7 +299,7 @@ def routed_sum(
     space = wide(dtype)
     weights = None if weights is None else weights.astype(space)
     a, b = frozen_stopped(spec, a, b, present)
-    union = min(count * width, len(spec.ranks))
+    union = at_most(count * width, len(spec.ranks))
     if strategy == "masked":
         if present is None and union * spec.widest < spec.rows:
             present = touched(ids, len(spec.ranks))

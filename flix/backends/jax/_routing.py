@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -184,7 +185,8 @@ def leading_shape(
             "(under vmap, give x[None] and ids[None] if this is meant)"
         )
     if given[: len(lead)] != lead:
-        if not (given[:1] == (1,) and given[1 : len(lead)] == lead[1:] and lead[0] > 1):
+        single = isinstance(lead[0], int) and lead[0] <= 1  # a symbolic size (jax.export) is any
+        if given[:1] != (1,) or given[1 : len(lead)] != lead[1:] or single:
             what = "[batch, length]" if len(lead) == 2 else "[batch]"
             raise RoutingError(
                 f"layer {path!r} got an input of leading shape {list(given)}, but flix_features "
@@ -193,8 +195,7 @@ def leading_shape(
             )
         # One row for all, as position ids have it: each row of the batch gets its own.
         given = (*lead, *given[len(lead) :])
-    count = int(np.prod(lead, dtype=np.int64))
-    return given, count, int(np.prod(given[len(lead) :], dtype=np.int64))
+    return given, math.prod(lead), math.prod(given[len(lead) :])
 
 
 @contextmanager

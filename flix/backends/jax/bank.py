@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Union
 
 import jax
@@ -89,6 +89,13 @@ class LayerSpec:
         flags = np.ones(len(self.ranks), dtype=bool)
         flags[list(self.frozen)] = False
         return flags
+
+    @functools.cached_property
+    def removed(self) -> NDArray[np.int32]:
+        """Ids of features that were removed, which no routing may name: int32."""
+        features = self.registry.features
+        gone = [i for i, feature in enumerate(features) if feature in self.registry.removed]
+        return np.asarray(gone, np.int32)
 
     @property
     def rows(self) -> int:
@@ -242,18 +249,17 @@ def pack(
     )
 
 
-def freeze(bank: Bank, features: Sequence[Feature]) -> Bank:
-    """The bank with exactly these features frozen: they get no gradient, and flix's optimizers leave them alone.
+def host_pairs(layer: LayerBank) -> dict[Feature, tuple[NDArray[Any], NDArray[Any]]]:
+    """A_f ``[r, d_in]`` and B_f ``[d_out, r]`` of every feature with an update, on the host.
 
-    Raises:
-        FeatureError: an unknown feature.
+    Cut there, since slices on a device are compiled for every rank.
     """
+    a, b = np.asarray(layer.A), np.asarray(layer.B)
+    spec = layer.spec
     return {
-        path: replace(
-            layer,
-            spec=replace(
-                layer.spec, frozen=frozenset(layer.spec.registry.id(*f) for f in features)
-            ),
+        feature: (a[start : start + rank], b[start : start + rank].T)
+        for feature, start, rank in zip(
+            spec.registry.features, spec.starts, spec.ranks, strict=True
         )
-        for path, layer in bank.items()
+        if rank
     }

@@ -23,6 +23,12 @@ from flix.backends.jax.bank import LayerBank, make_spec, pack
 from flix.backends.jax.files import load, save
 from flix.backends.jax.functional import embed, linear
 from flix.backends.jax.layers import FlixLayer, kernel_of
+from flix.backends.jax.lifecycle import (
+    add_feature,
+    load_features,
+    remove_feature,
+    rename_feature,
+)
 from flix.backends.jax.merging import merge
 from flix.backends.jax.model import adapt
 from flix.backends.jax.optim import adamw
@@ -62,8 +68,10 @@ def _array(values: NDArray[Any] | None, dtype: str) -> Array | None:
 
 
 def _bank(case: Case) -> LayerBank:
+    if case.model is not None:
+        return _layer(case.model, case).bank
     spec = make_spec(case.config, case.path, LayerShape(case.d_in, case.d_out, case.kind))
-    features = case.registry.features
+    features = case.registry.live
     empty = np.zeros((0, case.d_in)), np.zeros((case.d_out, 0))
     pairs = {f: case.pairs.get(f, empty) for f in features}
     return pack(spec, pairs, "float64" if case.dtype == "float64" else "float32")
@@ -149,6 +157,8 @@ def _layer(model: Any, case: Case) -> FlixLayer:
 
 
 def _model(case: Case) -> _Model:
+    if case.model is not None:
+        return case.model  # type: ignore[no-any-return]
     model = adapt(_plain(case), case.config, strategy=case.strategy)
     layer, bank = _layer(model, case), _bank(case)
     layer.flix_A[...], layer.flix_B[...] = bank.A, bank.B
@@ -160,7 +170,7 @@ def _pairs(layer: LayerBank) -> Pairs:
     a, b = np.asarray(layer.A), np.asarray(layer.B)
     return {
         feature: (a[rows].copy(), b[rows].T.copy())
-        for feature in layer.spec.registry.features
+        for feature in layer.spec.registry.live
         if (rows := layer.spec.row_range(feature)).stop > rows.start
     }
 
@@ -237,6 +247,32 @@ class JaxHarness:
     @_widened
     def load(self, case: Case, folder: Path) -> Pairs:
         return _pairs(_layer(load(_plain(case), folder), case).bank)
+
+    def adapted(self, case: Case) -> _Model:
+        return _model(case)
+
+    def state(self, model: Any) -> tuple[dict[tuple[str, str], int], Pairs]:
+        registry = model.flix_config.registry
+        return {f: registry.id(*f) for f in registry.live}, _pairs(getattr(model, model.path).bank)
+
+    def add_feature(
+        self, model: _Model, group: str, name: str, rank: int, init_from: Sequence[str]
+    ) -> None:
+        add_feature(model, group, name, rank, init_from=init_from)
+
+    def remove_feature(self, model: _Model, group: str, name: str) -> None:
+        remove_feature(model, group, name)
+
+    def rename_feature(self, model: _Model, group: str, name: str, new: str) -> None:
+        rename_feature(model, group, name, new)
+
+    def save_features(
+        self, model: _Model, folder: Path, features: Sequence[tuple[str, str]]
+    ) -> None:
+        save(model, folder, features)
+
+    def load_features(self, model: _Model, folder: Path) -> None:
+        load_features(model, folder)
 
 
 def harness() -> JaxHarness:

@@ -29,6 +29,7 @@ from flix.core.adapter import (
 from flix.core.config import FlixConfig
 from flix.core.errors import TargetError
 from flix.core.fitting import check_fits, check_same
+from flix.core.sharing import select_features
 
 Model = TypeVar("Model", bound=nnx.Module)
 Source = Union[nnx.Module, tuple[FlixConfig, Bank]]
@@ -82,14 +83,22 @@ def _whole(table: Array) -> NDArray[Any]:
     return np.asarray(table)
 
 
-def save(source: Source, directory: Path_) -> None:
+def save(source: Source, directory: Path_, features: Any = None) -> None:
     """Write the adapter of a model, or of ``(config, bank)``, as a folder (the base is not written).
 
+    Args:
+        source: an adapted model, or ``(config, bank)``.
+        directory: the folder.
+        features: ``[(group, name), ...]`` or ``{group: name or names}``: these alone, and what they imply; default:
+            all. ``load_features`` takes them into another model.
+
     Raises:
+        FeatureError: an unknown feature.
         TargetError: the model is not adapted.
         AdapterError: the path is a file.
     """
-    save_adapter(to_adapter(source), directory)
+    adapter = to_adapter(source)
+    save_adapter(adapter if features is None else select_features(adapter, features), directory)
 
 
 def load(model: Model, directory: Path_, rename: Rename = None, *, strategy: str = "auto") -> Model:
@@ -156,5 +165,5 @@ def load_bank(
 
 
 def _layer_of(adapter: Adapter, spec: LayerSpec, dtype: Any) -> LayerBank:
-    features = adapter.config.registry.features
+    features = adapter.config.registry.live
     return pack(spec, {f: adapter.pair(spec.path, f) for f in features}, dtype)

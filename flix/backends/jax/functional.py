@@ -250,7 +250,7 @@ def touched(ids: Any, features: int, size: int | None = None) -> Array:
         RoutingError: more features than ``size``, or a small size for traced ids.
     """
     ids = ids if is_traced(ids) else np.asarray(ids)
-    safe = min(ids.size, features)
+    safe = _ops.at_most(ids.size, features)
     if size is not None and size < safe and is_traced(ids):
         raise RoutingError(
             f"touched: size {size} may be too small for traced ids {list(ids.shape)} (up to {safe} "

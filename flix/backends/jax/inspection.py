@@ -49,12 +49,13 @@ def summary(source: Source) -> Summary:
         TargetError: the model is not adapted.
     """
     config, bank = config_and_bank(source, "summary")
-    counts = dict.fromkeys(config.registry.features, 0)
+    counts = dict.fromkeys(config.registry.live, 0)
     trainable = total = 0
     for layer in bank.values():
         size = layer.spec.shape.d_in + layer.spec.shape.d_out
         total += layer.spec.rows * size
-        for i, feature in enumerate(config.registry.features):
+        for feature in config.registry.live:
+            i = config.registry.id(*feature)
             own = int(layer.spec.ranks[i]) * size
             counts[feature] += own
             trainable += 0 if i in layer.spec.frozen else own
@@ -65,5 +66,5 @@ def summary(source: Source) -> Summary:
         total=total,
         trainable=trainable,
         features=counts,
-        ranks=dict(config.ranks),  # type: ignore[arg-type]
+        ranks={f: int(config.ranks[f]) for f in config.registry.live},  # type: ignore[index]
     )

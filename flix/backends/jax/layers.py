@@ -35,6 +35,7 @@ class FlixLayer(nnx.Module):
         flix_B: all features' B, transposed, ``[P, d_out]``.
         flix_spec: the layer's path, sizes, ranks, scales and registry.
         flix_strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
+        flix_enabled: False while the model is disabled; static, so that compiled functions are traced anew.
         deterministic: False while training; ``model.train()`` and ``model.eval()`` set it, as they do Dropout's.
     """
 
@@ -43,6 +44,7 @@ class FlixLayer(nnx.Module):
     flix_form: Form
     flix_A: Any
     flix_B: Any
+    flix_enabled = True
     deterministic: bool
 
     @property
@@ -61,6 +63,8 @@ class FlixLayer(nnx.Module):
 
     def _routing(self, features: Any, weights: Any) -> ActiveRouting | None:
         """The routing to run under: the one given, or the one in force; None to run the base alone."""
+        if not self.flix_enabled:
+            return None
         if features is not None:
             return make_routing(self.flix_spec.registry, features, weights, present=current.present)
         if weights is not None:

@@ -1,20 +1,31 @@
-"""Features over a model's life: a new language or task joins a trained model."""
+"""Features over a model's life: they join, leave, get other names, and come from other people's files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
-from flix.backends.jax.bank import Bank, LayerBank, make_spec, pack
-from flix.backends.jax.files import Source, config_and_bank
-from flix.backends.jax.model import flix_layers, set_config
-from flix.core.config import FlixConfig
+from flix.backends.jax._change import apply_change, changed_bank, placed_like, put_bank
+from flix.backends.jax.bank import Bank, host_pairs, make_spec, pack
+from flix.backends.jax.files import Source, config_and_bank, load_into, to_adapter
+from flix.backends.jax.model import flix_layers, layer_shapes
+from flix.backends.jax.switching import freeze, thaw
+from flix.core.adapter import Adapter, LayerShape, Path_, Rename, load_adapter
 from flix.core.factors import resized_mean
+from flix.core.fitting import check_fits
 from flix.core.initial import initial_a, initial_b
-from flix.core.lifecycle import plan_growth
+from flix.core.lifecycle import (
+    Change,
+    Growth,
+    plan_growth,
+    plan_joining,
+    plan_removal,
+    plan_renaming,
+)
+from flix.core.peft_import import from_peft
 from flix.core.registry import Feature
 
 
@@ -58,38 +69,169 @@ def add_feature(
     growth = plan_growth(
         config, group, name, rank, init_from=init_from, alpha=alpha, implies=implies
     )
-    grown, feature, origins = growth.config, growth.feature, growth.origins
-    new = _grown(grown, bank, feature, origins, freeze_others)
+    new = _grown(growth, bank, freeze_others)
     if isinstance(source, tuple):
-        return grown, new
-    for path, layer in flix_layers(source):
-        layer.put(new[path])
-    set_config(source, grown)
+        return growth.config, new
+    put_bank(source, growth.config, new)
     return None
 
 
-def _grown(
-    grown: FlixConfig,
-    bank: Bank,
-    feature: Feature,
-    origins: Sequence[Feature],
-    freeze_others: bool,
-) -> Bank:
+def remove_feature(source: Source, group: str, name: str) -> Any:
+    """Remove one feature; ids and values of the others stay. An adapted nnx model is changed in place.
+
+    Its id stays reserved: routing that names it is an error (traced ids: NaN in the row), and ``add_feature`` of the
+    same name takes it again. The tables shrink, so make a new optimizer.
+
+    Args:
+        source: an adapted model, or ``(config, bank)``.
+        group: its group.
+        name: the feature.
+
+    Returns:
+        ``(config, bank)`` for ``(config, bank)``; None for a model.
+
+    Raises:
+        FeatureError: no such feature, or the last of its group.
+        TargetError: the model is not adapted.
+    """
+    config, bank = config_and_bank(source, "remove_feature")
+    return _carried_out(source, bank, plan_removal(config, group, name))
+
+
+def rename_feature(source: Source, group: str, name: str, new: str) -> Any:
+    """Give one feature another name; its id and values stay. An adapted nnx model is changed in place.
+
+    The tables stay as they are, and with them the state of a model's optimizer. State for a bank names the features in
+    its structure: ``jax.tree.unflatten(jax.tree.structure(tx.init(bank)), jax.tree.leaves(state))`` gives it the new.
+
+    Args:
+        source: an adapted model, or ``(config, bank)``.
+        group: its group.
+        name: the feature.
+        new: its name from now on.
+
+    Returns:
+        ``(config, bank)`` for ``(config, bank)``; None for a model.
+
+    Raises:
+        FeatureError: no such feature, or a new name that is ill-formed or taken.
+        TargetError: the model is not adapted.
+    """
+    config, bank = config_and_bank(source, "rename_feature")
+    return _carried_out(source, bank, plan_renaming(config, group, name, new))
+
+
+def load_features(
+    model: Source,
+    source: Path_ | Adapter,
+    features: Any = None,
+    *,
+    conflicts: str = "error",
+    rename: Rename = None,
+    freeze_others: bool = False,
+) -> Any:
+    """Take features of another adapter in. An adapted nnx model is changed in place.
+
+    Present ids and values stay. Layers that the other adapter adapts and this model does not become adapted. The tables
+    grow, so make a new optimizer.
+
+    Args:
+        model: an adapted nnx model, or ``(config, bank)``.
+        source: an adapter's folder, or an adapter.
+        features: ``[(group, name), ...]`` or ``{group: name or names}``; what they imply comes, too. Default: all.
+        conflicts: what to do about features that both have and that differ: ``"error"``; ``"keep"`` the present ones;
+            ``"replace"`` them.
+        rename: translates the adapter's layer paths to the model's.
+        freeze_others: let only what came in train.
+
+    Returns:
+        For a model, the features that came in; for ``(config, bank)``, the new ``(config, bank)``.
+
+    Raises:
+        FeatureError: an unknown feature.
+        AdapterError: a damaged file, features that differ, or an adapter for another architecture.
+        TargetError: the model is not adapted.
+    """
+    config, bank = config_and_bank(model, "load_features")
+    adapter = (
+        source.renamed(rename) if isinstance(source, Adapter) else load_adapter(source, rename)
+    )
+    if not isinstance(model, tuple):
+        check_fits(adapter, layer_shapes(model))
+    change = plan_joining(to_adapter((config, bank)), adapter, features, conflicts=conflicts)
+    changed = _carried_out(model, bank, change) or model
+    if freeze_others:
+        changed = thaw(changed) or changed
+        if change.kept:
+            changed = freeze(changed, list(change.kept)) or changed
+    return changed if isinstance(model, tuple) else change.arriving
+
+
+def import_peft(
+    model: Any,
+    folders: Mapping[str, Path_],
+    group: str,
+    *,
+    conflicts: str = "error",
+    rename: Rename = None,
+    skip_modules: bool = False,
+    strategy: str = "auto",
+) -> Any:
+    """Make features of LoRAs that PEFT wrote: each becomes one, together they are a group.
+
+    A plain nnx model is adapted in place, exactly in the LoRAs' layers; into an adapted one, or ``(config, bank)``,
+    they come as by :func:`load_features`. For a new bank: ``to_bank(flix.from_peft(folders, group).renamed(rename))``.
+    PEFT names layers as torch does, so a Flax model mostly needs ``rename``.
+
+    Args:
+        model: a plain or adapted nnx model with the weights that the LoRAs were trained on, or ``(config, bank)``.
+        folders: the folder of each LoRA, by the name that its feature gets: ``{"ner": "loras/ner"}``.
+        group: the group that they belong to; it may exist.
+        conflicts: as for :func:`load_features`.
+        rename: translates the LoRAs' layer paths to the model's.
+        skip_modules: leave out whole modules that were trained beside a LoRA, instead of refusing them.
+        strategy: as for ``adapt``, for a plain model.
+
+    Returns:
+        The same model; for ``(config, bank)``, the new one.
+
+    Raises:
+        AdapterError: a folder that holds no plain LoRA, or one for another architecture.
+        FeatureError: an ill-formed name.
+        TargetError: no nnx model, nor ``(config, bank)``.
+    """
+    adapter = from_peft(folders, group, skip_modules=skip_modules).renamed(rename)
+    if isinstance(model, nnx.Module) and next(flix_layers(model), None) is None:
+        return load_into(model, adapter, strategy=strategy)
+    found = load_features(model, adapter, conflicts=conflicts)
+    return found if isinstance(model, tuple) else model
+
+
+def _carried_out(source: Source, bank: Bank, change: Change) -> Any:
+    if isinstance(source, tuple):
+        return change.config, changed_bank(bank, change)
+    apply_change(source, change)
+    return None
+
+
+def _grown(growth: Growth, bank: Bank, freeze_others: bool) -> Bank:
+    grown, feature = growth.config, growth.feature
+    others = frozenset(range(len(grown.registry))) - {grown.registry.id(*feature)}
     result = {}
     for path, layer in bank.items():
-        old = frozenset(range(len(layer.spec.ranks))) if freeze_others else layer.spec.frozen
+        old = others if freeze_others else layer.spec.frozen
         spec = make_spec(grown, path, layer.spec.shape, old)
-        pairs: dict[Feature, tuple[Any, Any]] = {f: (a, b) for f, a, b in layer.pairs()}
+        pairs = host_pairs(layer)
         if grown.rank(path, feature):
-            pairs[feature] = _new_pair(grown, layer, feature, origins)
-        result[path] = pack(spec, pairs, layer.A.dtype)
+            pairs[feature] = _new_pair(growth, path, layer.spec.shape, pairs)
+        result[path] = placed_like(pack(spec, pairs, layer.A.dtype), layer)
     return result
 
 
 def _new_pair(
-    grown: FlixConfig, layer: LayerBank, feature: Feature, origins: Sequence[Feature]
+    growth: Growth, path: str, shape: LayerShape, pairs: Mapping[Feature, tuple[Any, Any]]
 ) -> tuple[Any, Any]:
-    path, shape = layer.spec.path, layer.spec.shape
+    grown, feature = growth.config, growth.feature
     rank = grown.rank(path, feature)
     fresh = initial_a(
         seed=grown.seed,
@@ -99,27 +241,13 @@ def _new_pair(
         rank=rank,
         d_in=shape.d_in,
     )
-    known = [origin for origin in origins if grown.rank(path, origin)]
+    known = [origin for origin in growth.origins if origin in pairs]
     if not known:
         return fresh, initial_b(rank=rank, d_out=shape.d_out)
-    pairs = [layer.pair(*origin) for origin in known]
     return resized_mean(
-        [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs],
+        [(pairs[o][0].astype(np.float64), pairs[o][1].astype(np.float64)) for o in known],
         [grown.scale(path, origin) for origin in known],
         fresh,
         grown.scale(path, feature),
-        len(origins),
+        len(growth.origins),
     )
-
-
-def thaw(model: nnx.Module) -> None:
-    """Let every feature of an adapted model train again.
-
-    Raises:
-        TargetError: the model is not adapted.
-    """
-    from dataclasses import replace
-
-    config_and_bank(model, "thaw")
-    for _, layer in flix_layers(model):
-        layer.flix_spec = replace(layer.flix_spec, frozen=frozenset())

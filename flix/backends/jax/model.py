@@ -58,6 +58,7 @@ class RoutedModel:
     __slots__ = ()  # so that instances keep their layout, and can change class
 
     flix_held: HeldConfig
+    flix_enabled = True  # an attribute of the instance, and so static, while the model is disabled
 
     @property
     def flix_config(self) -> FlixConfig:
@@ -89,6 +90,8 @@ def routed_class(base: type[nnx.Module]) -> type[nnx.Module]:
     def call(
         self: Any, *args: Any, flix_features: Any = None, flix_weights: Any = None, **kwargs: Any
     ) -> Any:
+        if not self.flix_enabled:
+            return base.__call__(self, *args, **kwargs)
         if flix_features is None:
             if flix_weights is not None:
                 raise RoutingError(
@@ -206,7 +209,7 @@ def adapt(model: Model, config: FlixConfig, *, strategy: str = "auto") -> Model:
 
 
 def attach_layers(model: nnx.Module, config: FlixConfig, paths: list[str], strategy: str) -> None:
-    """Turn the layers at these paths into adapted ones, and the model into one that takes routing."""
+    """Turn the layers at these paths into adapted ones, and a plain model into one that takes routing."""
     layouts: dict[LayerLayout, LayerLayout] = {}
     modules = dict(modules_of(model))
     for path in paths:
@@ -217,7 +220,8 @@ def attach_layers(model: nnx.Module, config: FlixConfig, paths: list[str], strat
         object.__setattr__(spec, "layout", layouts.setdefault(spec.layout, spec.layout))
         bank = initial_layer(spec, config.seed, pair_dtype(kernel_of(modules[path])[...]))
         become(modules[path], form, strategy, bank)
-    change_class(model, routed_class(type(model)))
+    if not isinstance(model, RoutedModel):
+        change_class(model, routed_class(type(model)))
     set_config(model, config)
 
 
@@ -231,7 +235,8 @@ def unadapt(model: nnx.Module) -> None:
     for _, layer in list(flix_layers(model)):
         revert(layer)
     if isinstance(model, RoutedModel):
-        del model.flix_held
+        for name in [n for n in vars(model) if n.startswith("flix_")]:
+            delattr(model, name)
         change_class(model, plain_class(type(model)))
 
 

@@ -28,10 +28,17 @@ from flix.backends.tensorflow._context import route
 from flix.backends.tensorflow.files import load, load_into, save, to_adapter
 from flix.backends.tensorflow.inspection import named_pairs, summary, trainable_parameters
 from flix.backends.tensorflow.layers import FlixDense, FlixEinsumDense, FlixEmbedding
-from flix.backends.tensorflow.lifecycle import add_feature
+from flix.backends.tensorflow.lifecycle import (
+    add_feature,
+    import_peft,
+    load_features,
+    remove_feature,
+    rename_feature,
+)
 from flix.backends.tensorflow.merging import merge
 from flix.backends.tensorflow.model import FlixModel, adapt
 from flix.backends.tensorflow.optimizers import keep_absent
+from flix.backends.tensorflow.switching import disable, freeze, thaw
 from flix.core.summary import Summary
 
 __all__ = [
@@ -42,14 +49,21 @@ __all__ = [
     "Summary",
     "adapt",
     "add_feature",
+    "disable",
+    "freeze",
+    "import_peft",
     "keep_absent",
     "load",
+    "load_features",
     "load_into",
     "merge",
     "named_pairs",
+    "remove_feature",
+    "rename_feature",
     "route",
     "save",
     "summary",
+    "thaw",
     "to_adapter",
     "trainable_parameters",
 ]

@@ -116,15 +116,22 @@ class ActiveRouting:
         lengths: what may be the batch's sequence length (sizes, or scalar tensors where shapes do not tell), for
             layers that get flattened inputs.
         unlike: the first row that differs from row 0, where the values are known.
+        traced: whether they are not; ids of the number of features then stand for those of no feature.
     """
 
     def __init__(
-        self, ids: Any, weights: Any, lengths: Sequence[Any] = (), unlike: int | None = None
+        self,
+        ids: Any,
+        weights: Any,
+        lengths: Sequence[Any] = (),
+        unlike: int | None = None,
+        traced: bool = False,
     ) -> None:
         self.ids = ids
         self.weights = weights
         self.lengths = tuple(lengths)
         self.unlike = unlike
+        self.traced = traced
         self._plans: dict[Any, Plan] = {}
 
     @property
@@ -142,11 +149,13 @@ class ActiveRouting:
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         key = (layout, tf.as_dtype(dtype), graph)
         if key not in self._plans:
-            self._plans[key] = make_plan(self.ids, self.weights, layout, dtype)
+            self._plans[key] = make_plan(self.ids, self.weights, layout, dtype, self.traced)
         return self._plans[key]
 
 
-def make_plan(ids: Any, weights: Any, layout: LayerLayout, dtype: Any) -> Plan:
+def make_plan(
+    ids: Any, weights: Any, layout: LayerLayout, dtype: Any, traced: bool = False
+) -> Plan:
     """Lay the active ranks of each row side by side.
 
     Args:
@@ -154,16 +163,20 @@ def make_plan(ids: Any, weights: Any, layout: LayerLayout, dtype: Any) -> Plan:
         weights: floats in that shape, or None.
         layout: the layer's ranks and scales.
         dtype: of the factors.
+        traced: make NaN of rows with an id that is the number of features.
     """
     tables = tables_of(layout)
     static_width = ids.shape[-1]
     width = static_width if static_width is not None else tf.shape(ids)[-1]
     ids = tf.reshape(ids, [-1, width])
+    bad = tf.reduce_any(ids >= len(layout.ranks), axis=1) if traced else None
     ids = tf.where(ids < 0, len(tables.ranks) - 1, ids)
     lengths = tf.gather(tables.ranks, ids)
     ends = tf.cumsum(lengths, axis=1)
     totals = tf.reduce_sum(lengths, axis=1)
     longest = tf.maximum(tf.reduce_max(totals), 0)  # of no rows, reduce_max is the least integer
+    if bad is not None:
+        longest = tf.maximum(longest, tf.cast(tf.reduce_any(bad), tf.int32))
     slots = tf.range(width * tables.widest)[:longest]
     # The routing's column that a slot belongs to: as many columns as end at or before it.
     column = tf.reduce_sum(
@@ -181,6 +194,8 @@ def make_plan(ids: Any, weights: Any, layout: LayerLayout, dtype: Any) -> Plan:
         cells = tf.range(tf.shape(ids)[0])[:, None] * width + column
         scale = scale * tf.gather(tf.reshape(weights, [-1]), cells)
     scale = tf.where(used, scale, tf.zeros_like(scale))
+    if bad is not None:
+        scale = tf.where(bad[:, None], tf.constant(np.nan, dtype), scale)
     count = ids.shape[0]
     bound = None
     if count is not None and static_width is not None:
@@ -253,8 +268,14 @@ def make_routing(
     if weights is not None and (ids is None or factors is None):
         _check_traced_weights(weights, features)
     tensor = tf.cast(tf.convert_to_tensor(features), tf.int32)
+    if ids is None:
+        tensor = _checked_at_run_time(tensor, registry)
     return ActiveRouting(
-        tensor, None if weights is None else tf.convert_to_tensor(weights), lengths, unlike
+        tensor,
+        None if weights is None else tf.convert_to_tensor(weights),
+        lengths,
+        unlike,
+        traced=ids is None,
     )
 
 
@@ -274,6 +295,24 @@ def _check_traced_ids(ids: Any, batch: int | None) -> None:
             f"flix_features routes {ids.shape[0]} rows, but the batch has {batch} rows; one row of "
             "ids is needed for each row of the batch"
         )
+
+
+def _checked_at_run_time(ids: Any, registry: FeatureRegistry) -> Any:
+    """Traced ids with a check of their values: an id of no feature, or a removed one, must not pass for the base.
+
+    XLA leaves assertions out. There these ids become the number of features, of which a plan makes NaN.
+    """
+    count = len(registry)
+    bad = (ids < -1) | (ids >= count)
+    rule = f"flix_features must be ids from 0 to {count - 1}, or -1 for padding"
+    if registry.removed:
+        gone = [i for i, feature in enumerate(registry.features) if feature in registry.removed]
+        bad |= tf.reduce_any(ids[..., None] == tf.constant(gone, ids.dtype), axis=-1)
+        names = ", ".join(f"{i} ({':'.join(registry.features[i])})" for i in gone)
+        rule += f", and not those of features that were removed, {names}"
+    check = tf.debugging.Assert(~tf.reduce_any(bad), [f"{rule}; got", ids], summarize=64)
+    with tf.control_dependencies([check]):
+        return tf.where(bad, count, ids)
 
 
 def _check_traced_weights(weights: Any, ids: Any) -> None:

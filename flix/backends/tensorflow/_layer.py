@@ -37,6 +37,7 @@ class FlixLayer:
         flix_layout: ranks and scales here.
         flix_strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
         flix_frozen: ids of features that do not train.
+        flix_enabled: False while the model is disabled.
         flix_A, flix_B: the tables; None where every rank is 0.
     """
 
@@ -48,6 +49,7 @@ class FlixLayer:
     flix_strategy: str
     flix_frozen: tuple[int, ...]
     flix_live: Live
+    flix_enabled = True
     flix_A: Any
     flix_B: Any
 
@@ -105,9 +107,7 @@ class FlixLayer:
         """Make the tables, with initial values, and freeze the base's variables."""
         for variable in self.base_variables():
             variable.trainable = False
-        self.make_tables(
-            {feature: self.fresh_a(feature) for feature in self.flix_config.registry.features}
-        )
+        self.make_tables({f: self.fresh_a(f) for f in self.flix_config.registry.live})
 
     def base_variables(self) -> list[Any]:
         """The frozen variables of the layer itself."""
@@ -125,7 +125,7 @@ class FlixLayer:
         )
 
     def make_tables(self, a: dict[Feature, Any], b: dict[Feature, Any] | None = None) -> None:
-        """Make the tables from A ``[r, d_in]`` and B ``[d_out, r]`` (default 0) of every feature."""
+        """Make the tables from A ``[r, d_in]`` and B ``[d_out, r]`` (default 0) of every feature with an update."""
         rows = tables_of(self.flix_layout).rows
         for name in ("flix_A", "flix_B"):
             if getattr(self, name) is not None:
@@ -137,6 +137,8 @@ class FlixLayer:
         dtype = "float64" if self.variable_dtype == "float64" else "float32"  # type: ignore[attr-defined]
         wholes = (np.zeros((rows, self.d_in), dtype), np.zeros((rows, self.d_out), dtype))
         for i, feature in enumerate(self.flix_config.registry.features):
+            if not self.flix_layout.ranks[i]:
+                continue
             wholes[0][self._span(i)] = a[feature]
             if b is not None:
                 wholes[1][self._span(i)] = np.transpose(b[feature])
@@ -187,6 +189,8 @@ class FlixLayer:
 
     def _routing(self, features: Any, weights: Any, training: Any) -> ActiveRouting | None:
         """The routing to run under: the one given, or the one in force; None to run the base alone."""
+        if not self.flix_enabled:
+            return None
         if features is not None:
             routing = make_routing(self.flix_config.registry, features, weights)
             return routing if self.flix_A is not None else None

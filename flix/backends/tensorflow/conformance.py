@@ -13,6 +13,12 @@ from numpy.typing import NDArray
 
 from flix.backends.tensorflow.files import load, save
 from flix.backends.tensorflow.inspection import trainable_parameters
+from flix.backends.tensorflow.lifecycle import (
+    add_feature,
+    load_features,
+    remove_feature,
+    rename_feature,
+)
 from flix.backends.tensorflow.merging import merge
 from flix.backends.tensorflow.model import FlixModel, adapt, flix_layers
 from flix.backends.tensorflow.optimizers import keep_absent
@@ -47,6 +53,8 @@ def _layer(model: FlixModel) -> Any:
 
 
 def _model(case: Case) -> FlixModel:
+    if case.model is not None:
+        return case.model  # type: ignore[no-any-return]
     model = adapt(_plain(case), case.config, strategy=case.strategy)
     _layer(model).set_pairs(
         {f: pair[0] for f, pair in case.pairs.items()},
@@ -151,6 +159,32 @@ class TensorFlowHarness:
 
     def load(self, case: Case, folder: Path) -> Pairs:
         return _pairs(load(_plain(case), folder))
+
+    def adapted(self, case: Case) -> FlixModel:
+        return _model(case)
+
+    def state(self, model: Any) -> tuple[dict[tuple[str, str], int], Pairs]:
+        registry = model.flix_config.registry
+        return {f: registry.id(*f) for f in registry.live}, _pairs(model)
+
+    def add_feature(
+        self, model: FlixModel, group: str, name: str, rank: int, init_from: Sequence[str]
+    ) -> None:
+        add_feature(model, group, name, rank, init_from=init_from)
+
+    def remove_feature(self, model: FlixModel, group: str, name: str) -> None:
+        remove_feature(model, group, name)
+
+    def rename_feature(self, model: FlixModel, group: str, name: str, new: str) -> None:
+        rename_feature(model, group, name, new)
+
+    def save_features(
+        self, model: FlixModel, folder: Path, features: Sequence[tuple[str, str]]
+    ) -> None:
+        save(model, folder, features)
+
+    def load_features(self, model: FlixModel, folder: Path) -> None:
+        load_features(model, folder)
 
 
 def _cut(layer: Any, tables: list[NDArray[Any]]) -> Pairs:

@@ -21,6 +21,7 @@ from flix.core.adapter import (
     tensor_name,
 )
 from flix.core.fitting import check_fits, check_same
+from flix.core.sharing import select_features
 
 
 def to_adapter(model: FlixModel) -> Adapter:
@@ -39,14 +40,22 @@ def to_adapter(model: FlixModel) -> Adapter:
     return Adapter(config, layers, tensors)
 
 
-def save(model: FlixModel, directory: Path_) -> None:
+def save(model: FlixModel, directory: Path_, features: Any = None) -> None:
     """Write the model's adapter as a folder (the base is not written).
 
+    Args:
+        model: an adapted model.
+        directory: the folder.
+        features: ``[(group, name), ...]`` or ``{group: name or names}``: these alone, and what they imply; default:
+            all. ``load_features`` takes them into another model.
+
     Raises:
+        FeatureError: an unknown feature.
         TargetError: the model is not adapted.
         AdapterError: the path is a file.
     """
-    save_adapter(to_adapter(model), directory)
+    adapter = to_adapter(model)
+    save_adapter(adapter if features is None else select_features(adapter, features), directory)
 
 
 def load(
@@ -80,7 +89,7 @@ def load_into(model: Any, adapter: Adapter, *, strategy: str = "auto") -> FlixMo
     present = dict(flix_layers(adapted.base))
     layouts = {path: layer.flix_layout for path, layer in present.items()}
     check_same(adapter, require_adapted(adapted, "load"), layouts)
-    features = adapter.config.registry.features
+    features = adapter.config.registry.live
     for path, layer in present.items():
         pairs = {feature: adapter.pair(path, feature) for feature in features}
         layer.set_pairs(

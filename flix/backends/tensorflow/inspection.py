@@ -46,11 +46,12 @@ def summary(model: FlixModel) -> Summary:
         TargetError: the model is not adapted.
     """
     config = require_adapted(model, "summary")
-    counts = dict.fromkeys(config.registry.features, 0)
+    counts = dict.fromkeys(config.registry.live, 0)
     layers, frozen = [], 0
     for path, layer in flix_layers(model.base):
         layers.append(path)
-        for i, feature in enumerate(config.registry.features):
+        for feature in config.registry.live:
+            i = config.registry.id(*feature)
             size = layer.flix_layout.ranks[i] * (layer.d_in + layer.d_out)
             counts[feature] += size
             frozen += size if i in layer.flix_frozen else 0
@@ -62,5 +63,5 @@ def summary(model: FlixModel) -> Summary:
         total=features + sum(math.prod(v.shape) for v in others),
         trainable=features - frozen + sum(math.prod(v.shape) for v in unfrozen),
         features=counts,
-        ranks=dict(config.ranks),  # type: ignore[arg-type]
+        ranks={f: int(config.ranks[f]) for f in config.registry.live},  # type: ignore[index]
     )

@@ -51,7 +51,10 @@ class FlixModel(keras.Model):  # type: ignore[misc]
     Attributes:
         base: the model that was adapted.
         flix_config: the configuration.
+        flix_enabled: False while the model is disabled.
     """
+
+    flix_enabled = True
 
     def __init__(self, base: Any, config: FlixConfig, **kwargs: Any) -> None:
         super().__init__(dtype=kwargs.pop("dtype", base.dtype_policy), **kwargs)
@@ -75,6 +78,8 @@ class FlixModel(keras.Model):  # type: ignore[misc]
     def _with_arrays(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Keras takes tensors and arrays alone: routing in other forms, as arrays."""
         given = dict(inputs)
+        if not self.flix_enabled:  # routing is not looked at
+            return {name: x for name, x in given.items() if name not in (FEATURES, WEIGHTS)}
         routing = given.get(FEATURES)
         if isinstance(routing, Routing):
             make_routing(self.flix_config.registry, routing)  # refuses another registry's
@@ -139,6 +144,8 @@ class FlixModel(keras.Model):  # type: ignore[misc]
         leaves = [x for x in keras.tree.flatten(own) if x is not None]
         if self.flix_specs is None:
             self.flix_specs = specs_of(own)
+        if not self.flix_enabled:
+            return self.base(own)
         if features is None:
             self._check_unrouted(weights, training)
             return self.base(own)

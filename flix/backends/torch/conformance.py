@@ -11,7 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flix.backends.torch import adapt, load, merge, save, trainable_parameters
+from flix.backends.torch import (
+    adapt,
+    add_feature,
+    load,
+    load_features,
+    merge,
+    remove_feature,
+    rename_feature,
+    save,
+    trainable_parameters,
+)
 from flix.backends.torch._layer import FlixLayer
 from flix.backends.torch.kernels.choice import INTERPRETED
 
@@ -51,27 +61,29 @@ def _plain(case: Case) -> _Model:
     return _Model(case.path, layer)
 
 
-def _layer(model: nn.Module, case: Case) -> FlixLayer:
-    layer = model.get_submodule(case.path)
+def _layer(model: nn.Module, path: str) -> FlixLayer:
+    layer = model.get_submodule(path)
     assert isinstance(layer, FlixLayer)
     return layer
 
 
 def _model(case: Case) -> _Model:
+    if case.model is not None:
+        return case.model  # type: ignore[no-any-return]
     # The kernels have no float64.
     without = case.strategy == "fused" and case.dtype == "float64"
     model = adapt(_plain(case), case.config, strategy="auto" if without else case.strategy)
     with torch.no_grad():
-        for feature, a, b in _layer(model, case).pairs():
+        for feature, a, b in _layer(model, case.path).pairs():
             a.copy_(torch.from_numpy(case.pairs[feature][0]))
             b.copy_(torch.from_numpy(case.pairs[feature][1]))
     return model
 
 
-def _pairs(model: nn.Module, case: Case) -> Pairs:
+def _pairs(model: nn.Module, path: str) -> Pairs:
     return {
         feature: (a.detach().clone().numpy(), b.detach().clone().numpy())
-        for feature, a, b in _layer(model, case).pairs()
+        for feature, a, b in _layer(model, path).pairs()
     }
 
 
@@ -115,7 +127,7 @@ class TorchHarness:
         y = model(x, flix_features=ids, flix_weights=weights)
         if y.requires_grad:
             y.backward(_tensor(dy, case.dtype))
-        layer = _layer(model, case)
+        layer = _layer(model, case.path)
         base = layer.weight.grad
         return {
             "x": None if x.grad is None else x.grad.double().numpy(),
@@ -145,21 +157,47 @@ class TorchHarness:
             adamw.zero_grad()
             loss.backward()
             adamw.step()
-            trajectory.append(_pairs(model, case))
-        return {"pairs": trajectory, "base": _kernel(case, _layer(model, case).weight)}  # type: ignore[arg-type]
+            trajectory.append(_pairs(model, case.path))
+        return {"pairs": trajectory, "base": _kernel(case, _layer(model, case.path).weight)}  # type: ignore[arg-type]
 
     def merge(self, case: Case, row: Mapping[str, Any]) -> NDArray[Any]:
         merged = merge(_model(case), row)
         return _kernel(case, merged.get_submodule(case.path).weight)  # type: ignore[arg-type]
 
     def initial(self, case: Case) -> Pairs:
-        return _pairs(adapt(_plain(case), case.config), case)
+        return _pairs(adapt(_plain(case), case.config), case.path)
 
     def save(self, case: Case, folder: Path) -> None:
         save(_model(case), folder)
 
     def load(self, case: Case, folder: Path) -> Pairs:
-        return _pairs(load(_plain(case), folder), case)
+        return _pairs(load(_plain(case), folder), case.path)
+
+    def adapted(self, case: Case) -> _Model:
+        return _model(case)
+
+    def state(self, model: Any) -> tuple[dict[tuple[str, str], int], Pairs]:
+        registry = model.flix_config.registry
+        return {f: registry.id(*f) for f in registry.live}, _pairs(model, model.path)
+
+    def add_feature(
+        self, model: _Model, group: str, name: str, rank: int, init_from: Sequence[str]
+    ) -> None:
+        add_feature(model, group, name, rank, init_from=init_from)
+
+    def remove_feature(self, model: _Model, group: str, name: str) -> None:
+        remove_feature(model, group, name)
+
+    def rename_feature(self, model: _Model, group: str, name: str, new: str) -> None:
+        rename_feature(model, group, name, new)
+
+    def save_features(
+        self, model: _Model, folder: Path, features: Sequence[tuple[str, str]]
+    ) -> None:
+        save(model, folder, features)
+
+    def load_features(self, model: _Model, folder: Path) -> None:
+        load_features(model, folder)
 
 
 def _gradient(parameter: Tensor | None) -> NDArray[Any] | None:

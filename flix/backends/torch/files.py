@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flix.backends.torch.heads import put_heads, read_heads, save_heads
+from flix.backends.torch.heads import put_heads, read_heads, remove_heads, save_heads
 from flix.backends.torch.model import (
     adapt_paths,
     flix_layers,
@@ -83,6 +83,7 @@ def save(model: nn.Module, directory: Path_, features: Any = None) -> None:
     adapter = _adapter_of(model, "save", copy=False)
     if features is not None:
         save_adapter(select_features(adapter, features), directory)
+        remove_heads(directory)
         return
     save_adapter(adapter, directory)
     save_heads(model, directory)

@@ -52,6 +52,11 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield from module.named_parameters(path, recurse=False, remove_duplicate=False)
 
 
+def remove_heads(folder: Path_) -> None:
+    """Remove the heads of an earlier save from a folder, if it has any."""
+    (Path(folder) / HEADS_FILE).unlink(missing_ok=True)
+
+
 def save_heads(model: nn.Module, folder: Path_) -> None:
     """Write the trained heads of an adapted model into an adapter's folder, in their own dtypes.
 
@@ -71,7 +76,7 @@ def save_heads(model: nn.Module, folder: Path_) -> None:
     model.flix_trained = tuple(heads)  # type: ignore[assignment]
     place = Path(folder)
     if not heads:
-        (place / HEADS_FILE).unlink(missing_ok=True)
+        remove_heads(folder)
         return
     place.mkdir(parents=True, exist_ok=True)
     data = save({name: _whole(p) for name, p in heads.items()}, metadata={"format": "pt"})

@@ -41,7 +41,7 @@ def summary(model: nn.Module) -> Summary:
         TargetError: the model is not adapted.
     """
     config = require_adapted(model, "summary")
-    counts = dict.fromkeys(config.registry.features, 0)
+    counts = dict.fromkeys(config.registry.live, 0)
     layers = []
     for path, layer in flix_layers(model):
         layers.append(path)

@@ -147,7 +147,8 @@ def load_features(
     apply_change(model, change)
     if freeze_others:
         thaw(model)
-        freeze(model, list(change.kept))
+        if change.kept:
+            freeze(model, list(change.kept))
     return change.arriving
 
 

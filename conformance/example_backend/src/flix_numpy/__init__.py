@@ -1,4 +1,5 @@
-"""A backend of flix in plain numpy: a routed layer, its gradients, AdamW, merging, files, and a conformance harness."""
+"""A backend of flix in plain numpy: a routed layer, its gradients, AdamW, merging, files, features that join and leave,
+and a conformance harness."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ import numpy as np
 import flix
 from flix.core.adapter import LayerShape, tensor_name
 from flix.core.composition import composition, delta
+from flix.core.factors import resized_mean
 from flix.core.fitting import check_fits
 from flix.core.initial import initial_a, initial_b
+from flix.core.lifecycle import plan_growth
 from flix.core.routing import check_routing
 
 
@@ -22,6 +25,7 @@ class Layer:
         self.shape = LayerShape(*kernel.shape, kind)
         self.pairs = {f: self.fresh(f) for f in config.registry.features if config.rank(path, f)}
         self.moments: dict[Any, Any] = {}
+        self.frozen: set[tuple[str, str]] = set()
 
     def fresh(self, feature: tuple[str, str]) -> list[Any]:
         """Initial A and B."""
@@ -79,6 +83,8 @@ class Layer:
     def adamw(self, gradients: dict[Any, Any], s: Any) -> None:
         """One step on the features that have gradients; a feature's steps are counted by itself."""
         for feature, pair in gradients.items():
+            if feature in self.frozen:
+                continue
             for part, g in enumerate(pair):
                 m, v, t = self.moments.get((feature, part), (0, 0, 0))
                 m = s.beta1 * m + (1 - s.beta1) * g
@@ -104,6 +110,29 @@ class Layer:
         ranked = [f for f in self.config.registry.features if self.config.rank(self.path, f)]
         self.pairs = {f: list(adapter.pair(self.path, f)) for f in ranked}
 
+    def add(self, group: str, name: str, rank: int, init_from: Any) -> None:
+        """A feature more, perhaps near to the mean of others; the others train no more."""
+        growth = plan_growth(self.config, group, name, rank, init_from=init_from)
+        self.config, self.frozen = growth.config, set(self.pairs)
+        new, known = self.fresh(growth.feature), [f for f in growth.origins if f in self.pairs]
+        if known:
+            sources = [[p.astype(np.float64) for p in self.pairs[f]] for f in known]
+            scales = [self.config.scale(self.path, f) for f in (*known, growth.feature)]
+            new = resized_mean(sources, scales[:-1], new[0], scales[-1], len(growth.origins))
+        self.pairs[growth.feature] = [p.astype(self.kernel.dtype) for p in new]
+
+    def remove(self, group: str, name: str) -> None:
+        """A feature less; its id stays reserved."""
+        self.load(flix.remove_feature(self.to_adapter(), group, name))
+        self.moments = {k: m for k, m in self.moments.items() if k[0] in self.pairs}
+
+    def rename(self, group: str, name: str, new: str) -> None:
+        """Another name for a feature, with all that is known of it."""
+        self.load(flix.rename_feature(self.to_adapter(), group, name, new))
+        names = {(group, name): (group, new)}
+        self.moments = {(names.get(f, f), part): m for (f, part), m in self.moments.items()}
+        self.frozen = {names.get(f, f) for f in self.frozen}
+
     def merged(self, row: Any) -> Any:
         """The kernel with one composition folded in."""
         update = delta(self.to_adapter(), self.path, composition(self.config, row))
@@ -122,7 +151,9 @@ class Harness:
         return self.layer(case.config, case.path, kernel, case.bias, case.kind)
 
     def adapted(self, case: Any) -> Layer:
-        """The case's layer with the case's values."""
+        """The case's own model, or its layer with its values."""
+        if case.model is not None:
+            return case.model
         layer = self.plain(case)
         layer.pairs = {f: list(pair) for f, pair in case.pairs.items()}
         return layer
@@ -155,6 +186,26 @@ class Harness:
         layer = self.plain(case)
         layer.load(flix.load_adapter(folder))
         return layer.pairs
+
+    def state(self, model: Layer) -> Any:
+        registry = model.config.registry
+        pairs = {f: tuple(pair) for f, pair in model.pairs.items()}
+        return {f: registry.id(*f) for f in registry.live}, pairs
+
+    def add_feature(self, model: Layer, *arguments: Any) -> None:
+        model.add(*arguments)
+
+    def remove_feature(self, model: Layer, group: str, name: str) -> None:
+        model.remove(group, name)
+
+    def rename_feature(self, model: Layer, group: str, name: str, new: str) -> None:
+        model.rename(group, name, new)
+
+    def save_features(self, model: Layer, folder: Any, features: Any) -> None:
+        flix.save_adapter(flix.select_features(model.to_adapter(), features), folder)
+
+    def load_features(self, model: Layer, folder: Any) -> None:
+        model.load(flix.combine_adapters([model.to_adapter(), flix.load_adapter(folder)]))
 
 
 harness = Harness

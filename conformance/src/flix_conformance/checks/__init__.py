@@ -1,9 +1,19 @@
 """The checks, in the order of the report."""
 
-from flix_conformance.checks import cross, files, gradients, inputs, laws, outputs, training
+from flix_conformance.checks import (
+    cross,
+    files,
+    gradients,
+    inputs,
+    laws,
+    lifecycle,
+    outputs,
+    training,
+)
 from flix_conformance.checks._registry import CHECKS, Check, NotOffered
 
-_ORDER = [module.__name__ for module in (outputs, gradients, laws, inputs, training, files, cross)]
+_MODULES = (outputs, gradients, laws, inputs, training, files, lifecycle, cross)
+_ORDER = [module.__name__ for module in _MODULES]
 for _check in sorted(CHECKS.values(), key=lambda c: _ORDER.index(c.run.__module__)):
     CHECKS[_check.name] = CHECKS.pop(_check.name)
 

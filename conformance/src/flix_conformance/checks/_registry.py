@@ -26,6 +26,7 @@ class Check:
         examples: how many examples, under the profile ``ci``.
         pair: whether it compares two backends.
         kind: the kind of layer that it needs.
+        needs: optional methods of the harness that it needs.
     """
 
     name: str
@@ -34,25 +35,34 @@ class Check:
     examples: int
     pair: bool = False
     kind: str = "linear"
+    needs: tuple[str, ...] = ()
 
 
 def check(
-    rule: str, *, examples: int = 20, pair: bool = False, kind: str = "linear"
+    rule: str,
+    *,
+    examples: int = 20,
+    pair: bool = False,
+    kind: str = "linear",
+    needs: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a check under its own name."""
 
     def register(run: Callable[..., None]) -> Callable[..., None]:
         name = run.__name__
-        CHECKS[name] = Check(name, rule, run, examples, pair, kind)
+        CHECKS[name] = Check(name, rule, run, examples, pair, kind, needs)
         return run
 
     return register
 
 
-def offered(kind: str, *backends: Any) -> None:
-    """Stop a check that the backends do not all offer the kind of layer for."""
-    if any(kind not in backend.kinds for backend in backends):
-        raise NotOffered(f"no {kind} layers")
+def offered(chosen: Check, *backends: Any) -> None:
+    """Stop a check that the backends do not all offer the kind of layer or the methods for."""
+    if any(chosen.kind not in backend.kinds for backend in backends):
+        raise NotOffered(f"no {chosen.kind} layers")
+    for backend in backends:
+        if missing := backend.lacks(chosen.needs):
+            raise NotOffered(f"the harness has no {', '.join(missing)}")
 
 
 def any_kind(draw: Draw, kinds: tuple[str, ...]) -> str:

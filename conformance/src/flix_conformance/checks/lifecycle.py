@@ -1,0 +1,324 @@
+"""Features that join, leave, get other names, and come from files: the others stay, and everything goes on working."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import flix
+from flix_conformance import bits, oracle
+from flix_conformance.checks._registry import any_kind, check
+from flix_conformance.checks.files import CONFIG_FILE, TENSOR_FILE, unpack
+from flix_conformance.checks.outputs import check_output
+from flix_conformance.checks.training import SETTINGS, TRAJECTORY
+from flix_conformance.compare import close, close_in_norm, same_bits, same_pairs
+from flix_conformance.harness import Backend, Case, Feature, Pairs
+from flix_conformance.signatures import Signature, trainable_signature
+from flix_conformance.strategies import Draw
+
+_BASIC = ("adapted", "state")
+_ADDING = (*_BASIC, "add_feature")
+_REMOVING = (*_BASIC, "remove_feature")
+_RENAMING = (*_BASIC, "rename_feature")
+_LOADING = (*_BASIC, "save_features", "load_features")
+_NEW = "joined: 新"
+
+
+def _signatures(draw: Draw, backend: Backend) -> list[Signature]:
+    kind = any_kind(draw, backend.kinds)
+    return [trainable_signature(i, kind) for i in range(draw.scaled(6))]
+
+
+def _removable(registry: flix.FeatureRegistry) -> list[Feature]:
+    """Features that are not the last of their group."""
+    return [f for f in registry.features if len(registry.names(f[0])) > 1]
+
+
+def _case(draw: Draw, backend: Backend, where: Callable[[Signature], Any] = lambda _: True) -> Case:
+    return draw.fill(draw.of_turn([s for s in _signatures(draw, backend) if where(s)]), "float32")
+
+
+def _ids(case: Case) -> dict[Feature, int]:
+    return {feature: number for number, feature in enumerate(case.registry.features)}
+
+
+def check_state(
+    backend: Backend, model: Any, ids: dict[Feature, int], pairs: Pairs, what: str
+) -> Pairs:
+    """Hold ids and pairs of a changed model to the expected ones; features that none are given for are handed back."""
+    found_ids, found = backend.state(model)
+    assert found_ids == ids, f"{what}: the ids are {found_ids}, expected {ids}"
+    others = {f: pair for f, pair in found.items() if f in pairs}
+    same_pairs(others, pairs, what)
+    return {f: pair for f, pair in found.items() if f not in pairs}
+
+
+def _grown(case: Case, group: str, rank: int, **settings: Any) -> flix.FlixConfig:
+    return case.config.with_feature(group, _NEW, rank=rank, **settings)
+
+
+def _routed_to(draw: Draw, case: Case, number: int) -> Case:
+    """The case with a feature in one slot of every row."""
+    slot = draw.integer(0, case.ids.shape[-1] - 1)
+    ids, weights = case.ids.copy(), None if case.weights is None else case.weights.copy()
+    ids[..., slot] = number
+    if weights is not None:
+        weights[..., slot] = draw.one_of([1.0, 0.5, -2.0])
+    return case.but(ids=ids, weights=weights)
+
+
+@check(
+    "adding a feature keeps ids and values of the others, bit by bit; the new one starts with the defined bytes",
+    examples=6,
+    needs=_ADDING,
+)
+def added_feature(draw: Draw, backend: Backend) -> None:
+    case = _case(draw, backend)
+    group, rank = draw.one_of(case.registry.groups), draw.one_of([1, 3])
+    model = backend.change("add_feature", backend.adapted(case), group, _NEW, rank, ())
+    new, number = (group, _NEW), len(case.registry)
+    fresh = check_state(backend, model, {**_ids(case), new: number}, case.pairs, "after adding")
+    like = (np.zeros((rank, case.d_in)), np.zeros((case.d_out, rank)))
+    same_pairs(fresh, bits.initial_pairs(case.but(pairs={new: like})), "the new feature")
+    grown = case.but(config=_grown(case, group, rank), pairs={**case.pairs, **fresh}, model=model)
+    check_output(backend, _routed_to(draw, grown, number))
+
+
+@check(
+    "a feature that starts from others has the update nearest to their mean that its rank allows",
+    examples=8,
+    needs=_ADDING,
+)
+def added_from_others(draw: Draw, backend: Backend) -> None:
+    case = _case(draw, backend)
+    group, rank = draw.one_of(case.registry.groups), draw.one_of([1, 2, 4])
+    names = case.registry.names(group)
+    origins = names[: draw.integer(1, len(names))]
+    full = min(case.d_in, case.d_out)
+    stacked = sum(len(a) for (own, _), (a, _) in case.pairs.items() if own == group)
+    if stacked > full + 1 and draw.one_of([False, True]):
+        # The edge: more ranks than the layer's smaller side has dimensions, before and after.
+        origins, rank = names, full + 1
+    model = backend.change("add_feature", backend.adapted(case), group, _NEW, rank, origins)
+    new = (group, _NEW)
+    ids = {**_ids(case), new: len(case.registry)}
+    a, b = check_state(backend, model, ids, case.pairs, "after adding")[new]
+    assert (a.shape, b.shape) == ((rank, case.d_in), (case.d_out, rank)), (
+        f"the new feature's shapes are {a.shape} and {b.shape}"
+    )
+    grown = case.but(config=_grown(case, group, rank), pairs={new: (a, b)})
+    mean, best = oracle.nearest(case, [(group, name) for name in origins], rank)
+    update = oracle.scale(grown, new) * (b.astype(np.float64) @ a.astype(np.float64))
+    far = float(np.linalg.norm(update - mean))
+    assert far <= best + 1e-5 * float(np.linalg.norm(mean)), (
+        f"the new update is {far:.6g} away from the mean of {list(origins)}; rank {rank} can be {best:.6g} near"
+    )
+
+
+@check(
+    "training after a feature was added moves the new one as the formula does, and no other by a bit",
+    examples=2,
+    needs=_ADDING,
+)
+def added_trains_alone(draw: Draw, backend: Backend) -> None:
+    case, batches = draw.run(any_kind(draw, backend.kinds), steps=3)
+    group, rank = draw.one_of(case.registry.groups), draw.one_of([1, 3])
+    origins = draw.one_of([(), case.registry.names(group)])
+    model = backend.change("add_feature", backend.adapted(case), group, _NEW, rank, origins)
+    new, number = (group, _NEW), len(case.registry)
+    pair = backend.state(model)[1][new]
+    grown = case.but(config=_grown(case, group, rank), pairs={**case.pairs, new: pair}, model=model)
+    steps = []
+    for batch in batches:
+        given = case.but(ids=batch.ids, weights=batch.weights)
+        routed = _routed_to(draw, given, number) if (batch.ids >= 0).any() else given
+        steps.append(replace(batch, ids=routed.ids, weights=routed.weights))
+    expected = oracle.train(grown.but(model=None), steps, SETTINGS, frozen=set(case.pairs))
+    found = backend.train(grown, steps, SETTINGS)["pairs"]
+    assert len(found) == len(steps), f"{len(found)} steps were reported, not {len(steps)}"
+    for step, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
+        for feature, before in case.pairs.items():
+            for part in (0, 1):
+                label = f"{'AB'[part]} of {':'.join(feature)}, which is frozen, at step {step}"
+                same_bits(actual[feature][part], before[part], label)
+        for part in (0, 1):
+            label = f"{'AB'[part]} of the new feature after step {step}"
+            value = np.asarray(wanted[new][part], np.float64)
+            close_in_norm(actual[new][part], value, pair[part], TRAJECTORY, label)
+
+
+def _without(case: Case, number: int) -> Case:
+    return case.but(ids=np.where(case.ids == number, -1, case.ids).astype(np.int32))
+
+
+@check(
+    "removing a feature keeps ids and values of the others, bit by bit; outputs are those without it",
+    examples=6,
+    needs=_REMOVING,
+)
+def removed_feature(draw: Draw, backend: Backend) -> None:
+    case = _case(draw, backend, lambda s: _removable(s.config.registry))
+    gone = draw.one_of(_removable(case.registry))
+    model = backend.change("remove_feature", backend.adapted(case), *gone)
+    ids = _ids(case)
+    number = ids.pop(gone)
+    left = {f: pair for f, pair in case.pairs.items() if f != gone}
+    surplus = check_state(backend, model, ids, left, "after removing")
+    assert not surplus, f"{sorted(surplus)} is still there"
+    check_output(backend, _without(case, number).but(model=model))
+
+
+@check(
+    "routing that names a removed feature is refused by name, and never served",
+    examples=4,
+    needs=_REMOVING,
+)
+def removed_refused(draw: Draw, backend: Backend) -> None:
+    def fits(s: Signature) -> bool:
+        return bool(s.filled and _removable(s.config.registry))
+
+    case = _case(draw, backend, fits).but(strategy="auto")
+    gone = draw.one_of(_removable(case.registry))
+    number = _ids(case)[gone]
+    model = backend.change("remove_feature", backend.adapted(case), *gone)
+    named = _without(case, number).but(model=model)
+    place = tuple(draw.integer(0, size - 1) for size in named.ids.shape)
+    named.ids[place] = number
+    error = backend.refuse(named)
+    assert isinstance(error, ValueError), f"routing to a removed feature: {error!r}"
+    assert ":".join(gone) in str(error), f"the message does not name {':'.join(gone)}: {error}"
+    try:
+        y = np.asarray(backend.forward(named)[0], np.float64)
+    except Exception:
+        return
+    assert np.isnan(y[place[:-1]]).all(), f"row {place[0]} names a removed feature and was served"
+
+
+@check(
+    "renaming a feature keeps every id and value, bit by bit, and the outputs",
+    examples=5,
+    needs=_RENAMING,
+)
+def renamed_feature(draw: Draw, backend: Backend) -> None:
+    case = _case(draw, backend)
+    old = draw.one_of(case.registry.features)
+    model = backend.change("rename_feature", backend.adapted(case), *old, _NEW)
+
+    def renamed(values: dict[Feature, Any]) -> dict[Feature, Any]:
+        return {(f[0], _NEW) if f == old else f: value for f, value in values.items()}
+
+    surplus = check_state(
+        backend, model, renamed(_ids(case)), renamed(case.pairs), "after renaming"
+    )
+    assert not surplus, f"{sorted(surplus)} appeared"
+    check_output(backend, case.but(model=model))
+
+
+def _donor(draw: Draw, case: Case, group: str) -> Case:
+    """Another adapter of the same layer, with the new feature among others."""
+    registry = flix.FeatureRegistry({group: ["first", _NEW], "elsewhere": ["last"]})
+    rank = draw.one_of([1, 2, 4])
+    config = flix.FlixConfig(
+        registry=registry,
+        ranks=rank,
+        alpha=draw.one_of([None, 3.0]),
+        scaling=draw.one_of(["lora", "rslora"]),
+        target_modules=(case.path,),
+    )
+    rng = draw.generator()
+    pairs = {
+        feature: (
+            rng.normal(size=(rank, case.d_in)).astype(np.float32),
+            rng.normal(size=(case.d_out, rank)).astype(np.float32),
+        )
+        for feature in registry.features
+    }
+    return case.but(config=config, pairs=pairs)
+
+
+def _check_file(donor: Case, folder: Path, feature: Feature) -> None:
+    """Hold a file of one feature to the format."""
+    text = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    features = text["config"]["registry"]["features"]
+    assert features == [list(feature)], f"the file describes the features {features}"
+    tensors = unpack((folder / TENSOR_FILE).read_bytes())
+    names = [f"{donor.path}.{part}.{feature[0]}.{feature[1]}" for part in "AB"]
+    assert set(tensors) == set(names), f"the file holds {sorted(tensors)}, expected {names}"
+    for name, value in zip(names, donor.pairs[feature], strict=True):
+        same_bits(tensors[name], value, name)
+
+
+def _loaded(backend: Backend, model: Any, donor: Case, new: Feature) -> Any:
+    """The model with the donor's new feature, by way of a file of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "adapter"
+        backend.harness.save_features(backend.adapted(donor), folder, [new])
+        _check_file(donor, folder, new)
+        return backend.change("load_features", model, folder)
+
+
+def _joined(case: Case, donor: Case, new: Feature) -> flix.FlixConfig:
+    """The configuration with the donor's feature, at the donor's scale."""
+    rank = donor.pairs[new][0].shape[0]
+    scale = oracle.scale(donor, new)
+    alpha = scale * (rank if case.config.scaling == "lora" else rank**0.5)
+    return _grown(case, new[0], rank, alpha=alpha)
+
+
+@check(
+    "a file of one feature loads into another model with equal values and outputs; the others stay, bit by bit",
+    examples=6,
+    needs=_LOADING,
+)
+def loaded_feature(draw: Draw, backend: Backend) -> None:
+    case = _case(draw, backend)
+    group = draw.one_of(case.registry.groups)
+    donor, new = _donor(draw, case, group), (group, _NEW)
+    model = _loaded(backend, backend.adapted(case), donor, new)
+    number = len(case.registry)
+    fresh = check_state(backend, model, {**_ids(case), new: number}, case.pairs, "after loading")
+    same_pairs(fresh, {new: donor.pairs[new]}, "the loaded feature")
+    grown = case.but(config=_joined(case, donor, new), pairs={**case.pairs, **fresh}, model=model)
+    check_output(backend, _routed_to(draw, grown, number))
+
+
+@check(
+    "after a feature was added, one renamed, one removed and one loaded, outputs and merging are the formula's",
+    examples=4,
+    needs=tuple(dict.fromkeys((*_ADDING, *_REMOVING, *_RENAMING, *_LOADING))),
+)
+def changed_merge(draw: Draw, backend: Backend) -> None:
+    def fits(s: Signature) -> bool:
+        # What is implied by "every feature of a group" is a question of two adapters' rules, not of this check.
+        return bool(_removable(s.config.registry) and not s.config.registry.implies)
+
+    case = _case(draw, backend, fits)
+    group, rank = draw.one_of(case.registry.groups), 2
+    gone = draw.one_of(_removable(case.registry))
+    origin = draw.one_of(case.registry.names(group))
+    model = backend.change("add_feature", backend.adapted(case), group, _NEW, rank, [origin])
+    model = backend.change("rename_feature", model, group, _NEW, "renamed")
+    model = backend.change("remove_feature", model, *gone)
+    config = _grown(case, group, rank).with_renamed(group, _NEW, "renamed")
+    changed = case.but(config=config.without_feature(*gone))
+    donor, new = _donor(draw, case, group), (group, _NEW)
+    model = _loaded(backend, model, donor, new)
+    count = len(case.registry)
+    pairs = backend.state(model)[1]
+    config = _joined(changed, donor, new)
+    changed = _without(changed.but(config=config, pairs=pairs, model=model), _ids(case)[gone])
+    check_output(backend, _routed_to(draw, changed, draw.one_of([count, count + 1])))
+    row = {group: draw.one_of(["renamed", {"renamed": 0.5, _NEW: -2.0}])}
+    active = {
+        changed.registry.features[i]: w
+        for i, w in bits.active_features(changed.registry, row).items()
+    }
+    kernel = np.asarray(backend.merge(changed, row), np.float64)
+    size = oracle.merged(oracle.magnitude(changed), {f: abs(w) for f, w in active.items()})
+    close(kernel, oracle.merged(changed, active), size, case.dtype, "the merged kernel")
