@@ -16,19 +16,24 @@ def covers(architecture: str, *features: str, backend: str = "torch") -> list[py
 
 
 def over(
-    architectures: Iterable[str], *features: str, slow: Iterable[str] = (), backend: str = "torch"
+    architectures: Iterable[str],
+    *features: str,
+    slow: Iterable[str] = (),
+    backend: str = "torch",
+    argument: str = "name",
 ) -> Any:
-    """Run a test as ``name`` over architectures, claiming the features for each of them.
+    """Run a test over architectures, claiming the features for each of them.
 
     Args:
-        architectures: names; the test's argument ``name``.
+        architectures: names, which the test gets.
         features: columns of the table.
         slow: the architectures with which the test is slow.
         backend: the table's section.
+        argument: what the test calls the name.
     """
     late = set(slow)
     return pytest.mark.parametrize(
-        "name",
+        argument,
         [
             pytest.param(
                 name,

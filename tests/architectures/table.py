@@ -78,6 +78,21 @@ def _torch_applies(architecture: str, feature: str) -> bool:
     return not (feature == "per-token routing" and made.kind == "encoder-decoder")
 
 
+_LIFE = {
+    "add a feature": "add a feature",
+    "remove": "remove",
+    "rename": "rename",
+    "share a feature": "a feature's own file",
+    "disable": "`disable`",
+    "import from PEFT": "LoRA files of PEFT",
+}
+
+
+def _jax_applies(architecture: str, feature: str) -> bool:
+    # Without a bank the functions are the base: there is nothing to switch.
+    return (architecture, feature) != ("pytree", "disable")
+
+
 SECTIONS: dict[str, Section] = {
     "torch": Section(
         paths=("tests/architectures", "tests/torch"),
@@ -123,6 +138,55 @@ SECTIONS: dict[str, Section] = {
             ("Pipelines", {task: f"`{task}`" for task in _PIPELINES}),
         ),
         applies=_torch_applies,
+    ),
+    "jax": Section(
+        paths=("tests/jax", "tests/cross"),
+        architectures={
+            "nnx": "flax.nnx: Linear, LinearGeneral, Einsum, Embed",
+            "bert": "BERT in flax.nnx, a twin of transformers'",
+            "pytree": "pure functions over a pytree (linen and others)",
+        },
+        tables=(
+            (
+                "Training and files",
+                {
+                    "mixed batch": "mixed batch",
+                    "gradients": "gradients",
+                    "per-token routing": "per token",
+                    "absent features": "absent features keep their bits",
+                    "resume": "Orbax resume",
+                    "save and load": "save, load",
+                    "merge": "merge",
+                    "export": "`jax.export`",
+                },
+            ),
+            ("Life", _LIFE),
+        ),
+        applies=_jax_applies,
+    ),
+    "tensorflow": Section(
+        paths=("tests/tensorflow", "tests/cross"),
+        architectures={
+            "functional": "functional",
+            "sequential": "sequential",
+            "subclassed": "subclassed",
+            "bert": "BERT in Keras, a twin of transformers'",
+        },
+        tables=(
+            (
+                "Training and files",
+                {
+                    "mixed batch": "mixed batch",
+                    "per-token routing": "per token",
+                    "resume": "resume in `fit`",
+                    "save and load": "save, load",
+                    "merge": "merge",
+                    "keras file": "`.keras`",
+                    "export": "SavedModel",
+                },
+            ),
+            ("Life", _LIFE),
+        ),
     ),
 }
 

@@ -164,6 +164,8 @@ def test_bases_are_twins():
     agree(np.asarray(SIDES["tensorflow"].plain()(TOKENS)), expected)
 
 
+@pytest.mark.covers("bert", "save and load", backend="jax")
+@pytest.mark.covers("bert", "save and load", backend="tensorflow")
 @pytest.mark.parametrize("target", BACKENDS)
 @pytest.mark.parametrize("source", BACKENDS)
 def test_trained_here_loaded_there(source, target, trained):

@@ -36,6 +36,7 @@ def struct(*shape: Any, dtype: Any = INT) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+@pytest.mark.covers("nnx", "export", backend="jax")
 @pytest.mark.parametrize("strategy", ["auto", "gather", "masked"])
 def test_a_model_of_every_kind_of_layer_answers_the_same(strategy: str) -> None:
     model = adapt(Net(), config(target_modules=["embed", "q", "o", "e", "back"]), strategy=strategy)
@@ -105,6 +106,7 @@ def test_per_token_routing_and_several_inputs() -> None:
     close(y - shift, 2 * (np.asarray(wanted) - shift))
 
 
+@pytest.mark.covers("pytree", "export", backend="jax")
 def test_the_functional_core_exports_with_its_bank_as_plain_arrays() -> None:
     bank = random_bank(config(), {"q": (5, 7)})
     kernel = jnp.ones((5, 7))

@@ -45,6 +45,7 @@ def forward(model: Any, x: Any, ids: Any, weights: Any) -> Any:
     return model(x, flix_features=ids, flix_weights=weights)
 
 
+@pytest.mark.covers("nnx", "save and load", backend="jax")
 def test_model_round_trip(tmp_path: Path) -> None:
     model = adapted()
     wanted = forward(model, TOKENS, IDS, WEIGHTS)
@@ -60,6 +61,7 @@ def test_model_round_trip(tmp_path: Path) -> None:
     assert adapter.layers["embed"].kind == "embedding"
 
 
+@pytest.mark.covers("pytree", "save and load", backend="jax")
 def test_bank_round_trip(tmp_path: Path) -> None:
     cfg = config()
     bank = random_bank(cfg, {"layers.0.q": (5, 7), "e": (9, 7, "embedding")})

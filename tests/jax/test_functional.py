@@ -91,6 +91,8 @@ def check(layer: Any, cfg: Any, x: Any, ids: Any, weights: Any, strategy: str, r
         close(b, wanted["B"][feature])
 
 
+@pytest.mark.covers("pytree", "mixed batch", backend="jax")
+@pytest.mark.covers("pytree", "gradients", backend="jax")
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("strategy", ["gather", "masked"])
@@ -100,6 +102,7 @@ def test_per_row(strategy: str, weighted: bool, rows: bool) -> None:
     check(layer, cfg, normal(5, 3, D_IN), IDS, WEIGHTS if weighted else None, strategy, rows)
 
 
+@pytest.mark.covers("pytree", "per-token routing", backend="jax")
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("strategy", ["gather", "masked", "auto"])
 def test_per_token(strategy: str, rows: bool) -> None:
@@ -294,6 +297,7 @@ def test_touched() -> None:
         jax.jit(lambda ids: touched(ids, 6, size=1))(np.array([[3, 2]]))
 
 
+@pytest.mark.covers("pytree", "merge", backend="jax")
 def test_merge_kernels_equals_forward() -> None:
     cfg = config()
     bank = random_bank(cfg, {"q": (D_IN, D_OUT)})

@@ -102,6 +102,7 @@ def train(model: Any, optimizer: Any, ids: Any) -> Any:
     return value
 
 
+@pytest.mark.covers("nnx", "remove", backend="jax")
 def test_removed_features_leave_the_rest_as_it_was() -> None:
     model = adapted(target_modules=FEW)
     source = (model.flix_config, {path: layer.bank for path, layer in flix_layers(model)})
@@ -155,6 +156,7 @@ def test_a_removed_feature_comes_back_under_its_id_and_trains() -> None:
     }
 
 
+@pytest.mark.covers("nnx", "rename", backend="jax")
 def test_renaming_keeps_ids_values_and_the_optimizers_state() -> None:
     runs = []
     for renamed in (False, True):
@@ -220,6 +222,7 @@ def test_banks_freeze_and_thaw() -> None:
     assert not thaw((cfg, both))[1]["q"].spec.frozen
 
 
+@pytest.mark.covers("nnx", "share a feature", backend="jax")
 def test_one_features_file_loads_into_another_model(tmp_path: Path) -> None:
     donor = adapted(seed=0, target_modules=["back", "o"])
     rename_feature(donor, "language", "swa", "kin")
@@ -249,6 +252,7 @@ def test_one_features_file_loads_into_another_model(tmp_path: Path) -> None:
     assert bits(again) == after
 
 
+@pytest.mark.covers("pytree", "share a feature", backend="jax")
 def test_conflicts_and_banks(tmp_path: Path) -> None:
     ours = (config(), random_bank(config(), LAYERS))
     theirs = (config(), random_bank(config(), {"q": (5, 7), "k": (4, 2)}, seed=1))
@@ -285,6 +289,7 @@ def write_lora(folder: Path, pairs: dict[str, tuple[Any, Any]], alpha: float) ->
     return folder
 
 
+@pytest.mark.covers("nnx", "import from PEFT", backend="jax")
 def test_import_peft(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
 
@@ -329,6 +334,7 @@ def test_import_peft(tmp_path: Path) -> None:
     assert bits(source) == {f"mlp.{name}": value for name, value in bits(model).items()}
 
 
+@pytest.mark.covers("nnx", "disable", backend="jax")
 def test_disabled_models_are_their_base_also_when_compiled() -> None:
     model, base = two()
     traces = []

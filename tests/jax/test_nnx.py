@@ -69,6 +69,8 @@ def test_adapted_starts_equal_to_the_base() -> None:
     assert same_bits(pairs["embed.B.task.pos"], np.zeros((6, 4), np.float32))
 
 
+@pytest.mark.covers("nnx", "mixed batch", backend="jax")
+@pytest.mark.covers("nnx", "per-token routing", backend="jax")
 @pytest.mark.parametrize(
     "name", ["embed", "layers.0.q", "layers.0.o", "layers.0.e", "layers.0.back"]
 )
@@ -149,6 +151,7 @@ def test_copies_split_merge_clone_pickle() -> None:
     assert nnx.split(model)[0] == nnx.split(copy.deepcopy(model))[0]
 
 
+@pytest.mark.covers("nnx", "gradients", backend="jax")
 def test_only_adapters_get_gradients() -> None:
     model = adapted()
 
@@ -243,6 +246,7 @@ def test_ellipsis_einsum_and_attention() -> None:
     close(plain(merge(model, row), x), y, 2e-5)
 
 
+@pytest.mark.covers("nnx", "merge", backend="jax")
 def test_merge_equals_forward_and_leaves_nothing() -> None:
     model = adapted()
     row = {"language": {"hau": 0.5, "zul": -1.0}, "task": "pos"}
@@ -281,6 +285,7 @@ def test_merge_unties_shared_kernels() -> None:
     close(merged(x), forward(model, x, routing.ids), 2e-5)
 
 
+@pytest.mark.covers("nnx", "add a feature", backend="jax")
 def test_add_feature() -> None:
     model = adapted()
     pairs = named_pairs(model)

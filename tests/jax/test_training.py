@@ -95,6 +95,7 @@ def sparse_step(tx: Any) -> Any:
     return tx, step
 
 
+@pytest.mark.covers("pytree", "absent features", backend="jax")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_absent_features_keep_their_bits(name: str) -> None:
     finals = []
@@ -186,6 +187,7 @@ def dense_train(model: Any, optimizer: Any, ids: Any, tokens: Any) -> Any:
     return value
 
 
+@pytest.mark.covers("nnx", "absent features", backend="jax")
 def test_nnx_training_sparse_and_dense_agree() -> None:
     ids = np.array([[0, 4], [1, 5], [0, -1], [5, 1], [4, 0]])
     results = []
@@ -253,6 +255,7 @@ def test_freeze_others() -> None:
         assert same_bits(after[name], middle[name]) != new
 
 
+@pytest.mark.covers("nnx", "resume", backend="jax")
 def test_orbax_resume_is_bit_identical(tmp_path: Path) -> None:
     ocp = pytest.importorskip("orbax.checkpoint")
 

@@ -66,6 +66,7 @@ class Stop(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.covers("functional", "resume", backend="tensorflow")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_keras_file_resumes_exactly(name, tmp_path):
     whole = compiled(name)

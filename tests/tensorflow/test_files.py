@@ -9,10 +9,11 @@ import flix
 from flix.backends.tensorflow import load, named_pairs, save
 from flix.backends.tensorflow._base import flix_layers
 from flix.core.adapter import load_adapter
+from tests.architectures.claims import over
 from tests.tensorflow.helpers import IDS, KINDS, adapted, made, randomise, sequential
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@over(KINDS, "keras file", backend="tensorflow", argument="kind")
 def test_keras_file_keeps_model_adapter_flags_and_optimizer(kind, tmp_path):
     model, given = adapted(kind)
     model.compile(keras.optimizers.AdamW(1e-2, weight_decay=0.1), "mse", run_eagerly=True)
@@ -48,7 +49,7 @@ def test_head_unfrozen_by_hand_trains_and_stays_so(tmp_path):
     assert not np.array_equal(kernel, again.base.get_layer("out").kernel.numpy())
 
 
-@pytest.mark.parametrize("kind", ["functional", "subclassed"])
+@over(["functional", "subclassed"], "export", backend="tensorflow", argument="kind")
 def test_saved_model_serves_with_routing_as_an_input(kind, tmp_path):
     model, given = adapted(kind)
     randomise(layer for _, layer in flix_layers(model.base))
@@ -72,7 +73,7 @@ def test_saved_model_serves_with_routing_as_an_input(kind, tmp_path):
     )
 
 
-@pytest.mark.parametrize("kind", ["functional", "subclassed"])
+@over(["functional", "subclassed"], "save and load", backend="tensorflow", argument="kind")
 def test_adapter_folder_round_trip(kind, tmp_path):
     model, given = adapted(kind)
     randomise(layer for _, layer in flix_layers(model.base))

@@ -64,6 +64,7 @@ def compiled(model):
     return model
 
 
+@pytest.mark.covers("functional", "remove", backend="tensorflow")
 def test_removed_features_leave_the_rest_as_it_was(tmp_path):
     model = compiled(adapted())
     before, ids = bits(model), np.where(IDS == 1, -1, IDS)
@@ -106,6 +107,7 @@ def test_a_removed_feature_comes_back_under_its_id_and_trains():
     assert moved(before, bits(model)) == {"language.swa"}
 
 
+@pytest.mark.covers("functional", "rename", backend="tensorflow")
 def test_renaming_keeps_ids_variables_and_the_optimizer():
     runs = []
     for renamed in (False, True):
@@ -154,6 +156,7 @@ def test_frozen_features_stay_frozen_through_changes_and_files(tmp_path):
         freeze(model, [("task", "nope")])
 
 
+@pytest.mark.covers("functional", "share a feature", backend="tensorflow")
 def test_one_features_file_loads_into_another_model(tmp_path):
     donor = adapted(1)
     rename_feature(donor, "language", "swa", "kin")
@@ -212,6 +215,7 @@ def write_lora(folder, pairs, alpha):
     return folder
 
 
+@pytest.mark.covers("functional", "import from PEFT", backend="tensorflow")
 def test_import_peft(tmp_path):
     rng = np.random.default_rng(0)
 
@@ -248,6 +252,7 @@ def test_import_peft(tmp_path):
     np.testing.assert_allclose(other({"inputs": X[:2], "flix_features": ids}), y, atol=1e-6)
 
 
+@pytest.mark.covers("functional", "disable", backend="tensorflow")
 def test_disabled_models_are_their_base_in_eager_mode_and_in_what_keras_compiles():
     model, base = compiled(adapted()), plain()
     wanted, answer = model.predict(GIVEN, verbose=0), base.predict(X, verbose=0)

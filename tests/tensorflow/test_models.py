@@ -12,6 +12,7 @@ from flix.backends import tensorflow as backend
 from flix.backends.tensorflow import adapt, add_feature, merge, named_pairs, summary
 from flix.backends.tensorflow._base import flix_layers, layer_infos
 from flix.core.initial import initial_a
+from tests.architectures.claims import over
 from tests.tensorflow.helpers import (
     IDS,
     KINDS,
@@ -62,6 +63,7 @@ def test_paths_and_initial_values_are_the_same_in_every_instance(kind):
     np.testing.assert_array_equal(one[f"{path}.A.task.mt"], wanted)
 
 
+@pytest.mark.covers("sequential", "mixed batch", backend="tensorflow")
 def test_sequential_model_is_the_oracle():
     model, given = adapted("sequential")
     randomise(layer for _, layer in flix_layers(model.base))
@@ -74,7 +76,7 @@ def test_sequential_model_is_the_oracle():
     np.testing.assert_allclose(symbolic([given["inputs"], IDS]), x, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@over(KINDS, "merge", backend="tensorflow", argument="kind")
 def test_merge_is_the_forward_and_leaves_no_flix_layer(kind):
     model, given = adapted(kind)
     randomise(layer for _, layer in flix_layers(model.base))
@@ -144,6 +146,7 @@ def test_named_inputs_flattened_inputs_and_one_row_for_all():
         np.testing.assert_allclose(function(cut), got[:size], atol=1e-4)
 
 
+@pytest.mark.covers("functional", "per-token routing", backend="tensorflow")
 def test_per_token_routing_packs_rows():
     model, _ = adapted("functional", target_modules=["emb", "q", "mha.query"])
     randomise(layer for _, layer in flix_layers(model.base))
@@ -155,6 +158,7 @@ def test_per_token_routing_packs_rows():
         model({"inputs": X, "flix_features": tokens})
 
 
+@pytest.mark.covers("functional", "add a feature", backend="tensorflow")
 @pytest.mark.parametrize("freeze", [True, False])
 def test_new_feature_joins_without_moving_the_others(freeze, tmp_path):
     model, given = adapted()
