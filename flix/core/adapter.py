@@ -202,14 +202,15 @@ def save_adapter(adapter: Adapter, directory: Path_) -> None:
     }
     text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
     pending = [
-        (_write_aside(folder, TENSOR_FILE, data), folder / TENSOR_FILE),
-        (_write_aside(folder, CONFIG_FILE, text.encode()), folder / CONFIG_FILE),
+        (write_aside(folder, TENSOR_FILE, data), folder / TENSOR_FILE),
+        (write_aside(folder, CONFIG_FILE, text.encode()), folder / CONFIG_FILE),
     ]
     for temporary, final in pending:
         os.replace(temporary, final)
 
 
-def _write_aside(folder: Path, name: str, data: bytes) -> str:
+def write_aside(folder: Path, name: str, data: bytes) -> str:
+    """Write and sync a file under another name in its folder; the path to move into place."""
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core.adapter import Adapter, Path_, _write_aside
+from flix.core.adapter import Adapter, Path_, write_aside
 from flix.core.composition import Composition, lora_pair
 from flix.core.errors import AdapterError, ConfigError, listed
 from flix.core.factors import nearest
@@ -201,7 +201,7 @@ def write_peft(
     text = json.dumps(config, indent=2) + "\n"
     for name, content in (("adapter_model.safetensors", data), ("adapter_config.json", text)):
         raw = content if isinstance(content, bytes) else content.encode()
-        os.replace(_write_aside(folder, name, raw), folder / name)
+        os.replace(write_aside(folder, name, raw), folder / name)
     serving = check_vllm(
         config,
         {name: tensor.shape for name, tensor in tensors.items()},

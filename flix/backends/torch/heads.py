@@ -8,7 +8,6 @@ under the names of ``model.named_parameters()``, so that the adapter's own file 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from flix.backends.torch._layer import FeatureParameters
 from flix.backends.torch.model import require_adapted
-from flix.core.adapter import Path_, Rename
+from flix.core.adapter import Path_, Rename, write_aside
 from flix.core.errors import AdapterError, near
 
 HEADS_FILE = "trained.safetensors"
@@ -80,17 +79,7 @@ def save_heads(model: nn.Module, folder: Path_) -> None:
         return
     place.mkdir(parents=True, exist_ok=True)
     data = save({name: _whole(p) for name, p in heads.items()}, metadata={"format": "pt"})
-    handle, temporary = tempfile.mkstemp(dir=place, prefix=f".{HEADS_FILE}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, place / HEADS_FILE)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    os.replace(write_aside(place, HEADS_FILE, data), place / HEADS_FILE)
 
 
 def load_heads(model: nn.Module, folder: Path_, rename: Rename = None) -> None:
