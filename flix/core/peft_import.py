@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,6 @@ from flix.core.errors import AdapterError, ConfigError, listed
 from flix.core.names import Feature
 from flix.core.registry import FeatureRegistry
 from flix.core.targets import exactly
-
-Folders = Union[Path_, Mapping[str, Path_]]
 
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<kind>embedding_)?(?P<part>[AB])(?:\.weight)?"

@@ -120,6 +120,11 @@ class FeatureRegistry:
         return self._removed
 
     @property
+    def removed_ids(self) -> tuple[int, ...]:
+        """The ids of the features that were removed, ascending."""
+        return tuple(i for i, f in enumerate(self._features) if f in self._removed)
+
+    @property
     def live(self) -> tuple[Feature, ...]:
         """The features that were not removed, in the order of their ids."""
         return tuple(self._ids)

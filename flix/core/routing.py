@@ -368,8 +368,7 @@ def check_routing(
 
 
 def _check_removed(ids: NDArray[Any], registry: FeatureRegistry) -> None:
-    gone = [i for i, feature in enumerate(registry.features) if feature in registry.removed]
-    found = np.isin(ids, gone)
+    found = np.isin(ids, registry.removed_ids)
     if found.any():
         place = tuple(int(i) for i in np.argwhere(found)[0])
         name = ":".join(registry.features[int(ids[place])])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flix.core import counter
 from flix.core.cells import Cell, HeldOut, MixtureError, cell_name, cell_of, features_of
-from flix.core.errors import listed
+from flix.core.errors import MissingFrameworkError, listed
 from flix.core.mixture import Schedule, check_whole, probabilities, walk
 from flix.core.names import Feature
 from flix.core.registry import FeatureRegistry
@@ -208,9 +208,14 @@ class Mixture:
         Raises:
             MissingFrameworkError: transformers is not installed.
         """
-        from flix.data.trainer import epoch_callback
-
-        return epoch_callback(self.train)
+        try:
+            from flix.transformers.epochs import TellEpoch
+        except ImportError as error:
+            raise MissingFrameworkError(
+                "a mixture's callback needs transformers, which is not installed; "
+                'install it with: pip install "flix-peft[transformers]"'
+            ) from error
+        return TellEpoch(self.train)
 
     def epoch(self, epoch: int) -> Dataset:
         """An epoch's rows in their order as a ``datasets.Dataset``, by index: no row is copied.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from flix.backends.torch import load, named_pairs, save
@@ -21,6 +21,7 @@ from flix.backends.torch.model import RoutedModel, require_adapted
 from flix.core.errors import ConfigError
 from flix.transformers.checkpoints import last_checkpoint
 from flix.transformers.collator import FlixCollator
+from flix.transformers.epochs import TellEpoch
 from flix.transformers.losses import FeatureLosses, unreduced
 from flix.transformers.numbering import NumberedRows, NumberedStream, number_prepared
 
@@ -83,7 +84,7 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
         if getattr(self.data_collator, "per_token", False) and hasattr(settings, "use_cache"):
             settings.use_cache = False  # with a cache, models take a packed row for one example
         if hasattr(self.train_dataset, "set_epoch"):
-            self.add_callback(_TellEpoch(self.train_dataset))
+            self.add_callback(TellEpoch(self.train_dataset))
         self._losses = FeatureLosses(self.model.flix_config.registry)
         self._evaluation_losses = FeatureLosses(self.model.flix_config.registry)
 
@@ -345,14 +346,3 @@ class FlixSeq2SeqTrainer(FlixTrainerMixin, Seq2SeqTrainer):  # type: ignore[misc
 
     ``predict_with_generate`` passes each row's features on to ``generate()``.
     """
-
-
-class _TellEpoch(TrainerCallback):  # type: ignore[misc]
-    """Tells a dataset which epoch begins."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # A resumed epoch begins at a fraction; 1e-6 is for what rounding takes from a whole number.
-        self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))

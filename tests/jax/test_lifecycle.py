@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
 
 import flix
 from flix.backends.jax import (
@@ -52,6 +50,7 @@ from tests.jax.conftest import (
     registry,
     same_bits,
 )
+from tests.loras import write_lora
 
 LAYERS = {"q": (5, 7), "table": (9, 3, "embedding")}
 X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 5)), jnp.float32)
@@ -273,20 +272,6 @@ def test_conflicts_and_banks(tmp_path: Path) -> None:
     everything = load_features(ours, tmp_path, conflicts="replace", freeze_others=True)
     assert everything[1]["q"].spec.frozen == {2}  # of rank 0 on both sides: the same
     assert bits(load_bank(tmp_path)) == bits(theirs)
-
-
-def write_lora(folder: Path, pairs: dict[str, tuple[Any, Any]], alpha: float) -> Path:
-    """A LoRA as PEFT's ``save_pretrained`` writes it."""
-    folder.mkdir()
-    rank = next(iter(pairs.values()))[0].shape[0]
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    tensors = {}
-    for path, (a, b) in pairs.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = a
-        tensors[f"base_model.model.{path}.lora_B.weight"] = b
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.mark.covers("nnx", "import from PEFT", backend="jax")

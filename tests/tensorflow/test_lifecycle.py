@@ -1,12 +1,9 @@
 """Features over a model's life: they leave, get other names, come from files, rest and are switched off."""
 
-import json
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from safetensors.numpy import save_file
 
 import flix
 from flix.backends.tensorflow import (
@@ -26,6 +23,7 @@ from flix.backends.tensorflow import (
     to_adapter,
 )
 from flix.backends.tensorflow._base import flix_layers
+from tests.loras import write_lora
 from tests.tensorflow.helpers import make_config, randomise
 
 X = np.random.default_rng(0).normal(size=(6, 4)).astype("f")
@@ -199,20 +197,6 @@ def test_conflicts():
     assert new == (("task", "ner"), ("task", "mt"))
     assert moved(before, bits(model)) == {"task.ner", "task.mt"}
     assert ending(bits(model), "task.ner") == ending(bits(adapted(1)), "task.ner")
-
-
-def write_lora(folder, pairs, alpha):
-    """A LoRA as PEFT's ``save_pretrained`` writes it."""
-    folder.mkdir()
-    rank = next(iter(pairs.values()))[0].shape[0]
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    tensors = {}
-    for path, (a, b) in pairs.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = a
-        tensors[f"base_model.model.{path}.lora_B.weight"] = b
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.mark.covers("functional", "import from PEFT", backend="tensorflow")

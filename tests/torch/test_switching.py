@@ -347,3 +347,8 @@ def test_changes_reach_a_compiled_model():
         found = output(compiled(**inputs, flix_features=ids, flix_weights=weights))
         plain = output(model(**inputs, flix_features=ids, flix_weights=weights))
     torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    # Nothing can be raised in a graph: rows under a removed feature are NaN, never the base's.
+    ids = torch.tensor([[0, 5], [1, 5]])
+    with torch.no_grad():
+        found = output(compiled(**inputs, flix_features=ids))
+    assert found[0].isnan().all() and found[1].isfinite().all()

@@ -170,6 +170,11 @@ def _traced_routing(
             f"flix_weights must have the shape of flix_features, {list(ids.shape)}, got "
             f"{list(weights.shape)}"
         )
+    registry = model.flix_config.registry
+    if registry.removed:
+        # As ids of no feature, which the layers make NaN: nothing can be raised in a graph.
+        gone = torch.tensor(registry.removed_ids, device=ids.device, dtype=ids.dtype)
+        ids = torch.where((ids[..., None] == gone).any(-1), len(registry), ids)
     _mark(model, ids)
     return TracedRouting(ids, weights, length)
 
