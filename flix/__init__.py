@@ -6,9 +6,14 @@ asked for. The method is that of Lin et al., arXiv 2402.17934.
 
 from flix import backends, ranks
 from flix._version import __version__
-from flix.core.adapter import Adapter, load_adapter, save_adapter
-from flix.core.config import FlixConfig
-from flix.core.dropout import FeatureDropout
+from flix.core.adapter.adapter import Adapter, load_adapter, save_adapter
+from flix.core.adapter.sharing import (
+    combine_adapters,
+    remove_feature,
+    rename_feature,
+    select_features,
+)
+from flix.core.config.config import FlixConfig
 from flix.core.errors import (
     AdapterError,
     ConfigError,
@@ -19,10 +24,10 @@ from flix.core.errors import (
     RoutingError,
     TargetError,
 )
-from flix.core.peft_import import from_peft
-from flix.core.registry import FeatureRegistry
-from flix.core.routing import Routing
-from flix.core.sharing import combine_adapters, remove_feature, rename_feature, select_features
+from flix.core.features.dropout import FeatureDropout
+from flix.core.features.registry import FeatureRegistry
+from flix.core.features.routing import Routing
+from flix.core.peft.importing import from_peft
 
 __all__ = [
     "Adapter",

@@ -1,6 +1,6 @@
-"""Rank rules (SPEC §3); the public name of :mod:`flix.core.ranks`."""
+"""Rank rules (SPEC §3); the public name of :mod:`flix.core.config.ranks`."""
 
-from flix.core.ranks import (
+from flix.core.config.ranks import (
     Ranks,
     Rule,
     by_group,

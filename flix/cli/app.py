@@ -100,7 +100,7 @@ def plan(
 ) -> None:
     """Show ranks, parameters and FLOPs beside the matched LoRAs."""
     from flix.cli.looking import show_plan
-    from flix.core.explain import Batch
+    from flix.core.strategy.explain import Batch
 
     show_plan(config, as_json, Batch(batch_size, length, device) if explain else None)
 

@@ -10,14 +10,14 @@ import numpy as np
 
 from flix import backends
 from flix.cli.console import show, show_json, show_table
-from flix.core.accounting import Layers, Plan, feature_cost, plan
-from flix.core.adapter import CONFIG_FILE, FORMAT, Adapter, LayerShape, load_adapter
-from flix.core.config import FlixConfig
+from flix.core.adapter.adapter import CONFIG_FILE, FORMAT, Adapter, LayerShape, load_adapter
+from flix.core.config.config import FlixConfig
+from flix.core.costs import Layers, Plan, feature_cost, plan
 from flix.core.errors import AdapterError, FlixError
-from flix.core.explain import Batch, Choice, explain
-from flix.core.planner import PLANNED, calibration_of
-from flix.core.registry import Feature
-from flix.core.routing import Row
+from flix.core.features.registry import Feature
+from flix.core.features.routing import Row
+from flix.core.strategy.decide import PLANNED, calibration_of
+from flix.core.strategy.explain import Batch, Choice, explain
 
 
 def list_backends(as_json: bool) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from flix import backends
 from flix.cli.console import show, show_json, show_table
-from flix.core.calibrate import calibrate
 from flix.core.errors import ConfigError
-from flix.core.planner import PLANNED, TERMS, read_calibrations, user_table
+from flix.core.strategy.calibrate import calibrate
+from flix.core.strategy.decide import PLANNED, TERMS, read_calibrations, user_table
 
 
 def run_calibration(

@@ -10,7 +10,7 @@
 Built on Hugging Face's ``datasets``, which is imported when a mixture is made.
 """
 
-from flix.core.cells import HeldOut, HeldOutError, MixtureError
+from flix.core.features.cells import HeldOut, HeldOutError, MixtureError
 from flix.data.mixture import Mixture
 from flix.data.sources import Source
 

@@ -8,9 +8,9 @@ from typing import Any, Union
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core.cells import Cell, MixtureError
 from flix.core.errors import listed, near
-from flix.core.mixture import check_whole
+from flix.core.features.cells import Cell, MixtureError
+from flix.core.sampling.schedule import check_whole
 
 Cap = Union[int, Mapping[Any, Any], None]
 """A number for all cells, or numbers by group, by feature or by cell."""

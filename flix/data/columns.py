@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core.cells import Cell, MixtureError, cell_of, names_of
 from flix.core.errors import FeatureError, listed, near
-from flix.core.registry import FeatureRegistry
+from flix.core.features.cells import Cell, MixtureError, cell_of, names_of
+from flix.core.features.registry import FeatureRegistry
 from flix.data.sources import Source, column_names
 
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core import counter
-from flix.core.cells import Cell, HeldOut, MixtureError, cell_name, cell_of, features_of
+from flix.core import rng as counter
 from flix.core.errors import MissingFrameworkError, listed
-from flix.core.mixture import Schedule, check_whole, probabilities, walk
-from flix.core.names import Feature
-from flix.core.registry import FeatureRegistry
+from flix.core.features.cells import Cell, HeldOut, MixtureError, cell_name, cell_of, features_of
+from flix.core.features.names import Feature
+from flix.core.features.registry import FeatureRegistry
+from flix.core.sampling.schedule import Schedule, check_whole, probabilities, walk
 from flix.data import streaming
 from flix.data.caps import Cap, caps_of
 from flix.data.columns import check_columns, feature_columns, read_table

@@ -8,8 +8,8 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core.cells import Cell, HeldOutError, cell_name, cell_of
-from flix.core.mixture import Schedule, check_whole
+from flix.core.features.cells import Cell, HeldOutError, cell_name, cell_of
+from flix.core.sampling.schedule import Schedule, check_whole
 from flix.data.columns import Table
 from flix.data.epoch import SharedEpoch
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Union
 
-from flix.core.cells import MixtureError
 from flix.core.errors import MissingFrameworkError, listed
-from flix.core.mixture import check_whole
+from flix.core.features.cells import MixtureError
+from flix.core.sampling.schedule import check_whole
 
 if TYPE_CHECKING:
     import datasets

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flix.core.cells import HeldOut, HeldOutError, MixtureError, cell_name, cell_of
 from flix.core.errors import FeatureError
-from flix.core.registry import FeatureRegistry
+from flix.core.features.cells import HeldOut, HeldOutError, MixtureError, cell_name, cell_of
+from flix.core.features.registry import FeatureRegistry
 from flix.data.sources import Source, datasets_library
 
 STOPPING = ("all_exhausted", "first_exhausted", "all_exhausted_without_replacement")

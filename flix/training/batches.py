@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flix.core.config import FlixConfig
-from flix.core.dropout import FeatureDropout
-from flix.core.registry import FeatureRegistry
-from flix.core.routing import Routing, Unknown
+from flix.core.config.config import FlixConfig
+from flix.core.features.dropout import FeatureDropout
+from flix.core.features.registry import FeatureRegistry
+from flix.core.features.routing import Routing, Unknown
 from flix.training.corpus import Corpus
 from flix.training.errors import DataError
 from flix.training.mixture import Item

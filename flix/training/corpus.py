@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core import cells, counter
+from flix.core import rng as counter
 from flix.core.errors import FlixError
-from flix.core.registry import Feature, FeatureRegistry
-from flix.core.routing import Unknown
+from flix.core.features import cells
+from flix.core.features.registry import Feature, FeatureRegistry
+from flix.core.features.routing import Unknown
 from flix.training.errors import DataError, SettingsError
 from flix.training.settings import Settings
 from flix.training.sources import Features, Row, dataset_name, names_of

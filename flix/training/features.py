@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from flix import ranks as rules
-from flix.core.config import FlixConfig
-from flix.core.dropout import FeatureDropout
-from flix.core.ranks import Rule
+from flix.core.config.config import FlixConfig
+from flix.core.config.ranks import Rule
+from flix.core.features.dropout import FeatureDropout
 from flix.training import settings as forms
 from flix.training.corpus import Corpus
 

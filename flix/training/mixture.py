@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core.mixture import Schedule, probabilities
+from flix.core.sampling.schedule import Schedule, probabilities
 from flix.training.corpus import Examples
 from flix.training.sources import Row
 
@@ -32,7 +32,7 @@ class Mixture:
     """The training rows of a run as a dataset: item ``i`` is the i-th row drawn.
 
     Cells get their shares by p ∝ n^(1/temperature). The run goes through epochs of as many rows as there are examples;
-    a cell's rows are all seen before any is seen again (:class:`flix.core.mixture.Schedule`).
+    a cell's rows are all seen before any is seen again (:class:`flix.core.sampling.schedule.Schedule`).
 
     Args:
         examples: the training rows.

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flix.core.adapter import LayerShape
+from flix.core.adapter.adapter import LayerShape
+from flix.core.config.targets import Patterns, select
 from flix.core.errors import near
-from flix.core.targets import Patterns, select
 from flix.training.errors import ModelError, missing_extra
 
 if TYPE_CHECKING:

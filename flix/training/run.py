@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flix.core.config import FlixConfig
+from flix.core.config.config import FlixConfig
 from flix.core.errors import FlixError
 from flix.training.corpus import Corpus, build_corpus
 from flix.training.errors import RunError, missing_extra

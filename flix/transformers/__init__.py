@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flix.core.packing import pack
+    from flix.core.sampling.packing import pack
     from flix.transformers.checkpoints import last_checkpoint
     from flix.transformers.collator import FlixCollator
     from flix.transformers.numbering import numbered
@@ -29,7 +29,7 @@ _HOMES = {
     "FlixTrainerMixin": "flix.transformers.trainer",
     "last_checkpoint": "flix.transformers.checkpoints",
     "numbered": "flix.transformers.numbering",
-    "pack": "flix.core.packing",
+    "pack": "flix.core.sampling.packing",
 }
 
 __all__ = [

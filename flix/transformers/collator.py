@@ -9,13 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from flix.core.batching import RowNumber, drop_numbered, implied_groups, usual_width, width_for
-from flix.core.config import FlixConfig
-from flix.core.dropout import FeatureDropout
+from flix.core.config.config import FlixConfig
 from flix.core.errors import ConfigError, FeatureError, RoutingError, listed, near
-from flix.core.packing import SEGMENTS, segment_lengths
-from flix.core.registry import FeatureRegistry
-from flix.core.routing import Routing, Unknown, check_policy
+from flix.core.features.dropout import FeatureDropout
+from flix.core.features.registry import FeatureRegistry
+from flix.core.features.routing import Routing, Unknown, check_policy
+from flix.core.sampling.batching import (
+    RowNumber,
+    drop_numbered,
+    implied_groups,
+    usual_width,
+    width_for,
+)
+from flix.core.sampling.packing import SEGMENTS, segment_lengths
 from flix.transformers.numbering import NUMBER
 
 _FROM_CONFIG: Any = object()

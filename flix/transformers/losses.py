@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flix.core.packing import IGNORED
-from flix.core.registry import FeatureRegistry
+from flix.core.features.registry import FeatureRegistry
+from flix.core.sampling.packing import IGNORED
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from flix import AdapterError, FeatureError, RoutingError, TargetError  # noqa: 
 from flix.backends.torch import adapt, load, merge, save  # noqa: E402
 from flix.backends.torch.model import flix_layers  # noqa: E402
 from tests.architectures.zoo import DECODERS, ENCODER_DECODERS, inputs_of, pretrained  # noqa: E402
-from tests.torch.conftest import (  # noqa: E402
+from tests.backends.torch.conftest import (  # noqa: E402
     ROWS,
     config,
     output,

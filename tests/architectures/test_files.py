@@ -16,7 +16,7 @@ from flix.backends.torch.model import flix_layers  # noqa: E402
 from tests.architectures.claims import over  # noqa: E402
 from tests.architectures.test_forward import weights_of  # noqa: E402
 from tests.architectures.zoo import RELATIVES, ZOO, class_of, inputs_of, pretrained  # noqa: E402
-from tests.torch.conftest import (  # noqa: E402
+from tests.backends.torch.conftest import (  # noqa: E402
     ROWS,
     config,
     output,

@@ -22,7 +22,7 @@ from tests.architectures.zoo import (  # noqa: E402
     installed,
     pretrained,
 )
-from tests.torch.conftest import (  # noqa: E402
+from tests.backends.torch.conftest import (  # noqa: E402
     ROWS,
     config,
     dense,

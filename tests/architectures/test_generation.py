@@ -18,7 +18,7 @@ from tests.architectures.zoo import (  # noqa: E402
     inputs_of,
     pretrained,
 )
-from tests.torch.conftest import ROWS, config, randomize, registry, routing  # noqa: E402
+from tests.backends.torch.conftest import ROWS, config, randomize, registry, routing  # noqa: E402
 
 GENERATORS = [*DECODERS, *ENCODER_DECODERS]
 GREEDY = {"max_new_tokens": 6, "do_sample": False}

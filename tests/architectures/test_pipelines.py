@@ -17,7 +17,7 @@ from tests.architectures.zoo import (  # noqa: E402
     pretrained,
     tokenizer_of,
 )
-from tests.torch.conftest import config, randomize, registry  # noqa: E402
+from tests.backends.torch.conftest import config, randomize, registry  # noqa: E402
 
 TEXTS = ["w3 w9 w7", "w4 w4 w11 w30 w12", "w8 w20"]
 END = 39

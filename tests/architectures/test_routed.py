@@ -25,7 +25,7 @@ from flix.backends.torch import (  # noqa: E402
 from tests.architectures.claims import over  # noqa: E402
 from tests.architectures.test_forward import project_back, weights_of  # noqa: E402
 from tests.architectures.zoo import ZOO, inputs_of, pretrained  # noqa: E402
-from tests.torch.conftest import (  # noqa: E402
+from tests.backends.torch.conftest import (  # noqa: E402
     ROWS,
     config,
     output,

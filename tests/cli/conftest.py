@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import flix
-from flix.core.adapter import LayerShape
+from flix.core.adapter.adapter import LayerShape
 
 WORDS = {"hau": ["gida", "ruwa", "kogi"], "swa": ["nyumba", "maji", "mto"], "yor": ["ile", "omi"]}
 TASKS = ("ner", "pos", "rev")

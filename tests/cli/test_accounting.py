@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import flix
-from flix.core import accounting
-from flix.core.adapter import LayerShape
+from flix.core import costs as accounting
+from flix.core.adapter.adapter import LayerShape
 
 LAYERS = {
     "q": LayerShape(d_in=10, d_out=20),

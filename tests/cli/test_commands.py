@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import flix
 from flix.cli.app import app
 from flix.cli.features import parse_features
-from flix.core.composition import delta
+from flix.core.adapter.composition import delta
 
 run = CliRunner().invoke
 
@@ -128,7 +128,7 @@ def test_plan_explains_strategies(adapter: Path) -> None:
 
 
 def test_calibrate_writes_a_table_that_the_planner_reads(tmp_path: Path) -> None:
-    from flix.core.planner import read_calibrations
+    from flix.core.strategy.decide import read_calibrations
 
     path = tmp_path / "own" / "calibration.json"
     command = ["bench", "calibrate", "--small", "--out", str(path), "--json"]

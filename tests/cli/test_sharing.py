@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import flix
 from flix.cli.app import app
-from flix.core.composition import delta
+from flix.core.adapter.composition import delta
 
 
 def ok(*arguments: object) -> Any:

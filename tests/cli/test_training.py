@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import flix
 from flix.backends.torch import load
 from flix.cli.app import app
-from flix.core.initial import initial_a
+from flix.core.adapter.initial import initial_a
 from flix.training.reading import read_settings
 
 run = CliRunner().invoke

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from flix import Adapter, AdapterError, FeatureRegistry, FlixConfig, load_adapter, save_adapter
-from flix.core.adapter import LayerShape, expected_tensors
-from flix.core.composition import composition, delta, lora_pair
-from flix.core.peft_format import as_peft, write_peft
+from flix.core.adapter.adapter import LayerShape, expected_tensors
+from flix.core.adapter.composition import composition, delta, lora_pair
+from flix.core.peft.exporting import as_peft, write_peft
 
 REGISTRY = FeatureRegistry({"language": ["hau", "swa"], "task": ["n.e.r", "ñ ü"]})
 LAYERS = {"a.q": LayerShape(5, 3), "emb": LayerShape(7, 4, "embedding")}

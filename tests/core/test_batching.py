@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import flix
-from flix.core.batching import drop_numbered, implied_groups, usual_width, width_for
+from flix.core.sampling.batching import drop_numbered, implied_groups, usual_width, width_for
 
 
 def registry() -> flix.FeatureRegistry:

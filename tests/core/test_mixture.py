@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flix import FeatureError, FeatureRegistry
-from flix.core.cells import (
+from flix.core.features.cells import (
     HeldOut,
     MixtureError,
     cell_name,
@@ -20,7 +20,7 @@ from flix.core.cells import (
     features_of,
     names_of,
 )
-from flix.core.mixture import Schedule, apportion, plan_epoch, probabilities, shares, walk
+from flix.core.sampling.schedule import Schedule, apportion, plan_epoch, probabilities, shares, walk
 
 sizes_of_cells = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 temperatures = st.sampled_from([0.5, 1.0, 2.0, 5.0, math.inf])

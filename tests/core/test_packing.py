@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import flix
-from flix.core.packing import pack, segment_lengths
+from flix.core.sampling.packing import pack, segment_lengths
 
 
 def row(first: int, tokens: int, **columns: Any) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from safetensors.numpy import save_file
 
 import flix
 from flix import AdapterError, ConfigError, FeatureError, from_peft
-from flix.core.composition import delta
-from flix.core.peft_import import read_peft
+from flix.core.adapter.composition import delta
+from flix.core.peft.importing import read_peft
 
 STEM = "base_model.model."
 DRAW = np.random.default_rng(0)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import flix
-from flix.core import planner
-from flix.core.accounting import Layers
-from flix.core.adapter import LayerShape
-from flix.core.calibrate import calibrate, grid
+from flix.core.adapter.adapter import LayerShape
+from flix.core.costs import Layers
 from flix.core.errors import ConfigError
-from flix.core.explain import Batch, explain
-from flix.core.planner import PLANNED, TERMS, Calibration, Decision, Facts, decide, fit
+from flix.core.strategy import decide as planner
+from flix.core.strategy.calibrate import calibrate, grid
+from flix.core.strategy.decide import PLANNED, TERMS, Calibration, Decision, Facts, decide, fit
+from flix.core.strategy.explain import Batch, explain
 
 DEVICES = ("torch-cpu", "jax-cpu", "tensorflow-cpu")
 TRUE = Calibration(
@@ -113,7 +113,7 @@ def test_fit_has_no_negative_coefficient():
 
 def test_calibrate_measures_what_a_backend_lends(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("flix.core.calibrate.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("flix.core.strategy.calibrate.time.perf_counter", lambda: now[0])
 
     def make(config, facts, ids, strategy):
         assert ids.shape == (facts.examples, 2)

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flix import ConfigError, FeatureRegistry, FlixConfig, TargetError
-from flix.core import counter
-from flix.core.factors import resized_mean
-from flix.core.initial import initial_a, initial_b
-from flix.core.layout import LayerLayout, choose_strategy, first_unlike, plan_union
-from flix.core.targets import LayerInfo, select
+from flix.core import rng as counter
+from flix.core.adapter.initial import initial_a, initial_b
+from flix.core.adapter.lowrank import resized_mean
+from flix.core.config.layout import LayerLayout, choose_strategy, first_unlike, plan_union
+from flix.core.config.targets import LayerInfo, select
 
 
 def test_bits_are_uniform_and_keyed():

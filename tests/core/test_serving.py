@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flix import ConfigError
-from flix.core.peft_format import cut_to_rank, write_peft
-from flix.core.serving import VLLM_RANKS, check_vllm
+from flix.core.peft.exporting import cut_to_rank, write_peft
+from flix.core.peft.vllm import VLLM_RANKS, check_vllm
 
 STEM = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj"

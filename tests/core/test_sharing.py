@@ -7,9 +7,9 @@ import pytest
 
 import flix
 from flix import Adapter, AdapterError, ConfigError, FeatureError, FeatureRegistry, FlixConfig
-from flix.core.adapter import LayerShape, expected_tensors
-from flix.core.composition import composition, delta
-from flix.core.lifecycle import plan_joining, plan_removal, plan_renaming
+from flix.core.adapter.adapter import LayerShape, expected_tensors
+from flix.core.adapter.changes import plan_joining, plan_removal, plan_renaming
+from flix.core.adapter.composition import composition, delta
 
 LAYERS = {"a.q": LayerShape(5, 3), "a.b.q": LayerShape(4, 2), "emb": LayerShape(7, 4, "embedding")}
 RULES = {("task", "*"): [("shared", "all")]}
@@ -62,7 +62,7 @@ def test_removed_features_are_refused_by_name_and_by_id():
         after.id("language", "hau")
     with pytest.raises(FeatureError, match="row 1: group 'language' has no feature 'hau'"):
         after.encode([{"language": "swa"}, {"language": "hau"}])
-    from flix.core.routing import check_routing
+    from flix.core.features.routing import check_routing
 
     with pytest.raises(flix.RoutingError, match=r"id 0 in row 1: language:hau, which was removed"):
         check_routing(np.array([[1], [0]]), None, after)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import flix
-from flix.core.mixture import probabilities
+from flix.core.sampling.schedule import probabilities
 from flix.data import HeldOut, HeldOutError, Mixture, MixtureError, Source
 
 from .conftest import HELD_OUT, SIZES, datasets, rows_of

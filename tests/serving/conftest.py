@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from tests.torch.conftest import batch, make, output  # noqa: E402
+from tests.backends.torch.conftest import batch, make, output  # noqa: E402
 
 Lora = Callable[..., Any]
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from flix.backends.torch import adapt, save  # noqa: E402
 from flix.cli.app import app  # noqa: E402
-from tests.torch.conftest import batch, config, make, output, randomize, relative  # noqa: E402
+from tests.backends.torch.conftest import batch, config, make, output, randomize, relative  # noqa: E402
 
 from .test_import import CLOSE, ask  # noqa: E402
 

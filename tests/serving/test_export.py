@@ -15,7 +15,7 @@ import flix  # noqa: E402
 from flix import ConfigError  # noqa: E402
 from flix.backends.torch import adapt, export_peft, merge, remove_feature  # noqa: E402
 from flix.backends.torch.model import flix_layers  # noqa: E402
-from tests.torch.conftest import (  # noqa: E402
+from tests.backends.torch.conftest import (  # noqa: E402
     batch,
     config,
     make,

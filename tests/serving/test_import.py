@@ -22,7 +22,7 @@ from flix.backends.torch import (  # noqa: E402
     save,
 )
 from flix.backends.torch.model import flix_layers  # noqa: E402
-from tests.torch.conftest import batch, config, make, output, randomize, relative  # noqa: E402
+from tests.backends.torch.conftest import batch, config, make, output, randomize, relative  # noqa: E402
 
 from .conftest import answer, fill, make_lora  # noqa: E402
 
@@ -235,7 +235,7 @@ def test_another_architecture_is_named_by_its_first_layer(tmp_path):
 
 
 def test_a_model_of_another_size_is_named_by_its_first_layer(tmp_path):
-    from tests.torch.conftest import llama
+    from tests.backends.torch.conftest import llama
 
     make_lora("llama", tmp_path, r=2, target_modules=["up_proj"])
     with pytest.raises(AdapterError, match=r"mlp\.up_proj' is linear 16 -> 24 .* 16 -> 32"):

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from flix.backends.torch import adapt, merge  # noqa: E402
-from tests.torch.conftest import (  # noqa: E402
+from tests.backends.torch.conftest import (  # noqa: E402
     ROWS,
     config,
     make,

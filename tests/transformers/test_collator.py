@@ -288,7 +288,7 @@ def test_packing_mistakes(rows: Any, message: str) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_logits_are_those_of_the_rows(attention: str) -> None:
     """Two packed rows of two segments each, against every row alone, at random weights of the pairs."""
-    from tests.torch.conftest import randomize
+    from tests.backends.torch.conftest import randomize
 
     model = llama().double().eval()
     model.set_attn_implementation(attention)
@@ -313,7 +313,7 @@ def test_packed_logits_are_those_of_the_rows(attention: str) -> None:
 def test_packed_gradients_are_those_of_the_rows() -> None:
     """The summed loss of packed rows has the gradients of the rows' summed losses."""
     from flix.backends.torch import named_pairs
-    from tests.torch.conftest import randomize
+    from tests.backends.torch.conftest import randomize
 
     rows = packed_rows()
 

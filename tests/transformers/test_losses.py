@@ -173,7 +173,7 @@ def test_option_and_unusual_models(tmp_path: Path) -> None:
 
 def test_seq2seq_generates_under_its_features(tmp_path: Path) -> None:
     """predict_with_generate gives each row the tokens that it gets alone."""
-    from tests.torch.conftest import randomize
+    from tests.backends.torch.conftest import randomize
 
     model = t5(feature_dropout=None)
     randomize(model, std=0.5)

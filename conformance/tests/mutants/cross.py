@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from flix_numpy import Harness, Layer
 
-from flix.core.initial import initial_a
+from flix.core.adapter.initial import initial_a
 from mutants._registry import ChangedGradients, mutant
 from mutants.training import dropped
 

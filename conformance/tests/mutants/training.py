@@ -10,7 +10,7 @@ import numpy as np
 from flix_numpy import Harness, Layer
 
 import flix
-from flix.core.adapter import LayerShape
+from flix.core.adapter.adapter import LayerShape
 from mutants._registry import mutant
 
 

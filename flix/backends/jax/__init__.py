@@ -50,7 +50,7 @@ from flix.backends.jax.optim import adamw, mask_absent, scale_by_feature_adam, s
 from flix.backends.jax.sharding import partition_specs, shard
 from flix.backends.jax.switching import disable, freeze, thaw
 from flix.backends.jax.training import FlixOptimizer, SparseGrads, value_and_grad
-from flix.core.summary import Summary
+from flix.core.adapter.summary import Summary
 
 __all__ = [
     "FlixEinsum",

@@ -1,4 +1,4 @@
-"""Carrying out a :class:`flix.core.lifecycle.Change` on a bank or an adapted nnx model."""
+"""Carrying out a :class:`flix.core.adapter.changes.Change` on a bank or an adapted nnx model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding
 
 from flix.backends.jax.bank import Bank, LayerBank, LayerSpec, host_pairs, make_spec, pack
 from flix.backends.jax.model import attach_layers, flix_layers, set_config
-from flix.core.config import FlixConfig
-from flix.core.layout import LayerLayout
-from flix.core.lifecycle import Change
-from flix.core.names import Feature
+from flix.core.adapter.changes import Change
+from flix.core.config.config import FlixConfig
+from flix.core.config.layout import LayerLayout
+from flix.core.features.names import Feature
 
 
 def changed_bank(bank: Bank, change: Change) -> Bank:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from flix.backends.jax import _fused
 from flix.backends.jax.bank import LayerSpec
-from flix.core.planner import Facts, picked
+from flix.core.strategy.decide import Facts, picked
 
 _BATCH, _LENGTH = 16, 64
 

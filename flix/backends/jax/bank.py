@@ -18,12 +18,12 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from flix.core.adapter import LayerShape
-from flix.core.config import FlixConfig
+from flix.core.adapter.adapter import LayerShape
+from flix.core.adapter.initial import initial_a
+from flix.core.config.config import FlixConfig
+from flix.core.config.layout import LayerLayout
 from flix.core.errors import ConfigError, TargetError
-from flix.core.initial import initial_a
-from flix.core.layout import LayerLayout
-from flix.core.registry import Feature, FeatureRegistry
+from flix.core.features.registry import Feature, FeatureRegistry
 
 KINDS = ("linear", "embedding")
 Sizes = Union[LayerShape, Sequence[Any]]
@@ -192,7 +192,7 @@ def layer_shape(path: str, sizes: Sizes) -> LayerShape:
 
 
 def initial_layer(spec: LayerSpec, seed: int, dtype: Any = jnp.float32) -> LayerBank:
-    """Initial values (:mod:`flix.core.initial`): A uniform, B zero; the same bytes in every backend."""
+    """Initial values (:mod:`flix.core.adapter.initial`): A uniform, B zero; the same bytes in every backend."""
     a = np.zeros((spec.rows, spec.shape.d_in), np.float32)
     for (group, name), start, rank in zip(
         spec.registry.features, spec.starts, spec.ranks, strict=True

@@ -1,4 +1,4 @@
-"""Layers for the planner's measurements (see :mod:`flix.core.calibrate`)."""
+"""Layers for the planner's measurements (see :mod:`flix.core.strategy.calibrate`)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from flix.backends.jax.bank import init
 from flix.backends.jax.functional import gather, linear_rows, touched
-from flix.core.calibrate import Run
-from flix.core.config import FlixConfig
+from flix.core.config.config import FlixConfig
 from flix.core.errors import ConfigError
-from flix.core.planner import Facts
+from flix.core.strategy.calibrate import Run
+from flix.core.strategy.decide import Facts
 
 
 def device_class() -> str:

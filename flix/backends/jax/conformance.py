@@ -33,7 +33,7 @@ from flix.backends.jax.merging import merge
 from flix.backends.jax.model import adapt
 from flix.backends.jax.optim import adamw
 from flix.backends.jax.training import FlixOptimizer, value_and_grad
-from flix.core.adapter import LayerShape
+from flix.core.adapter.adapter import LayerShape
 
 if TYPE_CHECKING:
     from flix_conformance import AdamW, Batch, Case, Pairs  # type: ignore[import-not-found]

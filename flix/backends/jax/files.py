@@ -18,7 +18,7 @@ from flix.backends.jax.model import (
     require_adapted,
     set_config,
 )
-from flix.core.adapter import (
+from flix.core.adapter.adapter import (
     Adapter,
     Path_,
     Rename,
@@ -26,10 +26,10 @@ from flix.core.adapter import (
     save_adapter,
     tensor_name,
 )
-from flix.core.config import FlixConfig
+from flix.core.adapter.compatibility import check_fits, check_same
+from flix.core.adapter.sharing import select_features
+from flix.core.config.config import FlixConfig
 from flix.core.errors import TargetError
-from flix.core.fitting import check_fits, check_same
-from flix.core.sharing import select_features
 
 Model = TypeVar("Model", bound=nnx.Module)
 Source = Union[nnx.Module, tuple[FlixConfig, Bank]]

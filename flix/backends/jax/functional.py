@@ -30,8 +30,8 @@ from flix.backends.jax._routing import (
 )
 from flix.backends.jax.bank import Bank, LayerBank, LayerRows, LayerSpec, Rows
 from flix.backends.jax.sharding import left_to_compiler, partitioned
+from flix.core.config.layout import check_strategy
 from flix.core.errors import RoutingError, TargetError
-from flix.core.layout import check_strategy
 
 
 def linear(

@@ -10,8 +10,8 @@ from flax import nnx
 from flix.backends.jax.files import Source, config_and_bank
 from flix.backends.jax.layers import FlixParam
 from flix.backends.jax.model import require_adapted
-from flix.core.adapter import tensor_name
-from flix.core.summary import Summary
+from flix.core.adapter.adapter import tensor_name
+from flix.core.adapter.summary import Summary
 
 
 def trainable_parameters(model: nnx.Module) -> Any:

@@ -19,7 +19,7 @@ from flix.backends.jax._routing import ActiveRouting, current, make_routing
 from flix.backends.jax.bank import LayerBank, LayerSpec
 from flix.backends.jax.functional import add_update
 from flix.backends.jax.sharding import like_kernel
-from flix.core.adapter import LayerShape
+from flix.core.adapter.adapter import LayerShape
 from flix.core.errors import RoutingError, TargetError
 
 

@@ -13,11 +13,8 @@ from flix.backends.jax.bank import Bank, host_pairs, make_spec, pack
 from flix.backends.jax.files import Source, config_and_bank, load_into, to_adapter
 from flix.backends.jax.model import flix_layers, layer_shapes
 from flix.backends.jax.switching import freeze, thaw
-from flix.core.adapter import Adapter, LayerShape, Path_, Rename, load_adapter
-from flix.core.factors import resized_mean
-from flix.core.fitting import check_fits
-from flix.core.initial import initial_a, initial_b
-from flix.core.lifecycle import (
+from flix.core.adapter.adapter import Adapter, LayerShape, Path_, Rename, load_adapter
+from flix.core.adapter.changes import (
     Change,
     Growth,
     plan_growth,
@@ -25,8 +22,11 @@ from flix.core.lifecycle import (
     plan_removal,
     plan_renaming,
 )
-from flix.core.peft_import import from_peft
-from flix.core.registry import Feature
+from flix.core.adapter.compatibility import check_fits
+from flix.core.adapter.initial import initial_a, initial_b
+from flix.core.adapter.lowrank import resized_mean
+from flix.core.features.registry import Feature
+from flix.core.peft.importing import from_peft
 
 
 def add_feature(

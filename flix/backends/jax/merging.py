@@ -17,10 +17,10 @@ from flix.backends.jax.bank import Bank
 from flix.backends.jax.files import config_and_bank, to_adapter
 from flix.backends.jax.layers import FlixEmbed, kernel_of
 from flix.backends.jax.model import flix_layers, require_adapted, unadapt
-from flix.core.composition import composition, delta
-from flix.core.config import FlixConfig
+from flix.core.adapter.composition import composition, delta
+from flix.core.config.config import FlixConfig
 from flix.core.errors import TargetError
-from flix.core.routing import Row
+from flix.core.features.routing import Row
 
 Model = TypeVar("Model", bound=nnx.Module)
 

@@ -21,11 +21,11 @@ from flix.backends.jax.layers import (
     pair_dtype,
     revert,
 )
-from flix.core.adapter import LayerShape
-from flix.core.config import FlixConfig
+from flix.core.adapter.adapter import LayerShape
+from flix.core.config.config import FlixConfig
+from flix.core.config.layout import LayerLayout, check_strategy
+from flix.core.config.targets import LayerInfo, select
 from flix.core.errors import ConfigError, RoutingError, TargetError
-from flix.core.layout import LayerLayout, check_strategy
-from flix.core.targets import LayerInfo, select
 
 Model = TypeVar("Model", bound=nnx.Module)
 

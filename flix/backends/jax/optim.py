@@ -22,7 +22,7 @@ from flix.backends.jax.functional import pick_rows, put_rows
 from flix.backends.jax.layers import FlixLayer
 from flix.backends.jax.sharding import left_to_compiler
 from flix.core.errors import ConfigError
-from flix.core.routing import Routing
+from flix.core.features.routing import Routing
 
 WHOLE = object()
 """Stands for a leaf that is no table of pairs."""

@@ -12,8 +12,8 @@ from flax import nnx
 from flix.backends.jax.bank import Bank, LayerBank
 from flix.backends.jax.files import Source, config_and_bank
 from flix.backends.jax.model import flix_layers, require_adapted
-from flix.core.registry import FeatureRegistry
-from flix.core.sharing import chosen_features
+from flix.core.adapter.sharing import chosen_features
+from flix.core.features.registry import FeatureRegistry
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from flix.backends.jax._routing import is_traced, narrowed
 from flix.backends.jax.functional import touched
 from flix.backends.jax.layers import FlixParam
 from flix.backends.jax.model import require_adapted
-from flix.core.routing import Routing, check_routing
+from flix.core.features.routing import Routing, check_routing
 
 
 @functools.partial(

@@ -39,7 +39,7 @@ from flix.backends.tensorflow.merging import merge
 from flix.backends.tensorflow.model import FlixModel, adapt
 from flix.backends.tensorflow.optimizers import keep_absent
 from flix.backends.tensorflow.switching import disable, freeze, thaw
-from flix.core.summary import Summary
+from flix.core.adapter.summary import Summary
 
 __all__ = [
     "FlixDense",

@@ -13,8 +13,8 @@ import tensorflow as tf
 from flix.backends.tensorflow._layer import FlixLayer, is_table
 from flix.backends.tensorflow._paths import named_layers
 from flix.backends.tensorflow.layers import adaptable
-from flix.core.adapter import LayerShape
-from flix.core.targets import LayerInfo
+from flix.core.adapter.adapter import LayerShape
+from flix.core.config.targets import LayerInfo
 
 # Heads by name: Keras models do not tell their head otherwise.
 _HEADS = (

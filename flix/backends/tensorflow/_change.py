@@ -1,4 +1,4 @@
-"""Carrying out a :class:`flix.core.lifecycle.Change` on an adapted Keras model."""
+"""Carrying out a :class:`flix.core.adapter.changes.Change` on an adapted Keras model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 from flix.backends.tensorflow._base import flix_layers, forget_traces
 from flix.backends.tensorflow.model import FlixModel, attach_layers
-from flix.core.layout import LayerLayout
-from flix.core.lifecycle import Change
-from flix.core.names import Feature
+from flix.core.adapter.changes import Change
+from flix.core.config.layout import LayerLayout
+from flix.core.features.names import Feature
 
 
 def apply_change(model: FlixModel, change: Change) -> None:

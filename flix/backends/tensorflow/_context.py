@@ -21,10 +21,10 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from flix.core.config.layout import LayerLayout, first_unlike
 from flix.core.errors import RoutingError
-from flix.core.layout import LayerLayout, first_unlike
-from flix.core.registry import FeatureRegistry
-from flix.core.routing import Routing, check_routing
+from flix.core.features.registry import FeatureRegistry
+from flix.core.features.routing import Routing, check_routing
 
 
 class _Current(threading.local):

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from flix.backends.tensorflow._context import ActiveRouting, current, make_routing, tables_of
 from flix.backends.tensorflow._ops import Live
-from flix.core.config import FlixConfig
+from flix.core.adapter.initial import initial_a
+from flix.core.config.config import FlixConfig
+from flix.core.config.layout import LayerLayout, check_strategy
 from flix.core.errors import ConfigError, RoutingError
-from flix.core.initial import initial_a
-from flix.core.layout import LayerLayout, check_strategy
-from flix.core.planner import Facts, decide
-from flix.core.registry import Feature
+from flix.core.features.registry import Feature
+from flix.core.strategy.decide import Facts, decide
 
 _MANY = 1 << 20
 """Stands for a size that is not known while a graph is traced."""

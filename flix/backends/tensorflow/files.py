@@ -11,7 +11,7 @@ from flix.backends.tensorflow.model import (
     require_adapted,
     require_plain,
 )
-from flix.core.adapter import (
+from flix.core.adapter.adapter import (
     Adapter,
     LayerShape,
     Path_,
@@ -20,8 +20,8 @@ from flix.core.adapter import (
     save_adapter,
     tensor_name,
 )
-from flix.core.fitting import check_fits, check_same
-from flix.core.sharing import select_features
+from flix.core.adapter.compatibility import check_fits, check_same
+from flix.core.adapter.sharing import select_features
 
 
 def to_adapter(model: FlixModel) -> Adapter:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from flix.backends.tensorflow._base import flix_layers
 from flix.backends.tensorflow._layer import is_table
 from flix.backends.tensorflow.model import FlixModel, require_adapted
-from flix.core.adapter import tensor_name
-from flix.core.summary import Summary
+from flix.core.adapter.adapter import tensor_name
+from flix.core.adapter.summary import Summary
 
 
 def trainable_parameters(model: FlixModel) -> list[Any]:

@@ -13,9 +13,9 @@ from keras import layers, ops
 from flix.backends.tensorflow._einsum import LinearEinsum, linear_einsum
 from flix.backends.tensorflow._layer import FlixLayer, config_from
 from flix.backends.tensorflow._ops import routed_embedding, routed_linear
-from flix.core.config import FlixConfig
+from flix.core.config.config import FlixConfig
+from flix.core.config.layout import LayerLayout
 from flix.core.errors import TargetError
-from flix.core.layout import LayerLayout
 
 _register = keras.saving.register_keras_serializable(package="flix")
 

@@ -13,9 +13,9 @@ from flix.backends.tensorflow._paths import named_layers
 from flix.backends.tensorflow.files import to_adapter
 from flix.backends.tensorflow.layers import FlixEinsumDense
 from flix.backends.tensorflow.model import FlixModel, require_adapted
-from flix.core.composition import composition, delta
+from flix.core.adapter.composition import composition, delta
 from flix.core.errors import TargetError
-from flix.core.routing import Row
+from flix.core.features.routing import Row
 
 
 def merge(model: FlixModel, row: Row) -> Any:

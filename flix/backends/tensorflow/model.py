@@ -28,11 +28,11 @@ from flix.backends.tensorflow._layer import config_from
 from flix.backends.tensorflow._paths import named_layers
 from flix.backends.tensorflow.layers import become
 from flix.backends.tensorflow.optimizers import keep_absent
-from flix.core.config import FlixConfig
+from flix.core.config.config import FlixConfig
+from flix.core.config.layout import LayerLayout, check_strategy
+from flix.core.config.targets import select
 from flix.core.errors import ConfigError, RoutingError, TargetError
-from flix.core.layout import LayerLayout, check_strategy
-from flix.core.routing import Routing
-from flix.core.targets import select
+from flix.core.features.routing import Routing
 
 
 @keras.saving.register_keras_serializable(package="flix")

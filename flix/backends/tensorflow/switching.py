@@ -9,7 +9,7 @@ from typing import Any
 from flix.backends.tensorflow._base import flix_layers
 from flix.backends.tensorflow._change import forget
 from flix.backends.tensorflow.model import FlixModel, require_adapted
-from flix.core.sharing import chosen_features
+from flix.core.adapter.sharing import chosen_features
 
 
 @contextmanager

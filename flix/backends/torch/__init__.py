@@ -35,7 +35,7 @@ from flix.backends.torch.switching import (
     thaw,
     unmerge,
 )
-from flix.core.summary import Summary
+from flix.core.adapter.summary import Summary
 
 __all__ = [
     "FlixConv1D",

@@ -1,4 +1,4 @@
-"""Carrying out a :class:`flix.core.lifecycle.Change` on an adapted model."""
+"""Carrying out a :class:`flix.core.adapter.changes.Change` on an adapted model."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import nn
 
 from flix.backends.torch._layer import FlixLayer
 from flix.backends.torch.model import RoutedModel, attach_layers, flix_layers
-from flix.core.config import FlixConfig
-from flix.core.layout import LayerLayout
-from flix.core.lifecycle import Change
-from flix.core.names import Feature
+from flix.core.adapter.changes import Change
+from flix.core.config.config import FlixConfig
+from flix.core.config.layout import LayerLayout
+from flix.core.features.names import Feature
 
 
 def apply_change(model: nn.Module, change: Change) -> None:

@@ -21,12 +21,12 @@ from flix.backends.torch._context import (
     make_routing,
 )
 from flix.backends.torch.kernels.choice import require_triton
-from flix.core.adapter import Adapter
-from flix.core.config import FlixConfig
+from flix.core.adapter.adapter import Adapter
+from flix.core.adapter.initial import initial_a, initial_b, initial_table
+from flix.core.config.config import FlixConfig
+from flix.core.config.layout import LayerLayout, check_strategy
 from flix.core.errors import ConfigError, RoutingError
-from flix.core.initial import initial_a, initial_b, initial_table
-from flix.core.layout import LayerLayout, check_strategy
-from flix.core.registry import Feature
+from flix.core.features.registry import Feature
 
 
 @functools.lru_cache(maxsize=1 << 16)

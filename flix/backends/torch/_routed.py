@@ -12,7 +12,7 @@ from flix.backends.torch._context import Uniform, current
 from flix.backends.torch._routing import refuse_merged
 from flix.backends.torch.model import RoutedModel
 from flix.core.errors import RoutingError, TargetError
-from flix.core.routing import Routing, Row
+from flix.core.features.routing import Routing, Row
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Layers for the planner's measurements (see :mod:`flix.core.calibrate`)."""
+"""Layers for the planner's measurements (see :mod:`flix.core.strategy.calibrate`)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import nn
 
 from flix.backends.torch._context import activated, make_routing
 from flix.backends.torch.layers import FlixLinear
-from flix.core.calibrate import Run
-from flix.core.config import FlixConfig
-from flix.core.planner import Facts
+from flix.core.config.config import FlixConfig
+from flix.core.strategy.calibrate import Run
+from flix.core.strategy.decide import Facts
 
 
 def device_class() -> str:

@@ -15,7 +15,7 @@ from flix.backends.torch.model import (
     layer_shapes,
     require_adapted,
 )
-from flix.core.adapter import (
+from flix.core.adapter.adapter import (
     Adapter,
     LayerShape,
     Path_,
@@ -24,9 +24,9 @@ from flix.core.adapter import (
     save_adapter,
     tensor_name,
 )
-from flix.core.bulk import uncollected
-from flix.core.fitting import check_fits, check_same
-from flix.core.sharing import select_features
+from flix.core.adapter.compatibility import check_fits, check_same
+from flix.core.adapter.sharing import select_features
+from flix.core.garbage import uncollected
 
 Model = TypeVar("Model", bound=nn.Module)
 

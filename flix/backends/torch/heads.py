@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flix.backends.torch._layer import FeatureParameters
 from flix.backends.torch.model import require_adapted
-from flix.core.adapter import Path_, Rename, write_aside
+from flix.core.adapter.adapter import Path_, Rename, write_aside
 from flix.core.errors import AdapterError, near
 
 HEADS_FILE = "trained.safetensors"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from flix.backends.torch.model import flix_layers, require_adapted
-from flix.core.adapter import tensor_name
-from flix.core.summary import Summary
+from flix.core.adapter.adapter import tensor_name
+from flix.core.adapter.summary import Summary
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -16,10 +16,10 @@ from flix.backends.torch._scaled import is_scaled_embedding, scaled
 from flix.backends.torch.kernels.choice import dtype_name, plan_strategy
 from flix.backends.torch.kernels.operators import routed_linear
 from flix.backends.torch.kernels.routes import routes
-from flix.core.adapter import Adapter
-from flix.core.config import FlixConfig
+from flix.core.adapter.adapter import Adapter
+from flix.core.config.config import FlixConfig
+from flix.core.config.layout import LayerLayout
 from flix.core.errors import TargetError
-from flix.core.layout import LayerLayout
 
 
 class FlixLinear(FlixLayer, nn.Linear):

@@ -21,12 +21,12 @@ from flix.backends.torch._routing import generation_routing, routing_of, unroute
 from flix.backends.torch._scaled import same_scale
 from flix.backends.torch.kernels.choice import require_triton
 from flix.backends.torch.layers import adaptable, become, revert
-from flix.core.adapter import Adapter, LayerShape
-from flix.core.bulk import uncollected
-from flix.core.config import FlixConfig
+from flix.core.adapter.adapter import Adapter, LayerShape
+from flix.core.config.config import FlixConfig
+from flix.core.config.layout import LayerLayout, check_strategy
+from flix.core.config.targets import LayerInfo, select
 from flix.core.errors import ConfigError, RoutingError, TargetError
-from flix.core.layout import LayerLayout, check_strategy
-from flix.core.targets import LayerInfo, select
+from flix.core.garbage import uncollected
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -23,8 +23,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from flix.backends.torch._context import ActiveRouting, host_ids
 from flix.backends.torch.model import flix_layers, require_adapted
 from flix.core.errors import ConfigError, listed
-from flix.core.registry import Feature
-from flix.core.routing import Routing
+from flix.core.features.registry import Feature
+from flix.core.features.routing import Routing
 
 
 @dataclass

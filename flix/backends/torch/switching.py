@@ -13,10 +13,10 @@ from torch import nn
 from flix.backends.torch.files import to_adapter
 from flix.backends.torch.layers import FlixConv1D
 from flix.backends.torch.model import RoutedModel, flix_layers, require_adapted, unadapt
-from flix.core.composition import composition, delta
+from flix.core.adapter.composition import composition, delta
+from flix.core.adapter.sharing import chosen_features
 from flix.core.errors import TargetError
-from flix.core.routing import Row
-from flix.core.sharing import chosen_features
+from flix.core.features.routing import Row
 
 Model = TypeVar("Model", bound=nn.Module)
 

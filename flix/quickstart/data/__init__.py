@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flix.core.mixture import shares
+from flix.core.sampling.schedule import shares
 
 from .build import Progress, build_cells
 from .cache import cache_file, default_cache_dir, package_versions, read_cells, write_cells

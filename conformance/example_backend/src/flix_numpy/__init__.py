@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 import flix
-from flix.core.adapter import LayerShape, tensor_name
-from flix.core.composition import composition, delta
-from flix.core.factors import resized_mean
-from flix.core.fitting import check_fits
-from flix.core.initial import initial_a, initial_b
-from flix.core.lifecycle import plan_growth
-from flix.core.routing import check_routing
+from flix.core.adapter.adapter import LayerShape, tensor_name
+from flix.core.adapter.changes import plan_growth
+from flix.core.adapter.compatibility import check_fits
+from flix.core.adapter.composition import composition, delta
+from flix.core.adapter.initial import initial_a, initial_b
+from flix.core.adapter.lowrank import resized_mean
+from flix.core.features.routing import check_routing
 
 
 class Layer:

@@ -1,6 +1,6 @@
 """How launches cut their work: block sizes and grids, from shapes alone.
 
-Chosen by counting bytes and registers, not measured: ``tests/torch/compile_kernels.py`` holds registers and shared
+Chosen by counting bytes and registers, not measured: ``tests/backends/torch/compile_kernels.py`` holds registers and shared
 memory to what a Hopper chip has; times wait for one.
 """
 

@@ -7,9 +7,9 @@ import os
 
 import torch
 
+from flix.core.config.layout import check_strategy, choose_strategy
 from flix.core.errors import ConfigError
-from flix.core.layout import check_strategy, choose_strategy
-from flix.core.planner import Facts, picked
+from flix.core.strategy.decide import Facts, picked
 
 # Looked up once, without importing Triton: compilers trace the code below as constants.
 TRITON = importlib.util.find_spec("triton") is not None

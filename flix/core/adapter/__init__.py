@@ -1,0 +1,1 @@
+"""Adapters as data: files, sharing, changes over a life, low-rank algebra."""

@@ -1,0 +1,58 @@
+"""Compositions of features as matrices: what merging and exporting need, in numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flix.core.adapter.adapter import Adapter
+from flix.core.config.config import FlixConfig
+from flix.core.errors import RoutingError
+from flix.core.features.registry import Feature
+from flix.core.features.routing import Row
+
+Composition = tuple[tuple[Feature, float], ...]
+"""Active features with their weights."""
+
+
+def composition(config: FlixConfig, row: Row) -> Composition:
+    """The features that one row activates, implied ones included, under the configuration's policy.
+
+    Raises:
+        FeatureError, RoutingError: as for encoding.
+        RoutingError: the row activates nothing.
+    """
+    routing = config.registry.encode([row], unknown=config.unknown)
+    active = tuple(routing.names(0).items())
+    if not active:
+        raise RoutingError(f"a composition needs at least one feature, but {row!r} activates none")
+    return active
+
+
+def lora_pair(
+    adapter: Adapter, layer: str, active: Composition
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """One low-rank pair that equals the composition in a layer: A = [A_f], B = [w_f s_f B_f], stacked.
+
+    Returns:
+        A ``[r, d_in]`` and B ``[d_out, r]`` with r the sum of the active ranks, and scale 1; B in float64.
+    """
+    pairs = [(adapter.pair(layer, feature), feature, weight) for feature, weight in active]
+    a = np.concatenate([pair[0] for pair, _, _ in pairs], axis=0)
+    b = np.concatenate(
+        [
+            pair[1].astype(np.float64) * (weight * adapter.config.scale(layer, feature))
+            for pair, feature, weight in pairs
+        ],
+        axis=1,
+    )
+    return a, b
+
+
+def delta(adapter: Adapter, layer: str, active: Composition) -> NDArray[np.float64]:
+    """The composition's update of a layer's kernel, Σ w_f s_f B_f A_f: float64 ``[d_out, d_in]``."""
+    a, b = lora_pair(adapter, layer, active)
+    result: NDArray[np.float64] = b @ a.astype(np.float64)
+    return result

@@ -1,0 +1,61 @@
+"""Initial values of the low-rank pairs (SPEC §1): A uniform, B zero, the same bytes in every backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flix.core import rng as counter
+from flix.core.features.names import Feature
+
+# Values made at a time: what the arithmetic leaves behind in between should stay in the cache.
+_VALUES = 1 << 16
+
+
+def initial_a(
+    *, seed: int, layer: str, group: str, feature: str, rank: int, d_in: int
+) -> NDArray[np.float32]:
+    """A_f ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), what Kaiming with a = sqrt(5) gives and LoRA uses.
+
+    The value at (i, j) is a function of (seed, layer, group, feature, i * d_in + j) alone: adding or
+    reordering features or layers changes nothing, and a larger rank keeps the rows of a smaller one.
+
+    Returns:
+        float32 ``[rank, d_in]``.
+    """
+    return initial_table(
+        seed=seed, layer=layer, features=[(group, feature)], ranks=[rank], d_in=d_in
+    )
+
+
+def initial_table(
+    *, seed: int, layer: str, features: Sequence[Feature], ranks: Sequence[int], d_in: int
+) -> NDArray[np.float32]:
+    """:func:`initial_a` of several features of a layer, one after the other: float32 ``[sum of ranks, d_in]``."""
+    total = int(sum(ranks))
+    table = np.empty((total, d_in), np.float32)
+    first, second = counter.keys(("A", seed, layer), features)
+    first, second = np.repeat(first, ranks)[:, None], np.repeat(second, ranks)[:, None]
+    starts = np.cumsum(ranks) - ranks
+    row = (np.arange(total) - np.repeat(starts, ranks)).astype(np.uint64)[:, None]
+    column = np.arange(d_in, dtype=np.uint64)
+    bound = np.float32(1.0 / math.sqrt(max(d_in, 1)))
+    step = max(1, _VALUES // max(d_in, 1))
+    for begin in range(0, total, step):
+        part = slice(begin, begin + step)
+        position = row[part] * np.uint64(d_in) + column
+        # 24 leading bits fit a float32 exactly: in [-1, 1), then one rounding by the bound.
+        unit = table[part]
+        unit[...] = counter.bits((first[part], second[part]), position) >> np.uint64(40)
+        unit *= np.float32(2.0**-23)
+        unit -= np.float32(1.0)
+        unit *= bound
+    return table
+
+
+def initial_b(*, rank: int, d_out: int) -> NDArray[np.float32]:
+    """B_f = 0, so that the adapted model starts equal to the base: float32 ``[d_out, rank]``."""
+    return np.zeros((d_out, rank), dtype=np.float32)

@@ -1,0 +1,299 @@
+"""Adapters taken apart and put together: one language's file without the rest, several people's files as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flix.core.adapter.adapter import Adapter, LayerShape, tensor_name
+from flix.core.config.config import FlixConfig, nested
+from flix.core.config.targets import exactly
+from flix.core.errors import AdapterError, ConfigError, FeatureError, listed
+from flix.core.features.names import EVERY, Feature, pair
+from flix.core.features.registry import FeatureRegistry
+
+CONFLICTS = ("error", "keep", "replace")
+
+
+def chosen_features(registry: FeatureRegistry, features: object) -> tuple[Feature, ...]:
+    """Features as users name them, ``[(group, name), ...]`` or ``{group: name or names}``, checked.
+
+    Raises:
+        FeatureError: another form, an unknown feature, or none at all.
+    """
+    found: list[Feature] = []
+    if isinstance(features, Mapping):
+        for group, names in features.items():
+            found += [(group, n) for n in ([names] if isinstance(names, str) else names)]
+    elif isinstance(features, Iterable) and not isinstance(features, str):
+        found = [pair(feature) for feature in features]
+    if not found:
+        raise FeatureError(
+            "features are chosen as [(group, name), ...] or {group: name or names}, got "
+            f"{features!r}"
+        )
+    for feature in found:
+        registry.id(*feature)
+    return tuple(found)
+
+
+def select_features(adapter: Adapter, features: object) -> Adapter:
+    """An adapter of some of the features, and of what they imply; the others are left out.
+
+    Its ids are its own. Values are not copied.
+
+    Args:
+        adapter: the adapter.
+        features: ``[(group, name), ...]`` or ``{group: name or names}``.
+
+    Raises:
+        FeatureError: an unknown feature, or none at all.
+    """
+    config = adapter.config.subset(chosen_features(adapter.config.registry, features))
+    return _with_config(adapter, config, {f: f for f in config.registry.features})
+
+
+def rename_feature(adapter: Adapter, group: str, name: str, new: str) -> Adapter:
+    """The adapter with another name for one feature; its id and values stay.
+
+    Raises:
+        FeatureError: no such feature, or a new name that is ill-formed or taken.
+    """
+    config = adapter.config.with_renamed(group, name, new)
+    old = dict(zip(config.registry.features, adapter.config.registry.features, strict=True))
+    return _with_config(adapter, config, old)
+
+
+def remove_feature(adapter: Adapter, group: str, name: str) -> Adapter:
+    """The adapter without one feature; the others keep their ids.
+
+    Raises:
+        FeatureError: no such feature, or the last of its group.
+    """
+    config = adapter.config.without_feature(group, name)
+    return _with_config(adapter, config, {f: f for f in config.registry.live})
+
+
+def _with_config(
+    adapter: Adapter, config: FlixConfig, before: Mapping[Feature, Feature]
+) -> Adapter:
+    """The adapter's values under a configuration whose features had other names before."""
+    tensors = {
+        tensor_name(path, part, feature): adapter.tensors[tensor_name(path, part, old)]
+        for path in adapter.layers
+        for feature, old in before.items()
+        if config.rank(path, feature)
+        for part in "AB"
+    }
+    return Adapter(config, adapter.layers, tensors)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What several adapters come to together, without their values.
+
+    Attributes:
+        config: the configuration of all features. Ids of the first adapter stay.
+        layers: the layers of all.
+        owners: the number of the adapter that each live feature's values come from.
+    """
+
+    config: FlixConfig
+    layers: Mapping[str, LayerShape]
+    owners: Mapping[Feature, int]
+
+
+def combine_adapters(
+    adapters: Mapping[str, Adapter] | Sequence[Adapter], *, conflicts: str = "error"
+) -> Adapter:
+    """One adapter with the features of several, which may come from different people.
+
+    A feature that several adapters have must be the same in all of them, value for value, or ``conflicts`` says which
+    counts. Adapters need not adapt the same layers: a feature has rank 0 where its own adapter has no layer. Feature
+    dropout, the policy for unknown features and the seed are the first adapter's. All must have been trained on one
+    base model; files do not say on which.
+
+    Args:
+        adapters: two or more, perhaps by name (messages use it).
+        conflicts: ``"error"``; ``"keep"``, the earlier adapter counts; ``"replace"``, the later one.
+
+    Raises:
+        AdapterError: a feature that differs between adapters (all are named, with what differs), or a layer of
+            different sizes.
+        ConfigError: an unknown policy.
+    """
+    named = _named(adapters)
+    plan = plan_combination(named, conflicts)
+    sources = list(named.values())
+    tensors: dict[str, NDArray[Any]] = {}
+    for path in plan.layers:
+        for feature, owner in plan.owners.items():
+            if plan.config.rank(path, feature):
+                for part in "AB":
+                    name = tensor_name(path, part, feature)
+                    tensors[name] = sources[owner].tensors[name]
+    return Adapter(plan.config, plan.layers, tensors)
+
+
+def _named(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> dict[str, Adapter]:
+    if isinstance(adapters, Mapping):
+        named = dict(adapters)
+    else:
+        named = {f"adapter {number}": adapter for number, adapter in enumerate(adapters)}
+    if not named:
+        raise AdapterError("combining needs at least one adapter, got none")
+    return named
+
+
+def plan_combination(named: Mapping[str, Adapter], conflicts: str = "error") -> Combination:
+    """How adapters come together: see :func:`combine_adapters`."""
+    if conflicts not in CONFLICTS:
+        raise ConfigError(f"conflicts must be one of {', '.join(CONFLICTS)}; got {conflicts!r}")
+    names, adapters = list(named), list(named.values())
+    layers = _joined_layers(named)
+    owners: dict[Feature, int] = {}
+    clashes: list[str] = []
+    for number, adapter in enumerate(adapters):
+        for feature in adapter.config.registry.live:
+            if feature not in owners:
+                owners[feature] = number
+                continue
+            first = owners[feature]
+            what = difference(adapters[first], adapter, feature)
+            if what and conflicts == "replace":
+                owners[feature] = number
+            elif what:
+                clashes.append(f"{':'.join(feature)} ({names[first]} and {names[number]}: {what})")
+    if clashes and conflicts == "error":
+        raise AdapterError(
+            f"{len(clashes)} feature(s) differ between adapters: {listed(clashes, 5)}. Choose "
+            "conflicts='keep' (the earlier counts) or 'replace' (the later), or rename one with "
+            "rename_feature"
+        )
+    registry = _joined_registry([a.config.registry for a in adapters], owners)
+    config = _joined_config([a.config for a in adapters], adapters, registry, owners, layers)
+    return Combination(config, layers, owners)
+
+
+def difference(first: Adapter, second: Adapter, feature: Feature) -> str:
+    """In words, how a feature differs between two adapters; empty if it does not."""
+    implied = [
+        {registry.features[i] for i in registry.implied(registry.id(*feature))}
+        for registry in (first.config.registry, second.config.registry)
+    ]
+    if implied[0] != implied[1]:
+        return "it implies other features"
+    for path in {**first.layers, **second.layers}:
+        ranks = [a.config.rank(path, feature) if path in a.layers else 0 for a in (first, second)]
+        if ranks[0] != ranks[1]:
+            return f"ranks {ranks[0]} and {ranks[1]} in layer {path!r}"
+        if not ranks[0]:
+            continue
+        scales = [a.config.scale(path, feature) for a in (first, second)]
+        if scales[0] != scales[1]:
+            return f"scales {scales[0]:g} and {scales[1]:g} in layer {path!r}"
+        for part, one, two in zip(
+            "AB", first.pair(path, feature), second.pair(path, feature), strict=True
+        ):
+            if not np.array_equal(one, two):
+                return f"other values in {part} of layer {path!r}"
+    return ""
+
+
+def _joined_layers(named: Mapping[str, Adapter]) -> dict[str, LayerShape]:
+    layers: dict[str, LayerShape] = {}
+    origin: dict[str, str] = {}
+    for name, adapter in named.items():
+        for path, shape in adapter.layers.items():
+            known = layers.setdefault(path, shape)
+            if known != shape:
+                raise AdapterError(
+                    f"layer {path!r} is {known.kind} {known.d_in} -> {known.d_out} in {origin[path]} and "
+                    f"{shape.kind} {shape.d_in} -> {shape.d_out} in {name}; adapters that are combined "
+                    "belong to one base model"
+                )
+            origin.setdefault(path, name)
+    return layers
+
+
+def _joined_registry(
+    registries: Sequence[FeatureRegistry], owners: Mapping[Feature, int]
+) -> FeatureRegistry:
+    """All features; each implies what it implied where its values come from."""
+    joined = registries[0]
+    for registry in registries[1:]:
+        # Without implications: they are put together below, when every feature is there.
+        joined = joined.union(registry.with_implications({}))
+    declared: dict[Feature, tuple[Feature, ...]] = {}
+    for group in joined.groups:
+        rules = {r.implies.get((group, EVERY), ()) for r in registries if group in r.groups}
+        every = rules.pop() if len(rules) == 1 else ()
+        if every:
+            declared[(group, EVERY)] = every
+        for feature in joined.live:
+            if feature[0] != group:
+                continue
+            own = registries[owners[feature]].implies
+            more = own.get((group, EVERY), ()) if not every else ()
+            if found := tuple(dict.fromkeys((*own.get(feature, ()), *more))):
+                declared[feature] = found
+    return joined.with_implications(declared)
+
+
+def _joined_config(
+    configs: Sequence[FlixConfig],
+    adapters: Sequence[Adapter],
+    registry: FeatureRegistry,
+    owners: Mapping[Feature, int],
+    layers: Mapping[str, LayerShape],
+) -> FlixConfig:
+    first = configs[0]
+    ranks = {f: int(configs[i].ranks[f]) for f, i in owners.items()}  # type: ignore[index]
+    alphas = {
+        feature: alpha
+        for feature, i in owners.items()
+        if (alpha := _alpha(adapters[i], feature, first.scaling)) is not None
+    }
+    others: dict[tuple[tuple[Feature, int], ...], list[str]] = {}
+    for path in layers:
+        here = {
+            f: configs[i].rank(path, f) if path in adapters[i].layers else 0
+            for f, i in owners.items()
+        }
+        if unlike := tuple((f, r) for f, r in here.items() if r != ranks[f]):
+            others.setdefault(unlike, []).append(path)
+    same_layers = all(list(a.layers) == list(layers) for a in adapters)
+    return replace(
+        first,
+        registry=registry,
+        ranks=ranks,
+        alpha=alphas or None,
+        rank_pattern={exactly(paths): nested(dict(unlike)) for unlike, paths in others.items()},
+        target_modules=first.target_modules if same_layers else tuple(layers),
+        exclude_modules=first.exclude_modules if same_layers else (),
+    )
+
+
+def _alpha(adapter: Adapter, feature: Feature, scaling: str) -> float | None:
+    """The alpha that keeps a feature's scales under this scaling; None for alpha = rank."""
+    config = adapter.config
+    alpha = config.alpha
+    if config.scaling == scaling:
+        if isinstance(alpha, Mapping):
+            return alpha.get(feature)
+        return None if alpha is None else float(alpha)
+    ranks = {config.rank(path, feature) for path in adapter.layers} - {0}
+    if len(ranks) > 1:
+        raise AdapterError(
+            f"{':'.join(feature)} has ranks {listed(sorted(ranks))} under scaling={config.scaling!r}, and no "
+            f"alpha keeps its scales under the first adapter's {scaling!r}; combine adapters of one scaling"
+        )
+    if not ranks:
+        return None
+    (rank,) = ranks
+    path = next(p for p in adapter.layers if config.rank(p, feature))
+    return config.scale(path, feature) * (rank if scaling == "lora" else rank**0.5)

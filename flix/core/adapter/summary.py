@@ -1,0 +1,39 @@
+"""An adapted model in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flix.core.features.registry import Feature
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An adapted model in numbers; its text is a table.
+
+    Attributes:
+        layers: the adapted layers.
+        total: parameters in all (of a bank without a model: the pairs').
+        trainable: parameters that are trained.
+        features: parameters of each feature over all layers.
+        ranks: the configuration's rank of each feature.
+    """
+
+    layers: tuple[str, ...]
+    total: int
+    trainable: int
+    features: dict[Feature, int]
+    ranks: dict[Feature, int]
+
+    def __str__(self) -> str:
+        share = 100.0 * self.trainable / max(self.total, 1)
+        lines = [
+            f"{len(self.layers)} adapted layers; {self.trainable:,} trainable of {self.total:,} "
+            f"parameters ({share:.2f}%)",
+            f"{'feature':<32}{'rank':>6}{'parameters':>14}",
+        ]
+        lines += [
+            f"{':'.join(feature):<32}{self.ranks[feature]:>6}{count:>14,}"
+            for feature, count in self.features.items()
+        ]
+        return "\n".join(lines)

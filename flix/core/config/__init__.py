@@ -1,0 +1,1 @@
+"""What a user configures: targets, ranks, scales, and the layout of a layer that follows."""

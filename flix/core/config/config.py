@@ -1,0 +1,381 @@
+"""The configuration of an adapted model (SPEC §4): frozen, checked when made, JSON round trip."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Union
+
+from flix.core.config.layout import LayerLayout
+from flix.core.config.ranks import Rule, by_feature, check_rank
+from flix.core.config.targets import Patterns, pattern_matches
+from flix.core.errors import ConfigError, FlixError, near
+from flix.core.features.dropout import FeatureDropout
+from flix.core.features.registry import Feature, FeatureRegistry
+from flix.core.features.routing import Unknown, check_policy
+
+SCALINGS = ("lora", "rslora")
+RankPattern = Mapping[str, Union[int, Mapping[Any, Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlixConfig:
+    """What is adapted, by which features, with which ranks.
+
+    Attributes:
+        registry: the features.
+        ranks: a rule of :mod:`flix.ranks`, one rank for all, or ``{(group, feature): rank}``; kept as the last.
+        alpha: numerator of the scale: None (alpha = rank), a number, or numbers by group or feature.
+        scaling: ``"lora"``, s = alpha / r; ``"rslora"``, s = alpha / sqrt(r).
+        target_modules: ``"all-linear"`` (output heads left out), a regular expression, or a list of suffixes.
+        exclude_modules: layers left out, as a regular expression or suffixes.
+        rank_pattern: other ranks for some layers: ``{pattern: rank}`` or ``{pattern: {group: rank}}`` or
+            ``{pattern: {(group, feature): rank}}``; the pattern is a regular expression for the end of a
+            layer's path, and the first that matches and names the feature counts.
+        feature_dropout: dropout for training, or None.
+        unknown: how rows with unknown features are encoded (:func:`flix.core.features.routing.encode`).
+        seed: of the initial values.
+
+    Raises:
+        ConfigError, RankError, FeatureError, RoutingError: a value that breaks its rule.
+    """
+
+    registry: FeatureRegistry
+    ranks: Rule | int | Mapping[Any, Any]
+    alpha: float | Mapping[Any, Any] | None = None
+    scaling: str = "lora"
+    target_modules: Patterns = "all-linear"
+    exclude_modules: Patterns = ()
+    rank_pattern: RankPattern = field(default_factory=dict)
+    feature_dropout: FeatureDropout | None = None
+    unknown: Unknown = "error"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.registry, FeatureRegistry):
+            raise ConfigError(f"registry must be a FeatureRegistry, got {self.registry!r}")
+        put = object.__setattr__
+        put(self, "ranks", _resolve_ranks(self.registry, self.ranks))
+        if self.alpha is not None:
+            put(self, "alpha", self._resolve_alpha(self.alpha))
+        if self.scaling not in SCALINGS:
+            raise ConfigError(f"scaling must be 'lora' or 'rslora', got {self.scaling!r}")
+        put(self, "target_modules", _patterns(self.target_modules, "target_modules"))
+        put(self, "exclude_modules", _patterns(self.exclude_modules, "exclude_modules", empty=True))
+        if isinstance(self.rank_pattern, Mapping):
+            put(self, "rank_pattern", dict(self.rank_pattern))
+        put(self, "_patterns", self._resolve_rank_pattern())
+        put(self, "_layers", {})
+        if self.feature_dropout is not None:
+            if not isinstance(self.feature_dropout, FeatureDropout):
+                raise ConfigError(
+                    f"feature_dropout must be a FeatureDropout or None, got {self.feature_dropout!r}"
+                )
+            self.feature_dropout.check(self.registry)
+        check_policy(self.unknown)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed must be an integer, got {self.seed!r}")
+
+    def _resolve_alpha(self, alpha: object) -> float | dict[Feature, float]:
+        if isinstance(alpha, Mapping):
+            values = by_feature(self.registry, alpha, "alpha")
+            return {f: _positive(value, f"alpha of {':'.join(f)}") for f, value in values.items()}
+        return _positive(alpha, "alpha")
+
+    def _resolve_rank_pattern(self) -> tuple[tuple[str, dict[Feature, int]], ...]:
+        if not isinstance(self.rank_pattern, Mapping):
+            raise ConfigError(
+                f"rank_pattern must be {{pattern: rank or ranks}}, got {self.rank_pattern!r}"
+            )
+        resolved = []
+        for pattern, value in self.rank_pattern.items():
+            _compiles(pattern, "rank_pattern")
+            what = f"rank_pattern[{pattern!r}]"
+            if isinstance(value, Mapping):
+                ranks = by_feature(self.registry, value, what)
+            else:
+                ranks = dict.fromkeys(self.registry.live, value)
+            resolved.append((pattern, {f: check_rank(r, what) for f, r in ranks.items()}))
+        return tuple(resolved)
+
+    def rank(self, layer: str, feature: Feature) -> int:
+        """The rank of a feature in a layer: ``rank_pattern``'s where it speaks, else ``ranks``'."""
+        if (rank := self._ranks_of(layer).get(feature)) is not None:
+            return rank
+        return int(self.ranks[feature])  # type: ignore[index]
+
+    def _ranks_of(self, layer: str) -> dict[Feature, int]:
+        """What ``rank_pattern`` says of a layer. Kept: with many layers and patterns, matching again would show."""
+        kept: dict[str, dict[Feature, int]] = self._layers  # type: ignore[attr-defined]
+        if layer not in kept:
+            found: dict[Feature, int] = {}
+            for pattern, ranks in reversed(self._patterns):  # type: ignore[attr-defined]
+                if pattern_matches(layer, pattern):
+                    found.update(ranks)
+            kept[layer] = found
+        return kept[layer]
+
+    def scale(self, layer: str, feature: Feature) -> float:
+        """s_f of SPEC §1 in a layer; 0 where the feature has rank 0."""
+        rank = self.rank(layer, feature)
+        if rank == 0:
+            return 0.0
+        alpha: float = rank
+        if isinstance(self.alpha, Mapping):
+            alpha = self.alpha.get(feature, rank)
+        elif self.alpha is not None:
+            alpha = float(self.alpha)
+        return alpha / (rank if self.scaling == "lora" else math.sqrt(rank))
+
+    def layout(self, layer: str) -> LayerLayout:
+        """Ranks and scales of all features in a layer, in the order of their ids."""
+        features = self.registry.features
+        return LayerLayout(
+            ranks=tuple(self.rank(layer, f) for f in features),
+            scales=tuple(self.scale(layer, f) for f in features),
+        )
+
+    def with_feature(
+        self,
+        group: str,
+        name: str,
+        *,
+        rank: int,
+        alpha: float | None = None,
+        implies: Sequence[Feature] = (),
+    ) -> FlixConfig:
+        """The configuration with one more feature; every other id, rank and scale stays.
+
+        Args:
+            group: a group of the registry.
+            name: the new feature.
+            rank: its rank.
+            alpha: its alpha; default: the configuration's, where that is one number, or the one that all features of
+                its group have been given; else its rank.
+            implies: features that it implies.
+
+        Raises:
+            FeatureError: unknown group, or a name that exists already.
+            RankError: an ill-formed rank.
+        """
+        registry = self.registry.with_feature(group, name, implies)
+        feature = (group, name)
+        ranks = {**self.ranks, feature: check_rank(rank, "rank")}  # type: ignore[dict-item]
+        alphas = self.alpha
+        if alpha is None and isinstance(alphas, Mapping):
+            shared = {alphas.get((group, other)) for other in self.registry.names(group)}
+            alpha = shared.pop() if len(shared) == 1 else None
+        if alpha is not None:
+            known = self.registry.live
+            if isinstance(alphas, Mapping):
+                alphas = {**alphas}
+            elif alphas is not None:
+                alphas = dict.fromkeys(known, alphas)
+            else:
+                alphas = {}
+            alphas[feature] = alpha
+        return replace(self, registry=registry, ranks=ranks, alpha=alphas)
+
+    def without_feature(self, group: str, name: str) -> FlixConfig:
+        """The configuration without one feature; every other id, rank and scale stays.
+
+        Raises:
+            FeatureError: no such feature, or the last of its group.
+        """
+        registry = self.registry.without_feature(group, name)
+        return self._translated(registry, lambda f: None if f == (group, name) else f)
+
+    def with_renamed(self, group: str, name: str, new: str) -> FlixConfig:
+        """The configuration with another name for one feature; every id, rank and scale stays.
+
+        Raises:
+            FeatureError: no such feature, or a new name that is ill-formed or taken.
+        """
+        registry = self.registry.renamed(group, name, new)
+        return self._translated(registry, lambda f: (group, new) if f == (group, name) else f)
+
+    def subset(self, features: Iterable[Feature]) -> FlixConfig:
+        """The configuration of some of the features and of what they imply.
+
+        Raises:
+            FeatureError: an unknown feature, or none at all.
+        """
+        registry = self.registry.subset(features)
+        return self._translated(registry, lambda f: f if f in registry else None)
+
+    def _translated(
+        self, registry: FeatureRegistry, translate: Callable[[Feature], Feature | None]
+    ) -> FlixConfig:
+        """What is said of features, under their new names; None for features that are gone."""
+
+        def renamed(values: Mapping[Feature, Any]) -> dict[Feature, Any]:
+            pairs = ((translate(f), value) for f, value in values.items())
+            return {f: value for f, value in pairs if f is not None}
+
+        fallbacks = self.unknown
+        if isinstance(fallbacks, Mapping):
+            # Fallbacks are names without a group: a name goes on to mean the features that still have it.
+            names = {f[1]: (translate(f) or ("", ""))[1] for f in self.registry.live}
+            names.update({f[1]: f[1] for f in registry.live if f in self.registry})
+            kept = {
+                name: found
+                for name, given in fallbacks.items()
+                if (
+                    found := [
+                        new
+                        for known in ([given] if isinstance(given, str) else given)
+                        if (new := names.get(known, known))
+                    ]
+                )
+            }
+            fallbacks = kept or "error"
+        dropout = self.feature_dropout
+        if dropout is not None:
+            rates = {g: rate for g, rate in dropout.per_group.items() if g in registry.groups}
+            dropout = replace(dropout, per_group=rates)
+
+        def renamed_pattern(ranks: Any) -> Any:
+            """Ranks as the user gave them: one, or by group, by group and name, by feature."""
+            if not isinstance(ranks, Mapping):
+                return ranks
+            found: dict[Any, Any] = {}
+            for key, value in ranks.items():
+                if isinstance(key, tuple) or isinstance(value, Mapping):
+                    one = (
+                        {key: value}
+                        if isinstance(key, tuple)
+                        else {(key, n): r for n, r in value.items()}
+                    )
+                    for (group, name), rank in renamed(one).items():
+                        found.setdefault(group, {})[name] = rank
+                elif key in registry.groups:
+                    found[key] = value
+            return found
+
+        return replace(
+            self,
+            registry=registry,
+            ranks=renamed(self.ranks),  # type: ignore[arg-type]
+            alpha=renamed(self.alpha) if isinstance(self.alpha, Mapping) else self.alpha,
+            rank_pattern={
+                pattern: renamed_pattern(ranks) for pattern, ranks in self.rank_pattern.items()
+            },
+            unknown=fallbacks,
+            feature_dropout=dropout,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form; :meth:`from_dict` gives an equal configuration."""
+        return {
+            "registry": self.registry.to_dict(),
+            "ranks": nested({f: self.ranks[f] for f in self.registry.live}),  # type: ignore[index]
+            "alpha": nested(self.alpha) if isinstance(self.alpha, Mapping) else self.alpha,
+            "scaling": self.scaling,
+            "target_modules": _plain(self.target_modules),
+            "exclude_modules": _plain(self.exclude_modules),
+            "rank_pattern": {
+                pattern: nested(value) if isinstance(value, Mapping) else value
+                for pattern, value in self.rank_pattern.items()
+            },
+            "feature_dropout": self.feature_dropout.to_dict() if self.feature_dropout else None,
+            "unknown": _plain_unknown(self.unknown),
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FlixConfig:
+        """The configuration that :meth:`to_dict` described.
+
+        Raises:
+            ConfigError: missing or unknown keys, or a value that breaks its rule.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in data:
+            if name not in known:
+                raise ConfigError(f"a configuration has no field {name!r}{near(name, known)}")
+        if missing := [name for name in ("registry", "ranks") if name not in data]:
+            raise ConfigError(f"a configuration needs the field {missing[0]!r}")
+        values = dict(data)
+        try:
+            values["registry"] = FeatureRegistry.from_dict(values["registry"])
+            if values.get("feature_dropout") is not None:
+                values["feature_dropout"] = FeatureDropout(**values["feature_dropout"])
+            return cls(**values)
+        except FlixError:
+            raise
+        except (TypeError, AttributeError, KeyError) as error:
+            raise ConfigError(f"a configuration with a value of the wrong form: {error}") from error
+
+
+def _resolve_ranks(registry: FeatureRegistry, ranks: object) -> dict[Feature, int]:
+    if callable(ranks):
+        ranks = ranks(registry)
+    if isinstance(ranks, int) and not isinstance(ranks, bool):
+        ranks = dict.fromkeys(registry.live, ranks)
+    if not isinstance(ranks, Mapping):
+        raise ConfigError(
+            "ranks must be a rule of flix.ranks, one rank, or {(group, feature): rank}, "
+            f"got {ranks!r}"
+        )
+    # A removed feature keeps its id, and rank 0 under it.
+    given = {key: rank for key, rank in ranks.items() if key not in registry.removed}
+    found = by_feature(registry, given, "ranks")
+    for feature in registry.live:
+        if feature not in found:
+            raise ConfigError(f"ranks must cover every feature; {':'.join(feature)} has none")
+    found.update(dict.fromkeys(registry.removed, 0))
+    return {f: check_rank(found[f], f"the rank of {':'.join(f)}") for f in registry.features}
+
+
+def _patterns(value: object, what: str, empty: bool = False) -> str | tuple[str, ...]:
+    if isinstance(value, str) and value:
+        _compiles(value, what)
+        return value
+    if isinstance(value, list | tuple | set | frozenset) and all(
+        isinstance(item, str) and item for item in value
+    ):
+        if value or empty:
+            return tuple(value)
+        raise ConfigError(f"{what} must name at least one layer, got none")
+    raise ConfigError(f"{what} must be a string or a list of suffixes, got {value!r}")
+
+
+def _compiles(pattern: object, what: str) -> None:
+    try:
+        re.compile(pattern)  # type: ignore[call-overload]
+    except (re.error, TypeError) as error:
+        raise ConfigError(f"{what}: {pattern!r} is no regular expression ({error})") from error
+
+
+def _positive(value: object, what: str) -> float:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or value <= 0
+    ):
+        raise ConfigError(f"{what} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def nested(values: Any) -> dict[str, Any]:
+    """{(group, feature): v} as {group: {feature: v}}, the form that files have; other keys stay."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(key, tuple):
+            found.setdefault(key[0], {})[key[1]] = value
+        else:
+            found[key] = dict(value) if isinstance(value, Mapping) else value
+    return found
+
+
+def _plain(patterns: Patterns) -> str | list[str]:
+    return patterns if isinstance(patterns, str) else list(patterns)
+
+
+def _plain_unknown(unknown: Unknown) -> Any:
+    if isinstance(unknown, str):
+        return unknown
+    return {k: v if isinstance(v, str) else list(v) for k, v in unknown.items()}

@@ -1,0 +1,252 @@
+"""Rules that give each feature its rank (SPEC §3).
+
+Each function returns a rule; ``rule(registry)`` gives ``{(group, feature): rank}``. Lin et al. (arXiv 2402.17934,
+§3) give every feature a rank of its own; how a budget is shared out is our choice.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flix.core.errors import RankError, listed
+from flix.core.features.registry import Feature, FeatureRegistry
+from flix.core.features.routing import Row
+
+Ranks = dict[Feature, int]
+Rule = Callable[[FeatureRegistry], Ranks]
+ByFeature = Mapping[Any, Any]
+"""Values by feature: ``{(group, feature): value}`` or ``{group: {feature: value}}`` or ``{group: value}``."""
+
+
+def uniform(rank: int) -> Rule:
+    """The same rank for every feature."""
+    rank = check_rank(rank, "uniform rank")
+    return lambda registry: dict.fromkeys(registry.live, rank)
+
+
+def by_group(**ranks: int) -> Rule:
+    """One rank for all features of a group; every group of the registry must be named."""
+    for group, rank in ranks.items():
+        check_rank(rank, f"rank of group {group!r}")
+    return lambda registry: _complete(registry, ranks, "by_group")
+
+
+def explicit(ranks: ByFeature) -> Rule:
+    """A rank for every feature: ``{(group, feature): rank}`` or ``{group: {feature: rank}}``."""
+    return lambda registry: _complete(registry, ranks, "explicit")
+
+
+def proportional(
+    *,
+    budget: int,
+    sizes: ByFeature,
+    temperature: float = 2.0,
+    minimum: int = 1,
+    maximum: int = 64,
+) -> Rule:
+    """Ranks in proportion to ``size ** (1 / temperature)``, within bounds, that sum to ``budget`` exactly.
+
+    Shared out by a divisor method (Webster's): a feature with more data than another never has less rank, more
+    data for a feature never lowers its rank, and a larger budget lowers no feature's rank.
+
+    Args:
+        budget: the sum of all ranks.
+        sizes: the number of training examples of every feature.
+        temperature: 1 follows the sizes, larger values level them out.
+        minimum: the least rank of a feature.
+        maximum: the largest rank of a feature.
+
+    Raises:
+        RankError: a value out of range; when the rule is applied, a feature without a size, or a budget that the
+            bounds cannot meet (the message says the smallest, or largest, feasible one).
+    """
+    check_rank(budget, "budget")
+    low, high = check_rank(minimum, "minimum"), check_rank(maximum, "maximum")
+    if low > high:
+        raise RankError(f"minimum must not exceed maximum, got {low} and {high}")
+    if not _is_number(temperature) or temperature <= 0:
+        raise RankError(f"temperature must be a positive number, got {temperature!r}")
+
+    def rule(registry: FeatureRegistry) -> Ranks:
+        size = by_feature(registry, sizes, "sizes", number=True)
+        if missing := [f for f in registry.live if f not in size]:
+            raise RankError(
+                f"sizes must name every feature; missing: {listed(map(_text, missing))}"
+            )
+        for feature, n in size.items():
+            if not _is_number(n) or n < 0:
+                raise RankError(f"the size of {_text(feature)} must be 0 or more, got {n!r}")
+        count = len(registry.live)
+        if budget < low * count:
+            raise RankError(
+                f"a budget of {budget} is infeasible: {count} features of rank {low} or more need at "
+                f"least {low * count}, the smallest feasible budget"
+            )
+        if budget > high * count:
+            raise RankError(
+                f"a budget of {budget} is infeasible: {count} features of rank {high} or less take at "
+                f"most {high * count}, the largest feasible budget"
+            )
+        # Sizes are divided by the largest first, so that no power overflows.
+        top = max(max(size.values()), 1)
+        claim = {f: (size[f] / top) ** (1.0 / temperature) for f in registry.live}
+        ranks = dict.fromkeys(registry.live, low)
+        queue = [
+            (-claim[f] / (low + 0.5), -size[f], i, f)
+            for i, f in enumerate(registry.live)
+            if low < high
+        ]
+        heapq.heapify(queue)
+        for _ in range(budget - low * count):
+            _, _, i, f = heapq.heappop(queue)
+            ranks[f] += 1
+            if ranks[f] < high:
+                heapq.heappush(queue, (-claim[f] / (ranks[f] + 0.5), -size[f], i, f))
+        return ranks
+
+    return rule
+
+
+def compute_matched(*, lora_rank: int, datasets: Sequence[Row]) -> Rule:
+    """The largest ranks with which no dataset's active ranks sum to more than ``lora_rank``.
+
+    The arithmetic of a dataset's rows is then at most that of one LoRA of this rank (the comparison of Lin et
+    al.). Ranks are raised in turn, group after group, while every dataset has room (max-min fair). A feature that
+    no dataset uses gets the least rank of its group.
+
+    Args:
+        lora_rank: the rank to match.
+        datasets: the features of each dataset, as rows for :meth:`FeatureRegistry.encode`.
+
+    Raises:
+        RankError: when applied: no dataset, or a dataset with more active features than ``lora_rank``.
+    """
+    check_rank(lora_rank, "lora_rank", least=1)
+    rows = [dict(row) for row in datasets]
+    if not rows:
+        raise RankError("compute_matched needs at least one dataset, got none")
+
+    def rule(registry: FeatureRegistry) -> Ranks:
+        active = [[int(i) for i in ids if i >= 0] for ids in registry.encode(rows).ids]
+        fullest = max(range(len(rows)), key=lambda n: len(active[n]))
+        if len(active[fullest]) > lora_rank:
+            raise RankError(
+                f"lora_rank={lora_rank} is infeasible: dataset {fullest} ({rows[fullest]}) activates "
+                f"{len(active[fullest])} features of rank 1 or more; the smallest feasible lora_rank "
+                f"is {len(active[fullest])}"
+            )
+        users: list[list[int]] = [[] for _ in registry.features]
+        for number, ids in enumerate(active):
+            for i in ids:
+                users[i].append(number)
+        room = [lora_rank] * len(rows)
+        ranks = [0] * len(registry)
+        growing = True
+        while growing:
+            growing = False
+            for group in registry.groups:
+                for i in registry.ids_of(group):
+                    if users[i] and all(room[n] > 0 for n in users[i]):
+                        ranks[i] += 1
+                        growing = True
+                        for n in users[i]:
+                            room[n] -= 1
+        for group in registry.groups:
+            used = [ranks[i] for i in registry.ids_of(group) if users[i]]
+            for i in registry.ids_of(group):
+                if not users[i]:
+                    ranks[i] = min(used, default=1)
+        return {f: ranks[registry.id(*f)] for f in registry.live}
+
+    return rule
+
+
+def parameter_matched(*, lora_rank: int) -> Rule:
+    """Equal ranks that sum to ``lora_rank``: the parameters of one LoRA of this rank, never more.
+
+    What does not divide evenly goes to the features of the lowest ids.
+
+    Raises:
+        RankError: when applied: more features than ``lora_rank`` (the message says the smallest feasible one).
+    """
+    check_rank(lora_rank, "lora_rank", least=1)
+
+    def rule(registry: FeatureRegistry) -> Ranks:
+        count = len(registry.live)
+        if count > lora_rank:
+            raise RankError(
+                f"lora_rank={lora_rank} is infeasible: {count} features of rank 1 or more need at least "
+                f"{count}, the smallest feasible lora_rank"
+            )
+        share, rest = divmod(lora_rank, count)
+        return {f: share + (i < rest) for i, f in enumerate(registry.live)}
+
+    return rule
+
+
+def check_rank(value: object, what: str, least: int = 0) -> int:
+    """``value`` as a rank.
+
+    Raises:
+        RankError: no integer, or less than ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise RankError(f"{what} must be an integer of {least} or more, got {value!r}")
+    return value
+
+
+def by_feature(
+    registry: FeatureRegistry, values: ByFeature, what: str, *, number: bool = False
+) -> dict[Feature, Any]:
+    """Values by feature, from any of the accepted forms; unknown names are refused.
+
+    Raises:
+        FeatureError: an unknown group or feature.
+        RankError: a form that is none of the accepted ones.
+    """
+    if not isinstance(values, Mapping):
+        raise RankError(f"{what} must be a mapping by feature or by group, got {values!r}")
+    found: dict[Feature, Any] = {}
+    for key, value in values.items():
+        if isinstance(key, tuple) and len(key) == 2:
+            found[registry.features[registry.id(*key)]] = value
+        elif isinstance(value, Mapping):
+            registry.ids_of(key)
+            for name, inner in value.items():
+                found[registry.features[registry.id(key, name)]] = inner
+        else:
+            for i in registry.ids_of(key):
+                found.setdefault(registry.features[i], value)
+    return found
+
+
+def _complete(registry: FeatureRegistry, ranks: ByFeature, what: str) -> Ranks:
+    found = by_feature(registry, ranks, f"{what} ranks")
+    if missing := [f for f in registry.live if f not in found]:
+        raise RankError(
+            f"{what} ranks must cover every feature; missing: {listed(map(_text, missing))}"
+        )
+    return {f: check_rank(found[f], f"the rank of {_text(f)}") for f in registry.live}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _text(feature: Feature) -> str:
+    return ":".join(feature)
+
+
+__all__ = [
+    "Ranks",
+    "Rule",
+    "by_group",
+    "compute_matched",
+    "explicit",
+    "parameter_matched",
+    "proportional",
+    "uniform",
+]

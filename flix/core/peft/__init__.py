@@ -1,0 +1,1 @@
+"""LoRAs of PEFT, in and out, and what vLLM serves."""

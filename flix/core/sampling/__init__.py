@@ -1,0 +1,1 @@
+"""Which data comes when: schedules, packing and batching, as arithmetic."""

@@ -1,0 +1,1 @@
+"""How a sum is computed: which strategy, and where a batch falls on a layer."""

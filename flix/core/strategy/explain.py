@@ -1,0 +1,86 @@
+"""Which strategy each layer of a model would run on a batch of some size, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flix.core.config.config import FlixConfig
+from flix.core.costs import Layers, active_sets, every_combination
+from flix.core.features.routing import Row
+from flix.core.strategy.decide import Decision, Facts, decide
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch: rows of the routing, positions that share one, and the class of devices."""
+
+    examples: int
+    tokens: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers that are alike, and what they would run.
+
+    Attributes:
+        layers: their paths.
+        facts: what the choice is made from.
+        decision: the strategy and why.
+    """
+
+    layers: tuple[str, ...]
+    facts: Facts
+    decision: Decision
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        return {
+            "layers": list(self.layers),
+            "d_in": self.facts.d_in,
+            "d_out": self.facts.d_out,
+            "rows": self.facts.rows,
+            "union": self.facts.union,
+            "strategy": self.decision.strategy,
+            "reason": self.decision.reason,
+            "seconds": dict(self.decision.seconds),
+        }
+
+
+def explain(
+    config: FlixConfig, layers: Layers, datasets: Sequence[Row] | None, batch: Batch
+) -> list[Choice]:
+    """The strategy of each linear layer of a model under ``"auto"``, for the fullest batch of its datasets.
+
+    Args:
+        config: the configuration.
+        layers: the adapted layers.
+        datasets: the features of each dataset; default: one feature of every group, in all combinations.
+        batch: the batch.
+
+    Raises:
+        ConfigError: no calibration for the device.
+        FeatureError, RoutingError: a dataset that cannot be encoded.
+    """
+    rows = every_combination(config.registry) if datasets is None else list(datasets)
+    sets = active_sets(config.registry, rows)
+    found: dict[Facts, list[str]] = {}
+    for path, shape in layers.items():
+        if shape.kind != "linear":
+            continue
+        ranks = config.layout(path).ranks
+        used = sorted((sum(ranks[i] for i in ids) for ids in sets), reverse=True)
+        everything = sum(ranks[i] for i in frozenset().union(*sets))
+        facts = Facts(
+            examples=batch.examples,
+            tokens=batch.tokens,
+            rows=used[0] if used else 0,
+            union=min(everything, sum(used[: batch.examples])),
+            d_in=shape.d_in,
+            d_out=shape.d_out,
+            device=batch.device,
+        )
+        found.setdefault(facts, []).append(path)
+    return [Choice(tuple(paths), facts, decide("auto", facts)) for facts, paths in found.items()]

@@ -1,0 +1,190 @@
+"""Adapter files: round trips, other frameworks' files, and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import flix
+from flix.backends.jax import (
+    adapt,
+    add_feature,
+    init,
+    linear,
+    load,
+    load_bank,
+    named_pairs,
+    save,
+    summary,
+)
+from flix.backends.jax.model import flix_layers
+from tests.backends.jax.conftest import (
+    IDS,
+    TARGETS,
+    TOKENS,
+    WEIGHTS,
+    Net,
+    adapted,
+    close,
+    config,
+    random_bank,
+    randomize,
+    same_bits,
+)
+
+
+@nnx.jit
+def forward(model: Any, x: Any, ids: Any, weights: Any) -> Any:
+    return model(x, flix_features=ids, flix_weights=weights)
+
+
+@pytest.mark.covers("nnx", "save and load", backend="jax")
+def test_model_round_trip(tmp_path: Path) -> None:
+    model = adapted()
+    wanted = forward(model, TOKENS, IDS, WEIGHTS)
+    save(model, tmp_path)
+    for other in (Net(), adapt(Net(), config(target_modules=TARGETS))):
+        found = load(other, tmp_path)
+        assert found is other
+        assert same_bits(forward(found, TOKENS, IDS, WEIGHTS), wanted)
+        assert found.flix_config == model.flix_config
+    adapter = flix.load_adapter(tmp_path)
+    a, b = adapter.pair("layers.0.e", ("task", "pos"))
+    assert (a.shape, b.shape) == ((4, 6), (6, 4))
+    assert adapter.layers["embed"].kind == "embedding"
+
+
+@pytest.mark.covers("pytree", "save and load", backend="jax")
+def test_bank_round_trip(tmp_path: Path) -> None:
+    cfg = config()
+    bank = random_bank(cfg, {"layers.0.q": (5, 7), "e": (9, 7, "embedding")})
+    save((cfg, bank), tmp_path)
+    found_cfg, found = load_bank(tmp_path, rename={"e": "embed"})
+    assert found_cfg == cfg
+    assert set(found) == {"layers.0.q", "embed"}
+    assert same_bits(found["layers.0.q"].A, bank["layers.0.q"].A)
+    assert same_bits(found["embed"].B, bank["e"].B)
+    assert jax.tree.structure(found["layers.0.q"]) == jax.tree.structure(bank["layers.0.q"])
+    assert summary((cfg, bank)).features["task", "pos"] == 4 * (12 + 16)
+    grown_cfg, grown = add_feature((cfg, bank), "language", "fra", init_from=["hau", "swa"])
+    assert len(grown_cfg.registry) == 7
+    assert grown["e"].spec.frozen == frozenset(range(6))
+
+
+class Twin(nnx.Module):
+    """The twin of the torch model below."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(9, 6, rngs=rngs)
+        self.up = nnx.Linear(6, 8, rngs=rngs)
+        self.down = nnx.LinearGeneral(8, (2, 3), use_bias=False, rngs=rngs)
+
+    def __call__(self, tokens: Any) -> Any:
+        y = self.down(jax.nn.relu(self.up(self.embed(tokens))))
+        return y.reshape(*tokens.shape, 6)
+
+
+def test_torch_and_jax_read_each_other(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="the torch backend is not installed")
+    from flix.backends import torch as flix_torch
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(9, 6)
+            self.fc1 = torch.nn.Linear(6, 8)
+            self.fc2 = torch.nn.Linear(8, 6, bias=False)
+
+        def forward(self, tokens: Any) -> Any:
+            return self.fc2(torch.relu(self.fc1(self.embed(tokens))))
+
+    torch.manual_seed(0)
+    cfg = config(target_modules=["embed", "fc1", "fc2"], rank_pattern={"fc2": {"task": 1}})
+    theirs, ours = Model(), Twin()
+    base = {name: p.detach().numpy().copy() for name, p in theirs.named_parameters()}
+    ours.embed.embedding[...] = jnp.asarray(base["embed.weight"])
+    ours.up.kernel[...] = jnp.asarray(base["fc1.weight"].T)
+    ours.up.bias[...] = jnp.asarray(base["fc1.bias"])
+    ours.down.kernel[...] = jnp.asarray(base["fc2.weight"].T).reshape(8, 2, 3)
+    flix_torch.adapt(theirs, cfg)
+    with torch.no_grad():
+        for p in flix_torch.named_pairs(theirs).values():
+            p.normal_(0, 0.3)
+    flix_torch.save(theirs, tmp_path / "torch")
+    load(ours, tmp_path / "torch", rename={"fc1": "up", "fc2": "down"})
+    tokens = np.random.default_rng(0).integers(0, 9, (5, 4))
+
+    def from_torch(model: Any) -> Any:
+        ids, weights = torch.from_numpy(IDS), torch.from_numpy(WEIGHTS)
+        out = model(torch.from_numpy(tokens), flix_features=ids, flix_weights=weights)
+        return out.detach().numpy()
+
+    close(forward(ours, tokens, IDS, WEIGHTS), from_torch(theirs))
+
+    randomize(ours, seed=4)
+    save(ours, tmp_path / "jax")
+    flix_torch.load(theirs, tmp_path / "jax", rename={"up": "fc1", "down": "fc2"})
+    close(forward(ours, tokens, IDS, WEIGHTS), from_torch(theirs))
+    # What is read and written again has the same bytes.
+    save(load(Twin(), tmp_path / "jax"), tmp_path / "again")
+    one, two = ((tmp_path / d / "flix.safetensors").read_bytes() for d in ("jax", "again"))
+    assert one == two
+
+
+def test_initial_values_are_torchs() -> None:
+    torch = pytest.importorskip("torch", reason="the torch backend is not installed")
+    from flix.backends import torch as flix_torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7))
+    flix_torch.adapt(model, config(seed=11))
+    bank = init(config(seed=11), {"0": (5, 7)})
+    theirs = flix_torch.named_pairs(model)
+    ours = named_pairs((config(seed=11), bank))
+    assert set(ours) == set(theirs)
+    assert all(same_bits(ours[name], theirs[name].detach().numpy()) for name in ours)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    save(adapted(), tmp_path / "good")
+    with pytest.raises(flix.AdapterError, match=r"no layer 'layers\.0\.zzz'"):
+        load(Net(), tmp_path / "good", rename={"layers.0.q": "layers.0.zzz"})
+    with pytest.raises(flix.AdapterError, match="hau has rank 2 in the model and 1"):
+        other = config(
+            target_modules=TARGETS,
+            ranks={
+                "language": {"hau": 2, "swa": 3, "yor": 0, "zul": 2},
+                "task": {"ner": 2, "pos": 4},
+            },
+        )
+        load(adapt(Net(), other), tmp_path / "good")
+    with pytest.raises(flix.AdapterError, match="is adapted, but not in the adapter"):
+        cfg = config(target_modules=[*TARGETS, "lm_head"])
+        load(adapt(Net(), cfg), tmp_path / "good")
+    with pytest.raises(flix.TargetError, match="needs an adapted model"):
+        save(Net(), tmp_path / "bad")
+    with pytest.raises(flix.TargetError, match=r"\(config, bank\)"):
+        save({"q": 1}, tmp_path / "bad")  # type: ignore[arg-type]
+    description = json.loads((tmp_path / "good" / "flix_config.json").read_text())
+    assert "layers.0.o" in description["layers"]
+
+
+def test_load_keeps_dtype_and_strategy(tmp_path: Path) -> None:
+    save(adapted(), tmp_path)
+    model = load(Net(), tmp_path, strategy="gather")
+    for _, layer in flix_layers(model):
+        assert layer.flix_strategy == "gather"
+        assert layer.flix_A.dtype == jnp.float32
+    cfg, bank = load_bank(tmp_path)
+    x = jnp.ones((5, 2, 6))
+    kernel = model.layers[0].back.kernel[...]
+    y = linear(x, kernel, bank["layers.0.back"], IDS, bias=model.layers[0].back.bias[...])
+    close(model.layers[0].back(x, flix_features=IDS), y)
+    assert cfg.registry == model.flix_config.registry

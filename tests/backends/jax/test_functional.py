@@ -1,0 +1,369 @@
+"""The pure core against the dense formula."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flix
+from flix.backends.jax import (
+    embed,
+    embed_rows,
+    freeze,
+    gather,
+    init,
+    linear,
+    linear_rows,
+    merge_kernels,
+    scatter,
+    touched,
+)
+from flix.core.adapter.initial import initial_a
+from tests.backends.jax.conftest import (
+    IDS,
+    WEIGHTS,
+    close,
+    config,
+    oracle,
+    random_bank,
+    registry,
+    same_bits,
+)
+
+D_IN, D_OUT = 5, 7
+RNG = np.random.default_rng(1)
+KERNEL = jnp.asarray(RNG.normal(size=(D_IN, D_OUT)), jnp.float32)
+BIAS = jnp.asarray(RNG.normal(size=D_OUT), jnp.float32)
+
+
+def normal(*shape: int) -> Any:
+    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames="strategy")
+def run(x: Any, layer: Any, ids: Any, weights: Any = None, strategy: str = "auto") -> Any:
+    return linear(x, KERNEL, layer, ids, weights, strategy=strategy)
+
+
+def value_and_pullback(call: Any, g: Any, *args: Any) -> Any:
+    """The value and the gradients under the cotangent g, compiled in one piece."""
+
+    def run(g: Any, *args: Any) -> Any:
+        y, back = jax.vjp(call, *args)
+        return y, back(g)
+
+    return jax.tree.map(np.asarray, jax.jit(run)(g, *args))
+
+
+def check(layer: Any, cfg: Any, x: Any, ids: Any, weights: Any, strategy: str, rows: bool) -> None:
+    """Forward and all gradients of one call against the oracle."""
+    x, ids = jnp.asarray(x), np.asarray(ids)
+    lead = ids.shape[:-1]
+    g = normal(*x.shape[:-1], D_OUT)
+    flat = (*lead, -1)
+    wanted = oracle(cfg, layer, x.reshape(*flat, D_IN), ids, weights, g.reshape(*flat, D_OUT))
+    present = touched(ids, len(cfg.registry))
+
+    def call(x: Any, w: Any, layer: Any) -> Any:
+        if rows:
+            part = gather({"q": layer}, present)["q"]
+            return linear_rows(x, KERNEL, part, ids, present, w, bias=BIAS, strategy=strategy)
+        return linear(x, KERNEL, layer, ids, w, bias=BIAS, strategy=strategy)
+
+    w = None if weights is None else jnp.asarray(weights)
+    y, (dx, dw, dlayer) = value_and_pullback(call, g, x, w, layer)
+    base = np.asarray(x, np.float64) @ np.asarray(KERNEL, np.float64) + np.asarray(BIAS, np.float64)
+    close(y, base + wanted["y"].reshape(y.shape))
+    close(
+        dx,
+        np.asarray(g, np.float64) @ np.asarray(KERNEL, np.float64).T + wanted["x"].reshape(x.shape),
+    )
+    if weights is not None:
+        close(dw, wanted["weights"])
+    for feature in cfg.registry.features:
+        a, b = dlayer.pair(*feature)
+        close(a, wanted["A"][feature])
+        close(b, wanted["B"][feature])
+
+
+@pytest.mark.covers("pytree", "mixed batch", backend="jax")
+@pytest.mark.covers("pytree", "gradients", backend="jax")
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("strategy", ["gather", "masked"])
+def test_per_row(strategy: str, weighted: bool, rows: bool) -> None:
+    cfg = config()
+    layer = random_bank(cfg, {"q": (D_IN, D_OUT)})["q"]
+    check(layer, cfg, normal(5, 3, D_IN), IDS, WEIGHTS if weighted else None, strategy, rows)
+
+
+@pytest.mark.covers("pytree", "per-token routing", backend="jax")
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("strategy", ["gather", "masked", "auto"])
+def test_per_token(strategy: str, rows: bool) -> None:
+    cfg = config()
+    layer = random_bank(cfg, {"q": (D_IN, D_OUT)})["q"]
+    ids = np.stack([IDS, IDS[::-1]])
+    weights = np.stack([WEIGHTS, WEIGHTS[::-1]])
+    check(layer, cfg, normal(2, 5, D_IN), ids, weights, strategy, rows)
+
+
+def test_many_features_and_gaps() -> None:
+    """Unions smaller than the bank (masked gathers first), and ranks so unequal that slots are compacted."""
+    cfg = config(
+        registry=flix.FeatureRegistry({"g": [f"f{i}" for i in range(40)]}),
+        ranks={"g": {f"f{i}": 6 if i == 3 else i % 2 for i in range(40)}},
+        alpha=None,
+    )
+    layer = random_bank(cfg, {"q": (D_IN, D_OUT)})["q"]
+    ids = np.array([[3, 1, 7, 3], [9, -1, 3, 2], [-1, 11, 11, 11]])
+    weights = np.random.default_rng(0).normal(size=ids.shape).astype(np.float32)
+    for strategy in ("gather", "masked"):
+        for rows in (False, True):
+            check(layer, cfg, normal(3, 2, D_IN), ids, weights, strategy, rows)
+
+
+def test_single_and_vmap() -> None:
+    cfg = config()
+    layer = random_bank(cfg, {"q": (D_IN, D_OUT)})["q"]
+    alike = np.tile(IDS[1], (3, 1))
+    check(layer, cfg, normal(3, 2, D_IN), alike, np.tile(WEIGHTS[1], (3, 1)), "single", False)
+    check(layer, cfg, normal(1, 2, D_IN), IDS[1:2], WEIGHTS[1:2], "auto", True)
+    x = normal(5, 3, D_IN)
+    mapped = jax.jit(jax.vmap(lambda x, i, w: linear(x, KERNEL, layer, i, w)))(x, IDS, WEIGHTS)
+    close(mapped, run(x, layer, IDS, WEIGHTS))
+    with pytest.raises(flix.ConfigError, match="row 1 differs"):
+        linear(x, KERNEL, layer, IDS, strategy="single")
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (5, 0), (1, 1)])
+def test_empty_and_one(shape: tuple[int, int]) -> None:
+    layer = random_bank(config(), {"q": (D_IN, D_OUT)})["q"]
+    for strategy in ("auto", "gather", "masked"):
+        y = run(normal(*shape, D_IN), layer, IDS[: shape[0]], strategy=strategy)
+        assert y.shape == (*shape, D_OUT)
+
+
+def test_nothing_active() -> None:
+    cfg = config(ranks=0)
+    layer = init(cfg, {"q": (D_IN, D_OUT)})["q"]
+    x = normal(5, 3, D_IN)
+    assert same_bits(linear(x, KERNEL, layer, IDS), x @ KERNEL)
+    layer = random_bank(config(), {"q": (D_IN, D_OUT)})["q"]
+    close(run(x, layer, np.full((5, 2), -1)), x @ KERNEL)
+
+
+@pytest.mark.parametrize("strategy", ["gather", "masked", "single"])
+def test_embedding(strategy: str) -> None:
+    cfg = config()
+    layer = random_bank(cfg, {"e": (11, D_OUT, "embedding")})["e"]
+    ids, weights = (IDS, WEIGHTS) if strategy != "single" else (IDS[1:2], WEIGHTS[1:2])
+    tokens = np.random.default_rng(0).integers(0, 11, (len(ids), 4))
+    table, g = normal(11, D_OUT), normal(len(ids), 4, D_OUT)
+    present = touched(ids, 6)
+    one_hot = np.eye(11)[tokens]
+    wanted = oracle(cfg, layer, one_hot, ids, weights, g)
+    for rows in (False, True):
+
+        def call(layer: Any, w: Any, rows: bool = rows) -> Any:
+            if rows:
+                part = gather({"e": layer}, present)["e"]
+                return embed_rows(tokens, table, part, ids, present, w, strategy=strategy)
+            return embed(tokens, table, layer, ids, w, strategy=strategy)
+
+        y, (dlayer, dw) = value_and_pullback(call, g, layer, jnp.asarray(weights))
+        close(y, np.asarray(table, np.float64)[tokens] + wanted["y"])
+        close(dw, wanted["weights"])
+        for feature in cfg.registry.features:
+            close(dlayer.pair(*feature)[0], wanted["A"][feature])
+            close(dlayer.pair(*feature)[1], wanted["B"][feature])
+
+
+def test_one_cache_entry_and_traced_equal() -> None:
+    layer = random_bank(config(), {"q": (D_IN, D_OUT)})["q"]
+    x = normal(5, 9, D_IN)
+    step = jax.jit(lambda layer, ids, w: linear(x, KERNEL, layer, ids, w))
+    for ids in (IDS, IDS[::-1].copy(), np.full_like(IDS, 5)):
+        y = step(layer, jnp.asarray(ids), jnp.asarray(WEIGHTS))
+        update = oracle(config(), layer, x, ids, WEIGHTS, np.zeros((5, 9, D_OUT)))["y"]
+        close(y, np.asarray(x, np.float64) @ np.asarray(KERNEL, np.float64) + update)
+    fresh = random_bank(config(), {"q": (D_IN, D_OUT)}, seed=3)["q"]
+    step(fresh, jnp.asarray(IDS), jnp.asarray(WEIGHTS))
+    assert step._cache_size() == 1
+
+
+def test_dtypes() -> None:
+    layer = random_bank(config(), {"q": (D_IN, D_OUT)})["q"]
+    x = normal(5, 9, D_IN)
+    exact = run(x, layer, IDS, WEIGHTS)
+    half = jax.jit(linear)(x.astype(jnp.bfloat16), KERNEL.astype(jnp.bfloat16), layer, IDS, WEIGHTS)
+    assert half.dtype == jnp.bfloat16
+    close(half.astype(jnp.float32), exact, 3e-2)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda t: jnp.asarray(np.asarray(t), jnp.float64), layer)
+        x64, k64 = np.asarray(x, np.float64), np.asarray(KERNEL, np.float64)
+        y = jax.jit(linear)(
+            jnp.asarray(x64), jnp.asarray(k64), wide, IDS, jnp.asarray(WEIGHTS, jnp.float64)
+        )
+        assert y.dtype == jnp.float64
+        wanted = oracle(config(), layer, x64, IDS, WEIGHTS, np.zeros((5, 9, D_OUT)))["y"]
+        close(y, x64 @ k64 + wanted, 1e-13)
+
+
+def test_initial_bytes() -> None:
+    cfg = config(seed=7)
+    bank = init(cfg, {"layers.0.q": (D_IN, D_OUT), "e": (9, D_OUT, "embedding")})
+    for path, d_in in (("layers.0.q", D_IN), ("e", 9)):
+        for (group, name), a, b in bank[path].pairs():
+            rank = cfg.rank(path, (group, name))
+            wanted = initial_a(seed=7, layer=path, group=group, feature=name, rank=rank, d_in=d_in)
+            assert same_bits(a, wanted)
+            assert same_bits(b, np.zeros((D_OUT, rank), np.float32))
+
+
+def test_absent_features_get_no_gradient_and_scatter_keeps_bits() -> None:
+    bank = random_bank(config(), {"q": (D_IN, D_OUT)})
+    x, ids = normal(2, 9, D_IN), np.array([[0, 4], [1, -1]])
+    grads = jax.jit(jax.grad(lambda bank: (run(x, bank["q"], ids) ** 2).sum()))(bank)
+    grads, bank = jax.tree.map(np.asarray, (grads, bank))
+    for feature, a, b in grads["q"].pairs():
+        present = registry().id(*feature) in (0, 1, 4)
+        assert bool(np.any(a)) == bool(np.any(b)) == present
+    present = touched(ids, 6)
+    assert present.tolist() == [0, 1, 4, 6]
+    moved = jax.jit(
+        lambda b: scatter(b, jax.tree.map(lambda t: t + 1, gather(b, present)), present)
+    )
+    moved = jax.tree.map(np.asarray, moved(bank))
+    for feature, a, b in moved["q"].pairs():
+        old_a, old_b = bank["q"].pair(*feature)
+        if registry().id(*feature) in (0, 1, 4):
+            assert same_bits(a, old_a + 1)
+            assert same_bits(b, old_b + 1)
+        else:
+            assert same_bits(a, old_a)
+            assert same_bits(b, old_b)
+
+
+def test_nothing_grows_with_registered_features() -> None:
+    """By rows, nothing as tall as the tables is computed, forward or backward."""
+    cfg = config(
+        registry=flix.FeatureRegistry({"g": [f"f{i}" for i in range(300)]}), ranks=3, alpha=None
+    )
+    bank = init(cfg, {"q": (D_IN, D_OUT)})
+
+    def step(bank: Any, x: Any, ids: Any) -> Any:
+        present = touched(ids, 300)
+
+        def loss(rows: Any) -> Any:
+            return linear_rows(x, KERNEL, rows["q"], ids, present).sum()
+
+        return jax.value_and_grad(loss)(gather(bank, present))
+
+    def heights(jaxpr: Any) -> Any:
+        for equation in jaxpr.eqns:
+            yield from (v.aval.shape[0] for v in equation.outvars if v.aval.ndim > 1)
+            for value in equation.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    yield from heights(inner)
+
+    jaxpr = jax.make_jaxpr(step)(bank, normal(5, 9, D_IN), jnp.asarray(IDS)).jaxpr
+    assert max(heights(jaxpr)) <= 3 * IDS.size
+
+
+def test_frozen_features() -> None:
+    bank = freeze(random_bank(config(), {"q": (D_IN, D_OUT)}), [("task", "ner")])
+    x = normal(5, 9, D_IN)
+    for strategy in ("gather", "masked"):
+        grad = jax.grad(lambda layer, s=strategy: run(x, layer, IDS, strategy=s).sum())(bank["q"])
+        assert not np.any(grad.pair("task", "ner")[0])
+        assert np.any(grad.pair("task", "pos")[0])
+
+
+def test_touched() -> None:
+    assert touched(np.array([[3, -1], [3, 1]]), 6).tolist() == [1, 3, 6, 6]
+    assert touched(np.array([[0, 1], [2, 3]]), 4).tolist() == [0, 1, 2, 3]
+    assert touched(np.zeros((0, 2), np.int32), 4).tolist() == []
+    assert touched(np.array([[3, -1]]), 6, size=1).tolist() == [3]
+    with pytest.raises(flix.RoutingError, match="size is 1"):
+        touched(np.array([[3, 2]]), 6, size=1)
+    with pytest.raises(flix.RoutingError, match="outside the compiled function"):
+        jax.jit(lambda ids: touched(ids, 6, size=1))(np.array([[3, 2]]))
+
+
+@pytest.mark.covers("pytree", "merge", backend="jax")
+def test_merge_kernels_equals_forward() -> None:
+    cfg = config()
+    bank = random_bank(cfg, {"q": (D_IN, D_OUT)})
+    row = {"language": {"swa": 0.5, "zul": -2.0}, "task": "pos"}
+    merged = merge_kernels(cfg, bank, {"q": KERNEL, "other": BIAS}, row)
+    routing = cfg.registry.encode([row, row])
+    x = normal(2, 9, D_IN)
+    close(x @ merged["q"], run(x, bank["q"], routing.ids, routing.weights))
+    assert merged["other"] is BIAS
+    with pytest.raises(flix.TargetError, match="'q' needs a kernel"):
+        merge_kernels(cfg, bank, {}, row)
+
+
+@pytest.mark.parametrize(
+    ("ids", "weights", "match"),
+    [
+        (np.full((5, 2), 9), None, "id 9 in row 0"),
+        (np.full((5, 2), -2), None, "id -2 in row 0"),
+        (np.zeros((5, 2)), None, "integer ids"),
+        (np.zeros((1, 5, 2, 2), np.int32), None, r"\[batch, width\]"),
+        (np.zeros(5, np.int32), None, r"\[batch, width\]"),
+        (np.zeros((4, 2), np.int32), None, r"leading shape \[5, 3\]"),
+        (IDS, WEIGHTS[:, :2], "shape of flix_features"),
+        (IDS, WEIGHTS.astype(np.int32), "floating point"),
+        (IDS, np.where(IDS == 5, np.nan, WEIGHTS), "row 1 for task:pos"),
+    ],
+)
+def test_bad_routing_is_named(ids: Any, weights: Any, match: str) -> None:
+    layer = random_bank(config(), {"q": (D_IN, D_OUT)})["q"]
+    with pytest.raises(flix.RoutingError, match=match):
+        linear(normal(5, 3, D_IN), KERNEL, layer, ids, weights)
+
+
+def test_traced_bad_routing() -> None:
+    layer = random_bank(config(), {"q": (D_IN, D_OUT)})["q"]
+    x = normal(5, 3, D_IN)
+    step = jax.jit(lambda ids, w: linear(x, KERNEL, layer, ids, w))
+    with pytest.raises(flix.RoutingError, match="integer ids"):
+        step(jnp.zeros((5, 2)), None)
+    with pytest.raises(flix.RoutingError, match="shape of flix_features"):
+        step(jnp.asarray(IDS), jnp.zeros((5, 2)))
+    with pytest.raises(flix.RoutingError, match="one composition for all"):
+        step(jnp.asarray(IDS[:, 0]), None)
+    # A traced id that is no feature's poisons its own row, and no other.
+    for strategy in ("gather", "masked"):
+        wrong = IDS.copy()
+        wrong[2, 0] = 6
+        odd = np.isnan(run(x, layer, wrong, strategy=strategy)).any((1, 2))
+        assert odd.tolist() == [False, False, True, False, False]
+        present = touched(np.array([0, 4]), 6)
+        part = jax.jit(gather)({"q": layer}, present)["q"]
+        rows = jax.jit(linear_rows, static_argnames="strategy")
+        odd = np.isnan(rows(x, KERNEL, part, IDS, present, strategy=strategy)).any((1, 2))
+        assert odd.tolist() == [False, True, True, False, True]
+
+
+def test_bad_sizes_and_names() -> None:
+    layer = random_bank(config(), {"q": (D_IN, D_OUT)})["q"]
+    with pytest.raises(flix.TargetError, match="5 -> 7"):
+        linear(normal(5, 3, D_IN), KERNEL.T, layer, IDS)
+    with pytest.raises(flix.TargetError, match="LayerBank"):
+        linear(normal(5, 3, D_IN), KERNEL, {"q": layer}, IDS)  # type: ignore[arg-type]
+    with pytest.raises(flix.ConfigError, match="strategy must be one of"):
+        linear(normal(5, 3, D_IN), KERNEL, layer, IDS, strategy="fast")
+    with pytest.raises(flix.TargetError, match="sizes are"):
+        init(config(), {"q": (3,)})
+    other = flix.FeatureRegistry({"language": ["hau"]}).encode([{"language": "hau"}] * 5)
+    with pytest.raises(flix.RoutingError, match="another registry"):
+        linear(normal(5, 3, D_IN), KERNEL, layer, other)

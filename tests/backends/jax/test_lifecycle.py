@@ -1,0 +1,389 @@
+"""Features over a model's life: they leave, get other names, come from files, rest and are switched off."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import flix
+from flix.backends.jax import (
+    FlixOptimizer,
+    adamw,
+    adapt,
+    add_feature,
+    disable,
+    freeze,
+    import_peft,
+    linear,
+    load,
+    load_bank,
+    load_features,
+    merge,
+    named_pairs,
+    remove_feature,
+    rename_feature,
+    save,
+    thaw,
+    to_adapter,
+    to_bank,
+    value_and_grad,
+)
+from flix.backends.jax.model import flix_layers
+from tests.backends.jax.conftest import (
+    IDS,
+    TOKENS,
+    WEIGHTS,
+    Net,
+    adapted,
+    close,
+    config,
+    random_bank,
+    randomize,
+    registry,
+    same_bits,
+)
+from tests.helpers.loras import write_lora
+
+LAYERS = {"q": (5, 7), "table": (9, 3, "embedding")}
+X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 5)), jnp.float32)
+KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(5, 7)), jnp.float32)
+FEW = ["embed", "back"]
+
+
+def bits(source: Any) -> dict[str, bytes]:
+    return {name: np.asarray(value).tobytes() for name, value in named_pairs(source).items()}
+
+
+def without(found: dict[str, bytes], *features: str) -> dict[str, bytes]:
+    return {name: v for name, v in found.items() if not name.endswith(features)}
+
+
+class Two(nnx.Module):
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.up, self.down = nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.down(nnx.relu(self.up(x)))
+
+
+def two(**changes: Any) -> tuple[Any, Any]:
+    """An adapted model, and its base."""
+    base, model = Two(), adapt(Two(), config(**changes))
+    randomize(model)
+    return model, base
+
+
+FLOATS = np.random.default_rng(0).normal(size=(5, 4)).astype("f")
+
+
+@nnx.jit
+def forward(model: Any, ids: Any, weights: Any = None) -> Any:
+    return model(TOKENS, flix_features=ids, flix_weights=weights)
+
+
+def loss_of(model: Any, ids: Any) -> Any:
+    return (model(FLOATS, flix_features=ids) ** 2).mean()
+
+
+@functools.partial(nnx.jit, donate_argnums=(0, 1))
+def train(model: Any, optimizer: Any, ids: Any) -> Any:
+    value, grads = value_and_grad(loss_of)(model, ids)
+    optimizer.update(model, grads)
+    return value
+
+
+@pytest.mark.covers("nnx", "remove", backend="jax")
+def test_removed_features_leave_the_rest_as_it_was() -> None:
+    model = adapted(target_modules=FEW)
+    source = (model.flix_config, {path: layer.bank for path, layer in flix_layers(model)})
+    before = bits(model)
+    ids = np.where(IDS == 1, -1, IDS)  # without swa
+    y = forward(model, ids, WEIGHTS)
+    cfg, bank = remove_feature(source, "language", "swa")
+    assert remove_feature(model, "language", "swa") is None
+    kept = without(before, "language.swa")
+    assert bits(model) == bits((cfg, bank)) == kept
+    assert bits(source) == before  # what was given is not changed
+    assert cfg == model.flix_config
+    assert [cfg.registry.id("task", name) for name in ("ner", "pos")] == [4, 5]
+    assert same_bits(forward(model, ids, WEIGHTS), y)
+    with pytest.raises(flix.RoutingError, match="language:swa, which was removed"):
+        model(TOKENS, flix_features=IDS)
+    assert np.isnan(np.asarray(forward(model, IDS))[[1, 4]]).all()
+    assert np.isfinite(np.asarray(forward(model, IDS))[[0, 2, 3]]).all()
+    with pytest.raises(flix.FeatureError, match="was removed"):
+        remove_feature(model, "language", "swa")
+
+
+@pytest.mark.parametrize("strategy", ["gather", "masked", "single"])
+@pytest.mark.parametrize("path", ["q", "bare"])
+def test_traced_ids_of_removed_features_are_nan(strategy: str, path: str) -> None:
+    """Also in a layer where no feature is left with an update."""
+    cfg = config(rank_pattern={"bare": {("language", "swa"): 1, "language": 0, "task": 0}})
+    source = (cfg, random_bank(cfg, {path: (5, 7)}))
+    _, bank = remove_feature(source, "language", "swa")
+    run = jax.jit(functools.partial(linear, strategy=strategy))
+    ids = np.array([[1, 4], [1, 4]])
+    assert np.isnan(run(X, KERNEL, bank[path], ids)).all()
+    assert np.isfinite(run(X, KERNEL, bank[path], np.where(ids == 1, 0, ids))).all()
+    with pytest.raises(flix.RoutingError, match="was removed"):
+        linear(X, KERNEL, bank[path], ids)
+
+
+def test_a_removed_feature_comes_back_under_its_id_and_trains() -> None:
+    model = two()[0]
+    freeze(model, {"language": "swa"})
+    remove_feature(model, "language", "swa")
+    add_feature(model, "language", "swa", rank=2)
+    assert model.flix_config.registry.id("language", "swa") == 1
+    before = bits(model)
+    optimizer = FlixOptimizer(model, optax.adamw(1e-2, weight_decay=0.1))
+    for _ in range(2):
+        train(model, optimizer, IDS)
+    after = bits(model)
+    assert {n for n in after if after[n] != before[n]} == {
+        n for n in after if n.endswith("language.swa")
+    }
+
+
+@pytest.mark.covers("nnx", "rename", backend="jax")
+def test_renaming_keeps_ids_values_and_the_optimizers_state() -> None:
+    runs = []
+    for renamed in (False, True):
+        model = two()[0]
+        optimizer = FlixOptimizer(model, adamw(1e-2))
+        train(model, optimizer, IDS)
+        if renamed:
+            tables = [layer.flix_A for _, layer in flix_layers(model)]
+            before = bits(model)
+            rename_feature(model, "language", "swa", "kiswahili")
+            assert {n.replace("kiswahili", "swa"): v for n, v in bits(model).items()} == before
+            assert model.flix_config.registry.id("language", "kiswahili") == 1
+            after = [layer.flix_A for _, layer in flix_layers(model)]
+            assert all(a is b for a, b in zip(tables, after, strict=True))
+        train(model, optimizer, IDS)
+        runs.append(bits(model))
+    assert {n.replace("kiswahili", "swa"): v for n, v in runs[1].items()} == runs[0]
+    source = (config(), random_bank(config(), LAYERS))
+    cfg, bank = rename_feature(source, "task", "ner", "names")
+    assert bank["q"].A is source[1]["q"].A
+    tx = optax.adam(1e-2)
+    state = jax.tree.unflatten(
+        jax.tree.structure(tx.init(bank)), jax.tree.leaves(tx.init(source[1]))
+    )
+    tx.update(bank, state, bank)
+    with pytest.raises(flix.FeatureError, match="exists"):
+        rename_feature((cfg, bank), "task", "names", "pos")
+
+
+def test_frozen_features_stay_frozen_through_changes() -> None:
+    model = two()[0]
+    freeze(model, {"task": "pos"})
+    freeze(model, [("language", "hau")])
+    remove_feature(model, "language", "zul")
+    rename_feature(model, "task", "pos", "tagging")
+    add_feature(model, "language", "fra", rank=2, freeze_others=False)
+    other = two(target_modules=["down"])[0]
+    load_features(model, to_adapter(other), {"language": "zul"})
+    for _, layer in flix_layers(model):
+        assert layer.flix_spec.frozen == {0, 5}
+    before = bits(model)
+    optimizer = FlixOptimizer(model, optax.adamw(1e-2, weight_decay=0.1))
+    train(model, optimizer, np.where(IDS == 2, 6, IDS))
+    after = bits(model)
+    still = ("language.hau", "task.tagging")
+    assert {n for n in after if after[n] == before[n]} == {n for n in after if n.endswith(still)}
+    thaw(model, {"language": "hau"})
+    assert all(layer.flix_spec.frozen == {5} for _, layer in flix_layers(model))
+    thaw(model)
+    assert not any(layer.flix_spec.frozen for _, layer in flix_layers(model))
+    with pytest.raises(flix.FeatureError, match="no feature 'nope'"):
+        freeze(model, [("task", "nope")])
+
+
+def test_banks_freeze_and_thaw() -> None:
+    bank = random_bank(config(), LAYERS)
+    frozen = freeze(freeze(bank, [("task", "ner")]), {"language": ["hau", "swa"]})
+    assert frozen["q"].spec.frozen == frozen["table"].spec.frozen == {0, 1, 4}
+    assert not bank["q"].spec.frozen
+    cfg, both = freeze((config(), bank), {"task": "ner"})
+    assert cfg == config() and both["q"].spec.frozen == {4}
+    assert thaw(frozen, {"task": "ner"})["q"].spec.frozen == {0, 1}
+    assert not thaw((cfg, both))[1]["q"].spec.frozen
+
+
+@pytest.mark.covers("nnx", "share a feature", backend="jax")
+def test_one_features_file_loads_into_another_model(tmp_path: Path) -> None:
+    donor = adapted(seed=0, target_modules=["back", "o"])
+    rename_feature(donor, "language", "swa", "kin")
+    save(donor, tmp_path, {"language": "kin"})
+    stored = flix.load_adapter(tmp_path)
+    assert stored.config.registry.features == (("language", "kin"),)
+    model = adapted(target_modules=FEW)
+    model.eval()
+    before = bits(model)
+    y = forward(model, IDS, WEIGHTS)
+    assert load_features(model, tmp_path) == (("language", "kin"),)
+    after = bits(model)
+    assert without(after, "language.kin") == before
+    wanted = {n: v for n, v in bits(donor).items() if n.endswith("language.kin")}
+    assert {n: v for n, v in after.items() if n.endswith("language.kin")} == wanted
+    assert same_bits(forward(model, IDS, WEIGHTS), y)
+    # The donor's other layer became an adapted one, in the model's mode.
+    paths = dict(flix_layers(model))
+    assert set(paths) == {"embed", "layers.0.back", "layers.0.o"}
+    assert all(layer.deterministic for layer in paths.values())
+    kin = model.flix_config.registry.encode([{"language": "kin"}] * 5)
+    ids = donor.flix_config.registry.encode([{"language": "kin"}] * 5)
+    donor.eval()
+    close(forward(model, kin.ids), forward(donor, ids.ids))
+    save(model, tmp_path / "all")
+    again = load(Net(), tmp_path / "all")
+    assert bits(again) == after
+
+
+@pytest.mark.covers("pytree", "share a feature", backend="jax")
+def test_conflicts_and_banks(tmp_path: Path) -> None:
+    ours = (config(), random_bank(config(), LAYERS))
+    theirs = (config(), random_bank(config(), {"q": (5, 7), "k": (4, 2)}, seed=1))
+    save(theirs, tmp_path)
+    with pytest.raises(flix.AdapterError, match=r"language:hau .*other values in A of layer 'q'"):
+        load_features(ours, tmp_path)
+    kept = load_features(ours, tmp_path, conflicts="keep")
+    assert bits(kept) == bits(ours)
+    cfg, bank = load_features(
+        ours, tmp_path, {"task": ["ner", "pos"]}, conflicts="replace", freeze_others=True
+    )
+    wanted = {n: v for n, v in bits(theirs).items() if ".task." in n}
+    assert bits((cfg, bank)) == {
+        **{n: v for n, v in bits(ours).items() if ".language." in n},
+        **wanted,
+    } | {n: v for n, v in bits(ours).items() if n.startswith("table") and ".language." in n}
+    assert bank["k"].spec.frozen == {0, 1, 2, 3}
+    everything = load_features(ours, tmp_path, conflicts="replace", freeze_others=True)
+    assert everything[1]["q"].spec.frozen == {2}  # of rank 0 on both sides: the same
+    assert bits(load_bank(tmp_path)) == bits(theirs)
+
+
+@pytest.mark.covers("nnx", "import from PEFT", backend="jax")
+def test_import_peft(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def pair(rank: int, d_in: int, d_out: int) -> Any:
+        return tuple(rng.normal(size=s).astype("f") for s in ((rank, d_in), (d_out, rank)))
+
+    first = {"mlp.up": pair(2, 4, 6), "mlp.down": pair(2, 6, 3)}
+    second = {"mlp.up": pair(3, 4, 6)}
+    folders = {
+        "ner": write_lora(tmp_path / "ner", first, 4),
+        "pos": write_lora(tmp_path / "pos", second, 6),
+    }
+
+    def rename(path: str) -> str:
+        return path.removeprefix("mlp.")
+
+    with pytest.raises(flix.AdapterError, match=r"no layer 'mlp\."):
+        import_peft(Two(), folders, "task")
+    plain = Two()
+    model = import_peft(Two(), folders, "task", rename=rename)
+    x = rng.normal(size=(2, 4)).astype("f")
+    y = model(
+        x, flix_features=model.flix_config.registry.encode([{"task": "ner"}, {"task": "pos"}])
+    )
+    for row, lora in enumerate((first, second)):
+        h = x[row] @ np.asarray(plain.up.kernel) + np.asarray(plain.up.bias)
+        a, b = lora["mlp.up"]
+        h = np.maximum(h + 2 * b @ (a @ x[row]), 0)
+        wanted = h @ np.asarray(plain.down.kernel) + np.asarray(plain.down.bias)
+        if "mlp.down" in lora:
+            a, b = lora["mlp.down"]
+            wanted = wanted + 2 * b @ (a @ h)
+        close(y[row], wanted)
+    # Into an adapted model, and into a bank.
+    other = adapt(Two(), flix.FlixConfig(registry=registry(), ranks=1, target_modules=["up"]))
+    assert import_peft(other, folders, "lora", rename=rename) is other
+    assert other.flix_config.registry.names("lora") == ("ner", "pos")
+    ids = other.flix_config.registry.encode([{"lora": "ner"}, {"lora": "pos"}])
+    close(other(x, flix_features=ids), y)
+    source = to_bank(flix.from_peft(folders, "task"))
+    assert bits(import_peft(source, folders, "task")) == bits(source)
+    assert bits(source) == {f"mlp.{name}": value for name, value in bits(model).items()}
+
+
+@pytest.mark.covers("nnx", "disable", backend="jax")
+def test_disabled_models_are_their_base_also_when_compiled() -> None:
+    model, base = two()
+    traces = []
+
+    @nnx.jit
+    def run(model: Any, ids: Any) -> Any:
+        traces.append(1)
+        return model(FLOATS, flix_features=ids)
+
+    wanted, plain = run(model, IDS), base(FLOATS)
+    graph = nnx.graphdef(model)
+    assert not same_bits(wanted, plain)
+    with disable(model):
+        assert same_bits(model(FLOATS), plain)  # in training, without routing
+        close(run(model, IDS), plain)
+        assert same_bits(model(FLOATS, flix_features=np.full((99, 1), 99)), plain)  # not looked at
+        with disable(model):
+            assert same_bits(model.up(FLOATS), base.up(FLOATS))
+        close(run(model, IDS), plain)
+        assert same_bits(nnx.clone(model)(FLOATS), plain)
+        merged = merge(model, {"language": "hau"})
+    assert not any("flix" in name for name in vars(merged))
+    assert same_bits(run(model, IDS), wanted)
+    assert len(traces) == 2
+    assert nnx.graphdef(model) == graph
+    with pytest.raises(flix.RoutingError, match="in training"):
+        model(FLOATS)
+    with pytest.raises(ValueError, match="stop"), disable(model):
+        raise ValueError("stop")
+    assert same_bits(run(model, IDS), wanted)
+    with pytest.raises(flix.TargetError, match="disable needs an adapted model"), disable(base):
+        pass
+
+
+def test_every_kind_of_layer_can_be_disabled() -> None:
+    model = adapted()
+    plain = nnx.jit(lambda model: model(TOKENS))
+    with disable(model):
+        y = plain(model)
+    close(y, plain(Net()))
+
+
+def test_disabled_inside_a_compiled_function() -> None:
+    """As distillation or a preference loss needs it: both answers in one step."""
+    model, base = two()
+
+    @nnx.jit
+    def both(model: Any, ids: Any) -> Any:
+        with disable(model):
+            reference = model(FLOATS)
+        return reference, model(FLOATS, flix_features=ids)
+
+    reference, y = both(model, IDS)
+    close(reference, base(FLOATS))
+    close(y, model(FLOATS, flix_features=IDS))
+
+
+def test_add_feature_on_a_mesh_keeps_the_banks_placement() -> None:
+    mesh = jax.make_mesh((1,), ("model",))
+    spec = jax.sharding.PartitionSpec(None, "model")
+    placed = jax.sharding.NamedSharding(mesh, spec)
+    bank = jax.tree.map(lambda t: jax.device_put(t, placed), random_bank(config(), {"q": (5, 7)}))
+    for changed in (
+        add_feature((config(), bank), "language", "fra", rank=2),
+        remove_feature((config(), bank), "language", "swa"),
+    ):
+        assert changed[1]["q"].A.sharding == placed

@@ -1,0 +1,304 @@
+"""Absent features keep their bits; sparse and dense training agree; resuming continues bit for bit."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import flix
+from flix.backends.jax import (
+    FlixOptimizer,
+    FlixParam,
+    adamw,
+    add_feature,
+    gather,
+    linear,
+    linear_rows,
+    mask_absent,
+    named_pairs,
+    sparse_update,
+    touched,
+    value_and_grad,
+)
+from tests.backends.jax.conftest import (
+    IDS,
+    TOKENS,
+    adapted,
+    close,
+    config,
+    random_bank,
+    registry,
+    same_bits,
+)
+
+KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(5, 7)), jnp.float32)
+X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 5)), jnp.float32)
+# Id 3 never acts; id 1 acts in the first step alone: its momentum must not move it afterwards.
+STEPS = [np.array([[0, 4], [1, 5]]), np.array([[0, 4], [4, -1]]), np.array([[5, 0], [0, 4]])]
+OPTIMIZERS = {
+    "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1),
+    "flix adamw": lambda: adamw(1e-2, weight_decay=0.1),
+    "momentum": lambda: optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.add_decayed_weights(0.1),
+        optax.sgd(1e-2, momentum=0.9),
+    ),
+    "schedule": lambda: optax.lion(optax.cosine_decay_schedule(1e-2, 10), weight_decay=0.1),
+}
+
+
+def per_feature(tree: Any, like: Any) -> dict[str, bytes]:
+    """The bytes of everything that belongs to a feature, in the bank or in an optimizer state."""
+    found: dict[str, bytes] = {}
+    spec = like["q"].spec
+    for number, leaf in enumerate(jax.tree.leaves(tree)):
+        if leaf.ndim and leaf.shape[0] == spec.rows:
+            for feature in spec.registry.features:
+                rows = np.asarray(leaf)[spec.row_range(feature)]
+                found[f"{feature[1]} {number}"] = rows.tobytes()
+    return found
+
+
+def dense_step(tx: Any) -> Any:
+    tx = mask_absent(tx)
+
+    @jax.jit
+    def step(bank: Any, state: Any, ids: Any) -> Any:
+        def loss(bank: Any) -> Any:
+            return (linear(X, KERNEL, bank["q"], ids) ** 2).sum()
+
+        updates, state = tx.update(jax.grad(loss)(bank), state, bank, flix_features=ids)
+        return optax.apply_updates(bank, updates), state
+
+    return tx, step
+
+
+def sparse_step(tx: Any) -> Any:
+    @jax.jit
+    def step(bank: Any, state: Any, ids: Any) -> Any:
+        present = touched(ids, 6)
+
+        def loss(rows: Any) -> Any:
+            return (linear_rows(X, KERNEL, rows["q"], ids, present) ** 2).sum()
+
+        grads = jax.grad(loss)(gather(bank, present))
+        return sparse_update(tx, grads, state, bank, present)
+
+    return tx, step
+
+
+@pytest.mark.covers("pytree", "absent features", backend="jax")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_absent_features_keep_their_bits(name: str) -> None:
+    finals = []
+    for make in (dense_step, sparse_step):
+        tx, step = make(OPTIMIZERS[name]())
+        bank = random_bank(config(), {"q": (5, 7)})
+        state = tx.init(bank)
+        for ids in STEPS:
+            before = {
+                **per_feature(bank, bank),
+                **{f"s {k}": v for k, v in per_feature(state, bank).items()},
+            }
+            bank, state = step(bank, state, jnp.asarray(ids))
+            after = {
+                **per_feature(bank, bank),
+                **{f"s {k}": v for k, v in per_feature(state, bank).items()},
+            }
+            for key, value in after.items():
+                name_of = key.removeprefix("s ").split()[0]
+                i = [n for _, n in registry().features].index(name_of)
+                if i not in ids:
+                    assert value == before[key], key
+                elif not key.startswith("s ") and value:
+                    assert value != before[key], key
+        finals.append(bank)
+    close(finals[0]["q"].A, finals[1]["q"].A)
+    close(finals[0]["q"].B, finals[1]["q"].B)
+
+
+def test_presence_by_gradient() -> None:
+    """Without ids, features whose gradient is zero everywhere count as absent."""
+    tx = mask_absent(optax.adamw(1e-2, weight_decay=0.1))
+    bank = random_bank(config(), {"q": (5, 7)})
+
+    @jax.jit
+    def step(bank: Any) -> Any:
+        grads = jax.grad(lambda b: (linear(X, KERNEL, b["q"], STEPS[0]) ** 2).sum())(bank)
+        updates, _ = tx.update(grads, tx.init(bank), bank)
+        return optax.apply_updates(bank, updates)
+
+    old, new = per_feature(bank, bank), per_feature(step(bank), bank)
+    moved = {key.split()[0] for key in old if old[key] != new[key]}
+    assert moved == {"hau", "swa", "ner", "pos"}
+
+
+def test_feature_adam_counts_own_steps() -> None:
+    """A feature that appears late takes torch's first step, of the learning rate's size."""
+    tx, step = sparse_step(adamw(1e-2, weight_decay=0.0))
+    bank = random_bank(config(), {"q": (5, 7)})
+    state = tx.init(bank)
+    for _ in range(5):
+        bank, state = step(bank, state, jnp.array([[4, -1], [4, -1]]))
+    moved, _ = step(bank, state, jnp.array([[1, -1], [4, -1]]))
+    rows = bank["q"].spec.row_range(("language", "swa"))
+    close(np.abs(np.asarray(moved["q"].A - bank["q"].A)[rows]), np.full((3, 5), 1e-2), 1e-3)
+
+
+def test_refuses_state_without_rows() -> None:
+    bank = random_bank(config(), {"q": (5, 7)})
+    tx = optax.adafactor(1e-2, min_dim_size_to_factor=1)
+    with pytest.raises(flix.ConfigError, match="state for each row"):
+        mask_absent(tx).update(bank, tx.init(bank), bank)
+    with pytest.raises(flix.ConfigError, match="no low-rank tables"):
+        mask_absent(optax.sgd(1.0)).update({"a": KERNEL}, (), {"a": KERNEL})
+
+
+FEW = ["embed", "back"]
+BASE = nnx.All(nnx.Param, nnx.Not(FlixParam))
+
+
+def loss_of(model: Any, ids: Any, tokens: Any) -> Any:
+    return (model(tokens, flix_features=ids) ** 2).mean()
+
+
+@functools.partial(nnx.jit, donate_argnums=(0, 1))
+def sparse_train(model: Any, optimizer: Any, ids: Any, tokens: Any) -> Any:
+    value, grads = value_and_grad(loss_of)(model, ids, tokens)
+    optimizer.update(model, grads)
+    return value
+
+
+@nnx.jit
+def dense_train(model: Any, optimizer: Any, ids: Any, tokens: Any) -> Any:
+    def loss(model: Any) -> Any:
+        return loss_of(model, ids, tokens)
+
+    value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, FlixParam))(model)
+    optimizer.update(model, grads, flix_features=ids)
+    return value
+
+
+@pytest.mark.covers("nnx", "absent features", backend="jax")
+def test_nnx_training_sparse_and_dense_agree() -> None:
+    ids = np.array([[0, 4], [1, 5], [0, -1], [5, 1], [4, 0]])
+    results = []
+    for train, make in (
+        (sparse_train, lambda m: FlixOptimizer(m, optax.adamw(1e-2, weight_decay=0.1))),
+        (dense_train, lambda m: FlixOptimizer(m, optax.adamw(1e-2, weight_decay=0.1))),
+        (
+            dense_train,
+            lambda m: nnx.Optimizer(
+                m, mask_absent(optax.adamw(1e-2, weight_decay=0.1), m), wrt=FlixParam
+            ),
+        ),
+    ):
+        model = adapted(target_modules=FEW)
+        frozen = jax.tree.map(np.asarray, nnx.as_pure(nnx.state(model, BASE)))
+        before = jax.tree.map(np.asarray, named_pairs(model))
+        optimizer = make(model)
+        losses = [float(train(model, optimizer, ids, TOKENS)) for _ in range(4)]
+        after = jax.tree.map(np.asarray, named_pairs(model))
+        for name, value in before.items():
+            assert same_bits(value, after[name]) == name.endswith(".language.zul")
+        unmoved = nnx.as_pure(nnx.state(model, BASE))
+        assert all(map(same_bits, jax.tree.leaves(frozen), jax.tree.leaves(unmoved)))
+        assert losses[-1] < losses[0]
+        results.append((losses, after))
+    for losses, after in results[1:]:
+        close(losses, results[0][0])
+        for name, value in after.items():
+            close(value, results[0][1][name], 1e-4)
+
+
+def test_value_and_grad_keeps_random_streams_and_names_errors() -> None:
+    model = adapted(target_modules=FEW)
+    model.layers[0].drop.rate = 0.5
+
+    @nnx.jit
+    def value(model: Any, ids: Any) -> Any:
+        (out, aux), grads = value_and_grad(lambda m, i: (loss_of(m, i, TOKENS), 7), has_aux=True)(
+            model, ids
+        )
+        return out, aux, grads
+
+    first, aux, _ = value(model, IDS)
+    second, _, grads = value(model, IDS)
+    assert aux == 7
+    assert first != second
+    assert grads.present.tolist() == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(flix.RoutingError, match="id 9 in row 0"):
+        value_and_grad(loss_of)(model, np.full((5, 2), 9), TOKENS)
+
+
+def test_freeze_others() -> None:
+    model = adapted(target_modules=FEW)
+    add_feature(model, "language", "fra", rank=2)
+    optimizer = FlixOptimizer(model, optax.adamw(1e-2, weight_decay=0.1))
+    before = jax.tree.map(np.asarray, named_pairs(model))
+    ids = np.where(IDS == 1, 6, IDS)
+    sparse_train(model, optimizer, ids, TOKENS)
+    middle = jax.tree.map(np.asarray, named_pairs(model))
+    dense_train(model, optimizer, ids, TOKENS)
+    after = jax.tree.map(np.asarray, named_pairs(model))
+    for name, value in before.items():
+        new = name.endswith(".language.fra")
+        assert same_bits(middle[name], value) != new
+        assert same_bits(after[name], middle[name]) != new
+
+
+@pytest.mark.covers("nnx", "resume", backend="jax")
+def test_orbax_resume_is_bit_identical(tmp_path: Path) -> None:
+    ocp = pytest.importorskip("orbax.checkpoint")
+
+    def fresh(seed: int) -> Any:
+        model = adapted(seed, target_modules=FEW)
+        model.layers[0].drop.rate = 0.2
+        return model, FlixOptimizer(model, adamw(1e-2))
+
+    def state_of(model: Any, optimizer: Any) -> Any:
+        return {
+            "model": nnx.to_pure_dict(nnx.state(model)),
+            "optimizer": nnx.to_pure_dict(nnx.state(optimizer)),
+        }
+
+    model, optimizer = fresh(0)
+    batches = [np.roll(IDS, k, axis=0) for k in range(4)]
+    for ids in batches[:2]:
+        sparse_train(model, optimizer, ids, TOKENS)
+    keys = jax.tree.map(
+        lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x,
+        state_of(model, optimizer),
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", keys)
+    wanted = [float(sparse_train(model, optimizer, ids, TOKENS)) for ids in batches[2:]]
+
+    other, other_optimizer = fresh(1)
+    target = state_of(other, other_optimizer)
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(tmp_path / "state", jax.tree.map(lambda x: x, keys))
+    found = jax.tree.map(
+        lambda t, x: (
+            jax.random.wrap_key_data(x) if jnp.issubdtype(t.dtype, jax.dtypes.prng_key) else x
+        ),
+        target,
+        found,
+    )
+    nnx.update(other, found["model"])
+    nnx.update(other_optimizer, found["optimizer"])
+    resumed = [float(sparse_train(other, other_optimizer, ids, TOKENS)) for ids in batches[2:]]
+    assert resumed == wanted
+    left, right = state_of(model, optimizer), state_of(other, other_optimizer)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert same_bits(a, b)

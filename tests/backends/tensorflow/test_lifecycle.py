@@ -1,0 +1,280 @@
+"""Features over a model's life: they leave, get other names, come from files, rest and are switched off."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import flix
+from flix.backends.tensorflow import (
+    adapt,
+    add_feature,
+    disable,
+    freeze,
+    import_peft,
+    load,
+    load_features,
+    merge,
+    named_pairs,
+    remove_feature,
+    rename_feature,
+    save,
+    thaw,
+    to_adapter,
+)
+from flix.backends.tensorflow._base import flix_layers
+from tests.backends.tensorflow.helpers import make_config, randomise
+from tests.helpers.loras import write_lora
+
+X = np.random.default_rng(0).normal(size=(6, 4)).astype("f")
+# hau swa yor fra | ner pos mt
+IDS = np.array([[0, 4], [1, 5], [3, 6], [-1, 4], [2, 5], [1, -1]], np.int32)
+GIVEN = {"inputs": X, "flix_features": IDS}
+
+
+def plain():
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((4,), name="inputs")
+    x = keras.layers.Dense(6, activation="tanh", name="up")(inputs)
+    return keras.Model(inputs, keras.layers.Dense(3, name="down")(x))
+
+
+def adapted(seed=0, **changes):
+    model = adapt(plain(), make_config(**{"target_modules": ["up", "down"], **changes}))
+    randomise((layer for _, layer in flix_layers(model.base)), seed)
+    return model
+
+
+def bits(model):
+    return {name: value.tobytes() for name, value in named_pairs(model).items()}
+
+
+def ending(found, *features):
+    return {name: value for name, value in found.items() if name.endswith(features)}
+
+
+def moved(before, after):
+    return {name.split(".", 2)[2] for name in before if before[name] != after[name]}
+
+
+def compiled(model):
+    model.compile(keras.optimizers.AdamW(1e-2, weight_decay=0.1), "mse")
+    return model
+
+
+@pytest.mark.covers("functional", "remove", backend="tensorflow")
+def test_removed_features_leave_the_rest_as_it_was(tmp_path):
+    model = compiled(adapted())
+    before, ids = bits(model), np.where(IDS == 1, -1, IDS)
+    y = model({**GIVEN, "flix_features": ids}).numpy()
+    model.predict(GIVEN, verbose=0)  # traced with the feature
+    remove_feature(model, "language", "swa")
+    after = bits(model)
+    assert after == {n: v for n, v in before.items() if not n.endswith("language.swa")}
+    assert model.flix_config.registry.id("task", "mt") == 6
+    np.testing.assert_array_equal(model({**GIVEN, "flix_features": ids}), y)
+    assert not model.compiled
+    with pytest.raises(flix.RoutingError, match="language:swa, which was removed"):
+        model(GIVEN)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="language:swa"):
+        model.predict(GIVEN, verbose=0)  # not by the old trace
+    # In graphs, too, where ids are known at run time only; in .keras files; in SavedModels.
+    compiled(model).save(tmp_path / "m.keras")
+    again = keras.models.load_model(tmp_path / "m.keras")
+    assert again.flix_config == model.flix_config and bits(again) == after
+    model.export(str(tmp_path / "served"), verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "served"))
+    np.testing.assert_allclose(served.serve({**GIVEN, "flix_features": ids}), y, atol=1e-6)
+    for call in (
+        lambda: model.predict(GIVEN, verbose=0),
+        lambda: again.predict(GIVEN, verbose=0),
+        lambda: served.serve(GIVEN),
+    ):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="language:swa"):
+            call()
+
+
+def test_a_removed_feature_comes_back_under_its_id_and_trains():
+    model = adapted()
+    freeze(model, {"language": "swa"})
+    remove_feature(model, "language", "swa")
+    add_feature(model, "language", "swa", rank=2)
+    assert model.flix_config.registry.id("language", "swa") == 1
+    before = bits(model)
+    compiled(model).fit(GIVEN, np.ones((6, 3)), epochs=2, verbose=0)
+    assert moved(before, bits(model)) == {"language.swa"}
+
+
+@pytest.mark.covers("functional", "rename", backend="tensorflow")
+def test_renaming_keeps_ids_variables_and_the_optimizer():
+    runs = []
+    for renamed in (False, True):
+        model = compiled(adapted())
+        model.fit(GIVEN, np.ones((6, 3)), verbose=0)
+        if renamed:
+            before, variables = bits(model), model.trainable_variables
+            rename_feature(model, "language", "swa", "kiswahili")
+            assert {n.replace("kiswahili", "swa"): v for n, v in bits(model).items()} == before
+            assert model.flix_config.registry.id("language", "kiswahili") == 1
+            same = zip(model.trainable_variables, variables, strict=True)
+            assert model.compiled and all(a is b for a, b in same)
+        model.fit(GIVEN, np.ones((6, 3)), verbose=0)
+        runs.append(bits(model))
+    assert {n.replace("kiswahili", "swa"): v for n, v in runs[1].items()} == runs[0]
+    with pytest.raises(flix.FeatureError, match="exists"):
+        rename_feature(model, "task", "ner", "pos")
+
+
+def test_frozen_features_stay_frozen_through_changes_and_files(tmp_path):
+    model = adapted()
+    freeze(model, {"task": "pos"})
+    freeze(model, [("language", "hau")])
+    remove_feature(model, "language", "fra")
+    rename_feature(model, "task", "pos", "tagging")
+    add_feature(model, "language", "ibo", rank=2, freeze_others=False)
+    load_features(model, to_adapter(adapted(1, target_modules=["down"])), {"language": "fra"})
+    compiled(model).save(tmp_path / "m.keras")
+    again = keras.models.load_model(tmp_path / "m.keras")
+    ids = np.where(IDS == 2, 7, IDS)
+    for trained in (model, again):
+        assert all(layer.flix_frozen == (0, 5) for _, layer in flix_layers(trained.base))
+        before = bits(trained)
+        trained.fit({**GIVEN, "flix_features": ids}, np.ones((6, 3)), verbose=0)
+        everything = {name.split(".", 2)[2] for name in before}
+        assert moved(before, bits(trained)) == everything - {"language.hau", "task.tagging"}
+    assert bits(again) == bits(model)
+    # Thawed while compiled: the next fit trains it, with the optimizer as it is.
+    thaw(model, {"language": "hau"})
+    before = bits(model)
+    model.fit({**GIVEN, "flix_features": ids}, np.ones((6, 3)), verbose=0)
+    assert "language.hau" in moved(before, bits(model))
+    thaw(model)
+    assert not any(layer.flix_frozen for _, layer in flix_layers(model.base))
+    with pytest.raises(flix.FeatureError, match="no feature 'nope'"):
+        freeze(model, [("task", "nope")])
+
+
+@pytest.mark.covers("functional", "share a feature", backend="tensorflow")
+def test_one_features_file_loads_into_another_model(tmp_path):
+    donor = adapted(1)
+    rename_feature(donor, "language", "swa", "kin")
+    save(donor, tmp_path, {"language": "kin"})
+    assert flix.load_adapter(tmp_path).config.registry.features == (("language", "kin"),)
+    model = compiled(adapted(target_modules=["down"]))
+    before, y = bits(model), model.predict(GIVEN, verbose=0)
+    assert load_features(model, tmp_path, freeze_others=True) == (("language", "kin"),)
+    assert not model.compiled
+    after = bits(model)
+    assert ending(after, "language.kin") == ending(bits(donor), "language.kin")
+    assert {n: v for n, v in after.items() if not n.endswith("language.kin")} == before
+    np.testing.assert_array_equal(model.predict(GIVEN, verbose=0), y)
+    assert [path for path, _ in flix_layers(model.base)] == ["up", "down"]
+    rows = [{"language": "kin"}] * 6
+    found, wanted = (
+        m({"inputs": X, "flix_features": m.flix_config.registry.encode(rows)})
+        for m in (model, donor)
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    kin = np.where(IDS == 1, 7, IDS)
+    compiled(model).fit({**GIVEN, "flix_features": kin}, np.ones((6, 3)), verbose=0)
+    assert moved(after, bits(model)) == {"language.kin"}
+    # All of it in one file, into a plain model.
+    save(model, tmp_path / "all")
+    assert bits(load(plain(), tmp_path / "all")) == bits(model)
+    model.save(tmp_path / "m.keras")
+    assert bits(keras.models.load_model(tmp_path / "m.keras")) == bits(model)
+
+
+def test_conflicts():
+    theirs = to_adapter(adapted(1))
+    with pytest.raises(flix.AdapterError, match=r"language:hau .*other values in A of layer 'up'"):
+        load_features(adapted(), theirs)
+    model = adapted()
+    before = bits(model)
+    assert load_features(model, theirs, conflicts="keep") == ()
+    assert bits(model) == before
+    new = load_features(model, theirs, {"task": ["ner", "mt"]}, conflicts="replace")
+    assert new == (("task", "ner"), ("task", "mt"))
+    assert moved(before, bits(model)) == {"task.ner", "task.mt"}
+    assert ending(bits(model), "task.ner") == ending(bits(adapted(1)), "task.ner")
+
+
+@pytest.mark.covers("functional", "import from PEFT", backend="tensorflow")
+def test_import_peft(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def pair(rank, d_in, d_out):
+        return tuple(rng.normal(size=s).astype("f") for s in ((rank, d_in), (d_out, rank)))
+
+    loras = {
+        "ner": {"mlp.up": pair(2, 4, 6), "mlp.down": pair(2, 6, 3)},
+        "pos": {"mlp.up": pair(3, 4, 6)},
+    }
+    folders = {
+        name: write_lora(tmp_path / name, lora, 2 * len(lora["mlp.up"][0]))
+        for name, lora in loras.items()
+    }
+
+    def rename(path):
+        return path.removeprefix("mlp.")
+
+    with pytest.raises(flix.AdapterError, match=r"no layer 'mlp\."):
+        import_peft(plain(), folders, "task")
+    model, base = import_peft(plain(), folders, "task", rename=rename), plain()
+    rows = [{"task": "ner"}, {"task": "pos"}]
+    y = model({"inputs": X[:2], "flix_features": model.flix_config.registry.encode(rows)})
+    for row, lora in enumerate(loras.values()):
+        merged = plain()
+        for path, (a, b) in lora.items():
+            layer = merged.get_layer(rename(path))
+            layer.kernel.assign(base.get_layer(rename(path)).kernel + 2 * (b @ a).T)
+        np.testing.assert_allclose(y[row], merged(X[row : row + 1])[0], rtol=1e-5, atol=1e-5)
+    other = adapted(target_modules=["up"])
+    assert import_peft(other, folders, "lora", rename=rename) is other
+    assert other.flix_config.registry.groups == ("language", "task", "lora")
+    ids = other.flix_config.registry.encode([{"lora": "ner"}, {"lora": "pos"}])
+    np.testing.assert_allclose(other({"inputs": X[:2], "flix_features": ids}), y, atol=1e-6)
+
+
+@pytest.mark.covers("functional", "disable", backend="tensorflow")
+def test_disabled_models_are_their_base_in_eager_mode_and_in_what_keras_compiles():
+    model, base = compiled(adapted()), plain()
+    wanted, answer = model.predict(GIVEN, verbose=0), base.predict(X, verbose=0)
+    assert np.abs(wanted - answer).max() > 0.1
+    model.evaluate(GIVEN, answer, verbose=0)
+    with disable(model):
+        np.testing.assert_array_equal(model(X, training=True), base(X))
+        np.testing.assert_array_equal(model({"inputs": X}), base(X))
+        np.testing.assert_array_equal(model.base.get_layer("up")(X), base.get_layer("up")(X))
+        odd = np.full((99, 1), 99, np.int32)
+        np.testing.assert_array_equal(model({"inputs": X, "flix_features": odd}), base(X))
+        np.testing.assert_allclose(model.predict(GIVEN, verbose=0), answer, atol=1e-6)
+        with disable(model):
+            np.testing.assert_allclose(model.predict(X, verbose=0), answer, atol=1e-6)
+        assert model.evaluate(GIVEN, answer, verbose=0) < 1e-9
+        assert model.compiled
+        traced = tf.function(model)
+        np.testing.assert_allclose(traced({"inputs": X}), answer, atol=1e-6)
+        merged = merge(model, {"task": "ner"})
+        assert not list(flix_layers(merged))
+    np.testing.assert_array_equal(model.predict(GIVEN, verbose=0), wanted)
+    assert model.evaluate(GIVEN, answer, verbose=0) > 1e-3
+    with pytest.raises(flix.RoutingError, match="in training"):
+        model(X, training=True)
+    with pytest.raises(ValueError, match="stop"), disable(model):
+        raise ValueError("stop")
+    np.testing.assert_allclose(model(GIVEN), wanted, atol=1e-6)
+    with pytest.raises(flix.TargetError, match="disable needs an adapted model"), disable(base):
+        pass
+
+
+def test_changes_need_an_adapted_model():
+    for call in (
+        lambda m: remove_feature(m, "task", "ner"),
+        lambda m: rename_feature(m, "task", "ner", "x"),
+        lambda m: load_features(m, "folder"),
+        lambda m: freeze(m, [("task", "ner")]),
+        thaw,
+    ):
+        with pytest.raises(flix.TargetError, match="needs an adapted model"):
+            call(plain())

@@ -1,0 +1,326 @@
+"""The Triton kernels against the other strategies.
+
+On a machine with a CUDA device the tests run there, natively. Elsewhere they run in Triton's interpreter, which must be
+switched on before Triton is imported: ``test_kernels.py`` runs this module so, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+import flix  # noqa: E402
+from flix import ConfigError  # noqa: E402
+from flix.backends.torch import FlixConv1D, FlixLinear, adapt, named_pairs  # noqa: E402
+from flix.backends.torch.kernels.operators import (  # noqa: E402
+    routed_linear,
+    routed_linear_backward,
+)
+from flix.backends.torch.kernels.routes import group, routes  # noqa: E402
+
+from .conftest import ROWS, config, randomize, relative, routing  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="no CUDA device; test_kernels.py runs this module in Triton's interpreter",
+)
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def _layer(strategy, d_in, d_out, dtype=torch.float32, settings=None, bias=True):
+    settings = settings or config()
+    layer = FlixLinear(d_in, d_out, bias, config=settings, name="layer", strategy=strategy)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    for parameter in (layer.weight, layer.bias):
+        if parameter is not None:
+            parameter.data = parameter.data.to(dtype)
+    return layer.to(DEVICE)
+
+
+def _run(layer, shape, ids, weights, dtype=torch.float32):
+    """Everything a step gives: the output and all gradients."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    x.requires_grad_()
+    weights = weights.to(DEVICE).clone().requires_grad_()
+    y = layer(x, flix_features=ids, flix_weights=weights)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    y.backward(dy.to(DEVICE, y.dtype))
+    found = {"y": y.detach(), "x": x.grad, "weights": weights.grad}
+    for feature, *pair in layer.pairs():
+        for side, parameter in zip("AB", pair, strict=True):
+            if parameter.grad is not None:
+                found[f"{side} {feature}"] = parameter.grad
+    return {name: value.cpu() for name, value in found.items() if value is not None}
+
+
+def _agree(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert relative(found[name].double(), value.double()) < tolerance, name
+
+
+def _compare(shape, d_out, ids, weights, dtype=torch.float32, **changes):
+    found, expected = (
+        _run(_layer(s, shape[-1], d_out, dtype, **changes), shape, ids, weights, dtype)
+        for s in ("fused", "gather")
+    )
+    _agree(found, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(4, 24), (4, 1, 21), (4, 5, 24), (4, 69, 40), (4, 2, 3, 16)])
+def test_every_shape_and_dtype_gives_gathers_numbers(shape, dtype):
+    """ROWS has unequal ranks, a rank of 0, padding, weights below 0 and a row that activates nothing."""
+    _compare(shape, 19, *routing(), dtype)
+
+
+@pytest.mark.parametrize("length", [3, 130])
+def test_several_chunks_of_columns_and_pieces_of_rows(length):
+    ids, weights = routing(ROWS[:2])
+    _compare((2, length, 530), 270, ids, weights)
+
+
+@pytest.mark.parametrize("length", [1, 7, 70])
+@pytest.mark.parametrize("rank", [18, 35])
+def test_many_slots(rank, length):
+    """36 slots fit one block; 70 need two, where gradients take another way."""
+    settings = config(ranks=rank, alpha=None)
+    ids, weights = torch.tensor([[0, 4], [5, 0]]), torch.tensor([[1.0, -0.5], [0.0, 2.0]])
+    _compare((2, length, 20), 33, ids, weights, settings=settings)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_routing_per_token(dtype):
+    rng = np.random.default_rng(0)
+    ids = torch.from_numpy(rng.integers(-1, 6, (2, 9, 3)))
+    _compare((2, 9, 24), 19, ids, torch.from_numpy(rng.normal(size=ids.shape).astype("f4")), dtype)
+
+
+@pytest.mark.parametrize("length", [1, 6, 64])
+def test_a_feature_listed_twice_and_padding_between(length):
+    ids = torch.tensor([[0, -1, 0, 5], [-1, 5, -1, 5]])
+    weights = torch.tensor([[0.5, 9.0, -1.5, 1.0], [7.0, 0.0, 7.0, 2.0]])
+    _compare((2, length, 12), 10, ids, weights)
+
+
+def test_one_row_no_bias_and_half_precision_pairs():
+    _compare((1, 17, 12), 9, torch.tensor([[3, 5]]), torch.ones(1, 2), bias=False)
+    layers = [_layer(s, 24, 16, torch.float16).half() for s in ("fused", "gather")]
+    found, expected = (_run(layer, (4, 8, 24), *routing(), torch.float16) for layer in layers)
+    _agree(found, expected, 4e-3)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 12), (4, 0, 12), (0, 0, 12)])
+def test_empty_inputs(shape):
+    layer = _layer("fused", 12, 9)
+    ids, weights = routing()
+    found = _run(layer, shape, ids[: shape[0]], weights[: shape[0]])
+    assert found["y"].shape == (*shape[:2], 9) and found["x"].shape == shape
+
+
+@pytest.mark.parametrize("length", [1, 40, 100])
+def test_two_runs_give_the_same_bits(length):
+    ids, weights = torch.tensor([[4, 0], [4, 1], [4, 0]]), torch.ones(3, 2)
+    runs = [_run(_layer("fused", 48, 33), (3, length, 48), ids, weights) for _ in range(2)]
+    for name, value in runs[0].items():
+        assert torch.equal(value, runs[1][name]), name
+
+
+def test_transposed_kernels_and_a_trained_base():
+    results = []
+    for strategy in ("fused", "gather"):
+        layer = _layer(strategy, 12, 9)
+        layer.weight.data = layer.weight.data.t().contiguous()
+        layer.__class__ = FlixConv1D
+        layer.weight.requires_grad_(True)
+        layer.bias.requires_grad_(True)
+        results.append(_run(layer, (4, 6, 12), *routing()))
+        results[-1] |= {"kernel": layer.weight.grad.cpu(), "bias": layer.bias.grad.cpu()}
+    _agree(*results, 1e-5)
+
+
+def test_absent_features_get_no_gradient_in_eager_mode():
+    layer = _layer("fused", 12, 9)
+    _run(layer, (4, 6, 12), *routing([{"language": "hau", "task": "ner"}] * 4))
+    trained = {feature for feature, a, _ in layer.pairs() if a.grad is not None}
+    assert trained == {("language", "hau"), ("task", "ner")}
+
+
+def test_autocast():
+    results = []
+    for strategy in ("fused", "gather"):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            results.append(_run(_layer(strategy, 24, 19), (4, 8, 24), *routing()))
+    assert results[0]["y"].dtype == torch.bfloat16
+    _agree(*results, 3e-2)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    class Net(torch.nn.Module):
+        def __init__(self, checkpointed):
+            super().__init__()
+            self.layer, self.checkpointed = torch.nn.Linear(12, 9), checkpointed
+
+        def forward(self, x):
+            if self.checkpointed:
+                return checkpoint(self.layer, x, use_reentrant=reentrant)
+            return self.layer(x)
+
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = adapt(Net(checkpointed), config(), strategy="fused").to(DEVICE)
+        randomize(model)
+        x = torch.ones(4, 6, 12, device=DEVICE)
+        ids, weights = routing()
+        model(x, flix_features=ids, flix_weights=weights.to(DEVICE)).sum().backward()
+        gradients.append(
+            {n: p.grad.cpu() for n, p in named_pairs(model).items() if p.grad is not None}
+        )
+    _agree(*gradients, 1e-6)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_whole_graph_gives_the_plain_result(dynamic):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    models = [
+        adapt(torch.nn.Sequential(torch.nn.Linear(24, 19)), config(), strategy=s).to(DEVICE)
+        for s in ("fused", "gather")
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        randomize(model)
+    compiled = torch.compile(models[0], fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    sizes = [(4, 9), (3, 12), (2, 70)] if dynamic else [(4, 9), (4, 9)]
+    for step, (count, length) in enumerate(sizes):
+        ids, weights = routing((ROWS * 2)[step : step + count])
+        results = []
+        for model, call in zip(models, (compiled, models[1]), strict=True):
+            model.zero_grad()
+            found = _run(_Called(call, model), (count, length, 24), ids.to(DEVICE), weights)
+            results.append(found)
+        absent = {n for n in results[0] if n not in results[1]}
+        assert all(not results[0].pop(n).any() for n in absent)
+        _agree(*results, 1e-5)
+
+
+class _Called:
+    """A compiled model as ``_run`` takes it."""
+
+    def __init__(self, call, model):
+        self.call, self.model = call, model
+
+    def __call__(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+    def pairs(self):
+        return self.model[0].pairs()
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_ids_of_no_feature_give_nan_in_compiled_models(length):
+    torch._dynamo.reset()
+    model = adapt(torch.nn.Sequential(torch.nn.Linear(6, 5)), config(), strategy="fused")
+    compiled = torch.compile(model.to(DEVICE), fullgraph=True, backend="aot_eager")
+    for bad in (6, 9, -2):
+        ids = torch.tensor([[0, 1], [0, bad], [-1, -1]], device=DEVICE)
+        with torch.no_grad():
+            y = compiled(torch.randn(3, length, 6, device=DEVICE), flix_features=ids)
+        assert y.isnan().flatten(1).all(1).tolist() == [False, True, False]
+        assert y[[0, 2]].isfinite().all()
+
+
+def _operands(strategy, length=5, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    ids = torch.tensor([[0, 1], [2, -1], [1, 2]], device=DEVICE)
+    rows, _, factor, order, starts = routes(ids, (2, 1, 3), (1.0, 0.5, 2.0), False, True)
+    a = [random(r, 7) for r in (2, 1, 3)]
+    b = [random(6, r) for r in (2, 1, 3)]
+    return [
+        random(3, length, 7),
+        random(7, 6),
+        random(6),
+        factor,
+        rows,
+        order,
+        starts,
+        a,
+        b,
+        strategy,
+    ]
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("strategy", ["fused", "gather", "masked"])
+def test_opcheck_of_the_routed_map(strategy, length):
+    if strategy != "fused" and DEVICE == "cuda":
+        pytest.skip("host strategies are for the CPU")
+    operands = _operands(strategy, length)
+    for place in (0, 3):
+        operands[place].requires_grad_()
+    for tensor in (*operands[7], *operands[8]):
+        tensor.requires_grad_()
+    torch.library.opcheck(routed_linear, tuple(operands))
+
+
+@pytest.mark.parametrize("strategy", ["fused", "gather"])
+def test_opcheck_of_the_backward(strategy):
+    if strategy != "fused" and DEVICE == "cuda":
+        pytest.skip("host strategies are for the CPU")
+    x, kernel, _, scale, rows, order, starts, a, b, _ = operands = _operands(strategy)
+    y, h = routed_linear(*operands)
+    torch.library.opcheck(
+        routed_linear_backward,
+        (torch.ones_like(y), x, kernel, scale, rows, order, starts, h, a, b, strategy, True, True),
+    )
+
+
+def test_opcheck_and_values_of_routes():
+    ids = torch.tensor([[2, -1, 0], [0, 0, 1]], device=DEVICE, dtype=torch.int32)
+    arguments = (ids, (2, 0, 1), (1.0, 3.0, 0.5), False, True)
+    torch.library.opcheck(routes, arguments)
+    rows, slots, factor, order, starts = (t.tolist() for t in routes(*arguments))
+    assert rows == [[2, 0, 1, -1, -1, -1], [0, 1, 0, 1, -1, -1]]
+    assert [row[:3] for row in slots] == [[0, 2, 2], [0, 0, 1]]
+    assert factor == [[0.5, 1.0, 1.0, 0, 0, 0], [1.0, 1.0, 1.0, 1.0, 0, 0]]
+    assert [order[starts[u] : starts[u + 1]] for u in range(3)] == [[1, 6, 8], [2, 7, 9], [0]]
+    assert [t.tolist() for t in group(routes(*arguments)[0], 3)] == [order, starts]
+
+
+def test_other_dtypes_are_refused():
+    layer = _layer("fused", 6, 5).double()
+    with pytest.raises(
+        ConfigError, match="needs an input of float16, bfloat16, float32, got float64"
+    ):
+        layer(torch.zeros(1, 6, dtype=torch.float64, device=DEVICE), flix_features=[[0]])
+
+
+def test_tables_are_made_once():
+    from flix.backends.torch.kernels import tables
+
+    layer = _layer("fused", 12, 9)
+    run = lambda: _run(layer, (4, 6, 12), *routing())  # noqa: E731
+    run()
+    before = dict(tables._tables)
+    run()
+    assert dict(tables._tables) == before
+    assert flix.core.config.layout.STRATEGIES[-1] == "fused"

@@ -1,0 +1,209 @@
+"""Layers by hand: shapes, per-token routing, strategies, errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import flix  # noqa: E402
+from flix import ConfigError, RoutingError  # noqa: E402
+from flix.backends.torch import FlixEmbedding, FlixLinear, adapt, route  # noqa: E402
+
+from .conftest import ROWS, config, registry, relative, routing  # noqa: E402
+
+
+def _fill(layer, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return layer
+
+
+def _linear(strategy="auto", **changes):
+    layer = FlixLinear(6, 5, config=config(**changes), name="layer", strategy=strategy)
+    return _fill(layer.double())
+
+
+def _expected(layer, x, ids, weights):
+    """SPEC §1 in numpy, position by position."""
+    kernel = layer.weight.detach().numpy()
+    bias = layer.bias.detach().numpy()
+    out = np.zeros((*x.shape[:-1], kernel.shape[0]))
+    settings = layer.flix_config
+    for place in np.ndindex(*x.shape[:-1]):
+        routed = place[: ids.ndim - 1]
+        value = kernel @ x[place] + bias
+        for feature_id, weight in zip(ids[routed], weights[routed], strict=True):
+            if feature_id < 0:
+                continue
+            feature = settings.registry.features[feature_id]
+            if settings.rank("layer", feature) == 0:
+                continue
+            a = layer.flix_A[feature].detach().numpy()
+            b = layer.flix_B[feature].detach().numpy()
+            value = value + weight * settings.scale("layer", feature) * (b @ (a @ x[place]))
+        out[place] = value
+    return out
+
+
+@pytest.mark.parametrize("strategy", ["gather", "masked", "auto"])
+@pytest.mark.parametrize("scaling", ["lora", "rslora"])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 1, 6), (4, 3, 6), (4, 2, 3, 6)])
+def test_linear_equals_the_formula(shape, scaling, strategy):
+    layer = _linear(strategy, scaling=scaling)
+    ids, weights = routing()
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = layer(x, flix_features=ids, flix_weights=weights)
+    expected = _expected(layer, x.numpy(), ids.numpy(), weights.double().numpy())
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["gather", "masked", "auto"])
+def test_per_token_routing_equals_the_formula_forward_and_backward(strategy):
+    layer = _linear(strategy)
+    rng = np.random.default_rng(0)
+    ids = torch.from_numpy(rng.integers(-1, len(registry()), (2, 5, 3)))
+    weights = torch.from_numpy(rng.normal(size=(2, 5, 3))).requires_grad_()
+    x = torch.randn(2, 5, 6, dtype=torch.float64).requires_grad_()
+    found = layer(x, flix_features=ids, flix_weights=weights)
+    expected = _expected(layer, x.detach().numpy(), ids.numpy(), weights.detach().numpy())
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda x, w: layer(x, flix_features=ids, flix_weights=w), (x, weights)
+    )
+
+
+@pytest.mark.parametrize("strategy", ["gather", "masked", "single"])
+def test_gradcheck_of_every_input(strategy):
+    rows = [ROWS[1]] * 3 if strategy == "single" else ROWS[:3]
+    layer = _linear(strategy)
+    ids, weights = routing(rows)
+    weights = weights.double().requires_grad_()
+    x = torch.randn(3, 4, 6, dtype=torch.float64, requires_grad=True)
+    layer.requires_grad_(True)
+    used = [layer.flix_A[("task", "pos")], layer.flix_B[("task", "pos")], layer.weight, layer.bias]
+
+    def run(x, w, *params):
+        return layer(x, flix_features=ids, flix_weights=w)
+
+    if strategy == "single":  # a weight moved by itself would make the rows differ
+        weights.requires_grad_(False)
+    assert torch.autograd.gradcheck(run, (x, weights, *used))
+
+
+@pytest.mark.parametrize("strategy", ["gather", "masked", "auto"])
+@pytest.mark.parametrize("shape", [(0, 3, 6), (4, 0, 6), (0, 0, 6)])
+def test_empty_inputs(shape, strategy):
+    layer = _linear(strategy)
+    ids, weights = routing()
+    x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    y = layer(x, flix_features=ids[: shape[0]], flix_weights=weights[: shape[0]])
+    assert y.shape == (*shape[:2], 5)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_a_feature_listed_twice_adds_up_and_padding_changes_nothing():
+    layer = _linear()
+    x = torch.randn(1, 4, 6, dtype=torch.float64)
+    once = layer(x, flix_features=[[0]], flix_weights=[[2.0]])
+    twice = layer(x, flix_features=[[0, -1, 0, -1]], flix_weights=[[0.5, 9.0, 1.5, 7.0]])
+    assert relative(twice, once) < 1e-13
+
+
+def test_names_with_colons_and_dots_keep_their_own_parameters():
+    names = flix.FeatureRegistry({"a": ["b:c", "b.c", "b%2Ec"], "a:b": ["c"]})
+    ranks = {("a", "b:c"): 1, ("a", "b.c"): 2, ("a", "b%2Ec"): 3, ("a:b", "c"): 4}
+    layer = FlixLinear(4, 3, config=flix.FlixConfig(registry=names, ranks=ranks))
+    assert {f: layer.flix_A[f].shape[0] for f in names.features} == ranks
+
+
+def test_embedding_equals_the_formula():
+    layer = _fill(FlixEmbedding(11, 5, config=config(), name="layer").double())
+    ids, weights = routing()
+    tokens = torch.randint(0, 11, (4, 7))
+    found = layer(tokens, flix_features=ids, flix_weights=weights)
+    settings = layer.flix_config
+    for row in range(4):
+        expected = layer.weight[tokens[row]]
+        for i, w in zip(ids[row].tolist(), weights[row].tolist(), strict=True):
+            feature = registry().features[max(i, 0)]
+            if i < 0 or feature not in layer.flix_A:
+                continue
+            update = layer.flix_B[feature] @ layer.flix_A[feature]
+            expected = expected + w * settings.scale("layer", feature) * update.t()[tokens[row]]
+        assert relative(found[row], expected) < 1e-12
+
+
+def test_initial_values_are_the_cores_bytes():
+    from flix.core.adapter.initial import initial_a
+
+    layer = FlixLinear(6, 5, config=config(seed=7), name="a.b")
+    expected = initial_a(seed=7, layer="a.b", group="task", feature="pos", rank=4, d_in=6)
+    assert layer.flix_A[("task", "pos")].detach().numpy().tobytes() == expected.tobytes()
+    assert not layer.flix_B[("task", "pos")].any()
+
+
+def test_route_runs_layers_of_a_users_own_model():
+    layer = _linear()
+    ids, weights = routing()
+    x = torch.randn(4, 3, 6, dtype=torch.float64)
+    with route(registry(), registry().encode(ROWS)):
+        inside = layer(x)
+    assert relative(inside, layer(x, flix_features=ids, flix_weights=weights)) == 0.0
+    with pytest.raises(RoutingError, match="no routing is in force"):
+        layer(x)
+
+
+def test_a_routing_object_is_routing():
+    model = adapt(torch.nn.Sequential(torch.nn.Linear(6, 5)), config())
+    encoded = registry().encode(ROWS)
+    x = torch.randn(4, 6)
+    ids, weights = routing()
+    found = model(x, flix_features=encoded)
+    assert torch.equal(found, model(x, flix_features=ids, flix_weights=weights))
+    other = flix.FeatureRegistry({"language": ["a"]}).encode([{"language": "a"}] * 4)
+    with pytest.raises(RoutingError, match="another registry"):
+        model(x, flix_features=other)
+
+
+@pytest.mark.parametrize(
+    "ids,weights,message",
+    [
+        (torch.zeros(4, 2), None, r"integer ids, got dtype float32"),
+        (torch.zeros(4, 2, dtype=torch.bool), None, r"integer ids, got dtype bool"),
+        (torch.zeros(4, dtype=torch.int64), None, r"\[batch, width\].*got \[4\]"),
+        (torch.zeros(4, 1, 1, 1, dtype=torch.int64), None, r"got \[4, 1, 1, 1\]"),
+        (torch.tensor([[0], [1], [6], [0]]), None, r"the id 6 in row 2.*valid ids are 0 to 5"),
+        (torch.tensor([[0], [-2], [1], [0]]), None, r"the id -2 in row 1"),
+        (torch.zeros(3, 2, dtype=torch.int64), None, r"leading shape \[4, 3\].*\[3\]"),
+        (
+            torch.zeros(4, 2, dtype=torch.int64),
+            torch.ones(4, 1),
+            r"shape of flix_features, \[4, 2\]",
+        ),
+        (torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1).long(), r"floating point, got"),
+        (
+            torch.zeros(4, 1, dtype=torch.int64),
+            torch.tensor([[1.0], [float("nan")], [1.0], [1.0]]),
+            r"finite, got nan in row 1 for language:hau",
+        ),
+        (
+            torch.zeros(4, 1, dtype=torch.int64),
+            torch.tensor([[1.0], [1.0], [float("inf")], [1.0]]),
+            r"finite, got inf in row 2",
+        ),
+    ],
+)
+def test_malformed_routing_is_named(ids, weights, message):
+    layer = _linear()
+    with pytest.raises(RoutingError, match=message):
+        layer(torch.zeros(4, 3, 6, dtype=torch.float64), flix_features=ids, flix_weights=weights)
+
+
+def test_unknown_strategy_is_refused():
+    with pytest.raises(ConfigError, match="strategy must be one of auto, gather, masked, single"):
+        FlixLinear(6, 5, config=config(), strategy="gathered")
