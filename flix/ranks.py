@@ -1,4 +1,4 @@
-"""Rank rules (SPEC §3); the public name of :mod:`flix.core.config.ranks`."""
+"""Rank rules (docs/specification.md §3); the public name of :mod:`flix.core.config.ranks`."""
 
 from flix.core.config.ranks import (
     Ranks,

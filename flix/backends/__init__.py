@@ -1,6 +1,6 @@
 """Backends by name. They are found by entry point (group ``flix.backends``) and imported when asked for.
 
-An entry point names the backend's module; the module has the public names of SPEC §5.
+An entry point names the backend's module; the module has the public names of docs/specification.md §5.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The JAX backend (SPEC §5): a pure functional core for any JAX program, and ``adapt`` for flax.nnx models::
+"""The JAX backend: pure functions for any JAX program, ``adapt`` for flax.nnx models (docs/specification.md §5.3)::
 
 bank = init(config, {"layers.0.q": (768, 768)})
 y = linear(x, kernel, bank["layers.0.q"], ids, weights)

@@ -1,4 +1,4 @@
-"""Low-rank pairs as pytrees: one packed pair of tables a layer, with everything static as metadata (SPEC §5).
+"""Low-rank pairs as pytrees: a packed pair of tables a layer, what is static as metadata (docs/specification.md §5.3).
 
 All features' A are stacked in the order of their ids into one table ``A [P, d_in]``, and their B, transposed, into
 ``B [P, d_out]``, where P is the sum of the ranks. Gathering a batch's rows then costs what the batch uses, however many

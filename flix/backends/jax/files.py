@@ -1,4 +1,4 @@
-"""Saving and loading adapters (SPEC §4): one file for every backend."""
+"""Saving and loading adapters (docs/specification.md §4.2): one file for every backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pure functional core: routed layers over a bank, for any JAX program (SPEC §5).
+"""The pure functional core: routed layers over a bank, for any JAX program (docs/specification.md §5.3).
 
     bank = init(config, {"layers.0.q": (768, 768)})
     y = linear(x, kernel, bank["layers.0.q"], ids, weights)
@@ -44,7 +44,7 @@ def linear(
     bias: Array | None = None,
     strategy: str = "auto",
 ) -> Array:
-    """x W + b, plus each row's own sum of low-rank updates (SPEC §1).
+    """x W + b, plus each row's own sum of low-rank updates (docs/specification.md §1.1).
 
     Args:
         x: ``[B, ..., d_in]``; under ``vmap`` over rows ``[S, d_in]`` or ``[d_in]``.
@@ -118,7 +118,7 @@ def embed(
     *,
     strategy: str = "auto",
 ) -> Array:
-    """E0[t], plus each row's own sum: ``E0[t] + Σ w s B_f A_f[:, t]`` (SPEC §1).
+    """E0[t], plus each row's own sum: ``E0[t] + Σ w s B_f A_f[:, t]`` (docs/specification.md §1.1).
 
     Args:
         tokens: int ``[B, ...]``.

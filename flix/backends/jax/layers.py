@@ -1,4 +1,4 @@
-"""Adapted layers: what flax.nnx's Linear, LinearGeneral, Einsum and Embed become (SPEC §1 and §5).
+"""Adapted layers: what flax.nnx's Linear, LinearGeneral, Einsum and Embed become (docs/specification.md §1.1, §5.3).
 
 The base computes as it always did (its dtype rules, precision and dot_general included); the routed sum is added.
 """

@@ -1,4 +1,4 @@
-"""Adapting an nnx model in place: its targets become adapted layers, its call takes routing (SPEC §5)."""
+"""Adapting nnx models in place: targets become adapted layers, the call takes routing (docs/specification.md §5.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The TensorFlow backend: Keras 3 on TensorFlow (SPEC §5)::
+"""The TensorFlow backend: Keras 3 on TensorFlow (docs/specification.md §5.4)::
 
 from flix.backends.tensorflow import adapt
 model = adapt(keras_model, config)

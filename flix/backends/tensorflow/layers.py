@@ -1,4 +1,4 @@
-"""Adapted layers: what Dense, EinsumDense and Embedding become (SPEC §1 and §5)."""
+"""Adapted layers: what Dense, EinsumDense and Embedding become (docs/specification.md §1.1, §5.4)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _register = keras.saving.register_keras_serializable(package="flix")
 
 @_register
 class FlixDense(FlixLayer, layers.Dense):  # type: ignore[misc]
-    """A frozen Dense layer plus each row's own sum of low-rank updates, before the activation (SPEC §1).
+    """A frozen Dense layer plus each row's sum of low-rank updates, before the activation (docs/specification.md §1.1).
 
     In a model, ``adapt`` turns the targets into this class. By hand::
 
@@ -183,7 +183,7 @@ class FlixEinsumDense(FlixLayer, layers.EinsumDense):  # type: ignore[misc]
 
 @_register
 class FlixEmbedding(FlixLayer, layers.Embedding):  # type: ignore[misc]
-    """A frozen embedding plus each row's own sum: y = E0[t] + Σ w s B_f A_f[:, t] (SPEC §1).
+    """A frozen embedding plus each row's own sum: y = E0[t] + Σ w s B_f A_f[:, t] (docs/specification.md §1.1).
 
     By hand: ``FlixEmbedding(vocabulary, size, config=config, name="embed")``, called as :class:`FlixDense`.
     """

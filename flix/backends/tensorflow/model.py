@@ -1,4 +1,4 @@
-"""Adapting a Keras model: its targets become adapted layers, a model around it takes routing (SPEC §5)."""
+"""Adapting Keras models: targets become adapted layers, a model around takes routing (docs/specification.md §5.4)."""
 
 from __future__ import annotations
 

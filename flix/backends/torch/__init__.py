@@ -1,4 +1,4 @@
-"""The PyTorch backend (SPEC §5)::
+"""The PyTorch backend (docs/specification.md §5.2)::
 
 from flix.backends.torch import adapt
 model = adapt(model, config)

@@ -1,4 +1,4 @@
-"""Adapted layers: what nn.Linear, transformers' Conv1D and nn.Embedding become (SPEC §1 and §5)."""
+"""Adapted layers: what nn.Linear, transformers' Conv1D and nn.Embedding become (docs/specification.md §1.1, §5.2)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flix.core.errors import TargetError
 
 
 class FlixLinear(FlixLayer, nn.Linear):
-    """A frozen linear map plus each row's own sum of low-rank updates (SPEC §1).
+    """A frozen linear map plus each row's own sum of low-rank updates (docs/specification.md §1.1).
 
     In a model, ``adapt`` turns the targets into this class. By hand::
 
@@ -232,7 +232,7 @@ class FlixConv1D(FlixLinear):
 
 
 class FlixEmbedding(FlixLayer, nn.Embedding):
-    """A frozen embedding plus each row's own sum: y = E0[t] + Σ w s B_f A_f[:, t] (SPEC §1).
+    """A frozen embedding plus each row's own sum: y = E0[t] + Σ w s B_f A_f[:, t] (docs/specification.md §1.1).
 
     By hand: ``FlixEmbedding(vocabulary, size, config=config, name="embed")``, called as :class:`FlixLinear`.
 

@@ -1,4 +1,4 @@
-"""Adapting a model in place: its targets become adapted layers, its forward takes routing (SPEC §5)."""
+"""Adapting a model in place: targets become adapted layers, its forward takes routing (docs/specification.md §5.2)."""
 
 from __future__ import annotations
 

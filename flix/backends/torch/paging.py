@@ -1,4 +1,4 @@
-"""Paged banks: features that live on the host, with the ones in use copied to the device (SPEC §5, accelerated layers).
+"""Paged banks: features that live on the host, with the ones in use copied to the device (docs/specification.md §5.2).
 
 With thousands of features a bank can outgrow the device, though a batch uses a few of them. Under :func:`page` the
 features' parameters (and so the optimizer's state) stay in host memory; a batch's features are copied to the device and

@@ -1,4 +1,4 @@
-"""Adapters as data, and their files (SPEC §4): JSON and safetensors, no pickle, no framework."""
+"""Adapters as data, and their files (docs/specification.md §4.2): JSON and safetensors, no pickle, no framework."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Initial values of the low-rank pairs (SPEC §1): A uniform, B zero, the same bytes in every backend."""
+"""Initial values of the pairs (docs/specification.md §1.3): A uniform, B zero, the same bytes in every backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration of an adapted model (SPEC §4): frozen, checked when made, JSON round trip."""
+"""The configuration of an adapted model (docs/specification.md §4.1): frozen, checked when made, JSON round trip."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class FlixConfig:
         return kept[layer]
 
     def scale(self, layer: str, feature: Feature) -> float:
-        """s_f of SPEC §1 in a layer; 0 where the feature has rank 0."""
+        """s_f (docs/specification.md §1.2) in a layer; 0 where the feature has rank 0."""
         rank = self.rank(layer, feature)
         if rank == 0:
             return 0.0

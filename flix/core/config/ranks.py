@@ -1,4 +1,4 @@
-"""Rules that give each feature its rank (SPEC §3).
+"""Rules that give each feature its rank (docs/specification.md §3).
 
 Each function returns a rule; ``rule(registry)`` gives ``{(group, feature): rank}``. Lin et al. (arXiv 2402.17934,
 §3) give every feature a rank of its own; how a budget is shared out is our choice.

@@ -1,4 +1,4 @@
-"""Which layers of a model are adapted: PEFT's meaning of target patterns, as pure functions (SPEC §4)."""
+"""Which layers are adapted: PEFT's meaning of target patterns, as pure functions (docs/specification.md §4.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Feature dropout: in training, whole features are left out so that each update stands alone (SPEC §2)."""
+"""Feature dropout: training leaves whole features out, so each update stands alone (docs/specification.md §2.5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The feature registry: which features there are, and the id of each (SPEC §2)."""
+"""The feature registry: which features there are, and the id of each (docs/specification.md §2.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routing: which features act in each row of a batch, and how strongly (SPEC §2)."""
+"""Routing: which features act in each row of a batch, and how strongly (docs/specification.md §2.3)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Which strategy computes a layer's sum: a pure function of static facts and a table of measured costs.
 
-The strategies give the same numbers (SPEC §5) at different costs. Gather copies each example's rows and multiplies them
-in batches; masked multiplies everything with the batch's whole union of rows; single multiplies everything with one
-composition's. What a strategy adds to the frozen layer is modelled as
+The strategies give the same numbers at different costs (docs/specification.md §5.5). Gather copies each example's rows
+and multiplies them in batches; masked multiplies everything with the batch's whole union of rows; single multiplies
+everything with one composition's. What a strategy adds to the frozen layer is modelled as
 
     seconds = start + example * N + moved * V + product * M
 

@@ -1,4 +1,4 @@
-"""A dense oracle in float64 numpy, written from the formula of SPEC §1, and small models to try things on."""
+"""A dense oracle in float64 numpy (docs/specification.md §1.1), and small models to try things on."""
 
 import keras
 import numpy as np

@@ -28,7 +28,7 @@ def _linear(strategy="auto", **changes):
 
 
 def _expected(layer, x, ids, weights):
-    """SPEC §1 in numpy, position by position."""
+    """docs/specification.md §1.1 in numpy, position by position."""
     kernel = layer.weight.detach().numpy()
     bias = layer.bias.detach().numpy()
     out = np.zeros((*x.shape[:-1], kernel.shape[0]))
