@@ -1,6 +1,6 @@
 """Backends by name. They are found by entry point (group ``flix.backends``) and imported when asked for.
 
-An entry point names the backend's module; the module has the public names of docs/specification.md §5.
+An entry point names the backend's module, whose ``primitives`` are the seam (:mod:`flix.backends.protocol`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ class UnknownBackendError(FlixError, KeyError):
         return str(self.args[0])
 
 
+class IncompleteBackendError(FlixError, TypeError):
+    """A backend lacks primitives that every backend gives."""
+
+
 def _modules() -> dict[str, str]:
     from importlib.metadata import entry_points
 
@@ -51,11 +55,12 @@ def _installed(package: str) -> bool:
 
 
 def get(name: str) -> ModuleType:
-    """The module of a backend, imported.
+    """The module of a backend, imported and checked.
 
     Raises:
         UnknownBackendError: no backend of this name is registered.
         MissingFrameworkError: its framework is not installed; the message says what to install.
+        IncompleteBackendError: it lacks primitives; they are named.
     """
     modules = _modules()
     if name not in modules:
@@ -63,6 +68,21 @@ def get(name: str) -> ModuleType:
             f"no backend {name!r}{near(name, modules)}; registered: {listed(modules)}"
         )
     return importlib.import_module(modules[name])
+
+
+def check(module: ModuleType, name: str) -> None:
+    """Hold a backend's module to :class:`flix.backends.protocol.Backend`.
+
+    Raises:
+        IncompleteBackendError: it has no ``primitives``, or they lack some; they are named.
+    """
+    from flix.backends.protocol import lacking
+
+    if missing := lacking(getattr(module, "primitives", None)):
+        raise IncompleteBackendError(
+            f"the backend {name!r} ({module.__name__}) lacks the primitives {', '.join(missing)}: its attribute "
+            "'primitives' has every member of flix.backends.protocol.Backend; see docs/write-a-backend.md"
+        )
 
 
 def missing(backend: str, framework: str, error: ImportError) -> MissingFrameworkError:

@@ -69,6 +69,18 @@ class Adapter:
         dtypes = {name: names[tensor.dtype] for name, tensor in self.tensors.items()}
         _check_tensors(self.config, self.layers, shapes, dtypes, "the adapter")
 
+    @classmethod
+    def partial(
+        cls,
+        config: FlixConfig,
+        layers: Mapping[str, LayerShape],
+        tensors: Mapping[str, NDArray[Any]],
+    ) -> Adapter:
+        """An adapter whose tensors are taken as they are: checked already, or of some of the features alone."""
+        adapter = object.__new__(cls)
+        vars(adapter).update(config=config, layers=layers, tensors=tensors)
+        return adapter
+
     def pair(self, layer: str, feature: Feature) -> tuple[NDArray[Any], NDArray[Any]]:
         """A_f ``[r, d_in]`` and B_f ``[d_out, r]`` of a feature in a layer; empty where its rank is 0.
 
@@ -240,16 +252,8 @@ def load_adapter(directory: Path_, rename: Rename = None) -> Adapter:
     description = _read_description(folder)
     config, layers = _read_config(folder, description)
     tensors = _read_tensors(folder, config, layers, description.get("sha256"))
-    return _checked(config, layers, tensors).renamed(rename)
-
-
-def _checked(
-    config: FlixConfig, layers: Mapping[str, LayerShape], tensors: Mapping[str, NDArray[Any]]
-) -> Adapter:
-    """An adapter whose tensors were checked already; with many, checking again would show."""
-    adapter = object.__new__(Adapter)
-    vars(adapter).update(config=config, layers=layers, tensors=tensors)
-    return adapter
+    # The tensors were checked as they were read; with many, checking again would show.
+    return Adapter.partial(config, layers, tensors).renamed(rename)
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

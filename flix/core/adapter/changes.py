@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flix.core.adapter.adapter import Adapter, LayerShape
+from flix.core.adapter.initial import initial_a, initial_b
+from flix.core.adapter.lowrank import resized_mean
 from flix.core.adapter.sharing import chosen_features, plan_combination, select_features
 from flix.core.config.config import FlixConfig
 from flix.core.errors import RankError
 from flix.core.features.names import Feature
+
+Pair = tuple[NDArray[Any], NDArray[Any]]
+"""A ``[r, d_in]`` and B ``[d_out, r]`` of a feature in a layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What a backend is to make of a model's features; everything not said stays bit for bit.
+
+    Attributes:
+        config: the configuration afterwards.
+        kept: features whose values stay, by their name afterwards, with their name before.
+        arriving: the pairs of all other features, by feature and layer; not to be written to.
+        layers: layers that become adapted ones, in which the kept features have rank 0.
+    """
+
+    config: FlixConfig
+    kept: Mapping[Feature, Feature]
+    arriving: Mapping[Feature, Mapping[str, Pair]] = field(default_factory=dict)
+    layers: Mapping[str, LayerShape] = field(default_factory=dict)
+
+    def pair(self, path: str, feature: Feature) -> Pair | None:
+        """An arriving feature's pair in a layer; None where it has no update."""
+        return self.arriving.get(feature, {}).get(path)
+
+    def pairs(self, path: str) -> dict[Feature, Pair]:
+        """The arriving features' pairs in a layer; those without an update there are left out."""
+        return {f: layers[path] for f, layers in self.arriving.items() if path in layers}
 
 
 @dataclass(frozen=True)
@@ -29,6 +59,44 @@ class Growth:
     config: FlixConfig
     feature: Feature
     origins: tuple[Feature, ...]
+
+    def change(
+        self, layers: Mapping[str, LayerShape], pairs: Mapping[str, Mapping[Feature, Pair]]
+    ) -> Change:
+        """The change that the feature's joining is.
+
+        Args:
+            layers: the model's adapted layers.
+            pairs: the origins' pairs, by layer and feature.
+        """
+        arriving = {
+            path: self._pair(path, shape, pairs.get(path, {}))
+            for path, shape in layers.items()
+            if self.config.rank(path, self.feature)
+        }
+        kept = {f: f for f in self.config.registry.live if f != self.feature}
+        return Change(self.config, kept, {self.feature: arriving})
+
+    def _pair(self, path: str, shape: LayerShape, pairs: Mapping[Feature, Pair]) -> Pair:
+        rank = self.config.rank(path, self.feature)
+        fresh = initial_a(
+            seed=self.config.seed,
+            layer=path,
+            group=self.feature[0],
+            feature=self.feature[1],
+            rank=rank,
+            d_in=shape.d_in,
+        )
+        known = [origin for origin in self.origins if origin in pairs]
+        if not known:
+            return fresh, initial_b(rank=rank, d_out=shape.d_out)
+        return resized_mean(
+            [(pairs[f][0].astype(np.float64), pairs[f][1].astype(np.float64)) for f in known],
+            [self.config.scale(path, f) for f in known],
+            fresh,
+            self.config.scale(path, self.feature),
+            len(self.origins),
+        )
 
 
 def plan_growth(
@@ -66,35 +134,6 @@ def plan_growth(
         rank = max(config.ranks[origin] for origin in origins)  # type: ignore[index]
     grown = config.with_feature(group, name, rank=rank, alpha=alpha, implies=implies)
     return Growth(grown, (group, name), origins)
-
-
-@dataclass(frozen=True, eq=False)
-class Change:
-    """What a backend is to make of a model's features; everything not said stays bit for bit.
-
-    Attributes:
-        config: the configuration afterwards.
-        kept: features whose values stay, by their name afterwards, with their name before.
-        source: where the values of all other features come from; None if there are none.
-        layers: layers that become adapted ones, in which the kept features have rank 0.
-    """
-
-    config: FlixConfig
-    kept: Mapping[Feature, Feature]
-    source: Adapter | None = None
-    layers: Mapping[str, LayerShape] | None = None
-
-    @property
-    def arriving(self) -> tuple[Feature, ...]:
-        """The features whose values come from ``source``, in the order of their ids."""
-        return tuple(f for f in self.config.registry.live if f not in self.kept)
-
-    def pair(self, path: str, feature: Feature) -> tuple[NDArray[Any], NDArray[Any]] | None:
-        """A ``[r, d_in]`` and B ``[d_out, r]`` of an arriving feature in a layer; None where it has no update."""
-        if not self.config.rank(path, feature) or self.source is None:
-            return None
-        a, b = self.source.pair(path, feature)
-        return np.array(a), np.array(b)
 
 
 def plan_removal(config: FlixConfig, group: str, name: str) -> Change:
@@ -136,9 +175,13 @@ def plan_joining(
     if features is not None:
         arriving = select_features(arriving, chosen_features(arriving.config.registry, features))
     plan = plan_combination({"the model": present, "the adapter": arriving}, conflicts)
+    come = [feature for feature, owner in plan.owners.items() if owner == 1]
     return Change(
         config=plan.config,
         kept={feature: feature for feature, owner in plan.owners.items() if owner == 0},
-        source=arriving,
+        arriving={
+            f: {p: arriving.pair(p, f) for p in arriving.layers if arriving.config.rank(p, f)}
+            for f in come
+        },
         layers={path: s for path, s in plan.layers.items() if path not in present.layers},
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,21 @@ def initial_table(
         unit -= np.float32(1.0)
         unit *= bound
     return table
+
+
+def initial_pairs(
+    *, seed: int, layer: str, ranks: Mapping[Feature, int], d_in: int, d_out: int
+) -> dict[Feature, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """A and B of a layer's features as they start; those of rank 0 are left out."""
+    chosen = {feature: rank for feature, rank in ranks.items() if rank}
+    table = initial_table(
+        seed=seed, layer=layer, features=list(chosen), ranks=list(chosen.values()), d_in=d_in
+    )
+    ends = itertools.accumulate(chosen.values())
+    return {
+        feature: (table[end - rank : end], initial_b(rank=rank, d_out=d_out))
+        for (feature, rank), end in zip(chosen.items(), ends, strict=True)
+    }
 
 
 def initial_b(*, rank: int, d_out: int) -> NDArray[np.float32]:

@@ -23,6 +23,28 @@ from flix.core.peft.vllm import ServingReport, check_vllm
 
 
 @dataclass(frozen=True)
+class PeftFacts:
+    """What PEFT's and vLLM's files say of a model beside its LoRA.
+
+    Attributes:
+        target_modules: the adapted layers as PEFT's suffixes.
+        architecture: the model's class.
+        modules: whole modules that were trained beside the features: state by path.
+        fan_in_fan_out, base_model, task_type: PEFT's.
+        encoder_decoder, vocabulary: what vLLM asks.
+    """
+
+    target_modules: Sequence[str]
+    architecture: str
+    modules: Mapping[str, Mapping[str, NDArray[np.float32]]]
+    fan_in_fan_out: bool = False
+    base_model: str | None = None
+    task_type: str | None = None
+    encoder_decoder: bool = False
+    vocabulary: int | None = None
+
+
+@dataclass(frozen=True)
 class PeftExport:
     """What was exported.
 

@@ -1,0 +1,144 @@
+"""The errors that several backends raise, each worded once. They are returned: ``raise`` stands where it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flix.core.errors import ConfigError, RoutingError, TargetError
+
+
+def not_adapted(verb: str, model: Any) -> TargetError:
+    """A verb was given a model that is not adapted."""
+    return TargetError(
+        f"{verb} needs an adapted model, but this {type(model).__name__} is not; "
+        "adapt(model, config) or load(model, folder) first"
+    )
+
+
+def adapted_already() -> TargetError:
+    """A model was to be adapted twice."""
+    return TargetError(
+        "the model is adapted already; add features with add_feature, or adapt a fresh copy"
+    )
+
+
+def weights_alone() -> RoutingError:
+    """Weights without features."""
+    return RoutingError(
+        "flix_weights was given without flix_features; weights belong to ids, so give both"
+    )
+
+
+def unrouted_model(call: str) -> RoutingError:
+    """An adapted model was called without routing.
+
+    Args:
+        call: how this framework's models are called with it.
+    """
+    return RoutingError(
+        f"an adapted model was called without routing; call it as {call}, with ids int [batch, width] made by "
+        "registry.encode(rows). Ids of -1, or disable(model), give the base alone"
+    )
+
+
+def unrouted_layer(path: str, call: str) -> RoutingError:
+    """An adapted layer was called while no routing was in force."""
+    return RoutingError(
+        f"layer {path!r} is adapted, but no routing is in force; call the adapted model as {call} "
+        "(rows of base output: ids of -1)"
+    )
+
+
+def base_alone(call: str) -> str:
+    """The warning for an adapted model that is evaluated without routing."""
+    return (
+        "an adapted model was called without flix_features: the base model answers alone. Call it as "
+        f"{call}, with ids of -1 if this is meant"
+    )
+
+
+def other_registry(theirs: Any, ours: Any) -> RoutingError:
+    """Routing of another registry."""
+    return RoutingError(
+        f"the routing was encoded by another registry ({theirs}) than the model's ({ours})"
+    )
+
+
+def no_array(what: str, value: Any) -> RoutingError:
+    """Routing that is no array."""
+    return RoutingError(f"{what} must be an array [batch, width], got {value!r}")
+
+
+def ids_not_integer(dtype: Any) -> RoutingError:
+    """Ids of another dtype."""
+    return RoutingError(
+        f"flix_features must hold integer ids, got dtype {dtype}; make them with registry.encode(rows)"
+    )
+
+
+def ids_shape(shape: Any) -> RoutingError:
+    """Ids of another number of dimensions."""
+    return RoutingError(
+        "flix_features must have the shape [batch, width] or [batch, length, width], got "
+        f"{_shown(shape)}"
+    )
+
+
+def weights_not_float(dtype: Any) -> RoutingError:
+    """Weights of another dtype."""
+    return RoutingError(f"flix_weights must be floating point, got dtype {dtype}")
+
+
+def weights_shape(weights: Any, ids: Any) -> RoutingError:
+    """Weights in another shape than the ids."""
+    return RoutingError(
+        f"flix_weights must have the shape of flix_features, {_shown(ids)}, got {_shown(weights)}"
+    )
+
+
+def other_batch(rows: Any, batch: Any) -> RoutingError:
+    """Another number of rows than the batch has."""
+    return RoutingError(
+        f"flix_features routes {rows} rows, but the batch has {batch} rows; one row of ids is needed for "
+        "each row of the batch"
+    )
+
+
+def other_lead(path: str, given: Any, lead: Any) -> RoutingError:
+    """A layer's input has other leading sizes than the routing."""
+    what = "[batch, length]" if len(lead) == 2 else "[batch]"
+    return RoutingError(
+        f"layer {path!r} got an input of leading shape {_shown(given)}, but flix_features routes {what} = "
+        f"{_shown(lead)}; one row of ids is needed for each row of the batch (and one for each position, "
+        "where routing is per token)"
+    )
+
+
+def rows_differ(row: int) -> ConfigError:
+    """Strategy "single" for rows that differ."""
+    return ConfigError(
+        f"strategy 'single' needs one composition for all rows, but row {row} differs from row 0; use "
+        "'auto', 'gather' or 'masked'"
+    )
+
+
+def folded_in(row: Mapping[str, Any]) -> RoutingError:
+    """Routing for a model that is merged in place."""
+    return RoutingError(
+        f"flix_features was given to a model that is merged in place, with {dict(row)!r}: its composition is "
+        "fixed; unmerge(model) lets it route again"
+    )
+
+
+def merged(composition: Any) -> RoutingError:
+    """Routing for a merged copy."""
+    return RoutingError(
+        f"flix_features was given to a merged model; it holds the composition {composition}, for all rows. "
+        "Call it without, or call the adapted model that it was merged from"
+    )
+
+
+def _shown(shape: Any) -> str:
+    """A shape as text; sizes that a framework does not know yet included."""
+    return str(list(shape)) if isinstance(shape, Sequence) else str(shape)

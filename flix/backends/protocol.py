@@ -1,0 +1,192 @@
+"""The seam between flix and a framework: what a backend gives. Everything else is made from it, once.
+
+A backend's entry point (group ``flix.backends``) names a module. Its attribute ``primitives``, a module or an object,
+has every member of :class:`Backend`, and those of the ``Supports...`` protocols that its framework can offer. The verbs
+that users call (``add_feature``, ``save``, ``merge``, ...) are :class:`flix.backends.verbs.Verbs` over them. Rules that
+hold in every framework are decided in ``flix.core`` and in the verbs; a primitive executes, and decides nothing.
+
+What a model is, is the framework's: a torch module, a Keras model, an nnx module or a pair ``(config, bank)``. Where a
+primitive returns a model, that is the one it was given if it changes models in place. Values are numpy arrays:
+A ``[r, d_in]`` and B ``[d_out, r]``, whatever the framework's own kernels look like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flix.core.adapter.adapter import LayerShape, Path_, Rename
+from flix.core.adapter.changes import Change, Pair
+from flix.core.adapter.composition import Composition
+from flix.core.config.config import FlixConfig
+from flix.core.config.targets import LayerInfo
+from flix.core.features.names import Feature
+from flix.core.peft.exporting import PeftFacts
+
+M = TypeVar("M")
+Pairs = Mapping[str, Mapping[Feature, Pair]]
+"""Values by layer path and feature; features of rank 0 in a layer are left out."""
+Values = Callable[[str, LayerShape], Mapping[Feature, Pair]]
+"""The pairs that a layer starts with, by feature."""
+Updates = Callable[[str], NDArray[np.float64]]
+"""A composition's update of a layer's kernel, ``[d_out, d_in]``."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of values beside the features' pairs.
+
+    Attributes:
+        total: in all.
+        trainable: those that train: heads that were unfrozen.
+    """
+
+    total: int = 0
+    trainable: int = 0
+
+
+class Backend(Protocol):
+    """What every backend gives."""
+
+    # Models and their layers.
+
+    def check_plain(self, model: Any) -> None:
+        """Refuse what cannot be adapted as a whole: no model of the framework, not built, wrapped already.
+
+        Raises:
+            TargetError: it is; the message names the way out.
+        """
+
+    def layers(self, model: Any) -> Sequence[LayerInfo]:
+        """Every layer of a plain or adapted model, in the model's order, as the target rules see it.
+
+        A layer that cannot be adapted says why; one that is adapted is reported as what it was.
+        """
+
+    def attach(
+        self, model: M, config: FlixConfig, paths: Sequence[str], strategy: str, values: Values
+    ) -> M:
+        """Adapt exactly these layers of a plain model, freeze the rest, and let its call take routing.
+
+        Args:
+            model: a plain model.
+            config: the configuration.
+            paths: the layers.
+            strategy: how their sums are computed.
+            values: the pairs each of them starts with; float32, to be kept at least that wide.
+
+        Raises:
+            TargetError: a layer that cannot be adapted.
+            ConfigError: a strategy that cannot run here.
+        """
+
+    def adapted(self, model: Any) -> FlixConfig | None:
+        """An adapted model's configuration; None for whatever is no adapted model."""
+
+    def shapes(self, model: Any) -> Mapping[str, LayerShape]:
+        """Kind and sizes of each adapted layer, in the model's order."""
+
+    # Values.
+
+    def read(self, model: Any, features: Collection[Feature] | None = None) -> Pairs:
+        """The pairs of some features, by default of all, as float32 or float64 arrays on the host.
+
+        They may share memory with the model: whoever keeps or changes them copies them first.
+        """
+
+    def write(self, model: M, pairs: Pairs) -> M:
+        """Set pairs of features that the model has, in their ranks; values of others stay bit for bit."""
+
+    def change(self, model: M, change: Change) -> M:
+        """Give the model the configuration and the features that a change says.
+
+        Kept features keep values, training state and whether they train, bit for bit, under their new names; arriving
+        ones get the change's pairs and train. Layers that become adapted run by the strategy of the others.
+        """
+
+    # Training.
+
+    def frozen(self, model: Any) -> Collection[Feature]:
+        """The features that do not train."""
+
+    def set_frozen(self, model: M, features: Collection[Feature]) -> M:
+        """Let exactly these features train no more, and all others train."""
+
+    def parameters(self, model: Any) -> Any:
+        """What an optimizer is to get, in the framework's own form: all that trains."""
+
+    def count(self, model: Any) -> Counts:
+        """How many values the model has beside its pairs."""
+
+    # Uses.
+
+    def switch(self, model: Any, by: int) -> None:
+        """Add to the number of :func:`disable` contexts that hold the model. While there are any, it is its base: no
+        feature acts, and no routing is needed or looked at, explicit routing of a call included.
+
+        Raises:
+            TargetError: a model that is never called, such as a bank.
+        """
+
+    def merged(self, model: M, active: Composition, update: Updates) -> M:
+        """A plain copy of the model with an update added to each adapted layer's kernel; the model stays as it is.
+
+        Args:
+            model: an adapted model.
+            active: the composition, for messages of the copy.
+            update: what is added to a layer's kernel, summed in float64 before it is rounded to the kernel's dtype.
+        """
+
+
+class SupportsHeads(Protocol):
+    """Parameters of the base that are trained with the features are part of the adapter."""
+
+    def save_heads(self, model: Any, folder: Path_) -> None:
+        """Write them into an adapter's folder; without any, remove those of an earlier save."""
+
+    def remove_heads(self, folder: Path_) -> None:
+        """Remove them from an adapter's folder."""
+
+    def read_heads(self, model: Any, folder: Path_, rename: Rename) -> Any:
+        """Read them, checked against a model, which is not changed.
+
+        Raises:
+            AdapterError: a damaged file, or a parameter that the model lacks or has in another shape.
+        """
+
+    def put_heads(self, model: Any, heads: Any) -> None:
+        """Give parameters the values of :meth:`read_heads`, and let them train."""
+
+
+class SupportsFolding(Protocol):
+    """A composition can be folded into the kernels of the model itself, and taken out again bit for bit."""
+
+    def fold(self, model: Any, row: Mapping[str, Any], update: Updates) -> None:
+        """Add an update to each adapted layer's kernel; the model then takes no routing."""
+
+    def folded(self, model: Any) -> Mapping[str, Any] | None:
+        """The row that is folded in, or None."""
+
+    def unfold(self, model: Any) -> None:
+        """Give every kernel its own bits back."""
+
+
+class SupportsPeft(Protocol):
+    """Layers are named as PEFT names them, so that a composition can be exported as a LoRA."""
+
+    def peft_facts(self, model: Any) -> PeftFacts:
+        """What the files say of the model."""
+
+
+def members(protocol: type) -> tuple[str, ...]:
+    """The names that a protocol asks for."""
+    return tuple(name for name in vars(protocol) if not name.startswith("_"))
+
+
+def lacking(primitives: Any, protocol: type = Backend) -> tuple[str, ...]:
+    """Those of a protocol's members that some primitives do not have."""
+    return tuple(n for n in members(protocol) if not callable(getattr(primitives, n, None)))

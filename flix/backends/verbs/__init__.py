@@ -1,0 +1,25 @@
+"""What users do with a model, in every framework: each verb's logic and docstring, once.
+
+A backend's module makes its verbs of its primitives::
+
+    from flix.backends.verbs import Verbs
+
+    verbs = Verbs(primitives)
+    adapt, save, load = verbs.adapt, verbs.save, verbs.load
+
+A verb that changes a model returns it: the very model where the framework changes models in place, a new
+``(config, bank)`` for JAX's banks, the model around it where a plain Keras model is adapted.
+"""
+
+from __future__ import annotations
+
+from flix.backends.verbs.features import Features
+from flix.backends.verbs.merging import Merging
+from flix.backends.verbs.models import Models
+
+
+class Verbs(Models, Features, Merging):
+    """The verbs over one backend's primitives."""
+
+
+__all__ = ["Verbs"]

@@ -1,0 +1,175 @@
+"""Features over a model's life: they join, leave, get other names, and come from other people's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from flix.backends.verbs.files import Files
+from flix.core.adapter.adapter import (
+    Adapter,
+    Path_,
+    Rename,
+    load_adapter,
+)
+from flix.core.adapter.changes import plan_growth, plan_joining, plan_removal, plan_renaming
+from flix.core.adapter.compatibility import check_fits
+from flix.core.features.names import Feature
+from flix.core.peft.importing import from_peft
+
+M = TypeVar("M")
+
+
+class Features(Files):
+    """Verbs about single features."""
+
+    def add_feature(
+        self,
+        model: M,
+        group: str,
+        name: str,
+        rank: int | None = None,
+        *,
+        init_from: str | Sequence[str] | None = None,
+        freeze_others: bool = True,
+        alpha: float | None = None,
+        implies: Sequence[Feature] = (),
+    ) -> M:
+        """Add one feature to an adapted model; ids and values of the others stay bit for bit.
+
+        In torch an optimizer made before goes on for the others; give it the new feature's parameter. In JAX and Keras
+        the features of a layer share tables, which grow: make a new optimizer, compile again.
+
+        Args:
+            model: an adapted model.
+            group: a group of its registry.
+            name: the new feature.
+            rank: its rank in every layer; default: that of ``init_from``.
+            init_from: None for fresh values (the update starts at zero), or features of the group whose update (for
+                several: the mean of whose updates) the new one starts from, as near as its rank allows.
+            freeze_others: let only the new feature train.
+            alpha: its alpha; default: the configuration's rule.
+            implies: features that it implies.
+
+        Returns:
+            The model.
+
+        Raises:
+            FeatureError: an unknown group or source, or a name that exists already.
+            RankError: no rank and nothing to take it from.
+            TargetError: the model is not adapted.
+        """
+        config = self.config_of("add_feature", model)
+        growth = plan_growth(
+            config, group, name, rank, init_from=init_from, alpha=alpha, implies=implies
+        )
+        origins = self.primitives.read(model, growth.origins) if growth.origins else {}
+        change = growth.change(self.primitives.shapes(model), origins)
+        model = self.primitives.change(model, change)
+        return self.primitives.set_frozen(model, tuple(change.kept)) if freeze_others else model
+
+    def remove_feature(self, model: M, group: str, name: str) -> M:
+        """Remove one feature from an adapted model; ids and values of the others stay bit for bit.
+
+        Its id stays reserved: routing that names it is an error (NaN in its rows where ids are known to a compiled
+        program alone), and ``add_feature`` of the same name takes it again. As for optimizers, see ``add_feature``.
+
+        Returns:
+            The model.
+
+        Raises:
+            FeatureError: no such feature, or the last of its group.
+            TargetError: the model is not adapted.
+        """
+        config = self.config_of("remove_feature", model)
+        return self.primitives.change(model, plan_removal(config, group, name))
+
+    def rename_feature(self, model: M, group: str, name: str, new: str) -> M:
+        """Give one feature of an adapted model another name; its id, values and training state stay.
+
+        Returns:
+            The model.
+
+        Raises:
+            FeatureError: no such feature, or a new name that is ill-formed or taken.
+            TargetError: the model is not adapted.
+        """
+        config = self.config_of("rename_feature", model)
+        return self.primitives.change(model, plan_renaming(config, group, name, new))
+
+    def load_features(
+        self,
+        model: M,
+        source: Path_ | Adapter,
+        features: Any = None,
+        *,
+        conflicts: str = "error",
+        rename: Rename = None,
+        freeze_others: bool = False,
+    ) -> M:
+        """Take features of another adapter into an adapted model; present ids and values stay bit for bit.
+
+        Layers that the other adapter adapts and this model does not become adapted. As for optimizers, see
+        ``add_feature``.
+
+        Args:
+            model: an adapted model.
+            source: an adapter's folder, or an adapter.
+            features: ``[(group, name), ...]`` or ``{group: name or names}``; what they imply comes, too. Default: all.
+            conflicts: what to do about features that both have and that differ: ``"error"``; ``"keep"`` the model's;
+                ``"replace"`` them.
+            rename: translates the adapter's layer paths to the model's.
+            freeze_others: let only what came in train.
+
+        Returns:
+            The model.
+
+        Raises:
+            FeatureError: an unknown feature.
+            AdapterError: a damaged file, features that differ, or an adapter for another architecture.
+            TargetError: the model is not adapted.
+        """
+        self.config_of("load_features", model)
+        given = isinstance(source, Adapter)
+        adapter = source.renamed(rename) if given else load_adapter(source, rename)  # type: ignore[union-attr, arg-type]
+        check_fits(adapter, self.adaptable(model))
+        change = plan_joining(self.adapter_of(model), adapter, features, conflicts=conflicts)
+        model = self.primitives.change(model, change)
+        return self.primitives.set_frozen(model, tuple(change.kept)) if freeze_others else model
+
+    def import_peft(
+        self,
+        model: M,
+        folders: Mapping[str, Path_],
+        group: str,
+        *,
+        conflicts: str = "error",
+        rename: Rename = None,
+        skip_modules: bool = False,
+        strategy: str = "auto",
+    ) -> M:
+        """Make features of LoRAs that PEFT wrote: each becomes one, together they are a group.
+
+        A plain model is adapted, exactly in the LoRAs' layers; into an adapted one they come as by ``load_features``.
+        PEFT names layers as torch does, so models of other frameworks mostly need ``rename``.
+
+        Args:
+            model: a plain or adapted model with the weights that the LoRAs were trained on.
+            folders: the folder of each LoRA, by the name that its feature gets: ``{"ner": "loras/ner"}``.
+            group: the group that they belong to; it may exist.
+            conflicts: as for ``load_features``.
+            rename: translates the LoRAs' layer paths to the model's.
+            skip_modules: leave out whole modules that were trained beside a LoRA, instead of refusing them.
+            strategy: as for ``adapt``, for a plain model.
+
+        Returns:
+            The adapted model.
+
+        Raises:
+            AdapterError: a folder that holds no plain LoRA, or one for another architecture.
+            FeatureError: an ill-formed name.
+        """
+        adapter = from_peft(folders, group, skip_modules=skip_modules).renamed(rename)
+        if self.primitives.adapted(model) is None:
+            return self.load_into(model, adapter, strategy=strategy)
+        return self.load_features(model, adapter, conflicts=conflicts)

@@ -1,0 +1,131 @@
+"""One composition as plain kernels, or as a LoRA of PEFT."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from flix.backends.protocol import (
+    SupportsFolding,
+    SupportsPeft,
+)
+from flix.backends.verbs.shared import Shared
+from flix.core.adapter.adapter import (
+    Path_,
+)
+from flix.core.adapter.composition import delta
+from flix.core.errors import TargetError
+from flix.core.features.routing import Row
+from flix.core.peft.exporting import PeftExport, as_peft, cut_to_rank, with_modules, write_peft
+
+M = TypeVar("M")
+
+
+class Merging(Shared):
+    """Verbs about one composition."""
+
+    def merge(self, model: M, row: Row) -> M:
+        """A plain copy of an adapted model with one composition folded into its kernels; no flix layer is left.
+
+        A kernel that other modules share (an embedding tied to the head) is untied where its layer is adapted, since
+        only that layer's kernel changes. The copy refuses ``flix_features`` where the framework lets it (torch).
+
+        Args:
+            model: an adapted model; it is not changed.
+            row: the composition, ``{group: name | [names] | {name: weight}}``.
+
+        Raises:
+            FeatureError, RoutingError: a row that cannot be encoded, or that activates nothing.
+            TargetError: the model is not adapted, or cannot be copied.
+        """
+        active, adapter = self.composed("merge", model, row)
+        return self.primitives.merged(model, active, lambda path: delta(adapter, path, active))
+
+    def merge_in_place(self, model: M, row: Row) -> M:
+        """Fold one composition into an adapted model's kernels until ``unmerge``; ``merge`` gives a copy instead.
+
+        Meanwhile the model answers under this composition at the base's speed, takes no routing, and keeps its features
+        and its kernels of before, so that ``save`` works and ``unmerge`` restores every bit.
+
+        Args:
+            model: an adapted model.
+            row: the composition, ``{group: name | [names] | {name: weight}}``.
+
+        Returns:
+            The model.
+
+        Raises:
+            FeatureError, RoutingError: a row that cannot be encoded, or that activates nothing.
+            TargetError: the model is not adapted, or merged already, or its framework cannot do this.
+        """
+        folding = self.supporting(SupportsFolding, "merge_in_place")
+        active, adapter = self.composed("merge_in_place", model, row)
+        if (held := folding.folded(model)) is not None:
+            raise TargetError(f"the model is merged already, with {held!r}; unmerge(model) first")
+        folding.fold(model, row, lambda path: delta(adapter, path, active))
+        return model
+
+    def unmerge(self, model: M) -> M:
+        """Take a composition that ``merge_in_place`` folded in out again, bit for bit.
+
+        Returns:
+            The model.
+
+        Raises:
+            TargetError: the model is not adapted, or not merged.
+        """
+        folding = self.supporting(SupportsFolding, "unmerge")
+        self.config_of("unmerge", model)
+        if folding.folded(model) is None:
+            raise TargetError("the model is not merged; merge_in_place(model, row) merges it")
+        folding.unfold(model)
+        return model
+
+    def export_peft(
+        self, model: Any, row: Row, directory: Path_, *, compress_to: int | None = None
+    ) -> PeftExport:
+        """Write one composition as a PEFT LoRA: exact, opened by PEFT and vLLM.
+
+        Heads that were trained with the features go with it as whole modules (PEFT's ``modules_to_save``), which PEFT
+        opens and vLLM does not.
+
+        Args:
+            model: an adapted model; it is not changed.
+            row: the composition.
+            directory: the folder to write; vLLM's flags call the LoRA by its name.
+            compress_to: cut the composition to this rank where it has a larger one, and say what that costs. Default:
+                never cut. (vLLM serves ranks up to 512.)
+
+        Returns:
+            The LoRA's rank, its error if it was cut, and whether vLLM serves it with which flags; print its
+            ``message``.
+
+        Raises:
+            FeatureError, RoutingError: a row that cannot be encoded, or that activates nothing.
+            AdapterError: the composition has no update anywhere, or a trained parameter has no place in PEFT's format.
+            ConfigError: an ill-formed ``compress_to``.
+            TargetError: the model is not adapted.
+        """
+        peft = self.supporting(SupportsPeft, "export_peft")
+        active, adapter = self.composed("export_peft", model, row)
+        facts = peft.peft_facts(model)
+        config, tensors = as_peft(
+            adapter,
+            active,
+            target_modules=facts.target_modules,
+            fan_in_fan_out=facts.fan_in_fan_out,
+            base_model=facts.base_model,
+            task_type=facts.task_type,
+        )
+        error = 0.0
+        if compress_to is not None:
+            config, tensors, error = cut_to_rank(config, tensors, compress_to)
+        config, tensors = with_modules(config, tensors, facts.modules)
+        return write_peft(
+            directory,
+            config,
+            tensors,
+            error=error,
+            architecture=facts.architecture,
+            encoder_decoder=facts.encoder_decoder,
+            vocabulary=facts.vocabulary,
+        )

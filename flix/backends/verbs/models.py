@@ -1,0 +1,144 @@
+"""Models become adapted; what of them trains, what they have, and their base alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from flix.backends.verbs.shared import Shared
+from flix.core.adapter.adapter import (
+    LayerShape,
+)
+from flix.core.adapter.changes import Pair
+from flix.core.adapter.initial import initial_pairs
+from flix.core.adapter.sharing import chosen_features
+from flix.core.adapter.summary import Summary
+from flix.core.config.config import FlixConfig
+from flix.core.config.layout import check_strategy
+from flix.core.config.targets import select
+from flix.core.errors import ConfigError
+from flix.core.features.names import Feature
+
+M = TypeVar("M")
+
+
+class Models(Shared):
+    """Verbs about a model as a whole."""
+
+    def adapt(self, model: M, config: FlixConfig, *, strategy: str = "auto") -> M:
+        """Adapt a model: its targets get the features, everything else is frozen, and its call takes routing::
+
+            model(**batch, flix_features=ids, flix_weights=None)              # torch
+            model(x, flix_features=ids, flix_weights=None)                    # flax.nnx
+            model({"inputs": x, "flix_features": ids, "flix_weights": w})     # Keras
+
+        ids is int ``[B, W]`` or, for packed rows, ``[B, T, W]``, weights float in that shape (default 1). The model is
+        changed in place and stays an instance of its class; copies of it work. Around a Keras model comes a
+        ``FlixModel``. Heads that are to be trained are unfrozen by hand afterwards.
+
+        Args:
+            model: a plain model with targets among its layers: ``nn.Linear``, Conv1D and ``nn.Embedding`` in torch;
+                Linear, LinearGeneral, Einsum and Embed in flax.nnx; Dense, EinsumDense and Embedding in Keras.
+            config: the configuration.
+            strategy: how the sums are computed: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
+
+        Returns:
+            The adapted model.
+
+        Raises:
+            TargetError: patterns that match nothing or a layer that cannot be adapted; a model that is adapted already,
+                not built, or wrapped.
+            ConfigError: an unknown strategy, or one that cannot run here.
+        """
+        if not isinstance(config, FlixConfig):
+            raise ConfigError(f"adapt needs a FlixConfig, got {type(config).__name__}")
+        check_strategy(strategy)
+        self.check_plain(model)
+        infos = self.primitives.layers(model)
+        chosen = select(infos, config.target_modules, config.exclude_modules)
+
+        def values(path: str, shape: LayerShape) -> dict[Feature, Pair]:
+            ranks = {f: config.rank(path, f) for f in config.registry.live}
+            return initial_pairs(  # type: ignore[return-value]
+                seed=config.seed, layer=path, ranks=ranks, d_in=shape.d_in, d_out=shape.d_out
+            )
+
+        paths = [info.path for info in chosen]
+        return self.primitives.attach(model, config, paths, strategy, values)
+
+    def freeze(self, model: M, features: Any) -> M:
+        """Let these features of an adapted model train no more; the others stay as they are.
+
+        No optimizer moves a frozen feature, and state of an optimizer stays valid.
+
+        Args:
+            model: an adapted model.
+            features: ``[(group, name), ...]`` or ``{group: name or names}``.
+
+        Returns:
+            The model.
+
+        Raises:
+            FeatureError: an unknown feature.
+            TargetError: the model is not adapted.
+        """
+        registry = self.config_of("freeze", model).registry
+        chosen = chosen_features(registry, features)
+        return self.primitives.set_frozen(model, {*self.primitives.frozen(model), *chosen})
+
+    def thaw(self, model: M, features: Any = None) -> M:
+        """Let these features of an adapted model train again; default: all of them. Otherwise as ``freeze``."""
+        registry = self.config_of("thaw", model).registry
+        chosen = registry.live if features is None else chosen_features(registry, features)
+        return self.primitives.set_frozen(model, {*self.primitives.frozen(model)} - {*chosen})
+
+    def trainable_parameters(self, model: Any) -> Any:
+        """What an optimizer should get: all that trains. A list of parameters in torch, of variables in Keras, and an
+        ``nnx.State`` in JAX.
+
+        Raises:
+            TargetError: the model is not adapted.
+        """
+        self.config_of("trainable_parameters", model)
+        return self.primitives.parameters(model)
+
+    def summary(self, model: Any) -> Summary:
+        """Layers, ranks and parameter counts of an adapted model; ``print(summary(model))``.
+
+        Removed features are counted nowhere, frozen ones in the total alone.
+
+        Raises:
+            TargetError: the model is not adapted.
+        """
+        config = self.config_of("summary", model)
+        shapes, frozen = self.primitives.shapes(model), set(self.primitives.frozen(model))
+        sizes = dict.fromkeys(config.registry.live, 0)
+        for path, shape in shapes.items():
+            for feature in sizes:
+                sizes[feature] += config.rank(path, feature) * (shape.d_in + shape.d_out)
+        others = self.primitives.count(model)
+        return Summary(
+            layers=tuple(shapes),
+            total=others.total + sum(sizes.values()),
+            trainable=others.trainable + sum(n for f, n in sizes.items() if f not in frozen),
+            features=sizes,
+            ranks={f: int(config.ranks[f]) for f in sizes},  # type: ignore[index]
+        )
+
+    @contextmanager
+    def disable(self, model: Any) -> Iterator[None]:
+        """Inside, an adapted model is its base: no feature acts, whatever routing a call gives.
+
+        It switches the model itself, for every thread. Contexts may nest and overlap. Programs that were compiled by
+        hand before keep the state they were traced in: compile one for each.
+
+        Raises:
+            TargetError: the model is not adapted.
+        """
+        self.config_of("disable", model)
+        self.primitives.switch(model, 1)
+        try:
+            yield
+        finally:
+            self.primitives.switch(model, -1)

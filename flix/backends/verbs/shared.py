@@ -1,0 +1,101 @@
+"""What the verbs share: checks, and a model's features as an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flix.backends import messages
+from flix.backends.protocol import (
+    Backend,
+    Pairs,
+    SupportsHeads,
+    lacking,
+)
+from flix.core.adapter.adapter import (
+    Adapter,
+    LayerShape,
+    tensor_name,
+)
+from flix.core.adapter.changes import Pair
+from flix.core.adapter.composition import Composition, composition
+from flix.core.config.config import FlixConfig
+from flix.core.errors import TargetError
+from flix.core.features.names import Feature
+from flix.core.features.routing import Row
+
+
+class Shared:
+    """Verbs stand on one backend's primitives.
+
+    Attributes:
+        primitives: the backend's.
+    """
+
+    def __init__(self, primitives: Backend) -> None:
+        self.primitives = primitives
+
+    def config_of(self, verb: str, model: Any) -> FlixConfig:
+        config = self.primitives.adapted(model)
+        if config is None:
+            raise messages.not_adapted(verb, model)
+        return config
+
+    def check_plain(self, model: Any) -> None:
+        if self.primitives.adapted(model) is not None:
+            raise messages.adapted_already()
+        self.primitives.check_plain(model)
+
+    def adaptable(self, model: Any) -> dict[str, LayerShape]:
+        """Kind and sizes of every layer that is adapted or could be."""
+        infos = (info for info in self.primitives.layers(model) if info.kind)
+        return {info.path: LayerShape(info.d_in, info.d_out, info.kind) for info in infos}
+
+    def adapter_of(
+        self, model: Any, features: Collection[Feature] | None = None, copy: bool = False
+    ) -> Adapter:
+        """The model's features as an adapter; of some of them, an adapter that lacks the others' tensors."""
+        config = self.primitives.adapted(model)
+        assert config is not None
+        tensors = named(self.primitives.read(model, features))
+        if copy:
+            tensors = {name: np.array(value) for name, value in tensors.items()}
+        layers = dict(self.primitives.shapes(model))
+        return (Adapter if features is None else Adapter.partial)(config, layers, tensors)
+
+    def composed(self, verb: str, model: Any, row: Row) -> tuple[Composition, Adapter]:
+        """A row's composition, and an adapter of its features alone."""
+        active = composition(self.config_of(verb, model), row)
+        return active, self.adapter_of(model, [feature for feature, _ in active])
+
+    def heads(self) -> SupportsHeads | None:
+        return None if lacking(self.primitives, SupportsHeads) else self.primitives  # type: ignore[return-value]
+
+    def supporting(self, protocol: type, verb: str) -> Any:
+        if missing := lacking(self.primitives, protocol):
+            raise TargetError(
+                f"this backend does not offer {verb}: its primitives lack {', '.join(missing)}"
+            )
+        return self.primitives
+
+
+def named(pairs: Pairs) -> dict[str, NDArray[Any]]:
+    """Values under the names of adapter files."""
+    return {
+        tensor_name(path, part, feature): value
+        for path, layer in pairs.items()
+        for feature, pair in layer.items()
+        for part, value in zip("AB", pair, strict=True)
+    }
+
+
+def by_layer(adapter: Adapter) -> dict[str, dict[Feature, Pair]]:
+    """An adapter's pairs by layer and feature; without those of rank 0."""
+    config = adapter.config
+    return {
+        path: {f: adapter.pair(path, f) for f in config.registry.live if config.rank(path, f)}
+        for path in adapter.layers
+    }
