@@ -24,14 +24,14 @@ def adapted_already() -> TargetError:
 
 
 def weights_alone() -> RoutingError:
-    """Weights without features."""
+    """Weights without features (docs/specification.md §5.1.2)."""
     return RoutingError(
         "flix_weights was given without flix_features; weights belong to ids, so give both"
     )
 
 
 def unrouted_model(call: str) -> RoutingError:
-    """An adapted model was called without routing.
+    """An adapted model was called without routing (docs/specification.md §5.1.3).
 
     Args:
         call: how this framework's models are called with it.

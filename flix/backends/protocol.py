@@ -1,4 +1,4 @@
-"""The seam between flix and a framework: what a backend gives. Everything else is made from it, once.
+"""The seam between flix and a framework (docs/specification.md §5.1): what a backend gives. The rest is made from it.
 
 A backend's entry point (group ``flix.backends``) names a module. Its attribute ``primitives``, a module or an object,
 has every member of :class:`Backend`, and those of the ``Supports...`` protocols that its framework can offer. The verbs

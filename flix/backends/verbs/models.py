@@ -106,7 +106,7 @@ class Models(Shared):
     def summary(self, model: Any) -> Summary:
         """Layers, ranks and parameter counts of an adapted model; ``print(summary(model))``.
 
-        Removed features are counted nowhere, frozen ones in the total alone.
+        Removed features are counted nowhere (docs/specification.md §5.1.8), frozen ones in the total alone.
 
         Raises:
             TargetError: the model is not adapted.
@@ -128,7 +128,7 @@ class Models(Shared):
 
     @contextmanager
     def disable(self, model: Any) -> Iterator[None]:
-        """Inside, an adapted model is its base: no feature acts, whatever routing a call gives.
+        """Inside, an adapted model is its base, whatever routing a call gives (docs/specification.md §5.1.3).
 
         It switches the model itself, for every thread. Contexts may nest and overlap. Programs that were compiled by
         hand before keep the state they were traced in: compile one for each.
