@@ -62,11 +62,11 @@ conformance-nightly: $(VENV)/.dev
 
 # About 20 minutes; writes docs/speed.md and its plots. On a busy machine: make bench RUN="chrt -r 1".
 bench: $(VENV)/.dev
-	$(RUN) $(BIN)/python benchmarks/run.py
+	$(RUN) $(BIN)/python -m benchmarks.run
 
 # Tiny sizes, guards on; fails on a guard, never on a ratio.
 bench-smoke: $(VENV)/.dev
-	$(BIN)/python benchmarks/run.py --smoke
+	$(BIN)/python -m benchmarks.run --smoke
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -1,1 +1,1 @@
-"""What flix costs beside its peers: layers, whole models, and growth. ``python benchmarks/run.py`` runs it all."""
+"""What flix costs beside its peers: layers, whole models, and growth. ``python -m benchmarks.run`` runs it all."""

@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Arm:
             computed. Not timed.
         reset: done before every run, not timed: what an optimizer's ``zero_grad`` does.
         model: what holds the parameters, if anything does.
+        around: what is in force while the arm runs; entering and leaving it is not timed.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Arm:
     results: Callable[[Any], Results] = as_given
     reset: Callable[[], None] = _nothing
     model: Any = None
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,10 @@ def over(times: Mapping[str, Sequence[float]], base: str) -> dict[str, Figure]:
 def once(arm: Arm) -> tuple[float, Any]:
     """Seconds of one run, and what it returned."""
     arm.reset()
-    start = time.perf_counter()
-    out = arm.run()
-    return time.perf_counter() - start, out
+    with arm.around():
+        start = time.perf_counter()
+        out = arm.run()
+        return time.perf_counter() - start, out
 
 
 def interleave(

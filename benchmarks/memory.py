@@ -8,22 +8,28 @@ run; what it does not see is memory that no tensor owns, such as the BLAS librar
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import Arm
+from benchmarks.common import Arm, once
 
 
-def peak_bytes(run: Callable[[], Any], reset: Callable[[], None] = lambda: None) -> int:
+def peak_bytes(
+    run: Callable[[], Any],
+    reset: Callable[[], None] = lambda: None,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> int:
     """The most bytes that torch held at once during ``run``, above those held before.
 
     Args:
         run: the code.
         reset: done first, and not recorded: memory freed here was not allocated under the profiler.
+        around: what is in force while it runs; not recorded.
     """
     reset()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with around(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         held = run()
     events = [
         (event.start_ns(), event.nbytes())
@@ -40,6 +46,5 @@ def peak_bytes(run: Callable[[], Any], reset: Callable[[], None] = lambda: None)
 
 def arm_peak(arm: Arm) -> int:
     """:func:`peak_bytes` of an arm's run, after one that is not recorded."""
-    arm.reset()
-    arm.run()
-    return peak_bytes(arm.run, arm.reset)
+    once(arm)
+    return peak_bytes(arm.run, arm.reset, arm.around)

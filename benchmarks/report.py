@@ -4,20 +4,16 @@ The page keeps its own words; what is measured stands between markers, ``<!-- be
 ``<!-- /bench:NAME -->``, and is written anew from the JSON files of the last run. Parts that were not run keep what
 they had.
 
-    python benchmarks/report.py [--out benchmarks/out] [--docs docs]
+    python -m benchmarks.report [--out benchmarks/out] [--docs docs]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # the package, wherever this is started from
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 PARTS = (
     "layer-torch",

@@ -1,8 +1,8 @@
 """The whole suite: layers, whole models and growth, in every framework; JSON, plots, and the page docs/speed.md.
 
-    python benchmarks/run.py                       # everything, about 20 minutes on one core
-    python benchmarks/run.py --only layer,model    # or scale, or single parts such as model-t5
-    python benchmarks/run.py --smoke               # tiny sizes, guards on, nothing written to docs: about a minute
+    python -m benchmarks.run                       # everything, about 20 minutes on one core
+    python -m benchmarks.run --only layer,model    # or scale, or single parts such as model-t5
+    python -m benchmarks.run --smoke               # tiny sizes, guards on, nothing written to docs: about a minute
 
 Parts run one after another, each in a process of its own, so that frameworks, threads and memory do not mix. In the
 smoke run the parts of one framework share a process and the frameworks run side by side; its figures mean nothing, but
@@ -20,21 +20,18 @@ import sys
 import time
 from pathlib import Path
 
-if __name__ == "__main__":  # the package, wherever this is started from
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from benchmarks.report import PARTS, ROOT, bars_table, read_results, write_docs
 
 SUITES = {
-    "layer-torch": "benchmarks.layer:suite",
-    "layer-jax": "benchmarks.jax_layer:suite",
-    "layer-tensorflow": "benchmarks.tensorflow_layer:suite",
-    "model-t5": "benchmarks.model_torch:t5",
-    "model-gpt2": "benchmarks.model_torch:gpt2",
-    "model-jax": "benchmarks.model_jax:suite",
-    "model-keras": "benchmarks.model_keras:suite",
-    "scale": "benchmarks.scale:suite",
-    "paging": "benchmarks.paging:suite",
+    "layer-torch": "benchmarks.layer.torch_layer:suite",
+    "layer-jax": "benchmarks.layer.jax_layer:suite",
+    "layer-tensorflow": "benchmarks.layer.tensorflow_layer:suite",
+    "model-t5": "benchmarks.model.torch_model:t5",
+    "model-gpt2": "benchmarks.model.torch_model:gpt2",
+    "model-jax": "benchmarks.model.jax_model:suite",
+    "model-keras": "benchmarks.model.keras_model:suite",
+    "scale": "benchmarks.scale.layer_growth:suite",
+    "paging": "benchmarks.scale.paging:suite",
 }
 SMOKE_PROCESSES = (
     ("model-t5", "model-gpt2"),
@@ -84,7 +81,8 @@ def measure(parts: list[str], out: Path, smoke: bool) -> None:
 
 def start(parts: list[str], out: Path, smoke: bool) -> subprocess.Popen[bytes]:
     """A process that runs parts; in the smoke run it shares the cores and its errors wait for it to end."""
-    command = [sys.executable, __file__, "--worker", ",".join(parts), "--out", str(out)]
+    worker = ["-m", "benchmarks.run", "--worker", ",".join(parts), "--out", str(out)]
+    command = [sys.executable, *worker]
     environment = {**os.environ, **ENVIRONMENT}
     if smoke:
         command.append("--smoke")

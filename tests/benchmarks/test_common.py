@@ -1,5 +1,6 @@
 """Rounds, medians and limits."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -38,6 +39,22 @@ def test_rounds_interleave_and_turn_round(monkeypatch):
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
     assert len(seen) == 6
     assert all(name == out for name, out in seen)
+
+
+def test_what_is_around_a_run_is_not_timed(monkeypatch):
+    clock, order = itertools.count(), []
+
+    @contextlib.contextmanager
+    def around():
+        next(clock)
+        order.append("in")
+        yield
+        next(clock)
+        order.append("out")
+
+    monkeypatch.setattr(common.time, "perf_counter", lambda: float(next(clock)))
+    seconds, out = common.once(Arm("a", lambda: order.append("run") or 7, around=around))
+    assert (seconds, out, order) == (1.0, 7, ["in", "run", "out"])
 
 
 def test_a_limit_leaves_three_rounds():

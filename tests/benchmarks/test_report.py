@@ -6,7 +6,6 @@ import pytest
 
 from benchmarks import report
 from benchmarks.common import Bar, Figure, Plot, Result, Table, environment
-from benchmarks.run import SUITES, chosen
 
 FIGURE = {"median": 1.234, "low": 1.2, "high": 1.3}
 
@@ -84,11 +83,3 @@ def test_the_page_and_its_plots(tmp_path):
     assert (docs / "images" / "b.png").exists()
     report.write_docs(out, docs)
     assert (docs / "speed.md").read_text(encoding="utf-8") == page
-
-
-def test_parts_are_chosen_by_name():
-    assert chosen("") == list(report.PARTS) == list(SUITES)
-    assert chosen("layer") == ["layer-torch", "layer-jax", "layer-tensorflow"]
-    assert chosen("scale,model-t5") == ["model-t5", "scale"]
-    with pytest.raises(SystemExit, match="no part"):
-        chosen("sale")

@@ -6,7 +6,7 @@ round. Every function gives back its output and its gradients, so that nothing i
 definition before the clock starts: the frozen layer's are to x, the adapted layer's to x, A and B
 (``tf.IndexedSlices``, as an optimizer gets them).
 
-    python benchmarks/tensorflow_layer.py [--rounds 30] [--scaling] [--optimizer] [--jit] [--json]
+    python -m benchmarks.layer.tensorflow_layer [--rounds 30] [--scaling] [--optimizer] [--jit] [--json]
 """
 
 from __future__ import annotations
@@ -14,13 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # the package, wherever this is started from
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -40,7 +35,7 @@ from benchmarks.common import (
     ratio_table,
 )
 from benchmarks.guards import guard
-from benchmarks.layer_problem import ACTIVE, RANK, SHAPES, Problem, make_problem
+from benchmarks.layer.problem import ACTIVE, RANK, SHAPES, Problem, make_problem
 from flix.backends.tensorflow import FlixDense, keep_absent
 
 BARS = {768: 1.20, 2048: 1.08}

@@ -4,28 +4,23 @@ Time is that of forward and backward, as in ``layer.py``; memory is the peak of 
 at every number of registered features. What an optimizer adds is shown beside: it walks over all parameters, though it
 moves those of the batch alone.
 
-    python benchmarks/scale.py [--smoke]
+    python -m benchmarks.scale.layer_growth [--smoke]
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import Any
-
-if __name__ == "__main__":  # the package, wherever this is started from
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import statistics
+import sys
 import time
+from typing import Any
 
 import torch
 
 from benchmarks.common import Arm, Bar, Figure, Plot, Result, Table, environment, interleave, over
 from benchmarks.guards import guard
-from benchmarks.layer_problem import GROWTH, RANK, SHAPES, Problem, make_problem
+from benchmarks.layer.problem import GROWTH, RANK, SHAPES, Problem, make_problem
+from benchmarks.layer.torch_arms import flix_arm, frozen_arm, unused_gradients
 from benchmarks.memory import arm_peak
-from benchmarks.torch_arms import flix_arm, frozen_arm, unused_gradients
 
 RANKS, WIDTHS = (1, 2, 4, 8, 16, 32, 64), (1, 2, 3, 4, 6, 8)
 BARS = {2000: 1.05, 10_000: 1.10}

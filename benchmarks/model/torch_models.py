@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.layer_problem import RANK, Feature
-from benchmarks.model_problem import LORA_RANK, MixedBatch
-from flix.backends.torch import adapt
-from flix.backends.torch.model import flix_layers
+from benchmarks.layer.problem import RANK, Feature
+from benchmarks.model.problem import LORA_RANK, MixedBatch, randomized
+from flix.backends.torch import adapt, load_into, named_pairs, to_adapter
 
 Make = Callable[[], nn.Module]
 
@@ -52,12 +51,12 @@ def adapter(features: Feature | Sequence[Feature]) -> str:
 def flix_model(make: Make, batch: MixedBatch) -> nn.Module:
     """The model adapted by flix, with updates that are not zero."""
     model = adapt(make(), batch.config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, layer in flix_layers(model):
-            for _, _, b in layer.pairs():
-                b.normal_(std=0.02, generator=generator)
-    return model
+    return load_into(model, randomized(to_adapter(model)))
+
+
+def adapted_paths(model: nn.Module) -> list[str]:
+    """The paths of a model's layers that flix has adapted."""
+    return list(dict.fromkeys(name.rsplit(".", 3)[0] for name in named_pairs(model)))
 
 
 def frozen_model(make: Make) -> nn.Module:
@@ -117,12 +116,13 @@ def peft_features(make: Make, batch: MixedBatch, like: nn.Module | None = None) 
     for name in others:
         model.add_adapter(name, _config(RANK, task_type=kind))
     if like is not None:
+        pairs = named_pairs(like)
         with torch.no_grad():
-            for path, layer in flix_layers(like):
+            for path in adapted_paths(like):
                 twin = model.base_model.model.get_submodule(path)
-                for feature, name in names.items():
-                    twin.lora_A[name].weight.copy_(layer.flix_A[feature])
-                    twin.lora_B[name].weight.copy_(layer.flix_B[feature])
+                for (group, feature), name in names.items():
+                    twin.lora_A[name].weight.copy_(pairs[f"{path}.A.{group}.{feature}"])
+                    twin.lora_B[name].weight.copy_(pairs[f"{path}.B.{group}.{feature}"])
     return model
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 import flix
-from benchmarks.layer_problem import ACTIVE, RANK, Feature, make_registry
+from benchmarks.layer.problem import ACTIVE, RANK, Feature, make_registry
 
 ROWS, COMPOSITIONS, FEATURES = 16, 12, 25
 LORA_RANK = ACTIVE * RANK
@@ -55,3 +57,15 @@ class MixedBatch:
             f"{len(self.rows)} rows over {len(self.groups)} compositions of {FEATURES} features of rank {RANK} (each row one "
             f"language and one task; {len(self.features)} features take part), shuffled"
         )
+
+
+def randomized(adapter: flix.Adapter) -> flix.Adapter:
+    """The adapter with random B, so that its updates are not zero; the same in every framework."""
+    rng = np.random.default_rng(1)
+    tensors = {
+        name: rng.normal(size=value.shape).astype(value.dtype) * value.dtype.type(0.02)
+        if name.rsplit(".", 3)[1] == "B"
+        else value
+        for name, value in sorted(adapter.tensors.items())
+    }
+    return replace(adapter, tensors=tensors)

@@ -5,24 +5,21 @@ the frozen layer's backward is the gradient of x alone and a method's that of x 
 its output and its gradients under a given cotangent, so that nothing can be pruned, and they are held to the definition
 before the clock starts. Rounds are interleaved, and the figure is the median of the rounds' ratios.
 
-    python benchmarks/jax_layer.py                 # both sizes, then 25 to 2000 registered features
-    python benchmarks/jax_layer.py --crossover     # gather against masked over tokens a row and union
-    python benchmarks/jax_layer.py --json out.json
+    python -m benchmarks.layer.jax_layer                 # both sizes, then 25 to 2000 registered features
+    python -m benchmarks.layer.jax_layer --crossover     # gather against masked over tokens a row and union
+    python -m benchmarks.layer.jax_layer --json out.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # the package, wherever this is started from
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+from benchmarks import jax_settings  # noqa: F401 - before JAX
 
-from benchmarks import jax_settings  # noqa: F401, I001 - before JAX
+# isort: split
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +38,7 @@ from benchmarks.common import (
     ratio_table,
 )
 from benchmarks.guards import guard
-from benchmarks.layer_problem import ACTIVE, RANK, SHAPES, Problem, make_problem
+from benchmarks.layer.problem import ACTIVE, RANK, SHAPES, Problem, make_problem
 from flix.backends.jax import LayerBank, gather, init, linear, linear_rows, touched
 
 BARS = {768: 1.20, 2048: 1.06}

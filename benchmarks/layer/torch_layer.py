@@ -7,18 +7,14 @@ respect to the input and the adapter's parameters, and the base is frozen. Gradi
 an optimizer's zero_grad does. Before the clock starts, every candidate's output and gradients are held to the
 definition.
 
-    python benchmarks/layer.py [--rounds 21] [--threads 1] [--json FILE] [--smoke] [--crossover]
+    python -m benchmarks.layer.torch_layer [--rounds 21] [--threads 1] [--json FILE] [--smoke] [--crossover]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-if __name__ == "__main__":  # the package, wherever this is started from
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
@@ -36,9 +32,8 @@ from benchmarks.common import (
     ratio_table,
 )
 from benchmarks.guards import guard
-from benchmarks.layer_problem import ACTIVE, GROWTH, RANK, SHAPES, Problem, make_problem
-from benchmarks.memory import arm_peak
-from benchmarks.torch_arms import (
+from benchmarks.layer.problem import ACTIVE, GROWTH, RANK, SHAPES, Problem, make_problem
+from benchmarks.layer.torch_arms import (
     flix_arm,
     frozen_arm,
     peft_loop_arm,
@@ -46,6 +41,7 @@ from benchmarks.torch_arms import (
     peft_single_arm,
     unused_gradients,
 )
+from benchmarks.memory import arm_peak
 
 AUTO = "flix, auto, which plans the batch too"
 PLANNED = "**flix, auto, in a batch that is planned**"

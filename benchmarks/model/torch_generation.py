@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import torch_models as models
 from benchmarks.common import Arm, Figure, Table, figure, interleave, over
 from benchmarks.guards import guard
-from benchmarks.model_problem import LORA_RANK, MixedBatch
+from benchmarks.model import torch_models as models
+from benchmarks.model.problem import LORA_RANK, MixedBatch
 
 BASE, FLIX = "base model", "**flix**"
 PASSES = "PEFT `adapter_names`, a pass for each of the two features (no sum)"

@@ -4,18 +4,14 @@ A decoder of transformer blocks with random weights; every Dense layer of the bl
 the whole batch: it cannot route rows, and is here as the cost of equal arithmetic. The step is Keras's own
 (``train_on_batch``), without XLA, with one thread.
 
-    python benchmarks/model_keras.py [--smoke]
+    python -m benchmarks.model.keras_model [--smoke]
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # the package, wherever this is started from
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -27,10 +23,9 @@ from keras import layers, ops
 
 from benchmarks.common import Arm, Result, Table, environment, figure, interleave, over
 from benchmarks.guards import guard
-from benchmarks.model_problem import LORA_RANK, MixedBatch
-from benchmarks.tensorflow_layer import one_thread
-from flix.backends.tensorflow import adapt, merge
-from flix.backends.tensorflow._base import flix_layers
+from benchmarks.layer.tensorflow_layer import one_thread
+from benchmarks.model.problem import LORA_RANK, MixedBatch, randomized
+from flix.backends.tensorflow import adapt, load_into, merge, to_adapter
 
 PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "numpy")
 FROZEN, FLIX = "frozen model", "**flix**"
@@ -94,14 +89,7 @@ def _compile(model: keras.Model) -> keras.Model:
 def flix_model(base: keras.Model, batch: MixedBatch) -> keras.Model:
     """The model adapted by flix, with updates that are not zero."""
     model = adapt(base, batch.config)
-    rng = np.random.default_rng(1)
-    for _, layer in flix_layers(model.base):
-        pairs = {feature: (a, b) for feature, a, b in layer.pairs()}
-        layer.set_pairs(
-            {feature: a for feature, (a, _) in pairs.items()},
-            {feature: rng.normal(size=b.shape) * 0.02 for feature, (_, b) in pairs.items()},
-        )
-    return _compile(model)
+    return _compile(load_into(model, randomized(to_adapter(model))))
 
 
 def lora_model(base: keras.Model) -> keras.Model:

@@ -6,7 +6,7 @@ backward is called, so that one backward for all would be wrong); ``adapter_name
 it in training). Under equal weights flix, the loop and the concatenated adapters must agree, gradients included,
 before the clock starts.
 
-    python benchmarks/model_torch.py [--smoke]
+    python -m benchmarks.model.torch_model [--smoke]
 """
 
 from __future__ import annotations
@@ -15,16 +15,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # the package, wherever this is started from
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import torch_models as models
 from benchmarks.common import (
     Arm,
     Bar,
@@ -39,10 +34,11 @@ from benchmarks.common import (
 )
 from benchmarks.guards import check_values, guard
 from benchmarks.memory import peak_bytes
-from benchmarks.model_problem import LORA_RANK, MixedBatch
-from benchmarks.torch_generation import generation, tolerance
-from flix.backends.torch import trainable_parameters
-from flix.backends.torch.model import flix_layers
+from benchmarks.model import torch_models as models
+from benchmarks.model.problem import LORA_RANK, MixedBatch
+from benchmarks.model.torch_generation import generation, tolerance
+from benchmarks.torch_gradients import pair_gradients
+from flix.backends.torch import named_pairs, trainable_parameters
 
 PACKAGES = ("torch", "transformers", "peft", "numpy")
 FROZEN, FLIX = "frozen model", "**flix**"
@@ -78,24 +74,19 @@ def _train_arm(
 
 
 def _flix_gradients(model: nn.Module) -> dict[str, Any]:
-    found = {}
-    for path, layer in flix_layers(model):
-        for feature, a, b in layer.pairs():
-            for which, parameter in (("A", a), ("B", b)):
-                if parameter.grad is not None:
-                    found[f"d{which} {path} {feature}"] = parameter.grad.numpy()
-    return found
+    found = pair_gradients(named_pairs(model), model.parameters())
+    return {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
 def _peft_gradients(model: Any, batch: MixedBatch, paths: list[str]) -> dict[str, Any]:
     found = {}
     for path in paths:
         layer = model.base_model.model.get_submodule(path)
-        for feature in batch.features:
-            name = models.adapter(feature)
+        for group, feature in batch.features:
             for which, bank in (("A", layer.lora_A), ("B", layer.lora_B)):
-                gradient = bank[name].weight.grad
-                found[f"d{which} {path} {feature}"] = None if gradient is None else gradient.numpy()
+                gradient = bank[models.adapter((group, feature))].weight.grad
+                name = f"{path}.{which}.{group}.{feature}"
+                found[name] = None if gradient is None else gradient.numpy()
     return found
 
 
@@ -126,7 +117,7 @@ def training_arms(
     single = models.peft_single(make)
     loop = models.peft_features(make, batch, like=flix_model)
     built: dict[str, Any] = {FROZEN: frozen, FLIX: flix_model, SINGLE: single, LOOP: loop}
-    paths = [path for path, _ in flix_layers(flix_model)]
+    paths = models.adapted_paths(flix_model)
     adapted = [n for n, m in loop.base_model.model.named_modules() if hasattr(m, "lora_A")]
     if paths != adapted:
         raise AssertionError("flix and PEFT adapt different layers")
@@ -173,7 +164,7 @@ def training_arms(
         model.train()
     arms[1].reset()
     expected = arms[1].results(arms[1].run())
-    wanted = {f"dA {p} {f}" for p in paths for f in batch.features}
+    wanted = {f"{path}.A.{group}.{name}" for path in paths for group, name in batch.features}
     if not wanted <= set(expected) or len(expected) != 2 * len(wanted) + 1:
         raise AssertionError("flix's gradients are not those of the batch's features")
     guard(arms[0], ["loss"])

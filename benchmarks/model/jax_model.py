@@ -5,20 +5,18 @@ LoRA for the whole batch: it cannot route rows, and is here as the cost of equal
 model and optimizer are donated, and what a step computes is returned: the loss, and through the optimizer's state the
 gradients.
 
-    python benchmarks/model_jax.py [--smoke]
+    python -m benchmarks.model.jax_model [--smoke]
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # the package, wherever this is started from
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+from benchmarks import jax_settings  # noqa: F401 - before JAX
 
-from benchmarks import jax_settings  # noqa: F401, I001 - before JAX
+# isort: split
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +26,16 @@ from flax import nnx
 
 from benchmarks.common import Arm, Result, Table, environment, figure, interleave, over
 from benchmarks.guards import guard
-from benchmarks.model_problem import LORA_RANK, MixedBatch
-from flix.backends.jax import FlixOptimizer, adamw, adapt, merge, value_and_grad
-from flix.backends.jax.model import flix_layers
+from benchmarks.model.problem import LORA_RANK, MixedBatch, randomized
+from flix.backends.jax import (
+    FlixOptimizer,
+    adamw,
+    adapt,
+    load_into,
+    merge,
+    to_adapter,
+    value_and_grad,
+)
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 FROZEN, FLIX = "frozen model", "**flix**"
@@ -81,12 +86,7 @@ def loss_of(logits: Any, tokens: Any) -> Any:
 
 def _flix(make: Any, batch: MixedBatch) -> Any:
     model = adapt(make(), batch.config)
-    rng = np.random.default_rng(1)
-    for _, layer in flix_layers(model):
-        layer.flix_B[...] = jnp.asarray(
-            rng.standard_normal(layer.flix_B.shape, np.float32) * np.float32(0.02)
-        )
-    return model
+    return load_into(model, randomized(to_adapter(model)))
 
 
 def _lora(make: Any) -> Any:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import Arm, Results
-from benchmarks.layer_problem import Feature, Problem
+from benchmarks.layer.problem import Feature, Problem
+from benchmarks.torch_gradients import pair_gradients
 from flix.backends.torch import FlixLinear, route
-from flix.backends.torch._context import activated, make_routing
 
 Forward = Callable[[Tensor], Tensor]
 Gradients = Callable[[], Results]
@@ -94,20 +95,28 @@ def flix_arm(
             layer.flix_B[feature].copy_(torch.from_numpy(pair.b))
     ids = torch.from_numpy(problem.ids)
 
-    before = make_routing(problem.registry, ids)
-
-    def forward(x: Tensor) -> Tensor:
-        with activated(before) if planned else route(problem.registry, ids):
+    def routed(x: Tensor) -> Tensor:
+        with route(problem.registry, ids):
             return layer(x)
 
-    def gradients() -> Results:
-        found = {}
-        for feature, a, b in layer.pairs():
-            if feature in problem.pairs or a.grad is not None or b.grad is not None:
-                found[f"dA {feature}"], found[f"dB {feature}"] = _numpy(a.grad), _numpy(b.grad)
-        return found
+    first = FlixLinear(1, 1, config=problem.config)
 
-    return make_arm(name, problem, layer, forward, gradients, backward)
+    @contextmanager
+    def planned_before() -> Iterator[None]:
+        with route(problem.registry, ids):
+            first(torch.zeros(len(ids), 1, 1))
+            yield
+
+    def gradients() -> Results:
+        features = problem.registry.features
+        pairs = {f"dA {f}": layer.flix_A[f] for f in features}
+        pairs |= {f"dB {f}": layer.flix_B[f] for f in features}
+        return pair_gradients(pairs, layer.parameters())
+
+    arm = make_arm(name, problem, layer, layer if planned else routed, gradients, backward)
+    if planned:
+        arm.around = planned_before
+    return arm
 
 
 def unused_gradients(arm: Arm, problem: Problem) -> list[str]:

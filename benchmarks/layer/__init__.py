@@ -1,0 +1,1 @@
+"""One adapted layer over the frozen one, in every framework."""

@@ -1,0 +1,1 @@
+"""Whole models: training steps and generation of mixed batches, in every framework."""

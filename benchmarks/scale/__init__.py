@@ -1,0 +1,1 @@
+"""Growth: with registered features, with rank, with what a device holds."""
