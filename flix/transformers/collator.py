@@ -48,7 +48,7 @@ class FlixCollator:
         columns: the column of each group that rows name: ``{"language": "lang"}``; default: a column of the group's
             own name for each group. Groups whose every feature others imply may then be left out by rows.
         unknown: what unknown features do; default: the configuration's rule.
-        width: slots of a row; default: as many as a row activates that names one feature of each group, with what
+        width: entries of a row; default: as many as a row activates that names one feature of each group, with what
             they imply. A batch that needs more gets a multiple of it.
         per_token: rows hold several segments, as :func:`pack` makes them: their columns are lists with one entry a
             segment, and ``flix_features`` is ``[batch, length, width]``. The segments' lengths are read from a
@@ -94,7 +94,7 @@ class FlixCollator:
         self.unknown: Unknown = given if unknown is None else unknown
         check_policy(self.unknown)
         if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):  # fmt: skip
-            raise ConfigError(f"width must be a positive number of slots or None, got {width!r}")
+            raise ConfigError(f"width must be a positive number of entries or None, got {width!r}")
         self.width = width
         self.usual_width = usual_width(self.registry, self.columns) if width is None else width
         self.per_token = per_token

@@ -20,7 +20,7 @@ CITATION = re.compile(rf"specification\.md`*((?:[,;]?[\s#]+(?:and\s+)?{NUMBER})*
 WORDS = {
     *("feature", "group", "row", "routing", "id", "width", "composition", "union", "pair", "rank", "slot", "scale"),
     *("bank", "layout", "cell", "strategy", "adapter", "head", "base", "kernel", "position", "verb", "primitive"),
-    "oracle",
+    "entry", "oracle",
 }  # fmt: skip
 
 

@@ -45,8 +45,8 @@ def test_the_language_alone_is_dropped_in_training(data):
     dropped = settings.feature_dropout(routing, seed=0, step=0)
     languages = set(settings.registry.ids_of("language"))
     gone = (dropped.ids < 0).mean(axis=0)
-    for slot, feature in enumerate(routing.ids[0].tolist()):
-        assert gone[slot] == pytest.approx(0.5 if feature in languages else 0.0, abs=0.05)
+    for entry, feature in enumerate(routing.ids[0].tolist()):
+        assert gone[entry] == pytest.approx(0.5 if feature in languages else 0.0, abs=0.05)
 
 
 def test_unseen_combinations_are_served_without_the_language(data):

@@ -42,7 +42,7 @@ def test_batches() -> None:
         ],
         width=4,
     )
-    # Three features in a row are more than the usual two: twice as many slots.
+    # Three features in a row are more than the usual two: twice as many entries.
     assert np.array_equal(batch["flix_features"].numpy(), wanted.ids)
     assert np.array_equal(batch["flix_weights"].numpy(), wanted.weights)
 

@@ -68,7 +68,7 @@ def initial_pairs(case: Case) -> Pairs:
 def dropped(
     config: flix.FlixConfig, ids: Array, weights: Array, *, seed: int, step: int, first_row: int
 ) -> tuple[Array, Array]:
-    """Routing after feature dropout: dropped slots hold -1 and 0."""
+    """Routing after feature dropout: dropped entries hold -1 and 0."""
     dropout = config.feature_dropout
     assert dropout is not None
     features = config.registry.features

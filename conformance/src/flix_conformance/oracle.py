@@ -45,7 +45,7 @@ def dense_x(case: Case) -> Array:
 
 
 def _terms(case: Case) -> Iterator[tuple[tuple[int, ...], int, Feature, float]]:
-    """(position of the routing, slot, feature, weight) of all that acts."""
+    """(place in the routing, entry, feature, weight) of all that acts."""
     for place in np.ndindex(*case.ids.shape):
         number = int(case.ids[place])
         feature = case.registry.features[number] if number >= 0 else None
@@ -72,12 +72,12 @@ def gradients(case: Case, dy: Array) -> Gradients:
     dx = dy @ case.kernel.astype(np.float64).T
     d_weights = np.zeros(case.ids.shape)
     pairs = {f: (np.zeros(a.shape), np.zeros(b.shape)) for f, (a, b) in sorted(case.pairs.items())}
-    for place, slot, feature, weight in _terms(case):
+    for place, entry, feature, weight in _terms(case):
         a, b = (part.astype(np.float64) for part in case.pairs[feature])
         s = scale(case, feature)
         here, there = x[place].reshape(-1, case.d_in), dy[place].reshape(-1, case.d_out)
         h, dh = here @ a.T, there @ b
-        d_weights[(*place, slot)] = s * (h * dh).sum()
+        d_weights[(*place, entry)] = s * (h * dh).sum()
         da, db = pairs[feature]
         da += weight * s * dh.T @ here
         db += weight * s * there.T @ h

@@ -147,8 +147,10 @@ class Draw:
 
     def routing(self, chosen: Signature, *, alike: bool = False) -> tuple[Array, Array]:
         """Ids and weights in a signature's shape: few compositions, shared among the rows."""
-        slot = st.tuples(st.integers(-1, len(chosen.config.registry) - 1), st.sampled_from(WEIGHTS))
-        row = st.lists(slot, min_size=chosen.width, max_size=chosen.width)
+        entry = st.tuples(
+            st.integers(-1, len(chosen.config.registry) - 1), st.sampled_from(WEIGHTS)
+        )
+        row = st.lists(entry, min_size=chosen.width, max_size=chosen.width)
         compositions = self(st.lists(row, min_size=1, max_size=1 if alike else 3))
         shape = chosen.routed
         count = int(np.prod(shape[:-1]))

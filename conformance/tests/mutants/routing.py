@@ -22,8 +22,8 @@ class Normalises(Layer):
         return super().forward(x, ids, weights)
 
 
-@mutant("gives the first slot more say than the others", "permuted_features")
-class FirstSlotMatters(Layer):
+@mutant("gives the first entry more say than the others", "permuted_features")
+class FirstEntryMatters(Layer):
     def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
         weights = np.where(ids < 0, 0, 1).astype(np.float32) if weights is None else weights.copy()
         weights[..., :1] *= 1.25
@@ -69,8 +69,8 @@ class PaddingActs(Layer):
         return super().forward(x, np.where(ids == -1, last, ids), weights)
 
 
-@mutant("forgets the last slot", "padding")
-class LastSlotLost(Layer):
+@mutant("forgets the last entry", "padding")
+class LastEntryLost(Layer):
     def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
         super().forward(x, ids, weights)
         return super().forward(x, ids[..., :-1], None if weights is None else weights[..., :-1])

@@ -43,7 +43,7 @@ class Routing:
 
     @property
     def width(self) -> int:
-        """The number of slots in a row."""
+        """The number of entries in a row."""
         return int(self.ids.shape[-1])
 
     def __getitem__(self, rows: Any) -> Routing:
@@ -82,7 +82,7 @@ def encode(
         unknown: what an unknown feature does: ``"error"``; ``"skip"`` (the row's other features still act);
             ``"mean"`` (all features of its group, each with weight 1/n); or a mapping from the unknown name
             to a known one, or to several that share its weight equally. Unknown groups are always an error.
-        width: the number of slots; default: as many as the fullest row needs (at least 1).
+        width: the number of entries of a row; default: as many as the fullest row needs (at least 1).
         group_weights: a factor for every feature of a group.
 
     Raises:

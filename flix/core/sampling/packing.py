@@ -38,8 +38,8 @@ def pack(
             ``attention_mask`` must be all ones.
         length: tokens of a packed row.
         causal: the labels are those of a causal language model, which compares position t with label t + 1: missing
-            ones are copied from ``input_ids``, and the first of each segment is ignored, since the segment
-            before would have to foretell it. False: labels belong to their own positions.
+            ones are copied from ``input_ids``, and the first of each segment is ignored: the segment before it
+            cannot predict it. False: labels belong to their own positions.
         pad_token_id: fills what is left.
 
     Returns:

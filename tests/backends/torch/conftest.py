@@ -101,7 +101,7 @@ def dense(
         replaced = {}
         for path, kind in kinds.items():
             kernel = plain[f"{path}.weight"]
-            for slot, feature_id in enumerate(ids[row].tolist()):
+            for entry, feature_id in enumerate(ids[row].tolist()):
                 if feature_id < 0:
                     continue
                 feature = settings.registry.features[feature_id]
@@ -109,7 +109,7 @@ def dense(
                 if a is None:
                     continue
                 b = pairs[f"{path}.B.{feature[0]}.{feature[1]}"]
-                update = weights[row, slot] * settings.scale(path, feature) * (b @ a)
+                update = weights[row, entry] * settings.scale(path, feature) * (b @ a)
                 kernel = kernel + (update if kind == "FlixLinear" else update.t())
             own = plain[f"{path}.weight"]
             for name, parameter in base.named_parameters(remove_duplicate=False):

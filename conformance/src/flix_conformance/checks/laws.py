@@ -73,10 +73,10 @@ def _rows(case: Case, chosen: Array) -> Case:
 def inactive_is_absent(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend, weighted=True)
     assert case.weights is not None
-    slot = draw.integer(0, case.ids.shape[-1] - 1)
+    entry = draw.integer(0, case.ids.shape[-1] - 1)
     weights, ids = case.weights.copy(), case.ids.copy()
-    weights[..., slot] = 0.0
-    ids[..., slot] = -1
+    weights[..., entry] = 0.0
+    ids[..., entry] = -1
     silenced = case.but(weights=weights)
     # Features without any say get other values.
     acting = {case.registry.features[i] for i in np.unique(ids[weights != 0]) if i >= 0}
@@ -95,7 +95,7 @@ def split_batch(draw: Draw, backend: Backend) -> None:
     close(joined, output(backend, case), _size(case), case.dtype, "the output", slack=2.0)
 
 
-@check("slots of -1 do nothing, wherever they stand and whatever their weight")
+@check("entries of -1 do nothing, wherever they stand and whatever their weight")
 def padding(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend)
     wider = (*case.ids.shape[:-1], case.ids.shape[-1] + 2)
@@ -113,11 +113,11 @@ def padding(draw: Draw, backend: Backend) -> None:
 def listed_twice(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend, weighted=True)
     assert case.weights is not None
-    slot = draw.integer(0, case.ids.shape[-1] - 1)
+    entry = draw.integer(0, case.ids.shape[-1] - 1)
     share = np.float32(draw.one_of([0.5, -1.0, 2.0]))
-    ids = np.concatenate([case.ids, case.ids[..., slot : slot + 1]], -1)
-    weights = np.concatenate([case.weights, share * case.weights[..., slot : slot + 1]], -1)
-    weights[..., slot] -= weights[..., -1]
+    ids = np.concatenate([case.ids, case.ids[..., entry : entry + 1]], -1)
+    weights = np.concatenate([case.weights, share * case.weights[..., entry : entry + 1]], -1)
+    weights[..., entry] -= weights[..., -1]
     other = case.but(ids=ids, weights=weights)
     size = _size(other)
     close(output(backend, other), output(backend, case), size, case.dtype, "the output", 2.0)

@@ -64,12 +64,12 @@ def _grown(case: Case, group: str, rank: int, **settings: Any) -> flix.FlixConfi
 
 
 def _routed_to(draw: Draw, case: Case, number: int) -> Case:
-    """The case with a feature in one slot of every row."""
-    slot = draw.integer(0, case.ids.shape[-1] - 1)
+    """The case with a feature in one entry of every row."""
+    entry = draw.integer(0, case.ids.shape[-1] - 1)
     ids, weights = case.ids.copy(), None if case.weights is None else case.weights.copy()
-    ids[..., slot] = number
+    ids[..., entry] = number
     if weights is not None:
-        weights[..., slot] = draw.one_of([1.0, 0.5, -2.0])
+        weights[..., entry] = draw.one_of([1.0, 0.5, -2.0])
     return case.but(ids=ids, weights=weights)
 
 
