@@ -27,7 +27,7 @@ def feature_columns(
 
     Raises:
         MixtureError: none, or one twice.
-        FeatureError: one that is no group of the registry.
+        FeatureError: one that is not a group of the registry.
     """
     if given is not None:
         names = [given] if isinstance(given, str) else list(given)
@@ -101,7 +101,7 @@ def check_columns(source: Source, columns: Sequence[str]) -> None:
     for name in source.features:
         if name not in columns:
             raise MixtureError(
-                f"{source.label} declares {name!r}, which is no feature column{near(name, columns)}; "
+                f"{source.label} declares {name!r}, which is not a feature column{near(name, columns)}; "
                 f"the feature columns are: {listed(columns)}"
             )
         if name in present:

@@ -27,7 +27,7 @@ class MixtureTrainer(FlixTrainer):
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]
-    """Passes on what the Trainer says, and stops a run whose loss is no number."""
+    """Passes on what the Trainer says, and stops a run whose loss is not a number."""
 
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter

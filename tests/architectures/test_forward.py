@@ -173,7 +173,7 @@ def test_a_whole_compiled_graph_gives_the_plain_result(name):
 
 
 def test_the_attention_of_a_mixture_of_experts():
-    """transformers 5 keeps experts as one tensor each: they are no targets, and see no routing."""
+    """transformers 5 keeps experts as one tensor each: they are not targets, and see no routing."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)

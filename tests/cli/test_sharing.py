@@ -153,7 +153,7 @@ def test_mistakes_end_with_2(adapter: Path, tmp_path: Path) -> None:
     mistake("is not empty", *share, "task:ner", "--out", full)
     mistake("is a file", *share, "task:ner", "--out", full / "x")
     mistake("another folder", *share, "task:ner", "--out", adapter, "--force")
-    mistake("is no adapter", "share", full, "--features", "task:ner", "--out", out)
+    mistake("is not an adapter", "share", full, "--features", "task:ner", "--out", out)
     mistake("two adapters or more", "combine", adapter, "--out", out)
     mistake("given twice", "combine", adapter, adapter, "--out", out)
     lora = peft_lora(tmp_path / "lora", use_dora=True)

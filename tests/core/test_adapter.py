@@ -84,7 +84,7 @@ def test_damage_is_found_and_named(tmp_path):
         save_adapter(adapter(), folder)
         return folder / "flix.safetensors", folder / "flix_config.json"
 
-    with pytest.raises(AdapterError, match=r"no adapter: it has no flix_config\.json"):
+    with pytest.raises(AdapterError, match=r"not an adapter: it has no flix_config\.json"):
         load_adapter(tmp_path / "nowhere")
     tensors, config = fresh()
     data = tensors.read_bytes()
@@ -98,7 +98,7 @@ def test_damage_is_found_and_named(tmp_path):
     with pytest.raises(AdapterError, match="was altered: its SHA-256"):
         load_adapter(folder)
     tensors.unlink()
-    with pytest.raises(AdapterError, match=r"no complete adapter: it has no flix\.safetensors"):
+    with pytest.raises(AdapterError, match=r"not a complete adapter: it has no flix\.safetensors"):
         load_adapter(folder)
     tensors, config = fresh()
     config.write_text(config.read_text()[:-20])

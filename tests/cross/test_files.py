@@ -175,7 +175,7 @@ def test_trained_here_loaded_there(source, target, trained):
     loaded = MODULES[target].load(side.plain(), folder, rename=twins.renames(source, target))
     agree(side.output(loaded), expected)
     agree(side.merged(loaded, ROWS[1]), SIDES[source].output(model, [ROWS[1]] * 3))
-    # Training has moved the outputs: equality above is no equality of bases.
+    # Training has moved the outputs: equality above does not mean equal bases.
     nothing = [{}] * len(ROWS)
     assert np.abs(side.output(loaded, nothing) - expected).max() > 0.05
 

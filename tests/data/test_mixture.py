@@ -245,7 +245,7 @@ LINES = Dataset.from_dict({"text": ["a"], "language": ["hau"], "task": ["ner"]})
         ([(LINES, {"task": "ner"})], {}, "declares 'task' and has a column of that name"),
         (LINES, {"columns": ["language", "tsk"]}, "lacks the feature column 'tsk' .did you mean 'task'"),
         (LINES, {"columns": []}, "columns must be names"),
-        ([(LINES, {"taks": "ner"})], {"columns": ["task"]}, "declares 'taks', which is no feature column"),
+        ([(LINES, {"taks": "ner"})], {"columns": ["task"]}, "declares 'taks', which is not a feature column"),
         (LINES.select_columns("text"), {}, "name the feature columns"),
         (LINES.remove_columns("task").add_column("task", [3]), {}, "must hold names, got int64"),
         (LINES, {"temperature": 0}, "temperature must be a number above 0"),

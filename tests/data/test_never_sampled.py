@@ -95,7 +95,7 @@ def test_no_held_out_row_is_ever_in_training(mixed, constant, entries, options):
 @given(rows, st.lists(declared, max_size=2), entries, options, st.sampled_from([0, 5]))
 def test_nor_in_a_stream_of_streams(mixed, constant, entries, options, buffer):
     options = {**options, "epoch_size": None}
-    # What a stream holds is not known before it is read: entries that match nothing are no error.
+    # What a stream holds is not known before it is read: entries that match nothing are not an error.
     mixture, held = build(mixed, constant, entries, options, stream=True)
     numbers = [row["number"] for row in islice(mixture.stream(shuffle_buffer=buffer), 300)]
     assert not any(held[number] for number in numbers)

@@ -61,7 +61,7 @@ def test_sums() -> None:
     weights = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.5, 0.0]])
     assert held.add(losses, counts, ids, weights)
     found = held.take("cpu")
-    # Weighted by tokens; a weight of 0 (swa) is no part; what did not act is not there.
+    # Weighted by tokens; a weight of 0 (swa) takes no part; what did not act is not there.
     assert found == {"language:hau": 3.0, "task:ner": 2.0, "task:pos": 5.0}
     assert held.take("cpu") == {}
     by_token = torch.tensor([[[0], [0], [1]], [[-1], [1], [1]]])

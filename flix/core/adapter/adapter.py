@@ -186,7 +186,7 @@ def save_adapter(adapter: Adapter, directory: Path_) -> None:
     Tensors are stored as float32 (float64 where they are float64).
 
     Raises:
-        AdapterError: the path exists and is no folder.
+        AdapterError: the path exists and is not a folder.
     """
     from safetensors.numpy import save
 
@@ -259,7 +259,7 @@ def load_adapter(directory: Path_, rename: Rename = None) -> Adapter:
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise AdapterError(f"{str(folder)!r} is no adapter: it has no {CONFIG_FILE}")
+        raise AdapterError(f"{str(folder)!r} is not an adapter: it has no {CONFIG_FILE}")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -302,7 +302,7 @@ def _read_tensors(
 
     path = folder / TENSOR_FILE
     if not path.is_file():
-        raise AdapterError(f"{str(folder)!r} is no complete adapter: it has no {TENSOR_FILE}")
+        raise AdapterError(f"{str(folder)!r} is not a complete adapter: it has no {TENSOR_FILE}")
     try:
         with safe_open(path, framework="numpy") as file:
             headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

@@ -346,7 +346,7 @@ def _compiles(pattern: object, what: str) -> None:
     try:
         re.compile(pattern)  # type: ignore[call-overload]
     except (re.error, TypeError) as error:
-        raise ConfigError(f"{what}: {pattern!r} is no regular expression ({error})") from error
+        raise ConfigError(f"{what}: {pattern!r} is not a regular expression ({error})") from error
 
 
 def _positive(value: object, what: str) -> float:

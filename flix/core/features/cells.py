@@ -123,7 +123,7 @@ class HeldOut:
         cells: the entries, each ``{group: name}``.
 
     Raises:
-        MixtureError: an entry that is no such mapping, or an empty one.
+        MixtureError: an entry that is not such a mapping, or an empty one.
         FeatureError: an ill-formed name.
     """
 

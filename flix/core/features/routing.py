@@ -233,7 +233,7 @@ class _Resolver(dict):  # type: ignore[type-arg]
 
 
 def check_policy(unknown: object) -> None:
-    """Refuse a value that is no policy for unknown features.
+    """Refuse a value that is not a policy for unknown features.
 
     Raises:
         RoutingError: neither one of the three names nor a mapping of names.

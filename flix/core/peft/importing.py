@@ -70,7 +70,7 @@ def read_peft(directory: Path_, *, skip_modules: bool = False) -> PeftLora:
             refusing them.
 
     Raises:
-        AdapterError: a missing or damaged file, a pickled one, or a kind of adapter that is no plain LoRA.
+        AdapterError: a missing or damaged file, a pickled one, or a kind of adapter that is not a plain LoRA.
     """
     folder = Path(directory)
     settings = _settings(folder)
@@ -124,7 +124,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{str(folder)!r} is no LoRA: its peft_type is {kind!r}; need 'LORA'")
     for name, why in _REFUSED.items():
         if settings.get(name):
-            raise AdapterError(f"{str(folder)!r} is no plain LoRA: {name} is set, {why}")
+            raise AdapterError(f"{str(folder)!r} is not a plain LoRA: {name} is set, {why}")
     if settings.get("bias", "none") != "none":
         raise AdapterError(
             f"{str(folder)!r} trained biases (bias={settings['bias']!r}); a feature holds pairs only"

@@ -66,7 +66,7 @@ def probabilities(
 
 
 def check_temperature(value: object) -> None:
-    """Refuse what is no temperature.
+    """Refuse what is not a temperature.
 
     Raises:
         MixtureError: no number, or 0 or less.
@@ -104,7 +104,7 @@ def apportion(claims: NDArray[np.float64], length: int) -> NDArray[np.int64]:
         int64 ``[cells]``, 0 or more.
     """
     counts = np.floor(np.maximum(claims, 0.0) + 1e-9).astype(np.int64)
-    # Rounded, so that which of two equal remainders wins is no matter of the last bit.
+    # Rounded, so that the last bit does not decide which of two equal remainders wins.
     left = np.round(claims - counts, 6)
     short = length - int(counts.sum())
     if short > 0:

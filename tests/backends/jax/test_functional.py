@@ -341,7 +341,7 @@ def test_traced_bad_routing() -> None:
         step(jnp.asarray(IDS), jnp.zeros((5, 2)))
     with pytest.raises(flix.RoutingError, match="one composition for all"):
         step(jnp.asarray(IDS[:, 0]), None)
-    # A traced id that is no feature's poisons its own row, and no other.
+    # A traced id of no feature poisons its own row, and no other.
     for strategy in ("gather", "masked"):
         wrong = IDS.copy()
         wrong[2, 0] = 6

@@ -42,7 +42,7 @@ def malformed(draw: Draw, case: Case) -> list[tuple[str, Case, str]]:
     return [
         ("an id of no feature", case.but(ids=_with(ids, place, count)), rf"{count}.*row {row}\b"),
         ("an id below -1", case.but(ids=_with(ids, place, -2)), rf"-2.*row {row}\b"),
-        ("ids that are no integers", case.but(ids=ids.astype(np.float32)), "float32"),
+        ("ids that are not integers", case.but(ids=ids.astype(np.float32)), "float32"),
         ("ids of one dimension", case.but(ids=ids.ravel()), rf"\[{ids.size}\]|\({ids.size},\)"),
         (
             "one row of ids too many",
@@ -55,7 +55,7 @@ def malformed(draw: Draw, case: Case) -> list[tuple[str, Case, str]]:
             case.but(ids=_with(ids, place, feature), weights=_with(weights, place, odd)),
             named,
         ),
-        ("weights that are no floats", case.but(weights=weights.astype(np.int32)), "int32"),
+        ("weights that are not floats", case.but(weights=weights.astype(np.int32)), "int32"),
     ]
 
 
