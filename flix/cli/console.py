@@ -54,7 +54,7 @@ def fail(message: str) -> None:
 
 
 def is_terminal() -> bool:
-    """Whether standard output is a terminal, and rich is there to use it."""
+    """Whether standard output is a terminal, and rich is installed."""
     if not sys.stdout.isatty():
         return False
     from importlib.util import find_spec

@@ -94,7 +94,7 @@ def check_columns(source: Source, columns: Sequence[str]) -> None:
     """Refuse a source that does not say, once and only once, what its rows have of each feature column.
 
     Raises:
-        MixtureError: a column that is missing, declared beside one of the dataset, or declared in vain.
+        MixtureError: a column that is missing, declared beside one of the dataset, or declared for no column.
         FeatureError: an ill-formed declared value.
     """
     present = column_names(source)

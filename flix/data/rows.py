@@ -55,7 +55,7 @@ class TrainRows:
         """Make the rows those of another epoch.
 
         Raises:
-            MixtureError: no whole number of 0 or more.
+            MixtureError: not a whole number of 0 or more.
         """
         self._epoch.value = check_whole(epoch, "an epoch")
 

@@ -55,7 +55,7 @@ class RoutingTable:
 
     @property
     def width(self) -> int:
-        """Slots in a row."""
+        """The number of entries of a row."""
         return int(self.ids.shape[1])
 
     def routing(self, combinations: Sequence[int]) -> Routing:

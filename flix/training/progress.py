@@ -25,14 +25,14 @@ class Reporter:
         self._what, self._total = what, total
 
     def advance(self, done: int) -> None:
-        """So much of it is done."""
+        """Some of the work is done."""
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Numbers of a training step."""
         self.note(f"step {step}/{self._total}  {described(values)}")
 
     def stop(self) -> None:
-        """The piece of work has ended, well or not."""
+        """The work has ended, well or not."""
 
 
 class Silent(Reporter):

@@ -97,7 +97,7 @@ class ProportionalRanks(Form):
 
 
 class ComputeMatchedRanks(Form):
-    """The largest ranks with which no dataset is dearer than a LoRA of this rank."""
+    """The largest ranks with which no dataset costs more than a LoRA of this rank."""
 
     rule: Literal["compute_matched"]
     lora_rank: Count

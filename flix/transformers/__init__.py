@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _require_transformers(name: str) -> None:
-    """A clear word where what the Trainer stands on is not installed."""
+    """A clear error where a package that the Trainer needs is not installed."""
     from flix.core.errors import MissingFrameworkError
 
     for package in ("torch", "transformers", "accelerate"):

@@ -39,7 +39,7 @@ _SHARDING = (
 
 
 class FlixTrainerMixin(_Base):  # type: ignore[misc]
-    """What a Trainer of an adapted model does otherwise; goes before a Trainer class among the bases.
+    """What a Trainer does differently for an adapted model; it stands before a Trainer class among the bases.
 
     - Checkpoints and ``save_model`` hold the adapter's folder and the heads that were unfrozen, not the base, beside
       the Trainer's own files (optimizer, schedule, generators, state) and the tokenizer. Resuming and
@@ -323,7 +323,7 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
 
 
 def _settle(arguments: TrainingArguments) -> None:
-    """Refuse what cannot work, and choose what must be where the user did not."""
+    """Refuse settings that cannot work, and make the necessary choices that the user left open."""
     for name in ("fsdp", "deepspeed"):
         if getattr(arguments, name, None):
             raise ConfigError(_SHARDING.format(name))
