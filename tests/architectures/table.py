@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 
-from tests.architectures.claims import MARKER
-from tests.architectures.zoo import ZOO
+from tests.helpers.claims import MARKER
+from tests.helpers.zoo import ZOO
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "support.md"
@@ -95,7 +95,7 @@ def _jax_applies(architecture: str, feature: str) -> bool:
 
 SECTIONS: dict[str, Section] = {
     "torch": Section(
-        paths=("tests/architectures", "tests/torch"),
+        paths=("tests/architectures", "tests/backends/torch"),
         architectures={
             "gpt2": "GPT-2 (Conv1D)",
             "llama": "Llama",
@@ -140,7 +140,7 @@ SECTIONS: dict[str, Section] = {
         applies=_torch_applies,
     ),
     "jax": Section(
-        paths=("tests/jax", "tests/cross"),
+        paths=("tests/backends/jax", "tests/cross"),
         architectures={
             "nnx": "flax.nnx: Linear, LinearGeneral, Einsum, Embed",
             "bert": "BERT in flax.nnx, a twin of transformers'",
@@ -165,7 +165,7 @@ SECTIONS: dict[str, Section] = {
         applies=_jax_applies,
     ),
     "tensorflow": Section(
-        paths=("tests/tensorflow", "tests/cross"),
+        paths=("tests/backends/tensorflow", "tests/cross"),
         architectures={
             "functional": "functional",
             "sequential": "sequential",

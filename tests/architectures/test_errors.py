@@ -16,16 +16,10 @@ import flix  # noqa: E402
 from flix import AdapterError, FeatureError, RoutingError, TargetError  # noqa: E402
 from flix.backends.torch import adapt, load, merge, save  # noqa: E402
 from flix.backends.torch.model import flix_layers  # noqa: E402
-from tests.architectures.zoo import DECODERS, ENCODER_DECODERS, inputs_of, pretrained  # noqa: E402
-from tests.backends.torch.conftest import (  # noqa: E402
-    ROWS,
-    config,
-    output,
-    randomize,
-    registry,
-    relative,
-    routing,
-)
+from tests.helpers.registry import ROWS, config, registry  # noqa: E402
+from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.torch import output, randomize, routing  # noqa: E402
+from tests.helpers.zoo import DECODERS, ENCODER_DECODERS, inputs_of, pretrained  # noqa: E402
 
 ROW = {"language": {"hau": 1.0, "swa": 0.5}, "task": "ner"}
 GENERATORS = [DECODERS[0], ENCODER_DECODERS[0]]

@@ -12,25 +12,17 @@ pytest.importorskip("transformers")
 from flix import RoutingError  # noqa: E402
 from flix.backends.torch import adapt, merge, named_pairs, routed  # noqa: E402
 from flix.backends.torch.model import flix_layers  # noqa: E402
-from tests.architectures.claims import over  # noqa: E402
-from tests.architectures.reference import updated  # noqa: E402
-from tests.architectures.zoo import (  # noqa: E402
-    DECODERS,
-    ENCODERS,
-    ZOO,
-    inputs_of,
-    installed,
-    pretrained,
-)
-from tests.backends.torch.conftest import (  # noqa: E402
-    ROWS,
-    config,
-    dense,
+from tests.helpers.claims import over  # noqa: E402
+from tests.helpers.registry import ROWS, config  # noqa: E402
+from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.torch import (  # noqa: E402
+    dense_model,
     output,
     randomize,
-    relative,
     routing,
+    updated,
 )
+from tests.helpers.zoo import DECODERS, ENCODERS, ZOO, inputs_of, installed, pretrained  # noqa: E402
 
 TINY = [name for name in ZOO if name != "minilm"]
 
@@ -61,7 +53,7 @@ def held_to_dense_rows(name, **changes):
     base, adapted = adapted_pair(name, **changes)
     ids, weights = routing()
     inputs = inputs_of(name)
-    expected, leaves, weight_leaf = dense(base, adapted, ids, weights, inputs)
+    expected, leaves, weight_leaf = dense_model(base, adapted, ids, weights, inputs)
     own_weights = weights.double().requires_grad_()
     found = output(adapted(**inputs, flix_features=ids, flix_weights=own_weights))
     assert relative(found, expected) < 1e-9
@@ -189,7 +181,7 @@ def test_the_attention_of_a_mixture_of_experts():
     }
     ids, weights = routing()
     inputs = inputs_of("llama")
-    expected, _, _ = dense(base, adapted, ids, weights, inputs)
+    expected, _, _ = dense_model(base, adapted, ids, weights, inputs)
     found = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
     assert relative(found, expected) < 1e-4
 

@@ -9,16 +9,10 @@ pytest.importorskip("transformers")
 
 from flix import RoutingError  # noqa: E402
 from flix.backends.torch import adapt, merge, routed  # noqa: E402
-from tests.architectures.claims import over  # noqa: E402
-from tests.architectures.zoo import (  # noqa: E402
-    DECODERS,
-    ENCODER_DECODERS,
-    RELATIVES,
-    ZOO,
-    inputs_of,
-    pretrained,
-)
-from tests.backends.torch.conftest import ROWS, config, randomize, registry, routing  # noqa: E402
+from tests.helpers.claims import over  # noqa: E402
+from tests.helpers.registry import ROWS, config, registry  # noqa: E402
+from tests.helpers.torch import randomize, routing  # noqa: E402
+from tests.helpers.zoo import DECODERS, ENCODER_DECODERS, RELATIVES, ZOO, inputs_of, pretrained  # noqa: E402
 
 GENERATORS = [*DECODERS, *ENCODER_DECODERS]
 GREEDY = {"max_new_tokens": 6, "do_sample": False}

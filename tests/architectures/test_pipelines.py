@@ -9,15 +9,10 @@ pytest.importorskip("transformers")
 
 from flix import RoutingError  # noqa: E402
 from flix.backends.torch import adapt, merge, routed  # noqa: E402
-from tests.architectures.claims import over  # noqa: E402
-from tests.architectures.zoo import (  # noqa: E402
-    RELATIVES,
-    ZOO,
-    installed,
-    pretrained,
-    tokenizer_of,
-)
-from tests.backends.torch.conftest import config, randomize, registry  # noqa: E402
+from tests.helpers.claims import over  # noqa: E402
+from tests.helpers.registry import config, registry  # noqa: E402
+from tests.helpers.torch import randomize  # noqa: E402
+from tests.helpers.zoo import RELATIVES, ZOO, installed, pretrained, tokenizer_of  # noqa: E402
 
 TEXTS = ["w3 w9 w7", "w4 w4 w11 w30 w12", "w8 w20"]
 END = 39

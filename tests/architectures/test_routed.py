@@ -22,18 +22,12 @@ from flix.backends.torch import (  # noqa: E402
     routed,
     unmerge,
 )
-from tests.architectures.claims import over  # noqa: E402
 from tests.architectures.test_forward import project_back, weights_of  # noqa: E402
-from tests.architectures.zoo import ZOO, inputs_of, pretrained  # noqa: E402
-from tests.backends.torch.conftest import (  # noqa: E402
-    ROWS,
-    config,
-    output,
-    randomize,
-    registry,
-    relative,
-    routing,
-)
+from tests.helpers.claims import over  # noqa: E402
+from tests.helpers.registry import ROWS, config, registry  # noqa: E402
+from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.torch import output, randomize, routing  # noqa: E402
+from tests.helpers.zoo import ZOO, inputs_of, pretrained  # noqa: E402
 
 ROW = ROWS[1]
 

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from tests.architectures import table
 from tests.architectures.table import ROOT, SECTIONS, Section, collect, render, rewritten
-from tests.architectures.zoo import ZOO
+from tests.helpers.zoo import ZOO
 
 SMALL = Section(
     paths=(),

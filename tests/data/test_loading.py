@@ -13,8 +13,7 @@ import pytest
 
 from flix.data import Mixture, MixtureError, Source
 from flix.data.epoch import SharedEpoch
-
-from .conftest import HELD_OUT, datasets, rows_of
+from tests.helpers.data import HELD_OUT, datasets, rows_of
 
 torch = pytest.importorskip("torch")
 

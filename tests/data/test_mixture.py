@@ -12,8 +12,7 @@ import pytest
 import flix
 from flix.core.sampling.schedule import probabilities
 from flix.data import HeldOut, HeldOutError, Mixture, MixtureError, Source
-
-from .conftest import HELD_OUT, SIZES, datasets, rows_of
+from tests.helpers.data import HELD_OUT, SIZES, datasets, rows_of
 
 Dataset = datasets.Dataset
 

@@ -9,8 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flix.data import HeldOutError, Mixture, MixtureError, Source, streaming
-
-from .conftest import datasets, rows_of
+from tests.helpers.data import datasets, rows_of
 
 LANGUAGES, TASKS = ["hau", "swa", "yor"], ["ner", "topic"]
 

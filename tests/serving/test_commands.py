@@ -17,7 +17,9 @@ from typer.testing import CliRunner  # noqa: E402
 
 from flix.backends.torch import adapt, save  # noqa: E402
 from flix.cli.app import app  # noqa: E402
-from tests.backends.torch.conftest import batch, config, make, output, randomize, relative  # noqa: E402
+from tests.helpers.registry import config  # noqa: E402
+from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.torch import batch, make, output, randomize  # noqa: E402
 
 from .test_import import CLOSE, ask  # noqa: E402
 

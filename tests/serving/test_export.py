@@ -15,17 +15,11 @@ import flix  # noqa: E402
 from flix import ConfigError  # noqa: E402
 from flix.backends.torch import adapt, export_peft, merge, remove_feature  # noqa: E402
 from flix.backends.torch.model import flix_layers  # noqa: E402
-from tests.backends.torch.conftest import (  # noqa: E402
-    batch,
-    config,
-    make,
-    output,
-    randomize,
-    registry,
-    relative,
-)
+from tests.helpers.peft import answer  # noqa: E402
+from tests.helpers.registry import config, registry  # noqa: E402
+from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.torch import batch, make, output, randomize  # noqa: E402
 
-from .conftest import answer  # noqa: E402
 from .test_import import CLOSE, ask  # noqa: E402
 
 ROW = {"language": "swa", "task": "pos"}

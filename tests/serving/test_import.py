@@ -22,9 +22,10 @@ from flix.backends.torch import (  # noqa: E402
     save,
 )
 from flix.backends.torch.model import flix_layers  # noqa: E402
-from tests.backends.torch.conftest import batch, config, make, output, randomize, relative  # noqa: E402
-
-from .conftest import answer, fill, make_lora  # noqa: E402
+from tests.helpers.peft import answer, fill, make_lora  # noqa: E402
+from tests.helpers.registry import config  # noqa: E402
+from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.torch import batch, make, output, randomize  # noqa: E402
 
 # Relative error of float64 models whose LoRAs are stored in float32.
 CLOSE = 1e-6
@@ -235,7 +236,7 @@ def test_another_architecture_is_named_by_its_first_layer(tmp_path):
 
 
 def test_a_model_of_another_size_is_named_by_its_first_layer(tmp_path):
-    from tests.backends.torch.conftest import llama
+    from tests.helpers.torch import llama
 
     make_lora("llama", tmp_path, r=2, target_modules=["up_proj"])
     with pytest.raises(AdapterError, match=r"mlp\.up_proj' is linear 16 -> 24 .* 16 -> 32"):

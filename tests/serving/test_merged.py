@@ -18,7 +18,9 @@ from typer.testing import CliRunner  # noqa: E402
 
 from flix.backends.torch import adapt, merge, save  # noqa: E402
 from flix.cli.app import app  # noqa: E402
-from tests.backends.torch.conftest import batch, config, make, randomize, relative  # noqa: E402
+from tests.helpers.registry import config  # noqa: E402
+from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.torch import batch, make, randomize  # noqa: E402
 
 from .test_import import ask  # noqa: E402
 

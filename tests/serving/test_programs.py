@@ -13,15 +13,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from flix.backends.torch import adapt, merge  # noqa: E402
-from tests.backends.torch.conftest import (  # noqa: E402
-    ROWS,
-    config,
-    make,
-    output,
-    randomize,
-    relative,
-    routing,
-)
+from tests.helpers.registry import ROWS, config  # noqa: E402
+from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.torch import make, output, randomize, routing  # noqa: E402
 
 ROW = {"language": {"hau": 0.5, "swa": 1.0}, "task": "pos"}
 BATCH, LENGTH = torch.export.Dim("batch"), torch.export.Dim("length", max=64)

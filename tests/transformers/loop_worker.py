@@ -14,7 +14,7 @@ import torch
 
 from flix.backends.torch import named_pairs
 from flix.transformers import FlixCollator, numbered
-from tests.transformers.conftest import classifier, dataset, rows, trainer
+from tests.helpers.transformers import classifier, dataset, rows, trainer
 
 
 def with_trainer(folder: Path) -> dict[str, Any]:

@@ -20,14 +20,8 @@ accelerate = pytest.importorskip("accelerate")
 import flix  # noqa: E402
 from flix.backends.torch import load, named_pairs, save, trainable_parameters  # noqa: E402
 from flix.transformers import FlixCollator, numbered  # noqa: E402
-from tests.transformers.conftest import (  # noqa: E402
-    TASKS,
-    classifier,
-    dataset,
-    registry,
-    rows,
-    trainer,
-)
+from tests.helpers.registry import TASKS, registry  # noqa: E402
+from tests.helpers.transformers import classifier, dataset, rows, trainer  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,8 @@ transformers = pytest.importorskip("transformers")
 import flix  # noqa: E402
 from flix.backends.torch import adapt  # noqa: E402
 from flix.transformers import FlixCollator, numbered, pack  # noqa: E402
-from tests.transformers.conftest import config, llama, registry  # noqa: E402
+from tests.helpers.registry import registry  # noqa: E402
+from tests.helpers.transformers import config, llama  # noqa: E402
 
 
 def row(language: Any = "hau", task: Any = "ner", tokens: int = 3, **columns: Any) -> dict[str, Any]:  # fmt: skip
@@ -288,7 +289,7 @@ def test_packing_mistakes(rows: Any, message: str) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_logits_are_those_of_the_rows(attention: str) -> None:
     """Two packed rows of two segments each, against every row alone, at random weights of the pairs."""
-    from tests.backends.torch.conftest import randomize
+    from tests.helpers.torch import randomize
 
     model = llama().double().eval()
     model.set_attn_implementation(attention)
@@ -313,7 +314,7 @@ def test_packed_logits_are_those_of_the_rows(attention: str) -> None:
 def test_packed_gradients_are_those_of_the_rows() -> None:
     """The summed loss of packed rows has the gradients of the rows' summed losses."""
     from flix.backends.torch import named_pairs
-    from tests.backends.torch.conftest import randomize
+    from tests.helpers.torch import randomize
 
     rows = packed_rows()
 

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 import flix  # noqa: E402
 from flix.backends.torch import adapt, load, named_pairs, save  # noqa: E402
 from flix.backends.torch.heads import HEADS_FILE, load_heads, save_heads, trained_heads  # noqa: E402
-from tests.transformers.conftest import classifier, config, llama  # noqa: E402
+from tests.helpers.transformers import classifier, config, llama  # noqa: E402
 
 HEAD = {"classifier.weight", "classifier.bias"}
 

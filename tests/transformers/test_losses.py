@@ -12,15 +12,8 @@ transformers = pytest.importorskip("transformers")
 
 from flix.transformers import FlixCollator, FlixSeq2SeqTrainer, FlixTrainer, pack  # noqa: E402
 from flix.transformers.losses import FeatureLosses, unreduced  # noqa: E402
-from tests.transformers.conftest import (  # noqa: E402
-    classifier,
-    dataset,
-    llama,
-    registry,
-    rows,
-    t5,
-    trainer,
-)
+from tests.helpers.registry import registry  # noqa: E402
+from tests.helpers.transformers import classifier, dataset, llama, rows, t5, trainer  # noqa: E402
 
 F = torch.nn.functional
 
@@ -173,7 +166,7 @@ def test_option_and_unusual_models(tmp_path: Path) -> None:
 
 def test_seq2seq_generates_under_its_features(tmp_path: Path) -> None:
     """predict_with_generate gives each row the tokens that it gets alone."""
-    from tests.backends.torch.conftest import randomize
+    from tests.helpers.torch import randomize
 
     model = t5(feature_dropout=None)
     randomize(model, std=0.5)

@@ -5,8 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from flix.data import Mixture
-
-from .conftest import FlixCollator, FlixTrainer, classifier, datasets, named_pairs, rows, torch
+from tests.helpers.transformers import (
+    FlixCollator,
+    FlixTrainer,
+    classifier,
+    datasets,
+    named_pairs,
+    rows,
+    torch,
+)
 
 
 class Seen(FlixTrainer):

@@ -12,15 +12,8 @@ transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 
 from flix.transformers import last_checkpoint  # noqa: E402
-from tests.transformers.conftest import (  # noqa: E402
-    dataset,
-    losses,
-    registry,
-    rows,
-    same,
-    state,
-    trainer,
-)
+from tests.helpers.registry import registry  # noqa: E402
+from tests.helpers.transformers import dataset, losses, rows, same, state, trainer  # noqa: E402
 
 RESUME = {
     "plain": {"max_steps": 5, "save_steps": 2},

@@ -18,13 +18,13 @@ import flix  # noqa: E402
 from flix.backends.torch import load, named_pairs  # noqa: E402
 from flix.backends.torch.heads import trained_heads  # noqa: E402
 from flix.transformers import FlixCollator, FlixTrainer  # noqa: E402
-from tests.transformers.conftest import (  # noqa: E402
+from tests.helpers.registry import registry  # noqa: E402
+from tests.helpers.transformers import (  # noqa: E402
     arguments,
     classifier,
     dataset,
     llama,
     losses,
-    registry,
     rows,
     same,
     trainer,

@@ -31,7 +31,9 @@ from flix.backends.jax import (
 )
 from flix.backends.jax._fused import INTERPRET
 from flix.backends.jax.sharding import partitioned
-from tests.backends.jax.conftest import close, config, random_bank, randomize
+from tests.helpers.jax import random_bank, randomize
+from tests.helpers.registry import config
+from tests.helpers.tolerance import assert_close
 
 IDS = np.array([[0, 4, -1], [1, 5, 2], [3, 3, 5], [-1, -1, -1]], np.int32)
 RNG = np.random.default_rng(0)
@@ -78,13 +80,13 @@ def functional(mesh: Any) -> None:
             with jax.set_mesh(mesh):
                 found = step(*put, strategy)
             wanted = step(bank, X, KERNEL, IDS, strategy)
-            jax.tree.map(close, found, wanted)
+            jax.tree.map(assert_close, found, wanted)
             assert (
                 found[1][0]["q"].A.sharding.spec[1:] == specs["q"].A[1:] or kernel_spec[0] is None
             )
         with jax.set_mesh(mesh):
             found = rows_step(*put)
-        jax.tree.map(close, found, rows_step(bank, X, KERNEL, IDS))
+        jax.tree.map(assert_close, found, rows_step(bank, X, KERNEL, IDS))
 
 
 def fused(mesh: Any) -> None:
@@ -115,7 +117,7 @@ def fused(mesh: Any) -> None:
     assert not any(split)
     wanted = jax.jit(jax.value_and_grad(plain))(bank, X, KERNEL, IDS)
     assert not any(split)
-    jax.tree.map(close, found, wanted)
+    jax.tree.map(assert_close, found, wanted)
     jax.jit(plain)(bank, *put)
     assert split[-1]
 
@@ -159,7 +161,7 @@ def model_training(mesh: Any) -> None:
         optimizer = FlixOptimizer(model, optax.adamw(1e-2))
         x = X if where is None else jax.device_put(X, NamedSharding(mesh, P("data")))
         losses.append([float(train(model, optimizer, jnp.asarray(IDS), x)) for _ in range(3)])
-    close(losses[1], losses[0])
+    assert_close(losses[1], losses[0])
 
 
 if __name__ == "__main__":

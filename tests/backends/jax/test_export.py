@@ -12,16 +12,9 @@ from flax import nnx
 
 import flix
 from flix.backends.jax import adapt, export_fn, linear, remove_feature
-from tests.backends.jax.conftest import (
-    IDS,
-    TOKENS,
-    WEIGHTS,
-    Net,
-    adapted,
-    close,
-    config,
-    random_bank,
-)
+from tests.helpers.jax import TOKENS, Net, adapted, random_bank
+from tests.helpers.registry import IDS, WEIGHTS, config
+from tests.helpers.tolerance import assert_close
 
 INT, FLOAT = jnp.int32, jnp.float32
 
@@ -56,8 +49,8 @@ def test_a_model_of_every_kind_of_layer_answers_the_same(strategy: str) -> None:
     b, t = jax.export.symbolic_shape("b, t")
     program = exported(function, params, struct(b, t), struct(b, 3), struct(b, 3, dtype=FLOAT))
     tokens = TOKENS.astype(np.int32)
-    close(program.call(params, tokens, IDS, WEIGHTS), wanted)
-    close(
+    assert_close(program.call(params, tokens, IDS, WEIGHTS), wanted)
+    assert_close(
         program.call(params, tokens[:2, :3], IDS[:2], WEIGHTS[:2]),
         np.asarray(
             nnx.jit(lambda m: m(TOKENS[:2, :3], flix_features=IDS[:2], flix_weights=WEIGHTS[:2]))(
@@ -67,7 +60,7 @@ def test_a_model_of_every_kind_of_layer_answers_the_same(strategy: str) -> None:
     )
     # Other values in the same program: nothing was baked in.
     zeros = {n: jnp.zeros_like(v) if "flix_" in n else v for n, v in params.items()}
-    close(program.call(zeros, tokens, IDS, WEIGHTS), nnx.jit(lambda m: m(TOKENS))(Net()))
+    assert_close(program.call(zeros, tokens, IDS, WEIGHTS), nnx.jit(lambda m: m(TOKENS))(Net()))
 
 
 def test_ids_of_no_feature_and_of_removed_ones_are_nan() -> None:
@@ -99,11 +92,11 @@ def test_per_token_routing_and_several_inputs() -> None:
     shift = np.ones((2, 3, 3), np.float32)
     wanted = model(x, shift, flix_features=ids)
     by_place = exported(function, params, shapes, struct(b, t, 1))
-    close(by_place.call(params, (x, shift), ids), wanted)
+    assert_close(by_place.call(params, (x, shift), ids), wanted)
     named = {"x": shapes[0], "shift": shapes[1], "gain": struct(dtype=FLOAT)}
     by_name = exported(function, params, named, struct(b, t, 1))
     y = by_name.call(params, {"x": x, "shift": shift, "gain": np.float32(2)}, ids)
-    close(y - shift, 2 * (np.asarray(wanted) - shift))
+    assert_close(y - shift, 2 * (np.asarray(wanted) - shift))
 
 
 @pytest.mark.covers("pytree", "export", backend="jax")
@@ -119,7 +112,7 @@ def test_the_functional_core_exports_with_its_bank_as_plain_arrays() -> None:
     (b,) = jax.export.symbolic_shape("b")
     program = exported(function, tables, struct(b, 5, dtype=FLOAT), struct(b, 2))
     x = np.random.default_rng(0).normal(size=(5, 5)).astype("f")
-    close(program.call(tables, x, IDS[:, :2]), linear(x, kernel, bank["q"], IDS[:, :2]))
+    assert_close(program.call(tables, x, IDS[:, :2]), linear(x, kernel, bank["q"], IDS[:, :2]))
 
 
 def test_exporting_needs_an_adapted_model() -> None:

@@ -25,19 +25,9 @@ from flix.backends.jax import (
     summary,
 )
 from flix.backends.jax.model import flix_layers
-from tests.backends.jax.conftest import (
-    IDS,
-    TARGETS,
-    TOKENS,
-    WEIGHTS,
-    Net,
-    adapted,
-    close,
-    config,
-    random_bank,
-    randomize,
-    same_bits,
-)
+from tests.helpers.jax import TARGETS, TOKENS, Net, adapted, random_bank, randomize
+from tests.helpers.registry import IDS, WEIGHTS, config
+from tests.helpers.tolerance import assert_close, same_bits
 
 
 @nnx.jit
@@ -127,12 +117,12 @@ def test_torch_and_jax_read_each_other(tmp_path: Path) -> None:
         out = model(torch.from_numpy(tokens), flix_features=ids, flix_weights=weights)
         return out.detach().numpy()
 
-    close(forward(ours, tokens, IDS, WEIGHTS), from_torch(theirs))
+    assert_close(forward(ours, tokens, IDS, WEIGHTS), from_torch(theirs))
 
     randomize(ours, seed=4)
     save(ours, tmp_path / "jax")
     flix_torch.load(theirs, tmp_path / "jax", rename={"up": "fc1", "down": "fc2"})
-    close(forward(ours, tokens, IDS, WEIGHTS), from_torch(theirs))
+    assert_close(forward(ours, tokens, IDS, WEIGHTS), from_torch(theirs))
     # What is read and written again has the same bytes.
     save(load(Twin(), tmp_path / "jax"), tmp_path / "again")
     one, two = ((tmp_path / d / "flix.safetensors").read_bytes() for d in ("jax", "again"))
@@ -186,5 +176,5 @@ def test_load_keeps_dtype_and_strategy(tmp_path: Path) -> None:
     x = jnp.ones((5, 2, 6))
     kernel = model.layers[0].back.kernel[...]
     y = linear(x, kernel, bank["layers.0.back"], IDS, bias=model.layers[0].back.bias[...])
-    close(model.layers[0].back(x, flix_features=IDS), y)
+    assert_close(model.layers[0].back(x, flix_features=IDS), y)
     assert cfg.registry == model.flix_config.registry

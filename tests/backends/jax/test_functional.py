@@ -24,16 +24,10 @@ from flix.backends.jax import (
     touched,
 )
 from flix.core.adapter.initial import initial_a
-from tests.backends.jax.conftest import (
-    IDS,
-    WEIGHTS,
-    close,
-    config,
-    oracle,
-    random_bank,
-    registry,
-    same_bits,
-)
+from tests.helpers.dense import dense
+from tests.helpers.jax import pairs_of, random_bank
+from tests.helpers.registry import IDS, WEIGHTS, config, registry
+from tests.helpers.tolerance import assert_close, same_bits
 
 D_IN, D_OUT = 5, 7
 RNG = np.random.default_rng(1)
@@ -66,7 +60,9 @@ def check(layer: Any, cfg: Any, x: Any, ids: Any, weights: Any, strategy: str, r
     lead = ids.shape[:-1]
     g = normal(*x.shape[:-1], D_OUT)
     flat = (*lead, -1)
-    wanted = oracle(cfg, layer, x.reshape(*flat, D_IN), ids, weights, g.reshape(*flat, D_OUT))
+    wanted = dense(
+        x.reshape(*flat, D_IN), ids, pairs_of(layer, cfg), weights, dy=g.reshape(*flat, D_OUT)
+    )
     present = touched(ids, len(cfg.registry))
 
     def call(x: Any, w: Any, layer: Any) -> Any:
@@ -78,17 +74,17 @@ def check(layer: Any, cfg: Any, x: Any, ids: Any, weights: Any, strategy: str, r
     w = None if weights is None else jnp.asarray(weights)
     y, (dx, dw, dlayer) = value_and_pullback(call, g, x, w, layer)
     base = np.asarray(x, np.float64) @ np.asarray(KERNEL, np.float64) + np.asarray(BIAS, np.float64)
-    close(y, base + wanted["y"].reshape(y.shape))
-    close(
+    assert_close(y, base + wanted.y.reshape(y.shape))
+    assert_close(
         dx,
-        np.asarray(g, np.float64) @ np.asarray(KERNEL, np.float64).T + wanted["x"].reshape(x.shape),
+        np.asarray(g, np.float64) @ np.asarray(KERNEL, np.float64).T + wanted.x.reshape(x.shape),
     )
     if weights is not None:
-        close(dw, wanted["weights"])
-    for feature in cfg.registry.features:
+        assert_close(dw, wanted.weights)
+    for i, feature in enumerate(cfg.registry.features):
         a, b = dlayer.pair(*feature)
-        close(a, wanted["A"][feature])
-        close(b, wanted["B"][feature])
+        assert_close(a, wanted.A[i])
+        assert_close(b, wanted.B[i])
 
 
 @pytest.mark.covers("pytree", "mixed batch", backend="jax")
@@ -136,7 +132,7 @@ def test_single_and_vmap() -> None:
     check(layer, cfg, normal(1, 2, D_IN), IDS[1:2], WEIGHTS[1:2], "auto", True)
     x = normal(5, 3, D_IN)
     mapped = jax.jit(jax.vmap(lambda x, i, w: linear(x, KERNEL, layer, i, w)))(x, IDS, WEIGHTS)
-    close(mapped, run(x, layer, IDS, WEIGHTS))
+    assert_close(mapped, run(x, layer, IDS, WEIGHTS))
     with pytest.raises(flix.ConfigError, match="row 1 differs"):
         linear(x, KERNEL, layer, IDS, strategy="single")
 
@@ -155,7 +151,7 @@ def test_nothing_active() -> None:
     x = normal(5, 3, D_IN)
     assert same_bits(linear(x, KERNEL, layer, IDS), x @ KERNEL)
     layer = random_bank(config(), {"q": (D_IN, D_OUT)})["q"]
-    close(run(x, layer, np.full((5, 2), -1)), x @ KERNEL)
+    assert_close(run(x, layer, np.full((5, 2), -1)), x @ KERNEL)
 
 
 @pytest.mark.parametrize("strategy", ["gather", "masked", "single"])
@@ -167,7 +163,7 @@ def test_embedding(strategy: str) -> None:
     table, g = normal(11, D_OUT), normal(len(ids), 4, D_OUT)
     present = touched(ids, 6)
     one_hot = np.eye(11)[tokens]
-    wanted = oracle(cfg, layer, one_hot, ids, weights, g)
+    wanted = dense(one_hot, ids, pairs_of(layer, cfg), weights, dy=g)
     for rows in (False, True):
 
         def call(layer: Any, w: Any, rows: bool = rows) -> Any:
@@ -177,11 +173,11 @@ def test_embedding(strategy: str) -> None:
             return embed(tokens, table, layer, ids, w, strategy=strategy)
 
         y, (dlayer, dw) = value_and_pullback(call, g, layer, jnp.asarray(weights))
-        close(y, np.asarray(table, np.float64)[tokens] + wanted["y"])
-        close(dw, wanted["weights"])
-        for feature in cfg.registry.features:
-            close(dlayer.pair(*feature)[0], wanted["A"][feature])
-            close(dlayer.pair(*feature)[1], wanted["B"][feature])
+        assert_close(y, np.asarray(table, np.float64)[tokens] + wanted.y)
+        assert_close(dw, wanted.weights)
+        for i, feature in enumerate(cfg.registry.features):
+            assert_close(dlayer.pair(*feature)[0], wanted.A[i])
+            assert_close(dlayer.pair(*feature)[1], wanted.B[i])
 
 
 def test_one_cache_entry_and_traced_equal() -> None:
@@ -190,8 +186,7 @@ def test_one_cache_entry_and_traced_equal() -> None:
     step = jax.jit(lambda layer, ids, w: linear(x, KERNEL, layer, ids, w))
     for ids in (IDS, IDS[::-1].copy(), np.full_like(IDS, 5)):
         y = step(layer, jnp.asarray(ids), jnp.asarray(WEIGHTS))
-        update = oracle(config(), layer, x, ids, WEIGHTS, np.zeros((5, 9, D_OUT)))["y"]
-        close(y, np.asarray(x, np.float64) @ np.asarray(KERNEL, np.float64) + update)
+        assert_close(y, dense(x, ids, pairs_of(layer, config()), WEIGHTS, kernel=KERNEL.T).y)
     fresh = random_bank(config(), {"q": (D_IN, D_OUT)}, seed=3)["q"]
     step(fresh, jnp.asarray(IDS), jnp.asarray(WEIGHTS))
     assert step._cache_size() == 1
@@ -203,7 +198,7 @@ def test_dtypes() -> None:
     exact = run(x, layer, IDS, WEIGHTS)
     half = jax.jit(linear)(x.astype(jnp.bfloat16), KERNEL.astype(jnp.bfloat16), layer, IDS, WEIGHTS)
     assert half.dtype == jnp.bfloat16
-    close(half.astype(jnp.float32), exact, 3e-2)
+    assert_close(half, exact)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda t: jnp.asarray(np.asarray(t), jnp.float64), layer)
         x64, k64 = np.asarray(x, np.float64), np.asarray(KERNEL, np.float64)
@@ -211,8 +206,7 @@ def test_dtypes() -> None:
             jnp.asarray(x64), jnp.asarray(k64), wide, IDS, jnp.asarray(WEIGHTS, jnp.float64)
         )
         assert y.dtype == jnp.float64
-        wanted = oracle(config(), layer, x64, IDS, WEIGHTS, np.zeros((5, 9, D_OUT)))["y"]
-        close(y, x64 @ k64 + wanted, 1e-13)
+        assert_close(y, dense(x64, IDS, pairs_of(layer, config()), WEIGHTS, kernel=k64.T).y)
 
 
 def test_initial_bytes() -> None:
@@ -305,7 +299,7 @@ def test_merge_kernels_equals_forward() -> None:
     merged = merge_kernels(cfg, bank, {"q": KERNEL, "other": BIAS}, row)
     routing = cfg.registry.encode([row, row])
     x = normal(2, 9, D_IN)
-    close(x @ merged["q"], run(x, bank["q"], routing.ids, routing.weights))
+    assert_close(x @ merged["q"], run(x, bank["q"], routing.ids, routing.weights))
     assert merged["other"] is BIAS
     with pytest.raises(flix.TargetError, match="'q' needs a kernel"):
         merge_kernels(cfg, bank, {}, row)

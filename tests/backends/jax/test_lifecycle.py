@@ -37,20 +37,10 @@ from flix.backends.jax import (
     value_and_grad,
 )
 from flix.backends.jax.model import flix_layers
-from tests.backends.jax.conftest import (
-    IDS,
-    TOKENS,
-    WEIGHTS,
-    Net,
-    adapted,
-    close,
-    config,
-    random_bank,
-    randomize,
-    registry,
-    same_bits,
-)
+from tests.helpers.jax import TOKENS, Net, adapted, random_bank, randomize
 from tests.helpers.loras import write_lora
+from tests.helpers.registry import IDS, WEIGHTS, config, registry
+from tests.helpers.tolerance import assert_close, same_bits
 
 LAYERS = {"q": (5, 7), "table": (9, 3, "embedding")}
 X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 5)), jnp.float32)
@@ -245,7 +235,7 @@ def test_one_features_file_loads_into_another_model(tmp_path: Path) -> None:
     kin = model.flix_config.registry.encode([{"language": "kin"}] * 5)
     ids = donor.flix_config.registry.encode([{"language": "kin"}] * 5)
     donor.eval()
-    close(forward(model, kin.ids), forward(donor, ids.ids))
+    assert_close(forward(model, kin.ids), forward(donor, ids.ids))
     save(model, tmp_path / "all")
     again = load(Net(), tmp_path / "all")
     assert bits(again) == after
@@ -307,13 +297,13 @@ def test_import_peft(tmp_path: Path) -> None:
         if "mlp.down" in lora:
             a, b = lora["mlp.down"]
             wanted = wanted + 2 * b @ (a @ h)
-        close(y[row], wanted)
+        assert_close(y[row], wanted)
     # Into an adapted model, and into a bank.
     other = adapt(Two(), flix.FlixConfig(registry=registry(), ranks=1, target_modules=["up"]))
     assert import_peft(other, folders, "lora", rename=rename) is other
     assert other.flix_config.registry.names("lora") == ("ner", "pos")
     ids = other.flix_config.registry.encode([{"lora": "ner"}, {"lora": "pos"}])
-    close(other(x, flix_features=ids), y)
+    assert_close(other(x, flix_features=ids), y)
     source = to_bank(flix.from_peft(folders, "task"))
     assert bits(import_peft(source, folders, "task")) == bits(source)
     assert bits(source) == {f"mlp.{name}": value for name, value in bits(model).items()}
@@ -334,11 +324,11 @@ def test_disabled_models_are_their_base_also_when_compiled() -> None:
     assert not same_bits(wanted, plain)
     with disable(model):
         assert same_bits(model(FLOATS), plain)  # in training, without routing
-        close(run(model, IDS), plain)
+        assert_close(run(model, IDS), plain)
         assert same_bits(model(FLOATS, flix_features=np.full((99, 1), 99)), plain)  # not looked at
         with disable(model):
             assert same_bits(model.up(FLOATS), base.up(FLOATS))
-        close(run(model, IDS), plain)
+        assert_close(run(model, IDS), plain)
         assert same_bits(nnx.clone(model)(FLOATS), plain)
         merged = merge(model, {"language": "hau"})
     assert not any("flix" in name for name in vars(merged))
@@ -359,7 +349,7 @@ def test_every_kind_of_layer_can_be_disabled() -> None:
     plain = nnx.jit(lambda model: model(TOKENS))
     with disable(model):
         y = plain(model)
-    close(y, plain(Net()))
+    assert_close(y, plain(Net()))
 
 
 def test_disabled_inside_a_compiled_function() -> None:
@@ -373,8 +363,8 @@ def test_disabled_inside_a_compiled_function() -> None:
         return reference, model(FLOATS, flix_features=ids)
 
     reference, y = both(model, IDS)
-    close(reference, base(FLOATS))
-    close(y, model(FLOATS, flix_features=IDS))
+    assert_close(reference, base(FLOATS))
+    assert_close(y, model(FLOATS, flix_features=IDS))
 
 
 def test_add_feature_on_a_mesh_keeps_the_banks_placement() -> None:

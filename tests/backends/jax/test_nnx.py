@@ -27,21 +27,10 @@ from flix.backends.jax import (
 )
 from flix.backends.jax.model import flix_layers
 from flix.core.adapter.initial import initial_a
-from tests.backends.jax.conftest import (
-    IDS,
-    TARGETS,
-    TOKENS,
-    WEIGHTS,
-    Block,
-    Net,
-    adapted,
-    close,
-    config,
-    oracle,
-    randomize,
-    registry,
-    same_bits,
-)
+from tests.helpers.dense import dense
+from tests.helpers.jax import TARGETS, TOKENS, Block, Net, adapted, pairs_of, randomize
+from tests.helpers.registry import IDS, WEIGHTS, config, registry
+from tests.helpers.tolerance import assert_close, same_bits
 
 PATHS = ["embed", *(f"layers.0.{name}" for name in ("back", "e", "o", "q"))]
 
@@ -104,15 +93,9 @@ def test_each_layer_against_the_oracle(name: str, per_token: bool) -> None:
         flat = flat.reshape(5, 4, -1)
     else:
         flat = flat[..., None, :]
-    wanted = oracle(
-        config(target_modules=TARGETS),
-        layer.bank,
-        flat,
-        ids,
-        weights,
-        np.zeros((*flat.shape[:-1], d_out)),
-    )["y"]
-    close(np.asarray(y, np.float64) - np.asarray(base), wanted.reshape(y.shape), 2e-5)
+    wanted = dense(flat, ids, pairs_of(layer.bank, config(target_modules=TARGETS)), weights).y
+    assert wanted.shape[-1] == d_out
+    assert_close(y - base, wanted.reshape(y.shape), times=2)
 
 
 def test_strategies_agree_and_one_cache_entry() -> None:
@@ -131,7 +114,7 @@ def test_strategies_agree_and_one_cache_entry() -> None:
     for strategy in ("gather", "masked"):
         for _, layer in flix_layers(model):
             layer.flix_strategy = strategy
-        close(run(model, IDS, WEIGHTS), first)
+        assert_close(run(model, IDS, WEIGHTS), first)
 
 
 def test_copies_split_merge_clone_pickle() -> None:
@@ -243,7 +226,7 @@ def test_ellipsis_einsum_and_attention() -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)), jnp.float32)
     y = forward(model, x, routing.ids, routing.weights)
     assert y.shape == (3, 2, 3)
-    close(plain(merge(model, row), x), y, 2e-5)
+    assert_close(plain(merge(model, row), x), y, times=2)
 
 
 @pytest.mark.covers("nnx", "merge", backend="jax")
@@ -254,7 +237,9 @@ def test_merge_equals_forward_and_leaves_nothing() -> None:
     with pytest.warns(UserWarning, match=r"attend\(\)"):
         merged = merge(model, row)
     routing = registry().encode([row] * 5)
-    close(plain(merged, TOKENS), forward(model, TOKENS, routing.ids, routing.weights), 2e-5)
+    assert_close(
+        plain(merged, TOKENS), forward(model, TOKENS, routing.ids, routing.weights), times=2
+    )
     assert type(merged) is Net
     assert nnx.split(merged)[0] == nnx.split(Net())[0]  # no flix state left, nor its traces
     assert not isinstance(merged, RoutedModel)
@@ -282,7 +267,7 @@ def test_merge_unties_shared_kernels() -> None:
     merged = merge(model, {"task": "ner"})
     assert same_bits(merged.b.kernel, model.b.kernel)
     x = np.ones((2, 6), np.float32)
-    close(merged(x), forward(model, x, routing.ids), 2e-5)
+    assert_close(merged(x), forward(model, x, routing.ids), times=2)
 
 
 @pytest.mark.covers("nnx", "add a feature", backend="jax")
@@ -295,12 +280,12 @@ def test_add_feature() -> None:
     assert model.flix_config.registry.id("language", "kin") == 7
     grown = named_pairs(model)
     assert all(same_bits(grown[name], value) for name, value in pairs.items())
-    close(forward(model, TOKENS, IDS, WEIGHTS), y)
+    assert_close(forward(model, TOKENS, IDS, WEIGHTS), y)
     swa = {"language": "swa"}
     fra, kin = {"language": "fra"}, {"language": "kin"}
     routing = model.flix_config.registry.encode([swa, kin, fra, {}, {}], width=3)
     y = forward(model, np.tile(TOKENS[:1], (5, 1)), routing.ids)
-    close(y[1], y[0])
+    assert_close(y[1], y[0])
     assert same_bits(y[2], y[3])  # a fresh feature starts at zero
     assert not same_bits(y[0], y[3])
     with pytest.raises(flix.RankError, match="needs a rank"):

@@ -26,18 +26,10 @@ from flix.backends.jax import (
 )
 from flix.backends.jax.bank import make_spec
 from flix.core.adapter.adapter import LayerShape
-from tests.backends.jax.conftest import (
-    IDS,
-    TOKENS,
-    WEIGHTS,
-    Net,
-    close,
-    config,
-    random_bank,
-    randomize,
-    same_bits,
-)
 from tests.backends.jax.test_functional import D_IN, D_OUT, KERNEL, check, normal
+from tests.helpers.jax import TOKENS, Net, random_bank, randomize
+from tests.helpers.registry import IDS, WEIGHTS, config
+from tests.helpers.tolerance import assert_close, same_bits
 
 KINDS = ("gpu", "tpu")
 
@@ -59,7 +51,7 @@ def layer_of(**changes: Any) -> tuple[Any, Any]:
     return cfg, random_bank(cfg, {"q": (D_IN, D_OUT)})["q"]
 
 
-# Unequal ranks and one of 0, padding, a feature twice, weights that are negative and 0, an empty row: see conftest.
+# Everything that IDS and WEIGHTS hold: padding, a feature twice, rank 0, an empty row.
 @pytest.mark.parametrize("length", [1, 3, 18])
 def test_per_row(kind: str, length: int) -> None:
     """Sorted into tiles, and, from 16 positions on, row by row: forward and all gradients against the oracle."""
@@ -116,7 +108,7 @@ def test_several_blocks_of_everything(kind: str) -> None:
     """Sizes that no block divides, several blocks of positions and of columns."""
     ids = np.random.default_rng(0).integers(-1, 6, (3, 2))
     wanted, found = both(config(), (150, 272), (3, 70), ids, jnp.float32, "gather", "fused")
-    jax.tree.map(close, found, wanted)
+    jax.tree.map(assert_close, found, wanted)
 
 
 def test_bfloat16(kind: str) -> None:
@@ -141,7 +133,7 @@ def test_wide_types(interpreted: None) -> None:
             linear(x, kernel, layer, IDS, WEIGHTS, strategy=s) for s in ("fused", "gather")
         )
         assert found.dtype == jnp.float64
-        close(found, wanted, 1e-13)
+        assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (5, 0)])
@@ -195,7 +187,7 @@ def test_vmap_and_remat(interpreted: None) -> None:
             layer, x, IDS, WEIGHTS
         )
 
-    jax.tree.map(close, mapped("fused"), mapped("gather"))
+    jax.tree.map(assert_close, mapped("fused"), mapped("gather"))
 
 
 def test_frozen_features(interpreted: None) -> None:
@@ -225,7 +217,7 @@ def test_model(interpreted: None) -> None:
 
         value, grads = run(model, jnp.asarray(IDS), jnp.asarray(TOKENS))
         found.append((value, grads.rows))
-    jax.tree.map(close, found[1], found[0])
+    jax.tree.map(assert_close, found[1], found[0])
 
 
 def test_second_derivatives_are_refused_by_fused_alone(interpreted: None) -> None:
@@ -239,7 +231,7 @@ def test_second_derivatives_are_refused_by_fused_alone(interpreted: None) -> Non
     plain = functools.partial(slope, "gather")
     twice, forward = jax.jit(lambda x: (jax.grad(plain)(x), jax.jvp(plain, (x,), (x,))[1]))(x)
     assert np.any(twice)
-    close((twice * x).sum(), forward)
+    assert_close((twice * x).sum(), forward)
     with pytest.raises(flix.ConfigError, match="differentiated once"):
         jax.grad(functools.partial(slope, "fused"))(x)
     with pytest.raises(TypeError, match="forward-mode"):

@@ -28,16 +28,9 @@ from flix.backends.jax import (
     touched,
     value_and_grad,
 )
-from tests.backends.jax.conftest import (
-    IDS,
-    TOKENS,
-    adapted,
-    close,
-    config,
-    random_bank,
-    registry,
-    same_bits,
-)
+from tests.helpers.jax import TOKENS, adapted, random_bank
+from tests.helpers.registry import IDS, config, registry
+from tests.helpers.tolerance import assert_close, same_bits
 
 KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(5, 7)), jnp.float32)
 X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 5)), jnp.float32)
@@ -121,8 +114,8 @@ def test_absent_features_keep_their_bits(name: str) -> None:
                 elif not key.startswith("s ") and value:
                     assert value != before[key], key
         finals.append(bank)
-    close(finals[0]["q"].A, finals[1]["q"].A)
-    close(finals[0]["q"].B, finals[1]["q"].B)
+    assert_close(finals[0]["q"].A, finals[1]["q"].A)
+    assert_close(finals[0]["q"].B, finals[1]["q"].B)
 
 
 def test_presence_by_gradient() -> None:
@@ -150,7 +143,12 @@ def test_feature_adam_counts_own_steps() -> None:
         bank, state = step(bank, state, jnp.array([[4, -1], [4, -1]]))
     moved, _ = step(bank, state, jnp.array([[1, -1], [4, -1]]))
     rows = bank["q"].spec.row_range(("language", "swa"))
-    close(np.abs(np.asarray(moved["q"].A - bank["q"].A)[rows]), np.full((3, 5), 1e-2), 1e-3)
+    assert_close(
+        np.abs(np.asarray(moved["q"].A - bank["q"].A)[rows]),
+        np.full((3, 5), 1e-2),
+        dtype="float32",
+        times=100,
+    )
 
 
 def test_refuses_state_without_rows() -> None:
@@ -214,9 +212,9 @@ def test_nnx_training_sparse_and_dense_agree() -> None:
         assert losses[-1] < losses[0]
         results.append((losses, after))
     for losses, after in results[1:]:
-        close(losses, results[0][0])
+        assert_close(losses, results[0][0])
         for name, value in after.items():
-            close(value, results[0][1][name], 1e-4)
+            assert_close(value, results[0][1][name], times=10)
 
 
 def test_value_and_grad_keeps_random_streams_and_names_errors() -> None:

@@ -9,7 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 missing = [name for name in ("tensorflow", "keras") if importlib.util.find_spec(name) is None]
 if missing:
     collect_ignore_glob = ["*"]
-    print(f"tests/tensorflow: skipped, not installed: {', '.join(missing)}")
+    print(f"tests/backends/tensorflow: skipped, not installed: {', '.join(missing)}")
 else:
     import tensorflow as tf
 

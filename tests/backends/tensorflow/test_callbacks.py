@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from flix.backends.tensorflow import adapt, add_feature, named_pairs, remove_feature
 from flix.backends.tensorflow._base import flix_layers
-from tests.backends.tensorflow.helpers import make_config, randomise
+from tests.helpers.tensorflow import make_config, randomise
 
 ROWS, EPOCHS = 24, 3
 rng = np.random.default_rng(0)

@@ -9,8 +9,8 @@ import flix
 from flix.backends.tensorflow import load, named_pairs, save
 from flix.backends.tensorflow._base import flix_layers
 from flix.core.adapter.adapter import load_adapter
-from tests.architectures.claims import over
-from tests.backends.tensorflow.helpers import IDS, KINDS, adapted, made, randomise, sequential
+from tests.helpers.claims import over
+from tests.helpers.tensorflow import IDS, KINDS, adapted, made, randomise, sequential
 
 
 @over(KINDS, "keras file", backend="tensorflow", argument="kind")

@@ -11,20 +11,15 @@ import flix
 from flix.backends.tensorflow import FlixDense, FlixEinsumDense, FlixEmbedding, route
 from flix.backends.tensorflow._einsum import linear_einsum
 from flix.core.adapter.initial import initial_a
-from tests.backends.tensorflow.helpers import (
-    REGISTRY,
-    make_config,
-    oracle,
-    pairs_of,
-    randomise,
-    table_grads,
-)
+from tests.helpers.dense import dense
+from tests.helpers.tensorflow import REGISTRY, make_config, pairs_of, randomise, table_grads
+from tests.helpers.tolerance import assert_close
 
 STRATEGIES = ["gather", "masked", "auto", "fused"]
 D_IN, D_OUT = 5, 4
 
 
-def dense(strategy="auto", dtype="float64", **kwargs):
+def flix_dense(strategy="auto", dtype="float64", **kwargs):
     layer = FlixDense(
         D_OUT, config=make_config(), name="q", strategy=strategy, dtype=dtype, **kwargs
     )
@@ -44,23 +39,22 @@ def gradients(layer, x, ids, weights, dy):
     return y, tape.gradient(y, sources, tf.constant(dy))
 
 
-def check(layer, kernel, x, ids, weights, tolerance=1e-12):
+def check(layer, kernel, x, ids, weights):
     """Forward and every gradient, as the oracle has them; gradients speak only of features in use."""
     dy = np.random.default_rng(3).normal(size=(*x.shape[:-1], kernel.shape[1]))
-    pairs = pairs_of(layer)
-    wanted_y, wanted_dx, wanted, wanted_dw = oracle(x, kernel, pairs, ids, weights, dy)
+    wanted = dense(x, ids, pairs_of(layer), weights, kernel=kernel.T, dy=dy)
     y, (dx, da, db, *dw) = gradients(layer, x, ids, weights, dy)
-    np.testing.assert_allclose(y, wanted_y, atol=tolerance)
-    np.testing.assert_allclose(dx, wanted_dx, atol=tolerance)
+    assert_close(y, wanted.y)
+    assert_close(dx, wanted.x)
     used = {1 + r for i in np.unique(ids) if i >= 0 for r in rows_of(layer, i)}
     for part, grad in (("A", da), ("B", db)):
         found, rows = table_grads(layer, grad, part)
-        for i, value in wanted.items():
-            np.testing.assert_allclose(found[i], value["AB".index(part)], atol=tolerance)
+        for i, value in getattr(wanted, part).items():
+            assert_close(found[i], value)
         if rows is not None:
             assert rows - {0} == used
     if weights is not None:
-        np.testing.assert_allclose(dw[0], wanted_dw, atol=tolerance)
+        assert_close(dw[0], wanted.weights)
 
 
 def rows_of(layer, feature):
@@ -81,7 +75,7 @@ ROUTINGS = {
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("form", ROUTINGS)
 def test_dense_is_the_oracle(strategy, form):
-    layer, rng = dense(strategy, use_bias=False), np.random.default_rng(0)
+    layer, rng = flix_dense(strategy, use_bias=False), np.random.default_rng(0)
     ids = np.array(ROUTINGS[form], np.int32)
     weights = rng.normal(size=ids.shape)
     weights[0, 0] = 0.0
@@ -96,7 +90,7 @@ def test_routing_per_token(strategy):
     rng = np.random.default_rng(1)
     ids = rng.integers(-1, 7, (2, 3, 2)).astype(np.int32)
     weights = rng.normal(size=ids.shape)
-    layer = dense(strategy, use_bias=False)
+    layer = flix_dense(strategy, use_bias=False)
     check(layer, layer.kernel.numpy(), rng.normal(size=(2, 3, D_IN)), ids, weights)
     check(layer, layer.kernel.numpy(), rng.normal(size=(2, 3, 4, D_IN)), ids, None)
 
@@ -115,12 +109,12 @@ def test_any_shape_is_the_oracle(rows, length, width, seed, strategy, per_token)
     lead = (rows, length) if per_token else (rows,)
     ids = rng.integers(-1, 7, (*lead, width)).astype(np.int32)
     weights = np.where(rng.random(ids.shape) < 0.3, 0.0, rng.normal(size=ids.shape))
-    layer = dense(strategy, use_bias=False)
+    layer = flix_dense(strategy, use_bias=False)
     check(layer, layer.kernel.numpy(), rng.normal(size=(rows, length, D_IN)), ids, weights)
 
 
 def test_single_is_one_composition_for_all():
-    rng, layer = np.random.default_rng(0), dense("single", use_bias=False)
+    rng, layer = np.random.default_rng(0), flix_dense("single", use_bias=False)
     ids = np.tile([[1, 4]], (3, 1)).astype(np.int32)
     weights = np.tile([[0.5, -2.0]], (3, 1))
     x = rng.normal(size=(3, 2, D_IN))
@@ -132,14 +126,14 @@ def test_single_is_one_composition_for_all():
 
 
 def test_bias_and_activation_come_after_the_sum():
-    layer = dense(activation="relu")
+    layer = flix_dense(activation="relu")
     layer.bias.assign([0.5, -0.5, 1.0, 0.0])
     x, ids = (
         np.random.default_rng(0).normal(size=(3, 9, D_IN)),
         np.array(ROUTINGS["plain"], np.int32),
     )
-    wanted = oracle(x, layer.kernel.numpy(), pairs_of(layer), ids) + layer.bias.numpy()
-    np.testing.assert_allclose(layer(x, flix_features=ids), np.maximum(wanted, 0), atol=1e-12)
+    wanted = dense(x, ids, pairs_of(layer), kernel=layer.kernel.numpy().T, bias=layer.bias).y
+    assert_close(layer(x, flix_features=ids), np.maximum(wanted, 0))
 
 
 EQUATIONS = {
@@ -184,7 +178,7 @@ def test_einsum_dense_is_the_oracle(equation, strategy):
                 update = (s * b @ a).T.reshape([kernel.shape[k] for k in order])
                 update = update.transpose(np.argsort(order))
                 wanted[row] += np.einsum(equation, x[row : row + 1], update)[0]
-    np.testing.assert_allclose(layer(x, flix_features=ids), wanted, atol=1e-12)
+    assert_close(layer(x, flix_features=ids), wanted)
 
 
 @pytest.mark.parametrize(
@@ -216,18 +210,18 @@ def test_embedding_is_the_oracle(strategy):
         if strategy == "single":
             weights[:] = weights[0]
         dy = rng.normal(size=(len(ids), 9, D_OUT))
-        y, _, wanted, dw = oracle(onehot, kernel, pairs_of(layer), ids, weights, dy)
+        wanted = dense(onehot, ids, pairs_of(layer), weights, kernel=kernel.T, dy=dy)
         w = tf.constant(weights)
         with tf.GradientTape() as tape:
             tape.watch(w)
             got = layer(tokens, flix_features=ids, flix_weights=w)
-        np.testing.assert_allclose(got, y, atol=1e-12)
+        assert_close(got, wanted.y)
         da, db, got_dw = tape.gradient(got, [layer.flix_A, layer.flix_B, w], tf.constant(dy))
-        np.testing.assert_allclose(got_dw, dw, atol=1e-12)
+        assert_close(got_dw, wanted.weights)
         for part, grad in (("A", da), ("B", db)):
             found, _ = table_grads(layer, grad, part)
-            for i, value in wanted.items():
-                np.testing.assert_allclose(found[i], value["AB".index(part)], atol=1e-12)
+            for i, value in getattr(wanted, part).items():
+                assert_close(found[i], value)
 
 
 def test_initial_values_are_the_cores_bytes():
@@ -240,7 +234,7 @@ def test_initial_values_are_the_cores_bytes():
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16", "float32"])
 def test_half_precision_keeps_pairs_in_float32(policy):
-    layer = dense("gather", dtype=policy)
+    layer = flix_dense("gather", dtype=policy)
     assert layer.flix_A.dtype == layer.flix_B.dtype == "float32"
     x, ids = (
         np.random.default_rng(0).normal(size=(3, 9, D_IN)),
@@ -248,14 +242,13 @@ def test_half_precision_keeps_pairs_in_float32(policy):
     )
     y = layer(x, flix_features=ids)
     assert y.dtype == layer.compute_dtype
-    wanted = oracle(x, np.asarray(layer.kernel, np.float64), pairs_of(layer), ids)
-    assert np.abs(np.asarray(y, np.float64) - wanted).max() < (1e-5 if policy == "float32" else 0.3)
+    assert_close(y, dense(x, ids, pairs_of(layer), kernel=tf.transpose(layer.kernel)).y, times=2)
 
 
 @pytest.mark.parametrize("strategy", ["gather", "masked", "single", "fused"])
 @pytest.mark.parametrize("jit", [False, True])
 def test_tf_function_with_unknown_shapes_traces_once(strategy, jit):
-    rng, layer = np.random.default_rng(0), dense(strategy, use_bias=False)
+    rng, layer = np.random.default_rng(0), flix_dense(strategy, use_bias=False)
     kernel, pairs = layer.kernel.numpy(), pairs_of(layer)
 
     def step(x, ids, weights):
@@ -276,11 +269,11 @@ def test_tf_function_with_unknown_shapes_traces_once(strategy, jit):
             ids = ids[:1]
         x, weights = rng.normal(size=(len(ids), 9, D_IN)), rng.normal(size=ids.shape)
         y, (da, db) = function(x, ids, weights)
-        wanted, _, grads, _ = oracle(x, kernel, pairs, ids, weights, np.ones((*x.shape[:2], D_OUT)))
-        np.testing.assert_allclose(y, wanted, atol=1e-12)
-        for i, (a, b) in grads.items():
-            np.testing.assert_allclose(table_grads(layer, da, "A")[0][i], a, atol=1e-12)
-            np.testing.assert_allclose(table_grads(layer, db, "B")[0][i], b, atol=1e-12)
+        wanted = dense(x, ids, pairs, weights, kernel=kernel.T, dy=np.ones((*x.shape[:2], D_OUT)))
+        assert_close(y, wanted.y)
+        for i in pairs:
+            assert_close(table_grads(layer, da, "A")[0][i], wanted.A[i])
+            assert_close(table_grads(layer, db, "B")[0][i], wanted.B[i])
     assert function.experimental_get_tracing_count() == 1
     if not jit and strategy != "single":
         with pytest.raises(tf.errors.InvalidArgumentError, match="flix_features routes"):
@@ -296,13 +289,13 @@ def test_layers_by_hand_in_a_functional_model():
     rng = np.random.default_rng(0)
     values, ids = rng.normal(size=(3, 9, D_IN)).astype("f"), np.array(ROUTINGS["plain"], np.int32)
     weights = rng.normal(size=ids.shape).astype("f")
-    wanted = oracle(values, layer.kernel.numpy(), pairs_of(layer), ids, weights)
-    np.testing.assert_allclose(model([values, ids, weights]), wanted, atol=1e-5)
+    wanted = dense(values, ids, pairs_of(layer), weights, kernel=layer.kernel.numpy().T).y
+    assert_close(model([values, ids, weights]), wanted, dtype="float32")
     assert [v.name for v in model.trainable_variables] == ["flix_A", "flix_B"]
 
 
 def test_routing_in_force_reaches_layers_by_hand():
-    layer = dense()
+    layer = flix_dense()
     x, ids = np.ones((3, D_IN)), np.array(ROUTINGS["plain"], np.int32)
     with route(REGISTRY, ids):
         inside = layer(x)
@@ -328,13 +321,13 @@ def test_routing_in_force_reaches_layers_by_hand():
     ],
 )
 def test_bad_routing_is_named(ids, weights, message):
-    layer = dense()
+    layer = flix_dense()
     with pytest.raises(flix.RoutingError, match=message):
         layer(np.ones((3, D_IN)), flix_features=ids, flix_weights=weights)
 
 
 def test_bad_routing_is_named_while_tracing():
-    layer = dense()
+    layer = flix_dense()
     x = tf.ones((3, D_IN), tf.float64)
     for ids, weights, message in (
         (tf.ones((3, 2)), None, "integer ids"),
@@ -371,7 +364,7 @@ def test_strategies_agree_on_a_rank_pattern_and_no_rank_at_all():
         layer.build((None, D_IN))
         randomise([layer])
         outputs.append(layer(x, flix_features=ids))
-    np.testing.assert_allclose(*outputs, atol=1e-12)
+    assert_close(*outputs)
     plain = FlixDense(D_OUT, config=config, name="none")
     y = plain(x.astype("f"), flix_features=ids, training=True)
     assert plain.flix_A is None and y.shape == (3, 9, D_OUT)

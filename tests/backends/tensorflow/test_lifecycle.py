@@ -23,8 +23,8 @@ from flix.backends.tensorflow import (
     to_adapter,
 )
 from flix.backends.tensorflow._base import flix_layers
-from tests.backends.tensorflow.helpers import make_config, randomise
 from tests.helpers.loras import write_lora
+from tests.helpers.tensorflow import make_config, randomise
 
 X = np.random.default_rng(0).normal(size=(6, 4)).astype("f")
 # hau swa yor fra | ner pos mt

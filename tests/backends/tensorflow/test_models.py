@@ -12,8 +12,9 @@ from flix.backends import tensorflow as backend
 from flix.backends.tensorflow import adapt, add_feature, merge, named_pairs, summary
 from flix.backends.tensorflow._base import flix_layers, layer_infos
 from flix.core.adapter.initial import initial_a
-from tests.architectures.claims import over
-from tests.backends.tensorflow.helpers import (
+from tests.helpers.claims import over
+from tests.helpers.dense import dense
+from tests.helpers.tensorflow import (
     IDS,
     KINDS,
     REGISTRY,
@@ -23,10 +24,10 @@ from tests.backends.tensorflow.helpers import (
     functional,
     made,
     make_config,
-    oracle,
     pairs_of,
     randomise,
 )
+from tests.helpers.tolerance import assert_close
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,11 +70,11 @@ def test_sequential_model_is_the_oracle():
     randomise(layer for _, layer in flix_layers(model.base))
     x = given["inputs"]
     for _, layer in flix_layers(model.base):
-        x = oracle(x, layer.kernel.numpy(), pairs_of(layer), IDS) + layer.bias.numpy()
-    np.testing.assert_allclose(model(given), x, atol=1e-4)
+        x = dense(x, IDS, pairs_of(layer), kernel=layer.kernel.numpy().T, bias=layer.bias).y
+    assert_close(model(given), x)
     outer = keras.Input((6,), name="inputs"), keras.Input((2,), dtype="int32")
     symbolic = keras.Model(outer, model({"inputs": outer[0], "flix_features": outer[1]}))
-    np.testing.assert_allclose(symbolic([given["inputs"], IDS]), x, atol=1e-4)
+    assert_close(symbolic([given["inputs"], IDS]), x)
 
 
 @over(KINDS, "merge", backend="tensorflow", argument="kind")

@@ -8,14 +8,8 @@ import tensorflow as tf
 import flix
 from flix.backends.tensorflow import FlixDense, adapt, keep_absent, named_pairs
 from flix.backends.tensorflow._base import flix_layers
-from tests.backends.tensorflow.helpers import (
-    batch,
-    make_config,
-    oracle,
-    pairs_of,
-    randomise,
-    sequential,
-)
+from tests.helpers.dense import dense
+from tests.helpers.tensorflow import batch, make_config, pairs_of, randomise, sequential
 
 X, IDS = batch(8, 6, seed=4)
 X = X.astype("f") / 11
@@ -139,12 +133,12 @@ def trajectory(whole, jit, strategy="gather", accumulate=False):
         x, dy = rng.normal(size=(4, 3, 5)), rng.normal(size=(4, 3, 4))
         ids = rng.choice([[-1, 4], [0, 5], [1, 1], [3, -1], [2, 6]][number % 3 : number % 3 + 3], 4)
         now = {i: (t[0].value, t[1].value, pairs[i][2]) for i, t in truth.items()}
-        _, _, grads, _ = oracle(x, layer.kernel.numpy(), now, ids, None, dy)
+        grads = dense(x, ids, now, kernel=layer.kernel.numpy().T, dy=dy)
         run(tf.constant(x), tf.constant(ids, tf.int32), tf.constant(dy))
         for i in np.unique(ids):
             if i in truth:
                 a, b = kept.get(i, (0.0, 0.0))
-                kept[i] = (a + grads[i][0], b + grads[i][1])
+                kept[i] = (a + grads.A[i], b + grads.B[i])
         if accumulate and number % 2 == 0:
             continue
         for i, pair in kept.items():

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from flix.backends.torch import adapt, named_pairs
-from tests.backends.torch.conftest import ROWS, batch, config, make, output, randomize, routing
+from tests.helpers.registry import ROWS, config
+from tests.helpers.torch import batch, make, output, randomize, routing
 
 
 def main(kind: str, rank: int, port: str) -> None:

@@ -22,8 +22,9 @@ from flix.backends.torch.kernels.operators import (  # noqa: E402
     routed_linear_backward,
 )
 from flix.backends.torch.kernels.routes import group, routes  # noqa: E402
-
-from .conftest import ROWS, config, randomize, relative, routing  # noqa: E402
+from tests.helpers.registry import ROWS, config  # noqa: E402
+from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.torch import randomize, routing  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 
 import flix  # noqa: E402
 from flix.backends.torch import adapt, trainable_parameters  # noqa: E402
-
-from .conftest import ROWS, batch, config, make, randomize, registry, routing  # noqa: E402
+from tests.helpers.registry import ROWS, config, registry  # noqa: E402
+from tests.helpers.torch import batch, make, randomize, routing  # noqa: E402
 
 
 def _model(name):

@@ -14,8 +14,9 @@ torch = pytest.importorskip("torch")
 from flix import ConfigError  # noqa: E402
 from flix.backends.torch import FlixLinear, adapt, named_pairs  # noqa: E402
 from flix.backends.torch.kernels import choice  # noqa: E402
-
-from .conftest import config, randomize, relative, routing  # noqa: E402
+from tests.helpers.registry import config  # noqa: E402
+from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.torch import randomize, routing  # noqa: E402
 
 HERE = Path(__file__).parent
 

@@ -10,8 +10,9 @@ torch = pytest.importorskip("torch")
 import flix  # noqa: E402
 from flix import ConfigError, RoutingError  # noqa: E402
 from flix.backends.torch import FlixEmbedding, FlixLinear, adapt, route  # noqa: E402
-
-from .conftest import ROWS, config, registry, relative, routing  # noqa: E402
+from tests.helpers.registry import ROWS, config, registry  # noqa: E402
+from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.torch import routing  # noqa: E402
 
 
 def _fill(layer, seed=0):

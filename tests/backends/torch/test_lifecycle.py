@@ -24,8 +24,9 @@ from flix.backends.torch import (  # noqa: E402
     trainable_parameters,
 )
 from flix.backends.torch.model import flix_layers  # noqa: E402
-
-from .conftest import batch, config, make, output, randomize, relative, routing  # noqa: E402
+from tests.helpers.registry import config  # noqa: E402
+from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.torch import batch, make, output, randomize, routing  # noqa: E402
 
 ROW = {"language": "swa", "task": "pos"}
 
@@ -198,7 +199,7 @@ def test_load_into_another_architecture_names_the_layer(tmp_path):
     save(_adapted(), tmp_path)
     with pytest.raises(AdapterError, match=r"another architecture.*no layer 'model\.layers\.0"):
         load(make("gpt2"), tmp_path)
-    from .conftest import llama
+    from tests.helpers.torch import llama
 
     wider = llama(intermediate_size=32).double()
     with pytest.raises(AdapterError, match=r"gate_proj' is linear 16 -> 24.*16 -> 32"):

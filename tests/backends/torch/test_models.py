@@ -11,19 +11,9 @@ pytest.importorskip("transformers")
 
 from flix.backends.torch import adapt, named_pairs  # noqa: E402
 from flix.backends.torch.model import flix_layers  # noqa: E402
-
-from .conftest import (  # noqa: E402
-    MODELS,
-    ROWS,
-    batch,
-    config,
-    dense,
-    make,
-    output,
-    randomize,
-    relative,
-    routing,
-)
+from tests.helpers.registry import ROWS, config  # noqa: E402
+from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.torch import MODELS, batch, dense_model, make, output, randomize, routing  # noqa: E402
 
 TARGETS = {
     "linear": {},
@@ -53,7 +43,7 @@ def test_mixed_batch_equals_dense_rows(name, dtype, tolerance, kind, strategy):
     randomize(adapted)
     ids, weights = routing()
     inputs = batch(name)
-    expected, leaves, weight_leaf = dense(base, adapted, ids, weights, inputs)
+    expected, leaves, weight_leaf = dense_model(base, adapted, ids, weights, inputs)
     own_weights = weights.to(dtype).requires_grad_()
     found = output(adapted(**inputs, flix_features=ids, flix_weights=own_weights))
     assert relative(found, expected) < tolerance

@@ -18,8 +18,7 @@ from flix.backends.torch import (  # noqa: E402
     trainable_parameters,
     unpage,
 )
-
-from .conftest import llama, randomize, t5  # noqa: E402
+from tests.helpers.torch import llama, randomize, t5  # noqa: E402
 
 LANGUAGES = [f"l{i}" for i in range(60)]
 REGISTRY = flix.FeatureRegistry({"language": LANGUAGES, "task": ["ner", "pos"]})

@@ -32,10 +32,10 @@ from flix.backends.torch import (  # noqa: E402
     unmerge,
 )
 from flix.backends.torch.model import flix_layers  # noqa: E402
-from tests.architectures.claims import over  # noqa: E402
-from tests.architectures.zoo import RELATIVES, ZOO, inputs_of  # noqa: E402
-
-from .conftest import batch, config, make, output, randomize, routing  # noqa: E402
+from tests.helpers.claims import over  # noqa: E402
+from tests.helpers.registry import config  # noqa: E402
+from tests.helpers.torch import batch, make, output, randomize, routing  # noqa: E402
+from tests.helpers.zoo import RELATIVES, ZOO, inputs_of  # noqa: E402
 
 ROW = {"language": "swa", "task": "pos"}
 MADE = [name for name in ZOO if name != "minilm"]  # that one has weights of its own

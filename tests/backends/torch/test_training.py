@@ -11,18 +11,9 @@ pytest.importorskip("transformers")
 
 from flix import RoutingError  # noqa: E402
 from flix.backends.torch import adapt, named_pairs, trainable_parameters  # noqa: E402
-
-from .conftest import (  # noqa: E402
-    MODELS,
-    ROWS,
-    batch,
-    config,
-    make,
-    output,
-    randomize,
-    relative,
-    routing,
-)
+from tests.helpers.registry import ROWS, config  # noqa: E402
+from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.torch import MODELS, batch, make, output, randomize, routing  # noqa: E402
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from tests.backends.torch.conftest import batch, make, output  # noqa: E402
+from tests.helpers.torch import batch, make, output  # noqa: E402
 
 Lora = Callable[..., Any]
 

@@ -1,45 +1,22 @@
-"""Tiny models of real architectures, and the dense reference they are held to."""
+"""Tiny models of real architectures for the torch backend, and whole models in dense form that they are held to."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
-import flix  # noqa: E402
 from flix.backends.torch import named_pairs  # noqa: E402
 from flix.backends.torch.model import flix_layers  # noqa: E402
-from tests.architectures.zoo import build  # noqa: E402
+from tests.helpers.registry import ROWS, registry  # noqa: E402
+from tests.helpers.zoo import build  # noqa: E402
 
 torch.set_num_threads(1)
-
-ROWS = [
-    {"language": "hau", "task": "ner"},
-    {"language": {"swa": 0.5, "yor": -1.5}, "task": "pos"},
-    {"task": ["ner", "pos"]},
-    {},
-]
-
-
-def registry() -> flix.FeatureRegistry:
-    return flix.FeatureRegistry({"language": ["hau", "swa", "yor", "zul"], "task": ["ner", "pos"]})
-
-
-def config(**changes: Any) -> flix.FlixConfig:
-    """Unequal ranks, one of them 0, and an alpha that makes scales other than 1."""
-    settings: dict[str, Any] = {
-        "registry": registry(),
-        "ranks": {
-            "language": {"hau": 1, "swa": 3, "yor": 0, "zul": 2},
-            "task": {"ner": 2, "pos": 4},
-        },
-        "alpha": {"task": 3.0},
-    }
-    return flix.FlixConfig(**{**settings, **changes})
 
 
 def routing(rows: list[Any] = ROWS) -> tuple[Any, Any]:
@@ -63,7 +40,7 @@ def t5() -> nn.Module:
     return build("t5")
 
 
-# One of each kind, for what does not depend on the architecture; tests/architectures has them all.
+# One of each kind, for what does not depend on the architecture; the tests of architectures have them all.
 MODELS = ("llama", "gpt2", "bert", "t5")
 
 
@@ -84,7 +61,7 @@ def output(result: Any) -> Any:
     return result.logits if "logits" in result else result.last_hidden_state
 
 
-def dense(
+def dense_model(
     base: nn.Module, adapted: nn.Module, ids: Any, weights: Any, inputs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], Any]:
     """Row by row through a plain copy of the base whose kernels are W0 + Σ w s B A, in dense form.
@@ -122,6 +99,38 @@ def dense(
     return torch.cat(rows), pairs, weights
 
 
-def relative(found: Any, expected: Any) -> float:
-    found, expected = np.asarray(found.detach()), np.asarray(expected.detach())
-    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30))
+@contextmanager
+def updated(base: nn.Module, adapted: nn.Module, ids: Any, weights: Any) -> Iterator[None]:
+    """Let a plain model's layers add each position's own sum of updates, feature by feature, in a hook.
+
+    Args:
+        base: the plain model that was adapted.
+        adapted: the adapted one: its pairs and scales are used.
+        ids: int ``[B, T, W]``.
+        weights: float ``[B, T, W]``.
+    """
+    settings = adapted.flix_config
+    pairs = named_pairs(adapted)
+    handles = []
+    for path, layer in flix_layers(adapted):
+
+        def hook(
+            module: Any, args: Any, y: Any, path: str = path, kind: str = layer.flix_kind
+        ) -> Any:
+            x, total = args[0], torch.zeros_like(y)
+            for number, feature in enumerate(settings.registry.features):
+                a = pairs.get(f"{path}.A.{feature[0]}.{feature[1]}")
+                if a is None:
+                    continue
+                b = pairs[f"{path}.B.{feature[0]}.{feature[1]}"]
+                h = a.t()[x] if kind == "embedding" else x @ a.t()
+                factor = (weights * (ids == number)).sum(-1)[..., None]  # [B, T, 1]
+                total = total + factor * settings.scale(path, feature) * (h @ b.t())
+            return y + total
+
+        handles.append(base.get_submodule(path).register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,10 +1,11 @@
-"""A dense oracle in float64 numpy (docs/specification.md §1.1), and small models to try things on."""
+"""Small Keras models to try things on."""
 
 import keras
 import numpy as np
 
 import flix
 from flix.backends.tensorflow import adapt
+from tests.helpers.dense import by_id
 
 REGISTRY = flix.FeatureRegistry(
     {"language": ["hau", "swa", "yor", "fra"], "task": ["ner", "pos", "mt"]}
@@ -33,67 +34,8 @@ def randomise(layers, seed=0):
 
 
 def pairs_of(layer):
-    """{id: (A, B, s)} in float64, for the oracle."""
-    registry = layer.flix_config.registry
-    return {
-        registry.id(*feature): (
-            a.astype(np.float64),
-            b.astype(np.float64),
-            layer.flix_config.scale(layer.flix_name, feature),
-        )
-        for feature, a, b in layer.pairs()
-    }
-
-
-def positions(ids, weights, lead):
-    """For each position of an input: its (id, weight, place of the weight) list."""
-    per_token = ids.ndim == 3
-    for place in np.ndindex(*lead):
-        row = place[: 2 if per_token else 1]
-        yield (
-            place,
-            [
-                (
-                    int(ids[(*row, slot)]),
-                    1.0 if weights is None else float(weights[(*row, slot)]),
-                    (*row, slot),
-                )
-                for slot in range(ids.shape[-1])
-            ],
-        )
-
-
-def oracle(x, kernel, pairs, ids, weights=None, dy=None):
-    """y = W x + Σ w s B A x at every position, one at a time, with the full update made.
-
-    Args:
-        x: ``[B, ..., d_in]``; kernel: ``[d_in, d_out]``; dy: the loss's gradient to y, or None.
-
-    Returns:
-        y, or (y, dx, {id: (dA, dB)}, dweights).
-    """
-    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
-    y = np.zeros((*x.shape[:-1], kernel.shape[1]))
-    dx, dw = np.zeros_like(x), np.zeros(ids.shape)
-    grads = {i: (np.zeros_like(a), np.zeros_like(b)) for i, (a, b, _) in pairs.items()}
-    for place, active in positions(ids, weights, x.shape[:-1]):
-        whole = kernel.T.copy()
-        for i, w, _ in active:
-            if i in pairs:
-                a, b, s = pairs[i]
-                whole += w * s * b @ a
-        y[place] = whole @ x[place]
-        if dy is None:
-            continue
-        g = np.asarray(dy[place], np.float64)
-        dx[place] = whole.T @ g
-        for i, w, where in active:
-            if i in pairs:
-                a, b, s = pairs[i]
-                grads[i][0][...] += w * s * np.outer(b.T @ g, x[place])
-                grads[i][1][...] += w * s * np.outer(g, a @ x[place])
-                dw[where] += s * g @ b @ a @ x[place]
-    return y if dy is None else (y, dx, grads, dw)
+    """A layer's pairs for the dense reference."""
+    return by_id(layer.flix_config, layer.pairs())
 
 
 def table_grads(layer, grad, part):

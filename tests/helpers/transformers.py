@@ -1,4 +1,4 @@
-"""Tiny models, rows with columns for their features, and trainers of them."""
+"""Tiny adapted models of transformers, rows with columns for their features, and trainers of them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,11 @@ import flix  # noqa: E402
 from flix.backends.torch import adapt, named_pairs  # noqa: E402
 from flix.backends.torch.heads import trained_heads  # noqa: E402
 from flix.transformers import FlixCollator, FlixTrainer  # noqa: E402
+from tests.helpers.registry import LANGUAGES, TASKS, registry  # noqa: E402
 
 torch.set_num_threads(1)
 
-LANGUAGES = ["hau", "swa", "yor", "zul"]
-TASKS = ["ner", "pos"]
 LENGTH = 6
-
-
-def registry(**changes: Any) -> flix.FeatureRegistry:
-    return flix.FeatureRegistry({"language": LANGUAGES, "task": TASKS}, **changes)
 
 
 def config(**changes: Any) -> flix.FlixConfig:
