@@ -1,6 +1,6 @@
 """The dense reference: the formula in numpy and float64, one position at a time, by none of flix's algorithms.
 
-y = W x + Σ w s B A x, over the features of a position (docs/specification.md §1).
+y = W x + Σ w s B A x, over the features of a position (docs/specification.md §1.1).
 """
 
 from __future__ import annotations
