@@ -18,7 +18,6 @@ from flax import nnx  # noqa: E402
 from flix.backends import jax as flix_jax  # noqa: E402
 from flix.backends import tensorflow as flix_tf  # noqa: E402
 from flix.backends import torch as flix_torch  # noqa: E402
-
 from tests.helpers import twins  # noqa: E402
 
 BACKENDS = ("torch", "jax", "tensorflow")
