@@ -6,7 +6,6 @@ its output and its gradients under a given cotangent, so that nothing can be pru
 before the clock starts. Rounds are interleaved, and the figure is the median of the rounds' ratios.
 
     python -m benchmarks.layer.jax_layer                 # both sizes, then 25 to 2000 registered features
-    python -m benchmarks.layer.jax_layer --crossover     # gather against masked over tokens a row and union
     python -m benchmarks.layer.jax_layer --json out.json
 """
 
@@ -170,18 +169,15 @@ def measure(
     return median_ms(times[base]) / 1e3, over(times, base)
 
 
-def crossover(rounds: int) -> None:
-    """Time of gather over time of masked, for tokens a row and union rows: above 1, masked is faster."""
-    d, pair = 768, {"masked": METHODS["masked"], "gather": METHODS["gather"]}
-    print("gather / masked at d=768; rows of the union down, tokens a row across")
-    tokens = (1, 4, 8, 16)
-    print("union".rjust(8), *(f"S={s}".rjust(8) for s in tokens))
-    for features in (4, 25, 100):
-        line = []
-        for length in tokens:
-            problem = make_problem(d, max(512 // length, 4), length, features, drawn=features)
-            line.append(measure(problem, pair, rounds)[1]["gather"].median)
-        print(f"{features * RANK:8d}", *(f"{ratio:8.2f}" for ratio in line))
+def start() -> str:
+    """Where the layers run; ``jax_settings`` leaves them one thread."""
+    return jax.default_backend()
+
+
+def over_masked(strategy: str, problem: Problem, rounds: int) -> float:
+    """Time of a strategy over time of masked; above 1, masked is faster."""
+    pair = {"masked": METHODS["masked"], strategy: lambda s: by_rows(s, strategy)}
+    return measure(problem, pair, rounds)[1][strategy].median
 
 
 def growth_of(counts: tuple[int, ...], shape: tuple[int, int, int], rounds: int) -> dict[int, Any]:
@@ -215,12 +211,8 @@ def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--crossover", action="store_true")
     parser.add_argument("--json")
     options = parser.parse_args()
-    if options.crossover:
-        crossover(options.rounds)
-        return
     results: dict[str, Any] = {}
     for d, batch, length in SHAPES:
         base, ratios = measure(make_problem(d, batch, length), METHODS, options.rounds)

@@ -7,7 +7,7 @@ respect to the input and the adapter's parameters, and the base is frozen. Gradi
 an optimizer's zero_grad does. Before the clock starts, every candidate's output and gradients are held to the
 definition.
 
-    python -m benchmarks.layer.torch_layer [--rounds 21] [--threads 1] [--json FILE] [--smoke] [--crossover]
+    python -m benchmarks.layer.torch_layer [--rounds 21] [--threads 1] [--json FILE] [--smoke]
 """
 
 from __future__ import annotations
@@ -164,18 +164,16 @@ def memory_rows(problems: list[Problem]) -> tuple[Table, dict[int, float]]:
     return Table("Peak memory of one layer", ["", *head], rows, note), ratios
 
 
-def crossover(rounds: int) -> None:
-    """Time of gather over time of masked, for tokens a row and union rows: above 1, masked is faster."""
-    tokens = (1, 2, 4, 8, 16, 32, 64)
-    print("gather / masked at d=768, forward and backward; union rows down, tokens a row across")
-    print("union".rjust(8), *(f"S={s}".rjust(8) for s in tokens))
-    for features, drawn in ((3, 12), (6, 12), (25, 13), (100, 50)):
-        line = []
-        for length in tokens:
-            problem = make_problem(768, max(512 // length, 8), length, features, drawn=drawn)
-            arms = [flix_arm(name, problem, name) for name in ("masked", "gather")]
-            line.append(compare(arms, problem, rounds)[0]["gather"].median)
-        print(f"{features * RANK:8d}", *(f"{ratio:8.2f}" for ratio in line))
+def start() -> str:
+    """Compute with one thread from now on; where the layers run."""
+    torch.set_num_threads(1)
+    return "cpu"
+
+
+def over_masked(strategy: str, problem: Problem, rounds: int) -> float:
+    """Time of a strategy over time of masked, the batch being planned; above 1, masked is faster."""
+    arms = [flix_arm(name, problem, name, planned=True) for name in ("masked", strategy)]
+    return compare(arms, problem, rounds)[0][strategy].median
 
 
 def suite(smoke: bool = False) -> Result:
@@ -252,13 +250,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--crossover", action="store_true", help="gather against masked")
     parser.add_argument("--smoke", action="store_true", help="small and quick: does it run?")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.crossover:
-        crossover(options.rounds)
-        return
     shapes = ((256, 8, 32),) if options.smoke else SHAPES
     rounds = 5 if options.smoke else options.rounds
     growth = (100,) if options.smoke else (100, 500, 2000)

@@ -105,34 +105,6 @@ def plan(
     show_plan(config, as_json, Batch(batch_size, length, device) if explain else None)
 
 
-bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-
-
-@bench.command()
-@guarded
-def calibrate(
-    backend: Annotated[
-        str, typer.Option("--backend", help="The backend to measure: torch, jax or tensorflow.")
-    ] = "torch",
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FILE", help="The table to write; default: your own."),
-    ] = None,
-    small: Annotated[
-        bool, typer.Option("--small", help="A few small shapes, to try it out.")
-    ] = False,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads; default: the framework's.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure what the strategies cost here, and write a table that the planner then goes by."""
-    from flix.cli.measuring import run_calibration
-
-    run_calibration(backend, out, small, threads, as_json)
-
-
 @app.command()
 @guarded
 def train(

@@ -16,7 +16,7 @@ from flix.core.costs import Layers, Plan, feature_cost, plan
 from flix.core.errors import AdapterError, FlixError
 from flix.core.features.registry import Feature
 from flix.core.features.routing import Row
-from flix.core.strategy.decide import PLANNED, calibration_of
+from flix.core.strategy.decide import measured_on
 from flix.core.strategy.explain import Batch, Choice, explain
 
 
@@ -153,25 +153,15 @@ def show_plan(path: Path, as_json: bool, batch: Batch | None = None) -> None:
 
 def _show_choices(choices: list[Choice], batch: Batch) -> None:
     show_table(
-        ["layers", "d_in", "d_out", "strategy", *(f"{s}, ms" for s in PLANNED), "why"],
+        ["layers", "d_in", "d_out", "strategy", "why"],
         [
-            [
-                len(choice.layers), choice.facts.d_in, choice.facts.d_out, choice.decision.strategy,
-                *(
-                    f"{1000 * choice.decision.seconds[s]:.2f}" if s in choice.decision.seconds else "-"
-                    for s in PLANNED
-                ),
-                choice.decision.reason,
-            ]
-            for choice in choices
+            [len(c.layers), c.shape.d_in, c.shape.d_out, c.decision.strategy, c.decision.reason]
+            for c in choices
         ],
-        title=(
-            f"what a layer adds to the frozen one, forward and backward: {batch.examples} examples of "
-            f"{batch.tokens} positions, {batch.device}"
-        ),
-    )  # fmt: skip
-    used = calibration_of(batch.device)
-    show(f"costs measured on {used.device}: {used.measured}")
+        title=f"{batch.examples} examples of {batch.positions} positions, {batch.device}",
+    )
+    used = measured_on(batch.device)
+    show(f"measured on {used.device}: {used.when}")
 
 
 def _planned(path: Path) -> tuple[FlixConfig, Layers, list[Row] | None, list[str]]:

@@ -117,27 +117,14 @@ def test_plan_explains_strategies(adapter: Path) -> None:
         run(app, ["plan", str(adapter), "--json"]).stdout
     )
     for choice in data["strategies"]:
-        assert choice["strategy"] in ("gather", "masked") and "8 examples" in choice["reason"]
-        assert set(choice["seconds"]) == {"gather", "masked"}
+        assert choice["strategy"] in ("gather", "masked")
+        assert "gather is faster" in choice["reason"] and choice["rows"] <= choice["union"]
     text = run(app, command).stdout
-    assert "is estimated to add" in text and "costs measured on torch-cpu: 20" in text
+    assert "gather is faster" in text and "measured on torch-cpu: 20" in text
     other = run(app, [*command, "--device", "jax-gpu"])
-    assert other.exit_code == 0 and "costs measured on jax-cpu: 20" in other.stdout
+    assert other.exit_code == 0 and "measured on jax-cpu: 20" in other.stdout
     unknown = run(app, ["plan", str(adapter), "--explain", "--device", "abacus"])
-    assert unknown.exit_code == 2 and "no calibration for 'abacus'" in unknown.stderr
-
-
-def test_calibrate_writes_a_table_that_the_planner_reads(tmp_path: Path) -> None:
-    from flix.core.strategy.decide import read_calibrations
-
-    path = tmp_path / "own" / "calibration.json"
-    command = ["bench", "calibrate", "--small", "--out", str(path), "--json"]
-    data = json.loads(run(app, command).stdout)
-    assert data["device"] == "torch-cpu" and data["file"] == str(path)
-    found = read_calibrations(path)["torch-cpu"]
-    assert found.to_dict()["seconds"] == data["seconds"] and "torch" in found.measured
-    bad = run(app, ["bench", "calibrate", "--backend", "numpy", "--small"])
-    assert bad.exit_code == 2
+    assert unknown.exit_code == 2 and "nothing was measured on 'abacus'" in unknown.stderr
 
 
 def test_plan_of_a_configuration(config: Callable[..., Path]) -> None:

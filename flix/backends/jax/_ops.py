@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from flix.backends.jax import _fused
 from flix.backends.jax.bank import LayerSpec
-from flix.core.strategy.decide import Facts, picked
+from flix.core.strategy.decide import Facts, decide
 
 _BATCH, _LENGTH = 16, 64
 
@@ -188,36 +188,36 @@ def frozen_stopped(
     return tuple(jnp.where(trains[:, None], t, stop(t)) for t in (a, b))  # type: ignore[return-value]
 
 
-def pick_strategy(
-    strategy: str, spec: LayerSpec, count: int, length: int, width: int, accelerated: bool = False
+def strategy_for(
+    asked: str, spec: LayerSpec, count: int, length: int, width: int, accelerated: bool = False
 ) -> str:
     """The strategy to run, from shapes alone.
 
     Args:
-        strategy: as asked for; ``"auto"`` to choose.
+        asked: ``"auto"`` to choose.
         spec: the layer's.
         count, length, width: rows of the routing, positions that share one, and ids of one.
         accelerated: whether the fused kernels suit the device, the dtype and the arrays' placement.
     """
     if spec.shape.kind == "embedding":
         accelerated = False  # looked up, not multiplied: there is no product to fuse
-        strategy = "gather" if strategy == "fused" else strategy
+        asked = "gather" if asked == "fused" else asked
     rows = int(np.sort(spec.ranks)[::-1][:width].sum())
     # Sizes that are symbolic (jax.export) are taken for middling ones.
     count = count if isinstance(count, int) else _BATCH
     length = length if isinstance(length, int) else _LENGTH
+    # One composition for all is two plain products, which XLA does best.
+    suits = accelerated and spec.widest <= _fused.WIDEST and count > 1
     facts = Facts(
         examples=count,
-        tokens=length,
+        positions=length,
         rows=rows,
         union=min(spec.rows, count * rows),  # ids are not known where this is traced
-        d_in=0 if spec.shape.kind == "embedding" else spec.shape.d_in,
-        d_out=spec.shape.d_out,
         device=f"jax-{jax.default_backend()}",
-        # One composition for all is two plain products, which XLA does best.
-        fused=accelerated and spec.widest <= _fused.WIDEST and count > 1,
+        # What is asked for finds its kernels, or says why not, by itself.
+        lacks=None if suits or asked == "fused" else "arrays that the kernels suit",
     )
-    return picked(strategy, facts)
+    return decide(asked, facts).strategy
 
 
 def add_fused(

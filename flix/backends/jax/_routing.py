@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from flix.core.config.layout import first_unlike
 from flix.core.errors import ConfigError, RoutingError
 from flix.core.features.registry import FeatureRegistry
 from flix.core.features.routing import Routing, check_routing
+from flix.core.strategy.union import first_unlike
 
 
 @dataclass(frozen=True)

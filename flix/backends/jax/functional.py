@@ -30,8 +30,8 @@ from flix.backends.jax._routing import (
 )
 from flix.backends.jax.bank import Bank, LayerBank, LayerRows, LayerSpec, Rows
 from flix.backends.jax.sharding import left_to_compiler, partitioned
-from flix.core.config.layout import check_strategy
 from flix.core.errors import RoutingError, TargetError
+from flix.core.strategy.decide import check_strategy
 
 
 def linear(
@@ -211,7 +211,7 @@ def add_update(
     accelerated = (
         platform in _fused.PLATFORMS and y.dtype != jnp.float64 and not partitioned(y, x, a, b)
     )
-    strategy = _ops.pick_strategy(strategy, spec, count, length, width, accelerated)
+    strategy = _ops.strategy_for(strategy, spec, count, length, width, accelerated)
     target = _fused.find_target(platform) if strategy == "fused" else None
 
     def update(

@@ -23,9 +23,10 @@ from flix.backends.jax.layers import (
 )
 from flix.core.adapter.adapter import LayerShape
 from flix.core.config.config import FlixConfig
-from flix.core.config.layout import LayerLayout, check_strategy
+from flix.core.config.layout import LayerLayout
 from flix.core.config.targets import LayerInfo, select
 from flix.core.errors import ConfigError, RoutingError, TargetError
+from flix.core.strategy.decide import check_strategy
 
 Model = TypeVar("Model", bound=nnx.Module)
 

@@ -21,10 +21,11 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from flix.core.config.layout import LayerLayout, first_unlike
+from flix.core.config.layout import LayerLayout
 from flix.core.errors import RoutingError
 from flix.core.features.registry import FeatureRegistry
 from flix.core.features.routing import Routing, check_routing
+from flix.core.strategy.union import first_unlike
 
 
 class _Current(threading.local):

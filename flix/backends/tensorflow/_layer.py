@@ -14,10 +14,10 @@ from flix.backends.tensorflow._context import ActiveRouting, current, make_routi
 from flix.backends.tensorflow._ops import Live
 from flix.core.adapter.initial import initial_a
 from flix.core.config.config import FlixConfig
-from flix.core.config.layout import LayerLayout, check_strategy
+from flix.core.config.layout import LayerLayout
 from flix.core.errors import ConfigError, RoutingError
 from flix.core.features.registry import Feature
-from flix.core.strategy.decide import Facts, decide
+from flix.core.strategy.decide import Facts, check_strategy, decide
 
 _MANY = 1 << 20
 """Stands for a size that is not known while a graph is traced."""
@@ -206,7 +206,7 @@ class FlixLayer:
             )
         return current.routing if self.flix_A is not None else None
 
-    def _strategy(self, routing: ActiveRouting, given: list[int | None]) -> str:
+    def _strategy_for(self, routing: ActiveRouting, given: list[int | None]) -> str:
         """The strategy for an input of these leading sizes, from shapes alone."""
         examples, total = _product(routing.lead), _product(given)
         if len(given) > len(routing.lead):
@@ -219,11 +219,9 @@ class FlixLayer:
         rows = sum(ranks[: int(routing.ids.shape[-1] or len(ranks))])
         facts = Facts(
             examples=examples,
-            tokens=tokens,
+            positions=tokens,
             rows=rows,
             union=min(sum(ranks), examples * rows),  # ids are not known in a graph
-            d_in=0 if self.flix_kind == "embedding" else self.d_in,
-            d_out=self.d_out,
             device="tensorflow-cpu",
         )
         strategy = decide(self.flix_strategy, facts).strategy

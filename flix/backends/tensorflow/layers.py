@@ -82,7 +82,7 @@ class FlixDense(FlixLayer, layers.Dense):  # type: ignore[misc]
         if routing is None:
             return layers.Dense.call(self, inputs)
         given = inputs.shape.as_list()[:-1]
-        strategy = self._strategy(routing, given)
+        strategy = self._strategy_for(routing, given)
         x, count, length = self._grouped(inputs, routing, trailing=1)
         base = ops.matmul(x, self.kernel)
         if self.bias is not None:
@@ -152,7 +152,7 @@ class FlixEinsumDense(FlixLayer, layers.EinsumDense):  # type: ignore[misc]
         order = equation.input_order(inputs.shape.rank)
         positions = inputs.shape.rank - len(equation.contracted)
         x = inputs if order == sorted(order) else tf.transpose(inputs, order)
-        strategy = self._strategy(routing, x.shape.as_list()[:positions])
+        strategy = self._strategy_for(routing, x.shape.as_list()[:positions])
         x, count, length = self._grouped(x, routing, trailing=len(equation.contracted))
         lead = tf.shape(x)[:positions]
         kernel = tf.transpose(self.kernel, equation.kernel_order)
@@ -221,7 +221,7 @@ class FlixEmbedding(FlixLayer, layers.Embedding):  # type: ignore[misc]
         routing = self._routing(flix_features, flix_weights, training)
         if routing is None:
             return layers.Embedding.call(self, inputs)
-        strategy = self._strategy(routing, inputs.shape.as_list())
+        strategy = self._strategy_for(routing, inputs.shape.as_list())
         x, count, length = self._grouped(inputs, routing, trailing=0)
         base = layers.Embedding.call(self, x)
         y = routed_embedding(

@@ -29,10 +29,11 @@ from flix.backends.tensorflow._paths import named_layers
 from flix.backends.tensorflow.layers import become
 from flix.backends.tensorflow.optimizers import keep_absent
 from flix.core.config.config import FlixConfig
-from flix.core.config.layout import LayerLayout, check_strategy
+from flix.core.config.layout import LayerLayout
 from flix.core.config.targets import select
 from flix.core.errors import ConfigError, RoutingError, TargetError
 from flix.core.features.routing import Routing
+from flix.core.strategy.decide import check_strategy
 
 
 @keras.saving.register_keras_serializable(package="flix")

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from flix.backends.torch._versions import state
 from flix.backends.torch.kernels.tables import upload
-from flix.core.config.layout import LayerLayout, UnionPlan, first_unlike, plan_union
+from flix.core.config.layout import LayerLayout
 from flix.core.errors import RoutingError
 from flix.core.features.registry import FeatureRegistry
 from flix.core.features.routing import Routing, check_routing
+from flix.core.strategy.union import UnionPlan, first_unlike, plan_union
 
 
 class _Current(threading.local):

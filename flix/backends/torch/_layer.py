@@ -24,9 +24,10 @@ from flix.backends.torch.kernels.choice import require_triton
 from flix.core.adapter.adapter import Adapter
 from flix.core.adapter.initial import initial_a, initial_b, initial_table
 from flix.core.config.config import FlixConfig
-from flix.core.config.layout import LayerLayout, check_strategy
+from flix.core.config.layout import LayerLayout
 from flix.core.errors import ConfigError, RoutingError
 from flix.core.features.registry import Feature
+from flix.core.strategy.decide import check_strategy
 
 
 @functools.lru_cache(maxsize=1 << 16)

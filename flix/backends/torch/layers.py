@@ -13,7 +13,7 @@ from flix.backends.torch._context import ActiveRouting, AnyRouting, DevicePlan, 
 from flix.backends.torch._layer import FlixLayer, with_grad
 from flix.backends.torch._ops import RoutedLinear, routed_forward, stack, traced_linear
 from flix.backends.torch._scaled import is_scaled_embedding, scaled
-from flix.backends.torch.kernels.choice import dtype_name, plan_strategy
+from flix.backends.torch.kernels.choice import strategy_for
 from flix.backends.torch.kernels.operators import routed_linear
 from flix.backends.torch.kernels.routes import routes
 from flix.core.adapter.adapter import Adapter
@@ -125,17 +125,8 @@ class FlixLinear(FlixLayer, nn.Linear):
         plan = self._device_plan(x, routing)
         # A token of a generation: the union stays stacked until the next.
         token = length == 1 and not torch.is_grad_enabled()
-        strategy = plan_strategy(
-            self.flix_strategy,
-            examples=count,
-            tokens=length,
-            union=plan.union,
-            stacked=token,
-            rows_per_example=plan.rows.shape[1],
-            d_in=x.shape[2],
-            d_out=self.d_out,
-            device=x.device.type,
-            dtype=dtype_name(x.dtype),
+        strategy = strategy_for(
+            self.flix_strategy, x, rows=plan.rows.shape[1], union=plan.union, stacked=token
         )
         self._check_single(routing, strategy)
         if not plan.active or count == 0:
@@ -185,23 +176,13 @@ class FlixLinear(FlixLayer, nn.Linear):
         self, x: Tensor, kernel: Tensor, bias: Tensor | None, routing: TracedRouting
     ) -> Tensor:
         """The same inside a compiled graph, where ids are known to the running graph alone."""
-        count, length, _ = x.shape
         params = [(a, b) for _, a, b in self.pairs()]
         width = routing.flat.shape[1]
         if not params or width == 0:
             return self._base(x, kernel, bias)
         layout = self.flix_layout
-        strategy = plan_strategy(
-            self.flix_strategy,
-            examples=count,
-            tokens=length,
-            union=None,
-            rows_per_example=width * max(layout.ranks),
-            d_in=self.d_in,
-            d_out=self.d_out,
-            device=x.device.type,
-            dtype=dtype_name(x.dtype),
-        )
+        most = width * max(layout.ranks)
+        strategy = strategy_for(self.flix_strategy, x, rows=most, union=None)
         a: list[Tensor] = [a for a, _ in params]
         b: list[Tensor] = [b for _, b in params]
         if strategy != "fused" and x.device.type != "cpu":

@@ -23,10 +23,11 @@ from flix.backends.torch.kernels.choice import require_triton
 from flix.backends.torch.layers import adaptable, become, revert
 from flix.core.adapter.adapter import Adapter, LayerShape
 from flix.core.config.config import FlixConfig
-from flix.core.config.layout import LayerLayout, check_strategy
+from flix.core.config.layout import LayerLayout
 from flix.core.config.targets import LayerInfo, select
 from flix.core.errors import ConfigError, RoutingError, TargetError
 from flix.core.garbage import uncollected
+from flix.core.strategy.decide import check_strategy
 
 Model = TypeVar("Model", bound=nn.Module)
 

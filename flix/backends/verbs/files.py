@@ -16,7 +16,7 @@ from flix.core.adapter.adapter import (
 )
 from flix.core.adapter.compatibility import check_fits, check_same
 from flix.core.adapter.sharing import select_features
-from flix.core.config.layout import check_strategy
+from flix.core.strategy.decide import check_strategy
 
 M = TypeVar("M")
 

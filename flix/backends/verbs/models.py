@@ -15,10 +15,10 @@ from flix.core.adapter.initial import initial_pairs
 from flix.core.adapter.sharing import chosen_features
 from flix.core.adapter.summary import Summary
 from flix.core.config.config import FlixConfig
-from flix.core.config.layout import check_strategy
 from flix.core.config.targets import select
 from flix.core.errors import ConfigError
 from flix.core.features.names import Feature
+from flix.core.strategy.decide import check_strategy
 
 M = TypeVar("M")
 

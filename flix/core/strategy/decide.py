@@ -1,296 +1,204 @@
-"""Which strategy computes a layer's sum: a pure function of static facts and a table of measured costs.
+"""Which strategy computes a layer's sum: a pure function of facts that are known before it runs.
 
-The strategies give the same numbers at different costs (docs/specification.md §5.5). Gather copies each example's rows
-and multiplies them in batches; masked multiplies everything with the batch's whole union of rows; single multiplies
-everything with one composition's. What a strategy adds to the frozen layer is modelled as
-
-    seconds = start + example * N + moved * V + product * M
-
-with N examples, V values of A and B that are moved (copied for examples, stacked for the union) and M multiply-adds of
-the low-rank products. The four coefficients of each strategy are fitted to measurements on a class of devices
-(``flix bench calibrate``); the table of those that were measured is in this package.
+The strategies give the same numbers (docs/specification.md §5) at different costs. Gather copies each example's rank
+rows and multiplies them in batches; masked multiplies everything with the rows of the batch's whole union; single
+multiplies everything with one composition's. Gather's copies do not depend on the positions that share a row, and
+masked's products grow with the union: so gather wins from some number of positions a row on, which falls as the
+union grows over what one example uses. Those numbers were measured; ``table.json`` holds them and says where.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from importlib import resources
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from flix.core.config.layout import check_strategy
 from flix.core.errors import ConfigError, listed
 
-# See _with_kernel: examples of one position, and unions in multiples of what one example uses.
-_MANY_EXAMPLES, _SHARED = 256, 16
-PLANNED = ("gather", "masked", "single")
-TERMS = ("start", "example", "moved", "product")
+STRATEGIES = ("auto", "gather", "masked", "single", "fused")
+
+_NEVER = float("inf")
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """What is known of a layer and a batch before it runs.
 
     Attributes:
         examples: rows of the routing, N.
-        tokens: positions of the input that share one row of the routing, S.
+        positions: positions of the input that share one row of the routing, S.
         rows: the most rank rows that one example uses, R.
-        union: rank rows that the batch uses, U; where ids are not known on the host, the most it may use.
-        d_in, d_out: the layer's sizes; of an embedding, whose A is looked up in every strategy, 0 and d_out.
-        device: the class of devices, a key of the calibration: ``"torch-cpu"``.
-        fused: whether the backend has a fused kernel for this device and dtype.
-        stacked: whether the union is stacked already, from the step before, so that masked moves nothing.
+        union: rank rows that the batch uses, U, or the most that it may use; None where even that is unknown.
+        device: the class of devices, a key of the table: ``"torch-cpu"``.
+        stacked: whether the union is stacked already, from the step before, so that masked copies nothing.
+        lacks: what the fused kernel lacks here, in words; None where it runs.
     """
 
     examples: int
-    tokens: int
+    positions: int
     rows: int
-    union: int
-    d_in: int
-    d_out: int
+    union: int | None
     device: str
-    fused: bool = False
     stacked: bool = False
-
-    def terms(self, strategy: str) -> tuple[float, float, float, float]:
-        """(1, N, V, M) of a strategy, which the coefficients multiply."""
-        width = self.d_in + self.d_out
-        used = self.union if strategy == "masked" else self.rows
-        # Gather's gradients are summed over the union.
-        moved = self.examples * used + self.union if strategy == "gather" else used
-        if strategy == "masked" and self.stacked:
-            moved = 0
-        products = self.examples * self.tokens * used * width
-        return 1.0, float(self.examples), float(moved * width), float(products)
+    lacks: str | None = None
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Measured costs of the strategies on one class of devices.
-
-    Attributes:
-        device: the class.
-        seconds: {strategy: coefficient of each of ``TERMS``}.
-        measured: when and on what, in words.
-    """
+class Measured(NamedTuple):
+    """What was measured on one class of devices; ``table.json`` says what each entry means."""
 
     device: str
-    seconds: Mapping[str, tuple[float, ...]]
-    measured: str = ""
-
-    def __post_init__(self) -> None:
-        for strategy in PLANNED:
-            found = self.seconds.get(strategy)
-            if found is None or len(found) != len(TERMS) or not all(c >= 0 for c in found):
-                raise ConfigError(
-                    f"a calibration gives {', '.join(TERMS)} (0 or more) for each of {', '.join(PLANNED)}; "
-                    f"{self.device!r} has {found!r} for {strategy!r}"
-                )
-
-    def estimate(self, facts: Facts, strategy: str) -> float:
-        """Seconds that a strategy adds to the frozen layer's forward and backward."""
-        terms = facts.terms(strategy)
-        return sum(c * t for c, t in zip(self.seconds[strategy], terms, strict=True))
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form."""
-        return {
-            "measured": self.measured,
-            "seconds": {s: dict(zip(TERMS, self.seconds[s], strict=True)) for s in PLANNED},
-        }
+    strategies: tuple[str, ...]
+    when: str
+    gather_from: tuple[tuple[float, float], ...]
+    gather_from_stacked: tuple[tuple[float, float], ...]
+    union_unknown: float
+    fused_from: float | None = None
 
 
-@dataclass(frozen=True)
-class Decision:
-    """A strategy, and why.
+class Decision(NamedTuple):
+    """A strategy, and what it follows from.
 
     Attributes:
         strategy: the strategy to run.
-        reason: why, in one line.
-        seconds: what each strategy was estimated to add to the frozen layer.
+        rule: ``"asked"``, ``"alone"`` (one example), ``"kernel"`` or ``"positions"``.
+        facts: what was known.
+        measured: the measurements that were gone by; None where none were needed.
+        start: positions from which gather is faster, or the kernel; infinite where never.
     """
 
     strategy: str
-    reason: str
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    rule: str
+    facts: Facts
+    measured: Measured | None = None
+    start: float = _NEVER
+
+    @property
+    def reason(self) -> str:
+        """Why, in one line."""
+        facts = self.facts
+        if self.measured is None:
+            return _SIMPLE[self.rule]
+        if self.rule == "kernel":
+            return f"the fused kernel is fastest from {self.start:g} positions a row on; here are {facts.positions}"
+        union = "a union that is not known"
+        if facts.union is not None:
+            union = f"{facts.union} rank rows together, {facts.rows} in one example"
+        when = "never" if self.start == _NEVER else f"from {self.start:g} positions a row on"
+        reason = f"{union}: gather is faster {when}; here are {facts.positions}"
+        if self.measured.device != facts.device:
+            reason += f" (by {self.measured.device}: {facts.device} is not measured)"
+        return reason
 
 
-def calibrations_from(data: Mapping[str, Any]) -> dict[str, Calibration]:
-    """{device: calibration} from the JSON form.
+_SIMPLE = {
+    "asked": "it was asked for",
+    "alone": "there is one example, so one composition serves all",
+}
+
+
+def check_strategy(strategy: str) -> None:
+    """Refuse an unknown strategy.
 
     Raises:
-        ConfigError: not of that form.
+        ConfigError: no such strategy.
     """
-    found = {}
-    for device, entry in data.items():
-        try:
-            seconds = {s: tuple(float(entry["seconds"][s][t]) for t in TERMS) for s in PLANNED}
-            found[device] = Calibration(device, seconds, str(entry.get("measured", "")))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, ConfigError):
-                raise
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
+
+
+def read_table(data: Mapping[str, Any]) -> dict[str, Measured]:
+    """{class of devices: what was measured} from the JSON form.
+
+    Raises:
+        ConfigError: a device that leaves out gather, masked or single, or steps that do not rise.
+    """
+    table = {}
+    for device, entry in data["devices"].items():
+        dates: dict[str, str] = entry["measured"]
+        steps = tuple(map(tuple, entry["gather_from"]))
+        stacked = tuple(map(tuple, entry.get("gather_from_stacked", steps)))
+        missing = {"gather", "masked", "single"} - set(dates)
+        if missing or ("fused_from" in entry and "fused" not in dates):
             raise ConfigError(
-                f"a calibration of {device!r} gives seconds for {', '.join(PLANNED)}, each with "
-                f"{', '.join(TERMS)}; {error!r} is missing or no number"
-            ) from error
-    return found
-
-
-def read_calibrations(path: Path) -> dict[str, Calibration]:
-    """The calibrations of a file.
-
-    Raises:
-        ConfigError: no readable file of that form.
-    """
-    try:
-        return calibrations_from(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is no table of calibrations: {error}") from error
-
-
-def user_table() -> Path:
-    """Where a user's own calibrations are: the file that ``FLIX_CALIBRATION`` names, or one in the user's settings."""
-    named = os.environ.get("FLIX_CALIBRATION")
-    if named:
-        return Path(named)
-    settings = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    return Path(settings) / "flix" / "calibration.json"
-
-
-@functools.lru_cache(maxsize=4096)
-def picked(strategy: str, facts: Facts) -> str:
-    """The strategy of :func:`decide`; remembered, for layers that ask at every forward."""
-    return decide(strategy, facts).strategy
-
-
-@functools.cache
-def calibrations() -> dict[str, Calibration]:
-    """The calibrations in force: this package's, and in their place the user's own (see :func:`user_table`).
-
-    Read once a process.
-
-    Raises:
-        ConfigError: the user's file has another form.
-    """
-    text = resources.files("flix.core.strategy").joinpath("table.json").read_text(encoding="utf-8")
-    own, path = calibrations_from(json.loads(text)), user_table()
-    return {**own, **(read_calibrations(path) if path.exists() else {})}
-
-
-def calibration_of(device: str, table: Mapping[str, Calibration] | None = None) -> Calibration:
-    """The calibration that a device goes by: its own, or where nobody measured it that of its framework's CPU.
-
-    Args:
-        device: the class of devices.
-        table: {device: costs}; default: those in force.
-
-    Raises:
-        ConfigError: neither is known.
-    """
-    known = calibrations() if table is None else table
-    found = known.get(device, known.get(f"{device.partition('-')[0]}-cpu"))
-    if found is None:
-        raise ConfigError(
-            f"there is no calibration for {device!r}; there is one for {listed(known)}"
+                f"the table must say when each strategy was measured on {device!r}; missing: "
+                f"{', '.join(sorted(missing)) or 'fused'}"
+            )
+        if list(steps) != sorted(steps) or list(stacked) != sorted(stacked):
+            raise ConfigError(f"the steps of {device!r} must rise in the ratio, got {steps!r}")
+        table[device] = Measured(
+            device=device,
+            strategies=tuple(dates),
+            when=f"{max(dates.values())}, {entry['on']}",
+            gather_from=steps,
+            gather_from_stacked=stacked,
+            union_unknown=entry["union_unknown"],
+            fused_from=entry.get("fused_from"),
         )
-    return found
+    return table
 
 
-def decide(strategy: str, facts: Facts, table: Mapping[str, Calibration] | None = None) -> Decision:
+# Read at import: compilers that trace decide() take it as a constant.
+TABLE = read_table(
+    json.loads(resources.files(__package__).joinpath("table.json").read_text(encoding="utf-8"))
+)
+
+
+def decide(asked: str, facts: Facts, table: Mapping[str, Measured] = TABLE) -> Decision:
     """The strategy to run.
 
+    ``"auto"`` takes only what was measured on the device, or, where nothing was, on its framework's CPU.
+
     Args:
-        strategy: what the user asked for; anything but ``"auto"`` is taken.
+        asked: what the user asked for; anything but ``"auto"`` is taken.
         facts: what is known of the layer and the batch.
-        table: {device: costs}; default: those in force.
+        table: {class of devices: what was measured}.
 
     Raises:
-        ConfigError: no such strategy, or no calibration for the device.
+        ConfigError: no such strategy, ``"fused"`` where it cannot run, or a framework that nobody measured.
     """
-    check_strategy(strategy)
-    if strategy != "auto":
-        return Decision(strategy, "it was asked for")
-    if facts.fused:
-        return _with_kernel(facts)
-    calibration = calibration_of(facts.device, table)
-    # Rows cannot be known to be alike, but for a single one.
-    choices = ("single", "gather", "masked") if facts.examples == 1 else ("gather", "masked")
-    seconds = {s: calibration.estimate(facts, s) for s in choices}
-    if facts.examples == 1:
-        return Decision("single", "there is one example, so one composition serves all", seconds)
-    best = min(choices, key=seconds.__getitem__)
-    other = max(choices, key=seconds.__getitem__)
-    times = seconds[other] / seconds[best] if seconds[best] > 0 else float("inf")
-    reason = (
-        f"{other} is estimated to add {times:.1f} times as much: {facts.examples} examples use "
-        f"{facts.rows} rank rows each, {facts.union} together, over {facts.tokens} positions"
-    )
-    if calibration.device != facts.device:
-        reason += f" (by {calibration.device}: {facts.device} is not measured)"
-    return Decision(best, reason, seconds)
-
-
-def _with_kernel(facts: Facts) -> Decision:
-    """Where a fused kernel is to be had. Reasoned from bytes, and not measured on a device yet.
-
-    The kernel reads each example's rows where they are, gather copies them first. At one position an example that is
-    most of the traffic, and grows with the examples, while the masked product reads the union once.
-    """
-    shared = facts.union <= _SHARED * facts.rows
-    if facts.tokens == 1 and facts.examples >= _MANY_EXAMPLES and shared:
-        return Decision(
-            "masked",
-            f"{facts.examples} examples of one position share {facts.union} rank rows, which the masked product "
-            "reads once; the fused kernel would read them for every example",
+    check_strategy(asked)
+    if asked == "fused" and facts.lacks is not None:
+        raise ConfigError(
+            f"strategy 'fused' needs {facts.lacks}; or use 'auto', 'gather' or 'masked'"
         )
-    return Decision("fused", f"the backend has a fused kernel for {facts.device}")
+    if asked != "auto":
+        return Decision(asked, "asked", facts)
+    measured = measured_on(facts.device, table)
+    kernel = measured.fused_from
+    if kernel is not None and facts.lacks is None and facts.positions >= kernel:
+        return Decision("fused", "kernel", facts, measured, kernel)
+    if facts.examples == 1:  # other rows cannot be known to be alike
+        return Decision("single", "alone", facts)
+    start = _gather_from(facts, measured)
+    strategy = "gather" if facts.positions >= start else "masked"
+    return Decision(strategy, "positions", facts, measured, start)
 
 
-def fit(
-    device: str, samples: Sequence[tuple[Facts, str, float]], measured: str = ""
-) -> Calibration:
-    """The calibration nearest to measurements, in relative error, with no coefficient below zero.
-
-    Args:
-        device: the class of devices.
-        samples: (facts, strategy, seconds that it added to the frozen layer's) of each measurement.
-        measured: when and on what, in words.
+def measured_on(device: str, table: Mapping[str, Measured] = TABLE) -> Measured:
+    """What a device goes by: its own measurements, or where there are none those of its framework's CPU.
 
     Raises:
-        ConfigError: a strategy has fewer measurements than coefficients.
+        ConfigError: neither was measured.
     """
-    seconds: dict[str, tuple[float, ...]] = {}
-    for strategy in PLANNED:
-        own = [(f.terms(s), t) for f, s, t in samples if s == strategy and t > 0]
-        if len(own) < len(TERMS):
+    found = table.get(device)
+    if found is None:
+        framework = device.partition("-")[0]
+        found = table.get(f"{framework}-cpu")
+        if found is None:
             raise ConfigError(
-                f"a calibration needs {len(TERMS)} measurements of {strategy!r} or more, got {len(own)}"
+                f"nothing was measured on {device!r}, nor on {framework}-cpu; measured: {listed(table)}"
             )
-        times = np.asarray([t for _, t in own])
-        design = np.asarray([terms for terms, _ in own]) / times[:, None]
-        seconds[strategy] = tuple(float(c) for c in _nonnegative(design, np.ones(len(own))))
-    return Calibration(device, seconds, measured)
+        # A kernel that is fast on one class of devices says nothing of another.
+        found = found._replace(fused_from=None)
+    return found
 
 
-def _nonnegative(design: Any, target: Any) -> Any:
-    """Least squares with no negative coefficient: the best of all choices of which are zero (there are few)."""
-    count = design.shape[1]
-    best, error = np.zeros(count), float(target @ target)
-    for chosen in range(1, 2**count):
-        columns = [i for i in range(count) if chosen >> i & 1]
-        scale = np.abs(design[:, columns]).max(0)
-        scale[scale == 0] = 1.0
-        found = np.linalg.lstsq(design[:, columns] / scale, target, rcond=None)[0] / scale
-        if (found < 0).any():
-            continue
-        missed = float(((design[:, columns] @ found - target) ** 2).sum())
-        if missed < error:
-            best, error = np.zeros(count), missed
-            best[columns] = found
-    return best
+def _gather_from(facts: Facts, measured: Measured) -> float:
+    """Positions a row from which gather is faster than masked."""
+    if facts.union is None:
+        return measured.union_unknown
+    start = _NEVER
+    for ratio, positions in measured.gather_from_stacked if facts.stacked else measured.gather_from:
+        if facts.union >= ratio * facts.rows:
+            start = positions
+    return start

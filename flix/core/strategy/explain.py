@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flix.core.adapter.adapter import LayerShape
 from flix.core.config.config import FlixConfig
 from flix.core.costs import Layers, active_sets, every_combination
 from flix.core.features.routing import Row
@@ -17,7 +18,7 @@ class Batch:
     """A batch: rows of the routing, positions that share one, and the class of devices."""
 
     examples: int
-    tokens: int
+    positions: int
     device: str
 
 
@@ -27,25 +28,25 @@ class Choice:
 
     Attributes:
         layers: their paths.
-        facts: what the choice is made from.
+        shape: of each of them.
         decision: the strategy and why.
     """
 
     layers: tuple[str, ...]
-    facts: Facts
+    shape: LayerShape
     decision: Decision
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form."""
+        facts = self.decision.facts
         return {
             "layers": list(self.layers),
-            "d_in": self.facts.d_in,
-            "d_out": self.facts.d_out,
-            "rows": self.facts.rows,
-            "union": self.facts.union,
+            "d_in": self.shape.d_in,
+            "d_out": self.shape.d_out,
+            "rows": facts.rows,
+            "union": facts.union,
             "strategy": self.decision.strategy,
             "reason": self.decision.reason,
-            "seconds": dict(self.decision.seconds),
         }
 
 
@@ -61,12 +62,12 @@ def explain(
         batch: the batch.
 
     Raises:
-        ConfigError: no calibration for the device.
+        ConfigError: a framework that nobody measured.
         FeatureError, RoutingError: a dataset that cannot be encoded.
     """
     rows = every_combination(config.registry) if datasets is None else list(datasets)
     sets = active_sets(config.registry, rows)
-    found: dict[Facts, list[str]] = {}
+    found: dict[tuple[LayerShape, Facts], list[str]] = {}
     for path, shape in layers.items():
         if shape.kind != "linear":
             continue
@@ -75,12 +76,13 @@ def explain(
         everything = sum(ranks[i] for i in frozenset().union(*sets))
         facts = Facts(
             examples=batch.examples,
-            tokens=batch.tokens,
+            positions=batch.positions,
             rows=used[0] if used else 0,
             union=min(everything, sum(used[: batch.examples])),
-            d_in=shape.d_in,
-            d_out=shape.d_out,
             device=batch.device,
         )
-        found.setdefault(facts, []).append(path)
-    return [Choice(tuple(paths), facts, decide("auto", facts)) for facts, paths in found.items()]
+        found.setdefault((shape, facts), []).append(path)
+    return [
+        Choice(tuple(paths), shape, decide("auto", facts))
+        for (shape, facts), paths in found.items()
+    ]

@@ -260,12 +260,12 @@ def test_what_auto_picks() -> None:
         registry = flix.FeatureRegistry({"g": [f"f{i}" for i in range(sizes.pop("features", 25))]})
         shape = LayerShape(768, 768, sizes.pop("kind", "linear"))
         spec = make_spec(flix.FlixConfig(registry=registry, ranks=rank), "q", shape)
-        return ops.pick_strategy("auto", spec, count, length, 2, accelerated)
+        return ops.strategy_for("auto", spec, count, length, 2, accelerated)
 
     assert [pick(s, False) for s in (1, 7, 8, 512)] == ["masked", "gather", "gather", "gather"]
-    assert [pick(s, True) for s in (1, 7, 8, 512)] == ["fused"] * 4
-    assert pick(1, True, count=4096) == "masked"
-    assert pick(1, True, count=4096, features=2000) == "fused"
+    # Kernels that nobody measured on a device are chosen by name alone.
+    assert [pick(s, True) for s in (1, 7, 8, 512)] == [pick(s, False) for s in (1, 7, 8, 512)]
+    assert pick(1, True, count=4096, features=2000) == "gather"
     assert pick(64, True, count=1) == "single"
     assert pick(64, True, rank=300) == "gather"
     assert pick(64, True, kind="embedding") == "gather"

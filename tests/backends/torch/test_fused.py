@@ -14,7 +14,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-import flix  # noqa: E402
 from flix import ConfigError  # noqa: E402
 from flix.backends.torch import FlixConv1D, FlixLinear, adapt, named_pairs  # noqa: E402
 from flix.backends.torch.kernels.operators import (  # noqa: E402
@@ -324,4 +323,3 @@ def test_tables_are_made_once():
     before = dict(tables._tables)
     run()
     assert dict(tables._tables) == before
-    assert flix.core.config.layout.STRATEGIES[-1] == "fused"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -51,45 +52,40 @@ def test_the_kernels_compile_for_hopper(shape):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def _plan(strategy="auto", **changes):
-    case = {
-        "examples": 16,
-        "tokens": 512,
-        "union": 64,
-        "rows_per_example": 16,
-        "d_in": 4096,
-        "d_out": 4096,
-        "device": "cuda",
-        "dtype": "bfloat16",
-        "triton": True,
-        "interpreted": False,
-    }
-    return choice.plan_strategy(strategy, **{**case, **changes})
+def _strategy(asked="auto", device="cpu", dtype=torch.bfloat16, examples=16, length=512, **known):
+    x = torch.empty(examples, length, 8, device="meta", dtype=dtype)
+    x = types.SimpleNamespace(shape=x.shape, device=torch.device(device), dtype=x.dtype)
+    return choice.strategy_for(asked, x, **{"rows": 16, "union": 64, **known})
 
 
-def test_auto_takes_the_kernels_where_they_run():
-    assert _plan() == _plan(dtype="float32") == _plan(union=None) == _plan(examples=1) == "fused"
-    others = [{"device": "cpu"}, {"dtype": "float64"}, {"triton": False}]
-    others.append({"device": "cpu", "interpreted": True})
-    assert all(_plan(**other) in ("gather", "masked") for other in others)
-    assert _plan(device="cpu", union=None) == "gather"
-    assert _plan(tokens=1) == _plan(tokens=1, examples=4096, union=9999) == "fused"
-    assert _plan(tokens=1, examples=4096) == "masked"
-    assert _plan("masked") == "masked"
+def test_auto_takes_no_kernels_that_nobody_measured(monkeypatch):
+    monkeypatch.setattr(choice, "TRITON", True)
+    for device in ("cpu", "cuda"):
+        assert _strategy(device=device) == _strategy(device=device, union=None) == "gather"
+        assert _strategy(device=device, length=1) == "masked"
+        assert _strategy(device=device, length=1, examples=4096, union=9999) == "gather"
+        assert _strategy(device=device, examples=1) == "single"
+    assert _strategy("masked") == "masked"
+    assert _strategy("fused", device="cuda") == "fused"
 
 
-def test_fused_says_what_it_lacks():
+def test_fused_says_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(choice, "INTERPRETED", False)
+    monkeypatch.setattr(choice, "TRITON", False)
     with pytest.raises(
         ConfigError, match="Triton, which is not installed: pip install triton; or use"
     ):
-        _plan("fused", triton=False)
+        _strategy("fused", device="cuda")
+    monkeypatch.setattr(choice, "TRITON", True)
     with pytest.raises(
         ConfigError, match=r"a CUDA device, but the input is on 'cpu'.*or use 'auto'"
     ):
-        _plan("fused", device="cpu")
+        _strategy("fused")
     with pytest.raises(ConfigError, match="got float64"):
-        _plan("fused", dtype="float64")
-    assert _plan("fused", device="cpu", interpreted=True) == "fused"
+        _strategy("fused", device="cuda", dtype=torch.float64)
+    monkeypatch.setattr(choice, "INTERPRETED", True)
+    assert _strategy("fused") == "fused"
+    assert _strategy() == "gather"
 
 
 def test_fused_without_triton_is_refused_when_a_model_is_adapted(monkeypatch):

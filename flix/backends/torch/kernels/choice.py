@@ -7,9 +7,8 @@ import os
 
 import torch
 
-from flix.core.config.layout import check_strategy, choose_strategy
 from flix.core.errors import ConfigError
-from flix.core.strategy.decide import Facts, picked
+from flix.core.strategy.decide import Facts, decide
 
 # Looked up once, without importing Triton: compilers trace the code below as constants.
 TRITON = importlib.util.find_spec("triton") is not None
@@ -27,7 +26,7 @@ _NAMES = {
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype's name, as ``plan_strategy`` takes it."""
+    """A dtype's name, as messages give it."""
     return _NAMES.get(dtype, str(dtype))
 
 
@@ -45,57 +44,25 @@ def fused_lacks(device: str, dtype: str, *, triton: bool, interpreted: bool) -> 
     return None
 
 
-def plan_strategy(
-    strategy: str,
-    *,
-    examples: int,
-    tokens: int,
-    union: int | None,
-    rows_per_example: int,
-    d_in: int,
-    d_out: int,
-    device: str,
-    dtype: str,
-    stacked: bool = False,
-    triton: bool = TRITON,
-    interpreted: bool = INTERPRETED,
+def strategy_for(
+    asked: str, x: torch.Tensor, *, rows: int, union: int | None, stacked: bool = False
 ) -> str:
-    """The strategy to run.
+    """The strategy that a layer runs on x ``[N, S, d_in]``.
 
     Args:
-        strategy: what the user asked for.
-        examples: rows of the routing, N.
-        tokens: positions that share one row of the routing, S.
-        union: bank rows that the batch uses; None where ids are not known on the host (in compiled graphs).
-        rows_per_example: the most bank rows that one example uses, R.
-        d_in, d_out: the layer's sizes.
-        device: the device's type.
-        dtype: of the computation, as ``"bfloat16"``.
+        asked: what the user asked for.
+        x: the input.
+        rows: the most rank rows that one example uses, R.
+        union: rank rows that the batch uses; None where ids are not known on the host (in compiled graphs).
         stacked: whether the layer keeps the union stacked between calls.
-        triton: whether Triton is installed.
-        interpreted: whether Triton interprets its kernels on the CPU.
 
     Raises:
-        ConfigError: no such strategy, or ``"fused"`` where it cannot run.
+        ConfigError: ``"fused"`` where it cannot run.
     """
-    if strategy not in ("auto", "fused"):
-        check_strategy(strategy)
-        return strategy
-    lacks = fused_lacks(device, dtype, triton=triton, interpreted=interpreted)
-    if strategy == "fused":
-        if lacks is not None:
-            raise ConfigError(
-                f"strategy 'fused' needs {lacks}; or use 'auto', 'gather' or 'masked'"
-            )
-        return strategy
-    # The interpreter is a test's means: auto never picks it.
-    fused = lacks is None and device == "cuda"
-    if union is None:
-        # In a graph: sizes may be symbols, which costs would tie it to.
-        return "fused" if fused else choose_strategy(strategy, examples=examples, tokens=tokens)
-    where = f"torch-{device}"
-    facts = Facts(examples, tokens, rows_per_example, union, d_in, d_out, where, fused, stacked)
-    return picked(strategy, facts)
+    device = x.device.type
+    lacks = fused_lacks(device, dtype_name(x.dtype), triton=TRITON, interpreted=INTERPRETED)
+    facts = Facts(x.shape[0], x.shape[1], rows, union, f"torch-{device}", stacked, lacks)
+    return decide(asked, facts).strategy
 
 
 def require_triton(strategy: str) -> None:

@@ -1,0 +1,105 @@
+"""How a batch's routing falls onto a layer's ranks: what every strategy needs to know of a batch.
+
+A batch activates a few features; their rows of A (and columns of B), stacked in the order of their ids, are the
+batch's *union*. Each row of the batch uses some rows of the union, each with a factor. Gather takes the rows of each
+example, masked multiplies with the whole union and masks, single takes one composition for all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flix.core.config.layout import LayerLayout
+
+
+@dataclass(frozen=True, eq=False)
+class UnionPlan:
+    """The routing of a batch of N rows in one layout.
+
+    Attributes:
+        active: ids of the features that some row activates and that have an update here, ascending.
+        union: the number of union rows, U: the sum of the active features' ranks.
+        rows: int64 ``[N, R]``: the union row of each slot of each example; 0 where unused.
+        slots: int64 ``[N, R]``: which column of the routing each slot came from.
+        scales: float64 ``[N, R]``: s_f of each slot; 0 where unused.
+        blocks: the slots again, pair by pair: for each example, the places in ``active`` of its features, and -n for
+            n unused slots at its end.
+    """
+
+    active: tuple[int, ...]
+    union: int
+    rows: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    scales: NDArray[np.float64]
+    blocks: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """The number of slots of an example, R: the largest total rank of a row."""
+        return int(self.rows.shape[1])
+
+
+def plan_union(ids: NDArray[Any], layout: LayerLayout, touched: tuple[int, ...] = ()) -> UnionPlan:
+    """Place a batch's routing on the union of its active features.
+
+    Args:
+        ids: integer ``[N, W]``, -1 for padding, already checked.
+        layout: the layer's ranks and scales.
+        touched: ids that join the union although no row of this batch activates them.
+    """
+    ranks, scales = layout.arrays()
+    count, width = ids.shape
+    present = np.unique(np.append(ids.ravel(), np.asarray(touched, dtype=ids.dtype)))
+    active = present[(present >= 0) & (ranks[present] > 0)]
+    offsets = np.zeros(len(ranks), dtype=np.int64)
+    offsets[active] = np.cumsum(ranks[active]) - ranks[active]
+
+    lengths = ranks[ids]
+    ends = np.cumsum(lengths, axis=1)
+    longest = int(ends[:, -1].max(initial=0)) if width else 0
+    flat = lengths.ravel()
+    entry = np.repeat(np.arange(count * width), flat)
+    within = np.arange(len(entry)) - np.repeat(np.cumsum(flat) - flat, flat)
+    row, slot = np.divmod(entry, max(width, 1))
+    column = (ends - lengths).ravel()[entry] + within
+    feature = ids.ravel()[entry]
+
+    rows = np.zeros((count, longest), dtype=np.int64)
+    slots = np.zeros((count, longest), dtype=np.int64)
+    factor = np.zeros((count, longest), dtype=np.float64)
+    rows[row, column] = offsets[feature] + within
+    slots[row, column] = slot
+    factor[row, column] = scales[feature]
+    return UnionPlan(
+        active=tuple(active.tolist()),
+        union=int(ranks[active].sum()),
+        rows=rows,
+        slots=slots,
+        scales=factor,
+        blocks=_blocks(ids, lengths, active, longest),
+    )
+
+
+def _blocks(
+    ids: NDArray[Any], lengths: NDArray[np.int64], active: NDArray[Any], longest: int
+) -> tuple[int, ...]:
+    """See :class:`UnionPlan`: one entry for each pair of each example, and one for what it leaves unused."""
+    places = np.searchsorted(active, ids)
+    free = longest - lengths.sum(1, keepdims=True)
+    entries = np.concatenate([places, -free], axis=1)
+    used = np.concatenate([lengths > 0, free > 0], axis=1)
+    return tuple(entries[used].tolist())
+
+
+def first_unlike(ids: NDArray[Any], weights: NDArray[Any] | None) -> int | None:
+    """The first row whose composition differs from row 0's; None if all rows are alike."""
+    if len(ids) == 0:
+        return None
+    unlike = (ids != ids[0]).any(axis=tuple(range(1, ids.ndim)))
+    if weights is not None:
+        unlike |= (weights != weights[0]).any(axis=tuple(range(1, ids.ndim)))
+    return int(np.argmax(unlike)) if unlike.any() else None

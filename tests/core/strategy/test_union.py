@@ -1,0 +1,58 @@
+"""How a batch's routing falls onto a layer's ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flix.core.config.layout import LayerLayout
+from flix.core.strategy.union import first_unlike, plan_union
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    ranks=st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    data=st.data(),
+    rows=st.integers(0, 5),
+    width=st.integers(1, 4),
+)
+def test_a_union_plan_rebuilds_the_sum(ranks, data, rows, width):
+    """What the plan says equals Σ over slots of s_f B_f A_f, for every row."""
+    ids = data.draw(
+        st.lists(
+            st.lists(st.integers(-1, len(ranks) - 1), min_size=width, max_size=width),
+            min_size=rows,
+            max_size=rows,
+        )
+    )
+    ids = np.asarray(ids, dtype=np.int64).reshape(rows, width)
+    scales = tuple(0.5 + i for i in range(len(ranks)))
+    plan = plan_union(ids, LayerLayout(tuple(ranks), scales))
+    present = {i for i in ids.ravel().tolist() if i >= 0 and ranks[i] > 0}
+    assert plan.active == tuple(sorted(present))
+    owner = [(f, j) for f in plan.active for j in range(ranks[f])]
+    assert plan.union == len(owner)
+    for n in range(rows):
+        expected: dict = {}
+        for slot, f in enumerate(ids[n].tolist()):
+            for j in range(ranks[f] if f >= 0 else 0):
+                expected.setdefault((f, j), []).append((scales[f], slot))
+        found: dict = {}
+        for r in range(plan.width):
+            if plan.scales[n, r]:
+                found.setdefault(owner[plan.rows[n, r]], []).append(
+                    (plan.scales[n, r], plan.slots[n, r])
+                )
+        assert found == expected
+
+
+def test_touched_features_join_the_union():
+    plan = plan_union(np.array([[0]]), LayerLayout((1, 2, 3), (1.0, 1.0, 1.0)), touched=(2,))
+    assert plan.active == (0, 2) and plan.union == 4 and plan.rows.tolist() == [[0]]
+
+
+def test_the_first_row_that_differs():
+    assert first_unlike(np.array([[1, 2], [1, 2]]), None) is None
+    assert first_unlike(np.array([[1], [1], [2]]), None) == 2
+    assert first_unlike(np.array([[1], [1]]), np.array([[1.0], [0.5]])) == 1
