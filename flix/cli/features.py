@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flix.core.errors import ConfigError, FeatureError
+from flix.core.features.encoding import Row
 from flix.core.features.registry import Feature, FeatureRegistry
-from flix.core.features.routing import Row
 
 
 def parse_features(texts: Sequence[str], registry: FeatureRegistry) -> Row:

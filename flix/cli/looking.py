@@ -14,8 +14,8 @@ from flix.core.adapter.adapter import CONFIG_FILE, FORMAT, Adapter, LayerShape, 
 from flix.core.config.config import FlixConfig
 from flix.core.costs import Layers, Plan, feature_cost, plan
 from flix.core.errors import AdapterError, FlixError
+from flix.core.features.encoding import Row
 from flix.core.features.registry import Feature
-from flix.core.features.routing import Row
 from flix.core.strategy.decide import measured_on
 from flix.core.strategy.explain import Batch, Choice, explain
 

@@ -20,8 +20,8 @@ from typing import Any
 from flix.core.adapter.adapter import LayerShape
 from flix.core.config.config import FlixConfig
 from flix.core.errors import ConfigError
+from flix.core.features.encoding import Row
 from flix.core.features.registry import Feature, FeatureRegistry
-from flix.core.features.routing import Row
 
 Layers = Mapping[str, LayerShape]
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from flix.core.config.config import FlixConfig
 from flix.core.features.dropout import FeatureDropout
+from flix.core.features.encoding import Unknown
 from flix.core.features.registry import FeatureRegistry
-from flix.core.features.routing import Routing, Unknown
+from flix.core.features.routing import Routing
 from flix.training.corpus import Corpus
 from flix.training.errors import DataError
 from flix.training.mixture import Item

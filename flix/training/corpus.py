@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from flix.core import rng as counter
 from flix.core.errors import FlixError
 from flix.core.features import cells
+from flix.core.features.encoding import Unknown
 from flix.core.features.registry import Feature, FeatureRegistry
-from flix.core.features.routing import Unknown
 from flix.training.errors import DataError, SettingsError
 from flix.training.settings import Settings
 from flix.training.sources import Features, Row, dataset_name, names_of

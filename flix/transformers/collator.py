@@ -12,8 +12,9 @@ import torch
 from flix.core.config.config import FlixConfig
 from flix.core.errors import ConfigError, FeatureError, RoutingError, listed, near
 from flix.core.features.dropout import FeatureDropout
+from flix.core.features.encoding import Unknown, check_policy
 from flix.core.features.registry import FeatureRegistry
-from flix.core.features.routing import Routing, Unknown, check_policy
+from flix.core.features.routing import Routing
 from flix.core.sampling.batching import (
     RowNumber,
     drop_numbered,

@@ -9,7 +9,7 @@ from flix import FeatureRegistry, FlixConfig, TargetError
 from flix.core import rng as counter
 from flix.core.adapter.initial import initial_a, initial_b
 from flix.core.adapter.lowrank import resized_mean
-from flix.core.config.targets import LayerInfo, select
+from flix.core.config.targets import LayerInfo, is_head, select
 
 
 def test_bits_are_uniform_and_keyed():
@@ -63,6 +63,13 @@ def test_targets_have_pefts_meaning():
     assert paths(r".*\.(q|emb)") == ["model.emb", "model.0.q"]
     assert paths(["head"]) == ["head"]
     assert paths("all-linear", ["seq"]) == ["model.0.q"]
+
+
+def test_heads_are_told_by_the_first_or_last_part_of_a_path():
+    for path in ("lm_head", "cls.predictions.decoder", "classifier.out", "model.score", "a.logits"):
+        assert is_head(path), path
+    for path in ("model.lm_head.q", "model.scores", "heads.0", "encoder.q"):
+        assert not is_head(path), path
 
 
 def test_target_errors():

@@ -20,7 +20,7 @@ from flix.backends.jax.model import flix_layers, require_adapted, unadapt
 from flix.core.adapter.composition import composition, delta
 from flix.core.config.config import FlixConfig
 from flix.core.errors import TargetError
-from flix.core.features.routing import Row
+from flix.core.features.encoding import Row
 
 Model = TypeVar("Model", bound=nnx.Module)
 

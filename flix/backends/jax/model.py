@@ -24,13 +24,11 @@ from flix.backends.jax.layers import (
 from flix.core.adapter.adapter import LayerShape
 from flix.core.config.config import FlixConfig
 from flix.core.config.layout import LayerLayout
-from flix.core.config.targets import LayerInfo, select
+from flix.core.config.targets import LayerInfo, is_head, select
 from flix.core.errors import ConfigError, RoutingError, TargetError
 from flix.core.strategy.decide import check_strategy
 
 Model = TypeVar("Model", bound=nnx.Module)
-
-_HEADS = ("lm_head", "score", "classifier", "qa_outputs", "cls", "embed_out", "head", "logits")
 
 
 class HeldConfig:
@@ -149,8 +147,7 @@ def layer_infos(model: nnx.Module) -> list[LayerInfo]:
     infos = []
     for path, module in modules_of(model):
         shape, _, reason = adaptable(module)
-        parts = path.split(".")
-        head = parts[0] in _HEADS or parts[-1] in _HEADS
+        head = is_head(path)
         if shape is None:
             infos.append(LayerInfo(path, "", head=head, reason=reason))
         else:

@@ -14,12 +14,8 @@ from flix.backends.tensorflow._layer import FlixLayer, is_table
 from flix.backends.tensorflow._paths import named_layers
 from flix.backends.tensorflow.layers import adaptable
 from flix.core.adapter.adapter import LayerShape
-from flix.core.config.targets import LayerInfo
+from flix.core.config.targets import LayerInfo, is_head
 
-# Heads by name: Keras models do not tell their head otherwise.
-_HEADS = (
-    "lm_head", "score", "classifier", "qa_outputs", "cls", "embed_out", "logits", "predictions",
-)  # fmt: skip
 INPUTS, FEATURES, WEIGHTS = "inputs", "flix_features", "flix_weights"
 
 
@@ -70,8 +66,7 @@ def layer_infos(base: Any) -> list[LayerInfo]:
         if target is not None:
             sizes = target.sizes_of(layer)
         kind = target.flix_kind if target is not None else ""
-        head = path.split(".", 1)[0] in _HEADS
-        infos.append(LayerInfo(path, kind, sizes[0], sizes[1], head, reason))
+        infos.append(LayerInfo(path, kind, sizes[0], sizes[1], is_head(path), reason))
     return infos
 
 

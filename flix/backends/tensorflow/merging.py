@@ -15,7 +15,7 @@ from flix.backends.tensorflow.layers import FlixEinsumDense
 from flix.backends.tensorflow.model import FlixModel, require_adapted
 from flix.core.adapter.composition import composition, delta
 from flix.core.errors import TargetError
-from flix.core.features.routing import Row
+from flix.core.features.encoding import Row
 
 
 def merge(model: FlixModel, row: Row) -> Any:

@@ -12,7 +12,8 @@ from flix.backends.torch._context import Uniform, current
 from flix.backends.torch._routing import refuse_merged
 from flix.backends.torch.model import RoutedModel
 from flix.core.errors import RoutingError, TargetError
-from flix.core.features.routing import Routing, Row
+from flix.core.features.encoding import Row
+from flix.core.features.routing import Routing
 
 
 @contextmanager

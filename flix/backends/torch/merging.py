@@ -15,7 +15,7 @@ from flix.backends.torch.model import RoutedModel, flix_layers, require_adapted,
 from flix.core.adapter.adapter import Path_
 from flix.core.adapter.composition import Composition, composition, delta
 from flix.core.errors import RoutingError
-from flix.core.features.routing import Row
+from flix.core.features.encoding import Row
 from flix.core.peft.exporting import PeftExport, as_peft, cut_to_rank, with_modules, write_peft
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -24,16 +24,12 @@ from flix.backends.torch.layers import adaptable, become, revert
 from flix.core.adapter.adapter import Adapter, LayerShape
 from flix.core.config.config import FlixConfig
 from flix.core.config.layout import LayerLayout
-from flix.core.config.targets import LayerInfo, select
+from flix.core.config.targets import LayerInfo, is_head, select
 from flix.core.errors import ConfigError, RoutingError, TargetError
 from flix.core.garbage import uncollected
 from flix.core.strategy.decide import check_strategy
 
 Model = TypeVar("Model", bound=nn.Module)
-
-# Heads by name, for models that do not tell their head otherwise.
-_HEADS = ("lm_head", "score", "classifier", "qa_outputs", "cls", "embed_out")
-
 
 _routed: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -182,8 +178,8 @@ def layer_infos(model: nn.Module) -> list[LayerInfo]:
                     target, "flix_transposed", False
                 )
                 sizes = (first, second) if straight else (second, first)
-        is_head = module is head or path.split(".", 1)[0] in _HEADS
-        infos.append(LayerInfo(path, kind, int(sizes[0]), int(sizes[1]), is_head, reason))
+        told = module is head or is_head(path)
+        infos.append(LayerInfo(path, kind, int(sizes[0]), int(sizes[1]), told, reason))
     return infos
 
 

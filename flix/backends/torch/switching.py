@@ -16,7 +16,7 @@ from flix.backends.torch.model import RoutedModel, flix_layers, require_adapted,
 from flix.core.adapter.composition import composition, delta
 from flix.core.adapter.sharing import chosen_features
 from flix.core.errors import TargetError
-from flix.core.features.routing import Row
+from flix.core.features.encoding import Row
 
 Model = TypeVar("Model", bound=nn.Module)
 

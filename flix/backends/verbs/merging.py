@@ -14,7 +14,7 @@ from flix.core.adapter.adapter import (
 )
 from flix.core.adapter.composition import delta
 from flix.core.errors import TargetError
-from flix.core.features.routing import Row
+from flix.core.features.encoding import Row
 from flix.core.peft.exporting import PeftExport, as_peft, cut_to_rank, with_modules, write_peft
 
 M = TypeVar("M")

@@ -24,8 +24,8 @@ from flix.core.adapter.changes import Pair
 from flix.core.adapter.composition import Composition, composition
 from flix.core.config.config import FlixConfig
 from flix.core.errors import TargetError
+from flix.core.features.encoding import Row
 from flix.core.features.names import Feature
-from flix.core.features.routing import Row
 
 
 class Shared:

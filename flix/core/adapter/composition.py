@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from flix.core.adapter.adapter import Adapter
 from flix.core.config.config import FlixConfig
 from flix.core.errors import RoutingError
+from flix.core.features.encoding import Row
 from flix.core.features.registry import Feature
-from flix.core.features.routing import Row
 
 Composition = tuple[tuple[Feature, float], ...]
 """Active features with their weights."""

@@ -13,8 +13,8 @@ from flix.core.config.ranks import Rule, by_feature, check_rank
 from flix.core.config.targets import Patterns, pattern_matches
 from flix.core.errors import ConfigError, FlixError, near
 from flix.core.features.dropout import FeatureDropout
+from flix.core.features.encoding import Unknown, check_policy
 from flix.core.features.registry import Feature, FeatureRegistry
-from flix.core.features.routing import Unknown, check_policy
 
 SCALINGS = ("lora", "rslora")
 RankPattern = Mapping[str, Union[int, Mapping[Any, Any]]]
@@ -35,7 +35,7 @@ class FlixConfig:
             ``{pattern: {(group, feature): rank}}``; the pattern is a regular expression for the end of a
             layer's path, and the first that matches and names the feature counts.
         feature_dropout: dropout for training, or None.
-        unknown: how rows with unknown features are encoded (:func:`flix.core.features.routing.encode`).
+        unknown: how rows with unknown features are encoded (:func:`flix.core.features.encoding.encode`).
         seed: of the initial values.
 
     Raises:

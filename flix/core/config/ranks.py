@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flix.core.errors import RankError, listed
+from flix.core.features.encoding import Row
 from flix.core.features.registry import Feature, FeatureRegistry
-from flix.core.features.routing import Row
 
 Ranks = dict[Feature, int]
 Rule = Callable[[FeatureRegistry], Ranks]

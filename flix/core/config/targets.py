@@ -1,4 +1,4 @@
-"""Which layers are adapted: PEFT's meaning of target patterns, as pure functions (docs/specification.md §4.1)."""
+"""Which layers are adapted: PEFT's meaning of target patterns, as pure functions (docs/specification.md §4.6)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,21 @@ from flix.core.errors import TargetError, listed, near
 ALL_LINEAR = "all-linear"
 Patterns = Union[str, Sequence[str]]
 
+HEADS = frozenset(
+    (
+        "classifier",
+        "cls",
+        "embed_out",
+        "head",
+        "lm_head",
+        "logits",
+        "predictions",
+        "qa_outputs",
+        "score",
+    )
+)
+"""What models call their output heads, where their framework has no way of its own to tell them."""
+
 
 @dataclass(frozen=True)
 class LayerInfo:
@@ -23,7 +38,7 @@ class LayerInfo:
         kind: ``"linear"``, ``"embedding"``, or ``""`` for a layer that cannot be adapted.
         d_in: the input size (of an embedding: the vocabulary's).
         d_out: the output size.
-        head: an output head, which "all-linear" leaves out.
+        head: an output head, which "all-linear" leaves out: what the framework tells, or :func:`is_head`.
         reason: why a layer cannot be adapted.
     """
 
@@ -33,6 +48,12 @@ class LayerInfo:
     d_out: int = 0
     head: bool = False
     reason: str = ""
+
+
+def is_head(path: str) -> bool:
+    """Whether a layer is an output head by its name: the first or the last part of its path is one of ``HEADS``."""
+    parts = path.split(".")
+    return parts[0] in HEADS or parts[-1] in HEADS
 
 
 def matches(path: str, patterns: Patterns) -> bool:

@@ -10,8 +10,8 @@ import numpy as np
 
 from flix.core import rng as counter
 from flix.core.errors import ConfigError
-from flix.core.features.registry import FeatureRegistry
 from flix.core.features.routing import Routing
+from flix.core.features.table import FeatureTable
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class FeatureDropout:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
-    def check(self, registry: FeatureRegistry) -> None:
+    def check(self, registry: FeatureTable) -> None:
         """Refuse rates for groups that the registry does not have.
 
         Raises:
@@ -55,7 +55,7 @@ class FeatureDropout:
         for group in self.per_group:
             registry.ids_of(group)
 
-    def rates(self, registry: FeatureRegistry) -> dict[str, float]:
+    def rates(self, registry: FeatureTable) -> dict[str, float]:
         """The rate of every group of the registry."""
         self.check(registry)
         return {group: self.per_group.get(group, self.p) for group in registry.groups}

@@ -9,7 +9,7 @@ from typing import Any
 from flix.core.adapter.adapter import LayerShape
 from flix.core.config.config import FlixConfig
 from flix.core.costs import Layers, active_sets, every_combination
-from flix.core.features.routing import Row
+from flix.core.features.encoding import Row
 from flix.core.strategy.decide import Decision, Facts, decide
 
 
