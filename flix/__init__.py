@@ -6,7 +6,8 @@ asked for. The method is that of Lin et al., arXiv 2402.17934.
 
 from flix import backends, ranks
 from flix._version import __version__
-from flix.core.adapter.adapter import Adapter, load_adapter, save_adapter
+from flix.core.adapter.adapter import Adapter
+from flix.core.adapter.files import load_adapter, save_adapter
 from flix.core.adapter.sharing import (
     combine_adapters,
     remove_feature,

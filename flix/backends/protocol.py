@@ -19,12 +19,13 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core.adapter.adapter import LayerShape, Path_, Rename
+from flix.core.adapter.adapter import LayerShape, Rename
 from flix.core.adapter.changes import Change, Pair
 from flix.core.adapter.composition import Composition
 from flix.core.config.config import FlixConfig
 from flix.core.config.targets import LayerInfo
 from flix.core.features.names import Feature
+from flix.core.files import Path_
 from flix.core.peft.exporting import PeftFacts
 
 M = TypeVar("M")

@@ -13,11 +13,10 @@ from typing import Any, ParamSpec
 import typer
 
 from flix.core.errors import FlixError
+from flix.core.tables import Cell, cell_text, is_numeric, text_table
 from flix.training.progress import Reporter, described
 
 P = ParamSpec("P")
-
-Cell = str | int | float | None
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
@@ -74,43 +73,20 @@ def show(text: str) -> None:
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], title: str = "") -> None:
     """A table; columns whose cells are numbers are set to the right."""
-    texts = [[_cell(value) for value in row] for row in rows]
-    right = [
-        all(isinstance(row[i], int | float | None) and type(row[i]) is not bool for row in rows)
-        for i in range(len(columns))
-    ]
-    if is_terminal():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=title or None, title_justify="left")
-        for name, numeric in zip(columns, right, strict=True):
-            table.add_column(name, justify="right" if numeric else "left", overflow="fold")
-        for row in texts:
-            table.add_row(*(text.replace("[", "\\[") for text in row))
-        Console().print(table)
+    if not is_terminal():
+        print("\n".join([*([title] if title else []), text_table(columns, rows)]))
         return
-    if title:
-        print(title)
-    widths = [max(len(line[i]) for line in [list(columns), *texts]) for i in range(len(columns))]
-    for line in [list(columns), *texts]:
-        cells = [
-            text.rjust(width) if numeric else text.ljust(width)
-            for text, width, numeric in zip(line, widths, right, strict=True)
-        ]
-        print("  ".join(cells).rstrip())
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 
-
-def _cell(value: Cell) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}" if 0 < abs(value) < 0.1 else f"{value:,.2f}"
-    return value
+    table = Table(title=title or None, title_justify="left")
+    for i, name in enumerate(columns):
+        justify: Any = "right" if is_numeric(rows, i) else "left"
+        table.add_column(name, justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell_text(cell)) for cell in row))
+    Console().print(table)
 
 
 def make_reporter(as_json: bool) -> Reporter:

@@ -9,8 +9,8 @@ from typing import Any
 from flix.cli.console import quiet, show, show_json
 from flix.cli.features import parse_features
 from flix.cli.folders import check_out
-from flix.core.adapter.adapter import load_adapter
 from flix.core.adapter.composition import composition
+from flix.core.adapter.files import load_adapter
 from flix.core.errors import ConfigError
 from flix.training.errors import ModelError
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from flix import backends
 from flix.cli.console import show, show_json, show_table
-from flix.core.adapter.adapter import CONFIG_FILE, FORMAT, Adapter, LayerShape, load_adapter
+from flix.core.adapter.adapter import Adapter
+from flix.core.adapter.files import load_adapter, read_description
 from flix.core.config.config import FlixConfig
 from flix.core.costs import Layers, Plan, feature_cost, plan
-from flix.core.errors import AdapterError, FlixError
 from flix.core.features.encoding import Row
 from flix.core.features.registry import Feature
 from flix.core.strategy.decide import measured_on
@@ -167,7 +165,7 @@ def _show_choices(choices: list[Choice], batch: Batch) -> None:
 def _planned(path: Path) -> tuple[FlixConfig, Layers, list[Row] | None, list[str]]:
     """Configuration, layers and datasets of a training YAML, an adapter's folder, or its JSON."""
     if path.is_dir() or path.suffix == ".json":
-        config, layers = read_description(path / CONFIG_FILE if path.is_dir() else path)
+        config, layers = read_description(path)
         return config, layers, None, []
     from flix.training.reading import read_settings
 
@@ -185,27 +183,6 @@ def _planned(path: Path) -> tuple[FlixConfig, Layers, list[Row] | None, list[str
         config.exclude_modules,
     )
     return config, shapes, list(corpus.trained_rows()), list(corpus.notes)
-
-
-def read_description(file: Path) -> tuple[FlixConfig, dict[str, LayerShape]]:
-    """Configuration and layers from an adapter's JSON alone.
-
-    Raises:
-        AdapterError: no such file, or not of an adapter.
-    """
-    try:
-        data: Any = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{str(file)!r} does not exist") from None
-    except ValueError as error:
-        raise AdapterError(f"{str(file)!r} is not valid JSON: {error}") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise AdapterError(f"{str(file)!r} does not describe a flix adapter")
-    try:
-        layers = {name: LayerShape(**entry) for name, entry in data["layers"].items()}
-        return FlixConfig.from_dict(data["config"]), layers
-    except (FlixError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{str(file)!r} is damaged: {error}") from None
 
 
 def _show(result: Plan, known: bool) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from flix.cli.console import show, show_json
 from flix.cli.features import parse_choice, parse_folders
 from flix.cli.folders import check_out
-from flix.core.adapter.adapter import Adapter, load_adapter, save_adapter
+from flix.core.adapter.adapter import Adapter
+from flix.core.adapter.files import load_adapter, save_adapter
 from flix.core.adapter.sharing import combine_adapters, select_features
 from flix.core.errors import AdapterError, ConfigError
 from flix.core.peft.importing import from_peft

@@ -8,9 +8,9 @@ from typing import Any, Union
 import numpy as np
 from numpy.typing import NDArray
 
+from flix.core.checks import whole
 from flix.core.errors import listed, near
 from flix.core.features.cells import Cell, MixtureError
-from flix.core.sampling.schedule import check_whole
 
 Cap = Union[int, Mapping[Any, Any], None]
 """A number for all cells, or numbers by group, by feature or by cell."""
@@ -35,7 +35,7 @@ def caps_of(
     if cap is None:
         return caps
     if not isinstance(cap, Mapping):
-        return np.full(len(cells), float(check_whole(cap, "a cap", least=1)))
+        return np.full(len(cells), float(whole(cap, "a cap", 1, MixtureError)))
     features: dict[str, dict[str, None]] = {}
     for cell in occurring:
         for group, members in cell:
@@ -69,5 +69,5 @@ def caps_of(
 
 
 def _lower(caps: NDArray[np.float64], applies: Sequence[bool], value: object, what: str) -> None:
-    most = float(check_whole(value, what, least=1))
+    most = float(whole(value, what, 1, MixtureError))
     caps[np.asarray(applies, bool)] = np.minimum(caps[np.asarray(applies, bool)], most)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flix.core.tables import Cell, text_table
+
 
 def table_of(
     rows: Sequence[tuple[str, int, int, float, int]],
@@ -18,19 +20,8 @@ def table_of(
         held: of each held-out cell its name and its rows.
         temperature: of the mixture.
     """
-    lines = [("cell", "rows", "counted", "p", "an epoch")]
-    lines += [(name, f"{n:,}", f"{m:,}", f"{p:.4f}", f"{k:,}") for name, n, m, p, k in rows]
-    lines += [(name, f"{n:,}", "", "", "held out") for name, n in held]
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
-    text = [
-        "  ".join(
-            [
-                line[0].ljust(widths[0]),
-                *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)),
-            ]
-        )
-        for line in lines
-    ]
+    lines: list[list[Cell]] = [[name, n, m, f"{p:.4f}", k] for name, n, m, p, k in rows]
+    lines += [[name, n, "", "", "held out"] for name, n in held]
     total = sum(k for *_, k in rows)
-    text.append(f"{len(rows)} cells, {total:,} rows an epoch, temperature {temperature:g}")
-    return "\n".join(line.rstrip() for line in text)
+    text = text_table(["cell", "rows", "counted", "p", "an epoch"], lines, left=1)
+    return f"{text}\n{len(rows)} cells, {total:,} rows an epoch, temperature {temperature:g}"

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core import rng as counter
+from flix.core import rng
+from flix.core.checks import whole
 from flix.core.errors import MissingFrameworkError, listed
 from flix.core.features.cells import Cell, HeldOut, MixtureError, cell_name, cell_of, features_of
 from flix.core.features.names import Feature
 from flix.core.features.registry import FeatureRegistry
-from flix.core.sampling.schedule import Schedule, check_whole, probabilities, walk
+from flix.core.sampling.schedule import Schedule, probabilities, walk
 from flix.data import streaming
 from flix.data.caps import Cap, caps_of
 from flix.data.columns import check_columns, feature_columns, read_table
@@ -73,7 +74,7 @@ class Mixture:
     ) -> None:
         self.sources: tuple[Source, ...] = tuple(as_sources(sources))
         self.temperature = temperature
-        self.seed = check_whole(seed, "seed")
+        self.seed = whole(seed, "seed", 0, MixtureError)
         self.columns: tuple[str, ...] = feature_columns(self.sources, columns, registry)
         for source in self.sources:
             check_columns(source, self.columns)
@@ -103,8 +104,9 @@ class Mixture:
             for (name, size), most in zip(self.sizes.items(), caps.tolist(), strict=True)
         }
         self.probabilities: dict[str, float] = dict(zip(self.cells, p.tolist(), strict=True))
-        self.epoch_size = check_whole(
-            sum(self.counted.values()) if epoch_size is None else epoch_size, "epoch_size", least=1
+        everything = sum(self.counted.values())
+        self.epoch_size = whole(
+            everything if epoch_size is None else epoch_size, "epoch_size", 1, MixtureError
         )
         self._trained = trained
         self._schedule = Schedule(
@@ -260,14 +262,14 @@ class Mixture:
         Raises:
             MixtureError: an argument out of its range, or columns of different types.
         """
-        check_whole(epoch, "an epoch")
-        check_whole(shuffle_buffer, "shuffle_buffer")
+        whole(epoch, "an epoch", 0, MixtureError)
+        whole(shuffle_buffer, "shuffle_buffer", 0, MixtureError)
         streams, p = [], []
         for i, name in zip(self._trained.tolist(), self.cells, strict=True):
             share = self.probabilities[name] / self._sizes[i]
             rows = np.flatnonzero(self._cell_of_row == i)
             if len(rows):
-                words = counter.key("mixture stream rows", self.seed, name)
+                words = rng.key("mixture stream rows", self.seed, name)
                 shuffled = rows[walk(len(rows), epoch * len(rows), len(rows), words)]
                 streams.append(self._joined.select(shuffled).to_iterable_dataset())
                 p.append(share * len(rows))
@@ -279,11 +281,11 @@ class Mixture:
                     stream = streaming.with_features(source)
                     streams.append(stream.filter(keep, input_columns=list(self.columns)))
                     p.append(share * stream_size(source))
-        words = counter.key("mixture stream", self.seed, epoch)
+        words = rng.key("mixture stream", self.seed, epoch)
         mixed = streaming.interleave(
             streams,
             np.asarray(p) / np.sum(p),
-            seed=int(counter.bits(words, np.zeros(1, np.int64))[0] >> np.uint64(33)),
+            seed=int(rng.bits(words, np.zeros(1, np.int64))[0] >> np.uint64(33)),
             stopping_strategy=stopping_strategy,
             shuffle_buffer=shuffle_buffer,
         )

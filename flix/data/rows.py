@@ -8,8 +8,9 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core.features.cells import Cell, HeldOutError, cell_name, cell_of
-from flix.core.sampling.schedule import Schedule, check_whole
+from flix.core.checks import whole
+from flix.core.features.cells import Cell, HeldOutError, MixtureError, cell_name, cell_of
+from flix.core.sampling.schedule import Schedule
 from flix.data.columns import Table
 from flix.data.epoch import SharedEpoch
 
@@ -57,11 +58,11 @@ class TrainRows:
         Raises:
             MixtureError: not a whole number of 0 or more.
         """
-        self._epoch.value = check_whole(epoch, "an epoch")
+        self._epoch.value = whole(epoch, "an epoch", 0, MixtureError)
 
     def rows_of(self, epoch: int) -> NDArray[np.int64]:
         """The numbers of an epoch's rows, counted through the sources: int64 ``[length]``."""
-        return self._order[self._schedule.plan(check_whole(epoch, "an epoch"))]
+        return self._order[self._schedule.plan(whole(epoch, "an epoch", 0, MixtureError))]
 
     @overload
     def __getitem__(self, position: int) -> Row: ...

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Union
 
+from flix.core.checks import whole
 from flix.core.errors import MissingFrameworkError, listed
 from flix.core.features.cells import MixtureError
-from flix.core.sampling.schedule import check_whole
 
 if TYPE_CHECKING:
     import datasets
@@ -118,7 +118,7 @@ def _source(item: Any, name: str, library: Any) -> Source:
         raise MixtureError(f"{label}: features must be {{group: name}}, got {source.features!r}")
     if is_streamed(source):
         if source.size is not None:
-            check_whole(source.size, f"{label}: the size", least=1)
+            whole(source.size, f"{label}: the size", 1, MixtureError)
     elif source.size is not None:
         raise MixtureError(f"{label} knows its size; size is for an IterableDataset")
     elif not len(source.dataset):

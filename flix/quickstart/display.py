@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from flix.core.tables import text_table
+
 from .data import Progress
 from .jobs import Follow, Job
-from .report import text_table
 
 _PLAIN_EVERY = 100
 
@@ -35,7 +36,7 @@ class Display:
     def table(self, headings: list[str], rows: list[list[str]]) -> None:
         """A table."""
         if not self._rich:
-            self.say("\n" + text_table(headings, rows) + "\n")
+            self.say("\n" + text_table(headings, rows, left=1, rule=True) + "\n")
             return
         from rich.markup import escape
         from rich.table import Table

@@ -102,17 +102,6 @@ def samples(data: QuickstartData, folder: Path, count: int = 10) -> list[dict[st
     return chosen + [answers[name][0] for name in zero[:2]]
 
 
-def text_table(headings: list[str], rows: list[list[str]]) -> str:
-    """A plain table: the first column to the left, the others to the right."""
-    widths = [max(len(str(r[i])) for r in (headings, *rows)) for i in range(len(headings))]
-    lines = []
-    for row in (headings, ["-" * width for width in widths], *rows):
-        cells = [str(row[0]).ljust(widths[0])]
-        cells += [str(cell).rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
 def closing(out: Path) -> str:
     """What to try next."""
     adapter = out / "adapter"

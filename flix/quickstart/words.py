@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
-from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING
+
+from flix.core.garbage import uncollected
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,19 +16,8 @@ if TYPE_CHECKING:
 FORMS_ONLY = frozenset({"cy", "ka", "sw"})
 
 
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Pause the garbage collector: indexing a dictionary makes many objects and no cycles."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 @lru_cache(maxsize=1)
+@uncollected
 def lemma_dictionary(language: str) -> Mapping[str, str]:
     """simplemma's dictionary from forms to lemmas, indexed for lookups and not expanded.
 
@@ -36,8 +25,7 @@ def lemma_dictionary(language: str) -> Mapping[str, str]:
     """
     from simplemma.strategies.dictionaries import StreamDictionaryFactory
 
-    with collector_paused():
-        return StreamDictionaryFactory(cache_max_size=1).get_dictionary(language)
+    return StreamDictionaryFactory(cache_max_size=1).get_dictionary(language)
 
 
 def is_word(text: str, shortest: int = 2, longest: int = 20) -> bool:
@@ -68,18 +56,18 @@ def _records(language: str, stop: int, step: int) -> Iterator[tuple[str, str]]:
 
 
 @lru_cache(maxsize=4)
+@uncollected
 def dictionary_sample(language: str, count: int) -> list[tuple[str, str]]:
     """Up to ``count`` forms and lemmas spread over the first 400,000 dictionary entries.
 
     Reading stops there because the largest dictionary, Swahili, has ten times as many.
     """
     step = max(1, 400_000 // (2 * count))
-    with collector_paused():
-        pairs = [
-            (form, lemma)
-            for form, lemma in _records(language, 400_000, step)
-            if is_word(form, 3, 16) and form == form.lower()
-        ]
+    pairs = [
+        (form, lemma)
+        for form, lemma in _records(language, 400_000, step)
+        if is_word(form, 3, 16) and form == form.lower()
+    ]
     return pairs[:: max(1, len(pairs) // count)][:count]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core import rng as counter
+from flix.core import rng
 from flix.core.errors import FlixError
 from flix.core.features import cells
 from flix.core.features.encoding import Unknown
@@ -252,8 +252,8 @@ def _held_back(
     if not any(dataset.eval_rows for dataset in settings.datasets):
         return back
     owner = np.array([row.dataset for row in examples.rows], np.int64)
-    draws = counter.uniform(
-        counter.key("evaluation rows", settings.seed), np.arange(len(examples), dtype=np.int64)
+    draws = rng.uniform(
+        rng.key("evaluation rows", settings.seed), np.arange(len(examples), dtype=np.int64)
     )
     for number, dataset in enumerate(settings.datasets):
         mine = candidates & (owner == number)

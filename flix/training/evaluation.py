@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flix.core.adapter.adapter import load_adapter
+from flix.core.adapter.files import load_adapter
 from flix.core.errors import FlixError
 from flix.training.corpus import Corpus, Examples, build_corpus
 from flix.training.errors import DataError, missing_extra

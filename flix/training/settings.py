@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, model_validator
 
+from flix.core.checks import is_number, is_whole
+
 Name = Annotated[StrictStr, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Names = Union[Name, list[Name]]
@@ -257,11 +259,9 @@ class Settings(Form):
         if not isinstance(data, dict):
             return data
         data = dict(data)
-        if isinstance(data.get("ranks"), int) and not isinstance(data["ranks"], bool):
+        if is_whole(data.get("ranks")):
             data["ranks"] = {"rule": "uniform", "rank": data["ranks"]}
-        if isinstance(data.get("feature_dropout"), int | float) and not isinstance(
-            data["feature_dropout"], bool
-        ):
+        if is_number(data.get("feature_dropout")):
             data["feature_dropout"] = {"p": data["feature_dropout"]}
         return data
 

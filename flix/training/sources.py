@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flix.core.checks import is_number
 from flix.core.errors import listed, near
 from flix.training.errors import DataError, missing_extra
 from flix.training.settings import DatasetSettings, Settings
@@ -168,7 +169,7 @@ def _column(record: Mapping[str, Any], column: str, where: str) -> Any:
 def _text(value: Any, column: str, where: str) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if is_number(value):
         return str(value)
     raise DataError(f"{where}: column {column!r} must hold text, got {value!r}")
 

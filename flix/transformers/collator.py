@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flix.core.checks import whole
 from flix.core.config.config import FlixConfig
 from flix.core.errors import ConfigError, FeatureError, RoutingError, listed, near
 from flix.core.features.dropout import FeatureDropout
@@ -94,9 +95,7 @@ class FlixCollator:
         )
         self.unknown: Unknown = given if unknown is None else unknown
         check_policy(self.unknown)
-        if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):  # fmt: skip
-            raise ConfigError(f"width must be a positive number of entries or None, got {width!r}")
-        self.width = width
+        self.width = None if width is None else whole(width, "width", 1)
         self.usual_width = usual_width(self.registry, self.columns) if width is None else width
         self.per_token = per_token
         self.seed = seed

@@ -10,6 +10,7 @@ import pytest
 from flix import Adapter, AdapterError, FeatureRegistry, FlixConfig, load_adapter, save_adapter
 from flix.core.adapter.adapter import LayerShape, expected_tensors
 from flix.core.adapter.composition import composition, delta, lora_pair
+from flix.core.adapter.files import read_description
 from flix.core.peft.exporting import as_peft, write_peft
 
 REGISTRY = FeatureRegistry({"language": ["hau", "swa"], "task": ["n.e.r", "ñ ü"]})
@@ -175,3 +176,14 @@ def test_peft_form_pads_to_one_rank_and_is_exact(tmp_path):
     assert report.max_lora_rank == 8 and "got emb" in report.message  # no name that vLLM knows
     with pytest.raises(AdapterError, match="language:swa have rank 0 in every layer"):
         as_peft(original, ((("language", "swa"), 1.0),))
+
+
+def test_descriptions_are_read_without_tensors(tmp_path):
+    save_adapter(adapter(), tmp_path)
+    (tmp_path / "flix.safetensors").unlink()
+    wanted = (adapter().config, dict(adapter().layers))
+    for path in (tmp_path, str(tmp_path / "flix_config.json")):
+        config, layers = read_description(path)
+        assert (config.to_dict(), layers) == (wanted[0].to_dict(), wanted[1])
+    with pytest.raises(AdapterError, match=r"plan\.json' does not exist"):
+        read_description(tmp_path / "plan.json")

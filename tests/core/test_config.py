@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 
 from flix import FeatureDropout, FeatureRegistry, FlixConfig, FlixError, ranks
@@ -53,6 +54,29 @@ def test_json_round_trip_of_everything():
     assert again.feature_dropout == c.feature_dropout
 
 
+def test_rank_patterns_take_the_form_that_files_have():
+    """A group given as a whole speaks for features to come; beside one of its features it is spelled out."""
+    mixed = {"language": 4, ("language", "hau"): 8, "task": 2}
+    c = config(rank_pattern={"q": mixed, "v": {"language": {"swa": 1}}, "k": np.int64(3)})
+    assert c.rank_pattern == {
+        "q": {"language": {"hau": 8, "swa": 4}, "task": 2}, "v": {"language": {"swa": 1}}, "k": 3,
+    }  # fmt: skip
+    again = FlixConfig.from_dict(json.loads(json.dumps(c.to_dict())))
+    assert again == c
+    renamed = c.with_renamed("language", "hau", "hausa")
+    assert renamed.rank_pattern["q"] == {"language": {"hausa": 8, "swa": 4}, "task": 2}
+    assert c.without_feature("language", "swa").rank_pattern["v"] == {}
+    assert c.with_feature("task", "pos", rank=5).rank("q", ("task", "pos")) == 2
+
+
+def test_fallbacks_follow_the_names():
+    c = config(unknown={"zul": ["hau", "swa"], "fra": "hau"})
+    assert c.with_renamed("language", "hau", "ha").unknown == {"zul": ["ha", "swa"], "fra": ["ha"]}
+    assert c.without_feature("language", "hau").unknown == {"zul": ["swa"]}
+    left = config(unknown={"fra": "hau"}).without_feature("language", "hau")
+    assert left.unknown == "error"
+
+
 def test_with_feature_keeps_everything_else():
     c = config(alpha=8.0)
     grown = c.with_feature("language", "yor", rank=3, alpha=1.5)
@@ -67,7 +91,7 @@ def test_with_feature_keeps_everything_else():
         ({"registry": {"language": ["hau"]}}, "registry must be a FeatureRegistry"),
         ({"ranks": "8"}, "ranks must be a rule"),
         ({"ranks": {"language": 4}}, "task:ner has none"),
-        ({"ranks": -1}, "integer of 0 or more"),
+        ({"ranks": -1}, "whole number of 0 or more"),
         ({"alpha": 0}, "alpha must be a positive number"),
         ({"alpha": {"tsk": 1}}, "no feature group 'tsk'"),
         ({"scaling": "log"}, "scaling must be 'lora' or 'rslora', got 'log'"),
@@ -76,11 +100,11 @@ def test_with_feature_keeps_everything_else():
         ({"target_modules": 3}, "string or a list of suffixes"),
         ({"rank_pattern": {"(": 1}}, "not a regular expression"),
         ({"rank_pattern": {"q": {"tsk": 1}}}, "no feature group 'tsk'"),
-        ({"rank_pattern": {"q": -1}}, "integer of 0 or more"),
+        ({"rank_pattern": {"q": -1}}, "whole number of 0 or more"),
         ({"feature_dropout": 0.2}, "must be a FeatureDropout"),
         ({"feature_dropout": FeatureDropout(0.1, per_group={"x": 0.1})}, "no feature group 'x'"),
         ({"unknown": "ignore"}, "unknown must be"),
-        ({"seed": 1.5}, "seed must be an integer"),
+        ({"seed": 1.5}, "seed must be a whole number"),
     ],
 )
 def test_bad_values_are_named(changes, message):

@@ -82,7 +82,7 @@ def test_segment_lengths() -> None:
     [
         ([row(1, 5)], 4, "row 0 has 5 tokens; a packed row holds 1 to 4"),
         ([row(1, 2), row(1, 0)], 4, "row 1 has 0 tokens"),
-        ([row(1, 2)], 0, "positive number of tokens"),
+        ([row(1, 2)], 0, "length must be a whole number of 1 or more"),
         ([row(1, 2, attention_mask=[1, 0])], 4, "row 0 is padded"),
         ([row(1, 2, labels=[1])], 4, "2 tokens and 1 labels"),
         ([{"text": "x"}], 4, "a row to pack has input_ids"),

@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 
 from flix import FeatureRegistry, FlixConfig, TargetError
-from flix.core import rng as counter
+from flix.core import rng
 from flix.core.adapter.initial import initial_a, initial_b
 from flix.core.adapter.lowrank import resized_mean
 from flix.core.config.targets import LayerInfo, is_head, select
 
 
 def test_bits_are_uniform_and_keyed():
-    words = counter.key("x", 1)
-    u = counter.uniform(words, np.arange(200_000))
+    words = rng.key("x", 1)
+    u = rng.uniform(words, np.arange(200_000))
     assert u.min() >= 0 and u.max() < 1
     assert np.histogram(u, 10, (0, 1))[0] == pytest.approx(20_000, rel=0.03)
     assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.01
-    assert counter.key("ab", "c") != counter.key("a", "bc")
-    assert counter.key(1) != counter.key("1")
-    other = counter.uniform(counter.key("x", 2), np.arange(200_000))
+    assert rng.key("ab", "c") != rng.key("a", "bc")
+    assert rng.key(1) != rng.key("1")
+    other = rng.uniform(rng.key("x", 2), np.arange(200_000))
     assert abs(np.corrcoef(u, other)[0, 1]) < 0.01
 
 

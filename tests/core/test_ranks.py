@@ -30,7 +30,7 @@ def test_simple_rules():
     with pytest.raises(FeatureError, match="no feature 'zul'"):
         ranks.explicit({("language", "zul"): 1})(REGISTRY)
     for bad in (-1, 1.5, True, "8"):
-        with pytest.raises(RankError, match="integer of 0 or more"):
+        with pytest.raises(RankError, match="whole number of 0 or more"):
             ranks.uniform(bad)
 
 

@@ -124,7 +124,7 @@ def test_width_and_group_weights():
     with pytest.raises(RoutingError, match=r"row 1: 2 features are active but width is 1; active: language:hau, task:ner"):  # fmt: skip
         registry().encode([{}, {"language": "hau", "task": "ner"}], width=1)
     for width in (0, -1, True, 1.5):
-        with pytest.raises(RoutingError, match="width must be a positive integer"):
+        with pytest.raises(RoutingError, match="width must be a whole number of 1 or more"):
             registry().encode([{}], width=width)
     with pytest.raises(FeatureError, match="no feature group 'lang'"):
         registry().encode([{}], group_weights={"lang": 1.0})

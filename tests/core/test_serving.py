@@ -222,7 +222,7 @@ def test_a_small_rank_is_left_alone():
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, True, "8"])
 def test_ill_formed_ranks(rank):
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ConfigError, match="whole number of 1 or more"):
         cut_to_rank(*lora(4), rank)
 
 

@@ -12,7 +12,6 @@ pytest.importorskip("simplemma")
 pytest.importorskip("sacrebleu")
 
 from flix.quickstart.arms import FLIX, PLAIN, arms, budgets, config
-from flix.quickstart.report import text_table
 from flix.quickstart.scores import COLUMNS, average, differences, summary
 
 
@@ -100,8 +99,3 @@ def test_scores_average_cells_by_kind(data):
     gaps = differences(data, [run], [other])
     assert gaps[next(data.trained()).name] == 50.0
     json.dumps(table)
-
-
-def test_plain_tables_line_up():
-    lines = text_table(["a", "bb"], [["ccc", "1"], ["d", "22"]]).splitlines()
-    assert lines == ["a    bb", "---  --", "ccc   1", "d    22"]

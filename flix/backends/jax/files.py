@@ -18,18 +18,13 @@ from flix.backends.jax.model import (
     require_adapted,
     set_config,
 )
-from flix.core.adapter.adapter import (
-    Adapter,
-    Path_,
-    Rename,
-    load_adapter,
-    save_adapter,
-    tensor_name,
-)
+from flix.core.adapter.adapter import Adapter, Rename, tensor_name
 from flix.core.adapter.compatibility import check_fits, check_same
+from flix.core.adapter.files import load_adapter, save_adapter
 from flix.core.adapter.sharing import select_features
 from flix.core.config.config import FlixConfig
 from flix.core.errors import TargetError
+from flix.core.files import Path_
 
 Model = TypeVar("Model", bound=nnx.Module)
 Source = Union[nnx.Module, tuple[FlixConfig, Bank]]

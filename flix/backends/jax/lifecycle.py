@@ -13,7 +13,7 @@ from flix.backends.jax.bank import Bank, host_pairs, make_spec, pack
 from flix.backends.jax.files import Source, config_and_bank, load_into, to_adapter
 from flix.backends.jax.model import flix_layers, layer_shapes
 from flix.backends.jax.switching import freeze, thaw
-from flix.core.adapter.adapter import Adapter, LayerShape, Path_, Rename, load_adapter
+from flix.core.adapter.adapter import Adapter, LayerShape, Rename
 from flix.core.adapter.changes import (
     Change,
     Growth,
@@ -23,9 +23,11 @@ from flix.core.adapter.changes import (
     plan_renaming,
 )
 from flix.core.adapter.compatibility import check_fits
+from flix.core.adapter.files import load_adapter
 from flix.core.adapter.initial import initial_a, initial_b
 from flix.core.adapter.lowrank import resized_mean
 from flix.core.features.registry import Feature
+from flix.core.files import Path_
 from flix.core.peft.importing import from_peft
 
 

@@ -11,17 +11,11 @@ from flix.backends.tensorflow.model import (
     require_adapted,
     require_plain,
 )
-from flix.core.adapter.adapter import (
-    Adapter,
-    LayerShape,
-    Path_,
-    Rename,
-    load_adapter,
-    save_adapter,
-    tensor_name,
-)
+from flix.core.adapter.adapter import Adapter, LayerShape, Rename, tensor_name
 from flix.core.adapter.compatibility import check_fits, check_same
+from flix.core.adapter.files import load_adapter, save_adapter
 from flix.core.adapter.sharing import select_features
+from flix.core.files import Path_
 
 
 def to_adapter(model: FlixModel) -> Adapter:

@@ -12,12 +12,14 @@ from flix.backends.tensorflow._change import apply_change, forget
 from flix.backends.tensorflow.files import load_into, to_adapter
 from flix.backends.tensorflow.model import FlixModel, require_adapted
 from flix.backends.tensorflow.switching import freeze, thaw
-from flix.core.adapter.adapter import Adapter, Path_, Rename, load_adapter
+from flix.core.adapter.adapter import Adapter, Rename
 from flix.core.adapter.changes import plan_growth, plan_joining, plan_removal, plan_renaming
 from flix.core.adapter.compatibility import check_fits
+from flix.core.adapter.files import load_adapter
 from flix.core.adapter.lowrank import resized_mean
 from flix.core.config.layout import LayerLayout
 from flix.core.features.registry import Feature
+from flix.core.files import Path_
 from flix.core.peft.importing import from_peft
 
 

@@ -7,7 +7,6 @@ under the names of ``model.named_parameters()``, so that the adapter's own file 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 
 from flix.backends.torch._layer import FeatureParameters
 from flix.backends.torch.model import require_adapted
-from flix.core.adapter.adapter import Path_, Rename, write_aside
+from flix.core.adapter.adapter import Rename
 from flix.core.errors import AdapterError, near
+from flix.core.files import Path_, write_file
 
 HEADS_FILE = "trained.safetensors"
 
@@ -79,7 +79,7 @@ def save_heads(model: nn.Module, folder: Path_) -> None:
         return
     place.mkdir(parents=True, exist_ok=True)
     data = save({name: _whole(p) for name, p in heads.items()}, metadata={"format": "pt"})
-    os.replace(write_aside(place, HEADS_FILE, data), place / HEADS_FILE)
+    write_file(place / HEADS_FILE, data)
 
 
 def load_heads(model: nn.Module, folder: Path_, rename: Rename = None) -> None:

@@ -12,10 +12,10 @@ from flix.backends.torch._whole import whole_modules
 from flix.backends.torch.files import to_adapter
 from flix.backends.torch.layers import FlixConv1D
 from flix.backends.torch.model import RoutedModel, flix_layers, require_adapted, unadapt
-from flix.core.adapter.adapter import Path_
 from flix.core.adapter.composition import Composition, composition, delta
 from flix.core.errors import RoutingError
 from flix.core.features.encoding import Row
+from flix.core.files import Path_
 from flix.core.peft.exporting import PeftExport, as_peft, cut_to_rank, with_modules, write_peft
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from flix.backends.verbs.files import Files
-from flix.core.adapter.adapter import (
-    Adapter,
-    Path_,
-    Rename,
-    load_adapter,
-)
+from flix.core.adapter.adapter import Adapter, Rename
 from flix.core.adapter.changes import plan_growth, plan_joining, plan_removal, plan_renaming
 from flix.core.adapter.compatibility import check_fits
+from flix.core.adapter.files import load_adapter
 from flix.core.features.names import Feature
+from flix.core.files import Path_
 from flix.core.peft.importing import from_peft
 
 M = TypeVar("M")

@@ -7,15 +7,11 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 
 from flix.backends.verbs.shared import Shared, by_layer, named
-from flix.core.adapter.adapter import (
-    Adapter,
-    Path_,
-    Rename,
-    load_adapter,
-    save_adapter,
-)
+from flix.core.adapter.adapter import Adapter, Rename
 from flix.core.adapter.compatibility import check_fits, check_same
+from flix.core.adapter.files import load_adapter, save_adapter
 from flix.core.adapter.sharing import select_features
+from flix.core.files import Path_
 from flix.core.strategy.decide import check_strategy
 
 M = TypeVar("M")

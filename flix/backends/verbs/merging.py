@@ -9,12 +9,10 @@ from flix.backends.protocol import (
     SupportsPeft,
 )
 from flix.backends.verbs.shared import Shared
-from flix.core.adapter.adapter import (
-    Path_,
-)
 from flix.core.adapter.composition import delta
 from flix.core.errors import TargetError
 from flix.core.features.encoding import Row
+from flix.core.files import Path_
 from flix.core.peft.exporting import PeftExport, as_peft, cut_to_rank, with_modules, write_peft
 
 M = TypeVar("M")

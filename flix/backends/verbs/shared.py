@@ -15,11 +15,7 @@ from flix.backends.protocol import (
     SupportsHeads,
     lacking,
 )
-from flix.core.adapter.adapter import (
-    Adapter,
-    LayerShape,
-    tensor_name,
-)
+from flix.core.adapter.adapter import Adapter, LayerShape, tensor_name
 from flix.core.adapter.changes import Pair
 from flix.core.adapter.composition import Composition, composition
 from flix.core.config.config import FlixConfig

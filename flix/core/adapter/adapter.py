@@ -1,14 +1,9 @@
-"""Adapters as data, and their files (docs/specification.md §4.2): JSON and safetensors, no pickle, no framework."""
+"""Adapters as data: a configuration, adapted layers, and the pairs of every feature, in numpy."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Union
 
 import numpy as np
@@ -16,17 +11,10 @@ from numpy.typing import NDArray
 
 from flix.core.config.config import FlixConfig, nested
 from flix.core.config.targets import exactly
-from flix.core.errors import AdapterError, FlixError, listed, near
+from flix.core.errors import AdapterError, listed, near
 from flix.core.features.registry import Feature
-from flix.core.garbage import uncollected
-
-CONFIG_FILE = "flix_config.json"
-TENSOR_FILE = "flix.safetensors"
-FORMAT = "flix"
-VERSION = 1
 
 Rename = Union[Mapping[str, str], Callable[[str], str], None]
-Path_ = Union[str, "os.PathLike[str]"]
 _ALLOWED = ("F16", "F32", "F64", "float16", "float32", "float64")
 
 
@@ -67,7 +55,7 @@ class Adapter:
         # A dtype's name is worked out anew at every asking, which shows with many tensors.
         names = {dtype: str(dtype) for dtype in {t.dtype for t in self.tensors.values()}}
         dtypes = {name: names[tensor.dtype] for name, tensor in self.tensors.items()}
-        _check_tensors(self.config, self.layers, shapes, dtypes, "the adapter")
+        check_tensors(self.config, self.layers, shapes, dtypes, "the adapter")
 
     @classmethod
     def partial(
@@ -179,162 +167,25 @@ def expected_tensors(
                 yield tensor_name(path, "B", feature), (shape.d_out, rank)
 
 
-@uncollected
-def save_adapter(adapter: Adapter, directory: Path_) -> None:
-    """Write an adapter's folder. Each file is written aside, synced and moved into place.
-
-    Tensors are stored as float32 (float64 where they are float64).
-
-    Raises:
-        AdapterError: the path exists and is not a folder.
-    """
-    from safetensors.numpy import save
-
-    folder = Path(directory)
-    if folder.exists() and not folder.is_dir():
-        raise AdapterError(f"an adapter is saved as a folder, but {str(folder)!r} is a file")
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: np.ascontiguousarray(
-            tensor, dtype=np.float64 if tensor.dtype == np.float64 else np.float32
-        )
-        for name, tensor in adapter.tensors.items()
-    }
-    # One key: the library writes several in no fixed order, and equal adapters should be equal bytes.
-    data = save(tensors, metadata={"format": FORMAT})
-    description = {
-        "format": FORMAT,
-        "version": VERSION,
-        "config": adapter.config.to_dict(),
-        "layers": {
-            path: {"kind": shape.kind, "d_in": shape.d_in, "d_out": shape.d_out}
-            for path, shape in adapter.layers.items()
-        },
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
-    text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
-    pending = [
-        (write_aside(folder, TENSOR_FILE, data), folder / TENSOR_FILE),
-        (write_aside(folder, CONFIG_FILE, text.encode()), folder / CONFIG_FILE),
-    ]
-    for temporary, final in pending:
-        os.replace(temporary, final)
-
-
-def write_aside(folder: Path, name: str, data: bytes) -> str:
-    """Write and sync a file under another name in its folder; the path to move into place."""
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return temporary
-
-
-@uncollected
-def load_adapter(directory: Path_, rename: Rename = None) -> Adapter:
-    """Read an adapter's folder into numpy; no framework is needed.
-
-    Args:
-        directory: the folder that :func:`save_adapter`, or a backend's ``save``, wrote.
-        rename: translates layer paths, see :meth:`Adapter.renamed`.
-
-    Raises:
-        AdapterError: a missing or damaged file, another version, or tensors that do not fit the configuration;
-            the file or tensor is named.
-    """
-    folder = Path(directory)
-    description = _read_description(folder)
-    config, layers = _read_config(folder, description)
-    tensors = _read_tensors(folder, config, layers, description.get("sha256"))
-    # The tensors were checked as they were read; with many, checking again would show.
-    return Adapter.partial(config, layers, tensors).renamed(rename)
-
-
-def _read_description(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise AdapterError(f"{str(folder)!r} is not an adapter: it has no {CONFIG_FILE}")
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise AdapterError(f"{str(path)!r} is damaged: {error}") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise AdapterError(f"{str(path)!r} does not describe a flix adapter (no 'format': 'flix')")
-    if description.get("version") != VERSION:
-        raise AdapterError(
-            f"{str(path)!r} has format version {description.get('version')!r}; this flix reads "
-            f"version {VERSION}"
-        )
-    return description
-
-
-def _read_config(
-    folder: Path, description: Mapping[str, Any]
-) -> tuple[FlixConfig, dict[str, LayerShape]]:
-    path = folder / CONFIG_FILE
-    try:
-        config = FlixConfig.from_dict(description["config"])
-        layers = {
-            name: LayerShape(d_in=entry["d_in"], d_out=entry["d_out"], kind=entry["kind"])
-            for name, entry in description["layers"].items()
-        }
-    except (FlixError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{str(path)!r} is damaged or was altered: {error}") from error
-    for name, shape in layers.items():
-        sizes = (shape.d_in, shape.d_out)
-        if shape.kind not in ("linear", "embedding") or any(
-            isinstance(size, bool) or not isinstance(size, int) or size < 0 for size in sizes
-        ):
-            raise AdapterError(f"{str(path)!r} describes the layer {name!r} wrongly: {shape}")
-    return config, layers
-
-
-def _read_tensors(
-    folder: Path, config: FlixConfig, layers: Mapping[str, LayerShape], digest: str | None
-) -> dict[str, NDArray[Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / TENSOR_FILE
-    if not path.is_file():
-        raise AdapterError(f"{str(folder)!r} is not a complete adapter: it has no {TENSOR_FILE}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            shapes = {name: tuple(header.get_shape()) for name, header in headers.items()}
-            dtypes = {name: header.get_dtype() for name, header in headers.items()}
-            _check_tensors(config, layers, shapes, dtypes, repr(str(path)))
-            if digest is not None:
-                _check_digest(path, digest)
-            return {name: file.get_tensor(name) for name in shapes}
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, AdapterError):
-            raise
-        raise AdapterError(f"{str(path)!r} is damaged (truncated or altered): {error}") from error
-
-
-def _check_digest(path: Path, digest: str) -> None:
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != digest:
-        raise AdapterError(
-            f"{str(path)!r} was altered: its SHA-256 is {found[:12]}..., {CONFIG_FILE} says "
-            f"{str(digest)[:12]}...; the two files must come from one save"
-        )
-
-
-def _check_tensors(
+def check_tensors(
     config: FlixConfig,
     layers: Mapping[str, LayerShape],
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, str],
     where: str,
 ) -> None:
+    """Refuse tensors that are not those of an adapter of these layers.
+
+    Args:
+        config: the configuration.
+        layers: the adapted layers by path.
+        shapes: of the tensors, by name.
+        dtypes: their names: ``"float32"``, or as safetensors has them, ``"F32"``.
+        where: what holds the tensors, for messages.
+
+    Raises:
+        AdapterError: a missing or unexpected tensor, or one of the wrong shape or dtype; it is named.
+    """
     expected = dict(expected_tensors(config, layers))
     for name, shape in expected.items():
         if name not in shapes:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core import rng as counter
+from flix.core import rng
 from flix.core.features.names import Feature
 
 # Values made at a time: what the arithmetic leaves behind in between should stay in the cache.
@@ -38,7 +38,7 @@ def initial_table(
     """:func:`initial_a` of several features of a layer, one after the other: float32 ``[sum of ranks, d_in]``."""
     total = int(sum(ranks))
     table = np.empty((total, d_in), np.float32)
-    first, second = counter.keys(("A", seed, layer), features)
+    first, second = rng.keys(("A", seed, layer), features)
     first, second = np.repeat(first, ranks)[:, None], np.repeat(second, ranks)[:, None]
     starts = np.cumsum(ranks) - ranks
     row = (np.arange(total) - np.repeat(starts, ranks)).astype(np.uint64)[:, None]
@@ -50,7 +50,7 @@ def initial_table(
         position = row[part] * np.uint64(d_in) + column
         # 24 leading bits fit a float32 exactly: in [-1, 1), then one rounding by the bound.
         unit = table[part]
-        unit[...] = counter.bits((first[part], second[part]), position) >> np.uint64(40)
+        unit[...] = rng.bits((first[part], second[part]), position) >> np.uint64(40)
         unit *= np.float32(2.0**-23)
         unit -= np.float32(1.0)
         unit *= bound

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flix.core.features.registry import Feature
+from flix.core.tables import text_table
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,9 @@ class Summary:
 
     def __str__(self) -> str:
         share = 100.0 * self.trainable / max(self.total, 1)
-        lines = [
+        head = (
             f"{len(self.layers)} adapted layers; {self.trainable:,} trainable of {self.total:,} "
-            f"parameters ({share:.2f}%)",
-            f"{'feature':<32}{'rank':>6}{'parameters':>14}",
-        ]
-        lines += [
-            f"{':'.join(feature):<32}{self.ranks[feature]:>6}{count:>14,}"
-            for feature, count in self.features.items()
-        ]
-        return "\n".join(lines)
+            f"parameters ({share:.2f}%)"
+        )
+        rows = [(":".join(f), self.ranks[f], count) for f, count in self.features.items()]
+        return head + "\n" + text_table(["feature", "rank", "parameters"], rows)

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Union
 
+from flix.core.checks import finite, is_whole, whole
 from flix.core.config.layout import LayerLayout
-from flix.core.config.ranks import Rule, by_feature, check_rank
+from flix.core.config.ranks import Rule, by_feature
+from flix.core.config.renaming import (
+    Translate,
+    kept_dropout,
+    renamed,
+    renamed_fallbacks,
+    renamed_pattern,
+)
 from flix.core.config.targets import Patterns, pattern_matches
-from flix.core.errors import ConfigError, FlixError, near
+from flix.core.errors import ConfigError, FlixError, RankError, near
 from flix.core.features.dropout import FeatureDropout
 from flix.core.features.encoding import Unknown, check_policy
 from flix.core.features.registry import Feature, FeatureRegistry
@@ -64,9 +72,14 @@ class FlixConfig:
             raise ConfigError(f"scaling must be 'lora' or 'rslora', got {self.scaling!r}")
         put(self, "target_modules", _patterns(self.target_modules, "target_modules"))
         put(self, "exclude_modules", _patterns(self.exclude_modules, "exclude_modules", empty=True))
-        if isinstance(self.rank_pattern, Mapping):
-            put(self, "rank_pattern", dict(self.rank_pattern))
-        put(self, "_patterns", self._resolve_rank_pattern())
+        patterns = self._resolve_rank_pattern()
+        put(self, "_patterns", patterns)
+        given = self.rank_pattern.values()
+        put(
+            self,
+            "rank_pattern",
+            {p: _by_group(v, r) for v, (p, r) in zip(given, patterns, strict=True)},
+        )
         put(self, "_layers", {})
         if self.feature_dropout is not None:
             if not isinstance(self.feature_dropout, FeatureDropout):
@@ -75,14 +88,16 @@ class FlixConfig:
                 )
             self.feature_dropout.check(self.registry)
         check_policy(self.unknown)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ConfigError(f"seed must be an integer, got {self.seed!r}")
+        put(self, "seed", whole(self.seed, "seed"))
 
     def _resolve_alpha(self, alpha: object) -> float | dict[Feature, float]:
         if isinstance(alpha, Mapping):
             values = by_feature(self.registry, alpha, "alpha")
-            return {f: _positive(value, f"alpha of {':'.join(f)}") for f, value in values.items()}
-        return _positive(alpha, "alpha")
+            return {
+                f: finite(value, f"alpha of {':'.join(f)}", positive=True)
+                for f, value in values.items()
+            }
+        return finite(alpha, "alpha", positive=True)
 
     def _resolve_rank_pattern(self) -> tuple[tuple[str, dict[Feature, int]], ...]:
         if not isinstance(self.rank_pattern, Mapping):
@@ -97,7 +112,7 @@ class FlixConfig:
                 ranks = by_feature(self.registry, value, what)
             else:
                 ranks = dict.fromkeys(self.registry.live, value)
-            resolved.append((pattern, {f: check_rank(r, what) for f, r in ranks.items()}))
+            resolved.append((pattern, {f: whole(r, what, 0, RankError) for f, r in ranks.items()}))
         return tuple(resolved)
 
     def rank(self, layer: str, feature: Feature) -> int:
@@ -162,7 +177,7 @@ class FlixConfig:
         """
         registry = self.registry.with_feature(group, name, implies)
         feature = (group, name)
-        ranks = {**self.ranks, feature: check_rank(rank, "rank")}  # type: ignore[dict-item]
+        ranks = {**self.ranks, feature: whole(rank, "rank", 0, RankError)}  # type: ignore[dict-item]
         alphas = self.alpha
         if alpha is None and isinstance(alphas, Mapping):
             shared = {alphas.get((group, other)) for other in self.registry.names(group)}
@@ -205,65 +220,20 @@ class FlixConfig:
         registry = self.registry.subset(features)
         return self._translated(registry, lambda f: f if f in registry else None)
 
-    def _translated(
-        self, registry: FeatureRegistry, translate: Callable[[Feature], Feature | None]
-    ) -> FlixConfig:
+    def _translated(self, registry: FeatureRegistry, translate: Translate) -> FlixConfig:
         """What is said of features, under their new names; None for features that are gone."""
-
-        def renamed(values: Mapping[Feature, Any]) -> dict[Feature, Any]:
-            pairs = ((translate(f), value) for f, value in values.items())
-            return {f: value for f, value in pairs if f is not None}
-
-        fallbacks = self.unknown
-        if isinstance(fallbacks, Mapping):
-            # Fallbacks are names without a group: a name goes on to mean the features that still have it.
-            names = {f[1]: (translate(f) or ("", ""))[1] for f in self.registry.live}
-            names.update({f[1]: f[1] for f in registry.live if f in self.registry})
-            kept = {
-                name: found
-                for name, given in fallbacks.items()
-                if (
-                    found := [
-                        new
-                        for known in ([given] if isinstance(given, str) else given)
-                        if (new := names.get(known, known))
-                    ]
-                )
-            }
-            fallbacks = kept or "error"
-        dropout = self.feature_dropout
-        if dropout is not None:
-            rates = {g: rate for g, rate in dropout.per_group.items() if g in registry.groups}
-            dropout = replace(dropout, per_group=rates)
-
-        def renamed_pattern(ranks: Any) -> Any:
-            """Ranks as the user gave them: one, or by group, by group and name, by feature."""
-            if not isinstance(ranks, Mapping):
-                return ranks
-            found: dict[Any, Any] = {}
-            for key, value in ranks.items():
-                if isinstance(key, tuple) or isinstance(value, Mapping):
-                    one = (
-                        {key: value}
-                        if isinstance(key, tuple)
-                        else {(key, n): r for n, r in value.items()}
-                    )
-                    for (group, name), rank in renamed(one).items():
-                        found.setdefault(group, {})[name] = rank
-                elif key in registry.groups:
-                    found[key] = value
-            return found
-
+        alpha: Any = self.alpha
         return replace(
             self,
             registry=registry,
-            ranks=renamed(self.ranks),  # type: ignore[arg-type]
-            alpha=renamed(self.alpha) if isinstance(self.alpha, Mapping) else self.alpha,
+            ranks=renamed(self.ranks, translate),  # type: ignore[arg-type]
+            alpha=renamed(alpha, translate) if isinstance(alpha, Mapping) else alpha,
             rank_pattern={
-                pattern: renamed_pattern(ranks) for pattern, ranks in self.rank_pattern.items()
+                pattern: renamed_pattern(ranks, registry, translate)
+                for pattern, ranks in self.rank_pattern.items()
             },
-            unknown=fallbacks,
-            feature_dropout=dropout,
+            unknown=renamed_fallbacks(self.unknown, self.registry, registry, translate),
+            feature_dropout=kept_dropout(self.feature_dropout, registry),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -275,10 +245,7 @@ class FlixConfig:
             "scaling": self.scaling,
             "target_modules": _plain(self.target_modules),
             "exclude_modules": _plain(self.exclude_modules),
-            "rank_pattern": {
-                pattern: nested(value) if isinstance(value, Mapping) else value
-                for pattern, value in self.rank_pattern.items()
-            },
+            "rank_pattern": dict(self.rank_pattern),
             "feature_dropout": self.feature_dropout.to_dict() if self.feature_dropout else None,
             "unknown": _plain_unknown(self.unknown),
             "seed": self.seed,
@@ -312,7 +279,7 @@ class FlixConfig:
 def _resolve_ranks(registry: FeatureRegistry, ranks: object) -> dict[Feature, int]:
     if callable(ranks):
         ranks = ranks(registry)
-    if isinstance(ranks, int) and not isinstance(ranks, bool):
+    if is_whole(ranks):
         ranks = dict.fromkeys(registry.live, ranks)
     if not isinstance(ranks, Mapping):
         raise ConfigError(
@@ -326,7 +293,9 @@ def _resolve_ranks(registry: FeatureRegistry, ranks: object) -> dict[Feature, in
         if feature not in found:
             raise ConfigError(f"ranks must cover every feature; {':'.join(feature)} has none")
     found.update(dict.fromkeys(registry.removed, 0))
-    return {f: check_rank(found[f], f"the rank of {':'.join(f)}") for f in registry.features}
+    return {
+        f: whole(found[f], f"the rank of {':'.join(f)}", 0, RankError) for f in registry.features
+    }
 
 
 def _patterns(value: object, what: str, empty: bool = False) -> str | tuple[str, ...]:
@@ -349,25 +318,30 @@ def _compiles(pattern: object, what: str) -> None:
         raise ConfigError(f"{what}: {pattern!r} is not a regular expression ({error})") from error
 
 
-def _positive(value: object, what: str) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value <= 0
-    ):
-        raise ConfigError(f"{what} must be a positive number, got {value!r}")
-    return float(value)
-
-
-def nested(values: Any) -> dict[str, Any]:
-    """{(group, feature): v} as {group: {feature: v}}, the form that files have; other keys stay."""
+def nested(values: Mapping[Feature, Any]) -> dict[str, Any]:
+    """{(group, feature): v} as {group: {feature: v}}, the form that files have."""
     found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(key, tuple):
-            found.setdefault(key[0], {})[key[1]] = value
-        else:
-            found[key] = dict(value) if isinstance(value, Mapping) else value
+    for (group, name), value in values.items():
+        found.setdefault(group, {})[name] = value
+    return found
+
+
+def _by_group(given: Any, ranks: Mapping[Feature, int]) -> Any:
+    """Ranks of a ``rank_pattern`` in the form that files have: one, or {group: one, or {name: rank}}.
+
+    A group stays as a whole, for features to come, unless some of its features are named.
+
+    Args:
+        given: as the user gave them.
+        ranks: the same by feature.
+    """
+    if not isinstance(given, Mapping):
+        return int(given)
+    found = nested(ranks)
+    named = {key[0] for key in given if isinstance(key, tuple)}
+    for group in set(found) - named:
+        if not isinstance(given[group], Mapping):
+            found[group] = int(given[group])
     return found
 
 

@@ -7,10 +7,10 @@ Each function returns a rule; ``rule(registry)`` gives ``{(group, feature): rank
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from flix.core.checks import finite, whole
 from flix.core.errors import RankError, listed
 from flix.core.features.encoding import Row
 from flix.core.features.registry import Feature, FeatureRegistry
@@ -23,14 +23,14 @@ ByFeature = Mapping[Any, Any]
 
 def uniform(rank: int) -> Rule:
     """The same rank for every feature."""
-    rank = check_rank(rank, "uniform rank")
+    rank = whole(rank, "uniform rank", 0, RankError)
     return lambda registry: dict.fromkeys(registry.live, rank)
 
 
 def by_group(**ranks: int) -> Rule:
     """One rank for all features of a group; every group of the registry must be named."""
     for group, rank in ranks.items():
-        check_rank(rank, f"rank of group {group!r}")
+        whole(rank, f"rank of group {group!r}", 0, RankError)
     return lambda registry: _complete(registry, ranks, "by_group")
 
 
@@ -63,12 +63,11 @@ def proportional(
         RankError: a value out of range; when the rule is applied, a feature without a size, or a budget that the
             bounds cannot meet (the message says the smallest, or largest, feasible one).
     """
-    check_rank(budget, "budget")
-    low, high = check_rank(minimum, "minimum"), check_rank(maximum, "maximum")
+    whole(budget, "budget", 0, RankError)
+    low, high = whole(minimum, "minimum", 0, RankError), whole(maximum, "maximum", 0, RankError)
     if low > high:
         raise RankError(f"minimum must not exceed maximum, got {low} and {high}")
-    if not _is_number(temperature) or temperature <= 0:
-        raise RankError(f"temperature must be a positive number, got {temperature!r}")
+    temperature = finite(temperature, "temperature", RankError, positive=True)
 
     def rule(registry: FeatureRegistry) -> Ranks:
         size = by_feature(registry, sizes, "sizes", number=True)
@@ -77,7 +76,7 @@ def proportional(
                 f"sizes must name every feature; missing: {listed(map(_text, missing))}"
             )
         for feature, n in size.items():
-            if not _is_number(n) or n < 0:
+            if finite(n, f"the size of {_text(feature)}", RankError) < 0:
                 raise RankError(f"the size of {_text(feature)} must be 0 or more, got {n!r}")
         count = len(registry.live)
         if budget < low * count:
@@ -124,7 +123,7 @@ def compute_matched(*, lora_rank: int, datasets: Sequence[Row]) -> Rule:
     Raises:
         RankError: when applied: no dataset, or a dataset with more active features than ``lora_rank``.
     """
-    check_rank(lora_rank, "lora_rank", least=1)
+    whole(lora_rank, "lora_rank", 1, RankError)
     rows = [dict(row) for row in datasets]
     if not rows:
         raise RankError("compute_matched needs at least one dataset, got none")
@@ -172,7 +171,7 @@ def parameter_matched(*, lora_rank: int) -> Rule:
     Raises:
         RankError: when applied: more features than ``lora_rank`` (the message says the smallest feasible one).
     """
-    check_rank(lora_rank, "lora_rank", least=1)
+    whole(lora_rank, "lora_rank", 1, RankError)
 
     def rule(registry: FeatureRegistry) -> Ranks:
         count = len(registry.live)
@@ -185,17 +184,6 @@ def parameter_matched(*, lora_rank: int) -> Rule:
         return {f: share + (i < rest) for i, f in enumerate(registry.live)}
 
     return rule
-
-
-def check_rank(value: object, what: str, least: int = 0) -> int:
-    """``value`` as a rank.
-
-    Raises:
-        RankError: no integer, or less than ``least``.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise RankError(f"{what} must be an integer of {least} or more, got {value!r}")
-    return value
 
 
 def by_feature(
@@ -229,11 +217,7 @@ def _complete(registry: FeatureRegistry, ranks: ByFeature, what: str) -> Ranks:
         raise RankError(
             f"{what} ranks must cover every feature; missing: {listed(map(_text, missing))}"
         )
-    return {f: check_rank(found[f], f"the rank of {_text(f)}") for f in registry.live}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return {f: whole(found[f], f"the rank of {_text(f)}", 0, RankError) for f in registry.live}
 
 
 def _text(feature: Feature) -> str:

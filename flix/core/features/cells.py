@@ -6,13 +6,13 @@ name several features of a group, form cells of their own: ``language=hau+yor,ta
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flix.core.checks import finite
 from flix.core.errors import FeatureError, FlixError, listed, near
 from flix.core.features.names import Feature, check_group, check_name
 from flix.core.features.registry import FeatureRegistry
@@ -49,11 +49,7 @@ def names_of(group: str, value: object) -> tuple[str, ...]:
     elif isinstance(value, Mapping):
         names = [name for name, weight in value.items() if weight is not None]
         for name in names:
-            weight = value[name]
-            if isinstance(weight, bool) or not isinstance(weight, int | float):
-                raise FeatureError(f"the weight of {group}:{name} must be a number, got {weight!r}")
-            if not math.isfinite(weight):
-                raise FeatureError(f"the weight of {group}:{name} must be finite, got {weight!r}")
+            finite(value[name], f"the weight of {group}:{name}", FeatureError)
     elif isinstance(value, Iterable) and not isinstance(value, bytes):
         names = list(value)
     else:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from flix.core import rng as counter
+from flix.core import rng
+from flix.core.checks import is_number
 from flix.core.errors import ConfigError
 from flix.core.features.routing import Routing
 from flix.core.features.table import FeatureTable
@@ -76,9 +77,9 @@ class FeatureDropout:
         rate = np.array([by_group[g] for g, _ in routing.registry.features] + [0.0])
         ids = routing.ids
         rows = np.arange(first_row, first_row + len(routing)).reshape(-1, *[1] * (ids.ndim - 1))
-        words = counter.key("dropout", seed, step)
+        words = rng.key("dropout", seed, step)
         # Padding draws too and is then kept: -1 points at the last rate, 0.
-        keep = counter.uniform(words, rows, ids.astype(np.int64) + 1) >= rate[ids]
+        keep = rng.uniform(words, rows, ids.astype(np.int64) + 1) >= rate[ids]
         active = ids >= 0
         keep &= active
         if self.keep_one and active.any():
@@ -102,8 +103,8 @@ class FeatureDropout:
     ) -> Any:
         """For rows that lost everything: where the one feature stands that they keep."""
         revived = np.zeros(routing.ids.shape, dtype=bool)
-        words = counter.key("dropout keep one", seed, step)
-        draws = counter.uniform(words, np.arange(first_row, first_row + len(routing)))
+        words = rng.key("dropout keep one", seed, step)
+        draws = rng.uniform(words, np.arange(first_row, first_row + len(routing)))
         for row in np.flatnonzero(lost):
             choices = np.unique(routing.ids[row].ravel()[flat_active[row]])
             kept = choices[int(draws[row] * len(choices))]
@@ -121,6 +122,6 @@ class FeatureDropout:
 
 
 def _rate(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+    if not is_number(value) or not 0.0 <= value <= 1.0:  # type: ignore[operator]
         raise ConfigError(f"dropout rate {what} must be a number from 0 to 1, got {value!r}")
-    return float(value)
+    return float(value)  # type: ignore[arg-type]

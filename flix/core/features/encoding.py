@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flix.core.checks import finite, whole
 from flix.core.errors import FeatureError, RoutingError, listed, near
 from flix.core.features.routing import Routing
 from flix.core.features.table import FeatureTable
@@ -108,9 +108,7 @@ def _assemble(
     longest = int(active.max(initial=0))
     if width is None:
         width = max(longest, 1)
-    elif isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise RoutingError(f"width must be a positive integer or None, got {width!r}")
-    elif longest > width:
+    elif longest > whole(width, "width", 1, RoutingError):
         number = int(np.argmax(active > width))
         names = [":".join(registry.features[i]) for i in feature[row == number]]
         raise RoutingError(
@@ -144,7 +142,7 @@ class _Resolver(dict):  # type: ignore[type-arg]
         factors = dict.fromkeys(registry.groups, 1.0)
         for group, factor in (group_weights or {}).items():
             registry.ids_of(group)
-            factors[group] = finite(factor, f"the weight of group {group!r}")
+            factors[group] = finite(factor, f"the weight of group {group!r}", RoutingError)
         self.factors = [factors[group] for group, _ in registry.features]
         self.starts: list[int] = []
         self.counts: list[int] = []
@@ -219,21 +217,6 @@ def check_policy(unknown: object) -> None:
     )
 
 
-def finite(value: object, what: str) -> float:
-    """``value`` as a float.
-
-    Raises:
-        RoutingError: not a number, or not finite.
-    """
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float | np.integer | np.floating)
-        or not math.isfinite(value)
-    ):
-        raise RoutingError(f"{what} must be a finite number, got {value!r}")
-    return float(value)
-
-
 def _frozen(value: object) -> object:
     """A hashable form of what a row says of a group; :func:`_members` reads it."""
     if isinstance(value, Mapping):
@@ -252,7 +235,9 @@ def _members(group: str, value: object) -> list[tuple[str, float]]:
     if isinstance(value, str):
         return [(value, 1.0)]
     if isinstance(value, _Weighted):
-        pairs = [(name, finite(w, f"the weight of {group}:{name}")) for name, w in value]
+        pairs = [
+            (name, finite(w, f"the weight of {group}:{name}", RoutingError)) for name, w in value
+        ]
     elif isinstance(value, tuple):
         pairs = [(name, 1.0) for name in value]
     else:

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core.adapter.adapter import Adapter, Path_, write_aside
+from flix.core.adapter.adapter import Adapter
 from flix.core.adapter.composition import Composition, lora_pair
 from flix.core.adapter.lowrank import nearest
-from flix.core.errors import AdapterError, ConfigError, listed
+from flix.core.checks import whole
+from flix.core.errors import AdapterError, listed
+from flix.core.files import Path_, write_files
 from flix.core.peft.vllm import ServingReport, check_vllm
 
 
@@ -168,12 +170,11 @@ def cut_to_rank(
     Raises:
         ConfigError: a rank below 1.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ConfigError(f"compress_to must be an integer of at least 1, got {rank!r}")
+    rank = whole(rank, "compress_to", 1)
     if int(config["r"]) <= rank:
         return dict(config), dict(tensors), 0.0
     cut: dict[str, NDArray[np.float32]] = {}
-    lost = whole = 0.0
+    lost = norm = 0.0
     for name, a in tensors.items():
         if not name.endswith((".lora_A.weight", ".lora_embedding_A")):
             continue
@@ -185,10 +186,10 @@ def cut_to_rank(
         cut[name] = np.pad(first, ((0, missing), (0, 0))).astype(np.float32)
         cut[other] = np.pad(second, ((0, 0), (0, missing))).astype(np.float32)
         lost += float(np.sum(values[rank:] ** 2))
-        whole += float(np.sum(values**2))
+        norm += float(np.sum(values**2))
     alpha = float(config["lora_alpha"]) * rank / int(config["r"])
     settings = {**config, "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
-    return settings, cut, (lost / whole) ** 0.5 if whole else 0.0
+    return settings, cut, (lost / norm) ** 0.5 if norm else 0.0
 
 
 def write_peft(
@@ -212,8 +213,6 @@ def write_peft(
         encoder_decoder: whether the base is an encoder-decoder.
         vocabulary: the size of its vocabulary.
     """
-    import os
-
     from safetensors.numpy import save
 
     folder = Path(directory)
@@ -221,9 +220,7 @@ def write_peft(
     contiguous = {name: np.ascontiguousarray(t) for name, t in tensors.items()}
     data = save(contiguous, metadata={"format": "pt"})
     text = json.dumps(config, indent=2) + "\n"
-    for name, content in (("adapter_model.safetensors", data), ("adapter_config.json", text)):
-        raw = content if isinstance(content, bytes) else content.encode()
-        os.replace(write_aside(folder, name, raw), folder / name)
+    write_files(folder, {"adapter_model.safetensors": data, "adapter_config.json": text.encode()})
     serving = check_vllm(
         config,
         {name: tensor.shape for name, tensor in tensors.items()},

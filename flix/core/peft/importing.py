@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core.adapter.adapter import Adapter, LayerShape, Path_, tensor_name
+from flix.core.adapter.adapter import Adapter, LayerShape, tensor_name
 from flix.core.config.config import FlixConfig, nested
 from flix.core.config.targets import exactly
 from flix.core.errors import AdapterError, ConfigError, listed
 from flix.core.features.names import Feature
 from flix.core.features.registry import FeatureRegistry
+from flix.core.files import Path_
 
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<kind>embedding_)?(?P<part>[AB])(?:\.weight)?"

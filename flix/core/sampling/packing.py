@@ -6,6 +6,7 @@ import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flix.core.checks import whole
 from flix.core.errors import RoutingError
 
 IGNORED = -100
@@ -49,8 +50,7 @@ def pack(
         RoutingError: a row that is longer than ``length``, empty, padded, or whose labels are not one a token; a
             number of columns that changes from row to row.
     """
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise RoutingError(f"length must be a positive number of tokens, got {length!r}")
+    length = whole(length, "length", 1, RoutingError)
     segments = [_segment(row, number, length, causal) for number, row in enumerate(rows)]
     columns = _columns(rows)
     bins: list[list[int]] = []

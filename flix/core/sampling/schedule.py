@@ -11,13 +11,13 @@ walk goes on where the epoch before stopped, so every row of a cell is seen befo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core import rng as counter
+from flix.core import rng
+from flix.core.checks import is_number, whole
 from flix.core.features.cells import MixtureError
 
 Sizes = Sequence[int] | NDArray[np.int64]
@@ -71,12 +71,7 @@ def check_temperature(value: object) -> None:
     Raises:
         MixtureError: no number, or 0 or less.
     """
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or math.isnan(value)
-        or value <= 0
-    ):
+    if not is_number(value) or not value > 0:  # type: ignore[operator]
         raise MixtureError(f"temperature must be a number above 0, got {value!r}")
 
 
@@ -136,7 +131,7 @@ def walk(
         return np.zeros(0, np.int64)
     first, last = start // size, (start + count - 1) // size
     cycles = np.arange(first, last + 1, dtype=np.int64)[:, None]
-    drawn = counter.bits(words, cycles, np.arange(size, dtype=np.int64)[None])
+    drawn = rng.bits(words, cycles, np.arange(size, dtype=np.int64)[None])
     steps = np.argsort(drawn, axis=1, kind="stable").ravel()
     begin = start - first * size
     return steps[begin : begin + count].astype(np.int64)
@@ -176,17 +171,17 @@ class Schedule:
             )
         if not (self.probabilities >= 0).all() or abs(self.probabilities.sum() - 1) > 1e-9:
             raise MixtureError("probabilities must be 0 or more and sum to 1")
-        self.length = check_whole(length, "an epoch's length", least=1)
+        self.length = whole(length, "an epoch's length", 1, MixtureError)
         keys: Iterable[int | str] = range(len(self.sizes)) if names is None else names
-        self._walks = [counter.key("mixture rows", seed, name) for name in keys]
-        self._order = counter.key("mixture order", seed)
+        self._walks = [rng.key("mixture rows", seed, name) for name in keys]
+        self._order = rng.key("mixture order", seed)
         self._offsets = np.cumsum(self.sizes) - self.sizes
         self._reached = (0, np.zeros(len(self.sizes), np.int64))
         self._plans: dict[int, NDArray[np.int64]] = {}
 
     def taken(self, epoch: int) -> NDArray[np.int64]:
         """How many rows of each cell all epochs before this one took: int64 ``[cells]``."""
-        epoch = check_whole(epoch, "an epoch")
+        epoch = whole(epoch, "an epoch", 0, MixtureError)
         reached, taken = self._reached
         if reached > epoch:
             reached, taken = 0, np.zeros(len(self.sizes), np.int64)
@@ -221,7 +216,7 @@ class Schedule:
                 )
             ]
         )
-        drawn = counter.bits(self._order, np.array(epoch), np.arange(self.length, dtype=np.int64))
+        drawn = rng.bits(self._order, np.array(epoch), np.arange(self.length, dtype=np.int64))
         return np.asarray(rows[np.argsort(drawn, kind="stable")], np.int64)
 
     def draw(self, positions: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
@@ -259,14 +254,3 @@ def plan_epoch(
     """
     p = probabilities(sizes, temperature, caps, names)
     return Schedule(sizes, p, length=length, seed=seed, names=names).plan(epoch)
-
-
-def check_whole(value: object, what: str, least: int = 0) -> int:
-    """A whole number.
-
-    Raises:
-        MixtureError: another thing, or less than ``least``.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise MixtureError(f"{what} must be a whole number of {least} or more, got {value!r}")
-    return int(value)

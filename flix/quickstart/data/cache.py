@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from flix.core.files import write_file
 
 from .design import BUILD_VERSION
 from .types import Cell, Example
@@ -73,11 +74,4 @@ def write_cells(path: Path, cells: list[Cell]) -> None:
         for part in ("train", "dev", "test"):
             row[part] = [[pair["source"], pair["target"]] for pair in row[part]]
         lines.append(json.dumps(row, ensure_ascii=False))
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write("\n".join(lines) + "\n")
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_file(path, ("\n".join(lines) + "\n").encode())

@@ -1,0 +1,59 @@
+"""Checks of single values. A bool is no number here, although Python counts it as one; NumPy's numbers are numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from flix.core.errors import ConfigError, FlixError
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number; infinities and NaN are."""
+    return is_whole(value) or isinstance(value, float | np.floating)
+
+
+def whole(
+    value: object, what: str, least: int | None = None, error: type[FlixError] = ConfigError
+) -> int:
+    """``value`` as a whole number.
+
+    Args:
+        value: what was given.
+        what: its name, for the message.
+        least: the smallest number allowed; None: any.
+        error: the class of the error.
+
+    Raises:
+        FlixError: another thing, or less than ``least``; of the class ``error``.
+    """
+    if not is_whole(value) or (least is not None and value < least):  # type: ignore[operator]
+        more = "" if least is None else f" of {least} or more"
+        raise error(f"{what} must be a whole number{more}, got {value!r}")
+    return int(value)  # type: ignore[call-overload,no-any-return]
+
+
+def finite(
+    value: object, what: str, error: type[FlixError] = ConfigError, *, positive: bool = False
+) -> float:
+    """``value`` as a finite float.
+
+    Args:
+        value: what was given.
+        what: its name, for the message.
+        error: the class of the error.
+        positive: refuse 0 and less, too.
+
+    Raises:
+        FlixError: another thing, or out of range; of the class ``error``.
+    """
+    if not is_number(value) or not math.isfinite(value) or (positive and value <= 0):  # type: ignore[arg-type,operator]
+        kind = "positive" if positive else "finite"
+        raise error(f"{what} must be a {kind} number, got {value!r}")
+    return float(value)  # type: ignore[arg-type]
