@@ -13,19 +13,18 @@ import pytest
 
 _ROOT = Path(__file__).parents[1]
 _BROKEN = """
-from flix_numpy import Harness
+from flix_numpy import *
+from flix_numpy.conformance import Harness
 
-class Broken(Harness):
-    def forward(self, case):
-        y, dtype = super().forward(case)
+class harness(Harness):
+    def call(self, model, batch, path=None):
+        y, dtype = super().call(model, batch, path)
         return y + 1, dtype
-
-harness = Broken
 """
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    sources = [folder, _ROOT / "src", _ROOT / "example_backend" / "src"]
+    sources = [folder, _ROOT.parent, _ROOT / "src", _ROOT / "example_backend" / "src"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sources))}
     command = [sys.executable, "-m", "pytest", "-p", "flix_conformance.plugin", "-q"]
     options = ["--pyargs", "flix_conformance", "-p", "no:cacheprovider", "--rootdir", str(folder)]
@@ -67,18 +66,16 @@ def test_report(folder: Path) -> None:
 
 
 def test_what_a_harness_lacks_is_marked(folder: Path) -> None:
-    """A backend whose features cannot leave again: the others' checks run, and the report says what did not."""
-    source = (
-        "from flix_numpy import Harness\n\nclass harness(Harness):\n    remove_feature = None\n"
-    )
+    """A backend without embeddings: the others' checks run, and the report says what did not."""
+    source = _BROKEN.replace("y + 1", "y") + "\n    kinds = ('linear',)\n"
     (folder / "partial.py").write_text(source, encoding="utf-8")
-    arguments = ("--flix-backend", "partial=partial", "-k", "renamed or removed or changed_merge")
+    arguments = ("--flix-backend", "partial=partial", "-k", "embedding or renamed")
     found = run(folder, *arguments, "-rs")
     assert found.returncode == 0, found.stdout
     assert re.search(r"^renamed_feature +pass$", found.stdout, re.MULTILINE)
-    for name in ("removed_feature", "removed_refused", "changed_merge"):
+    for name in ("embedding_forward", "embedding_gradients"):
         assert re.search(rf"^{name} +-$", found.stdout, re.MULTILINE), found.stdout
-    assert "the harness has no remove_feature" in found.stdout
+    assert "no embedding layers" in found.stdout
 
 
 def test_expected_failures(folder: Path) -> None:
@@ -125,3 +122,11 @@ def test_unknown_backends_and_missing_harnesses_are_usage_errors(folder: Path) -
     found = run(folder, "--flix-backend", "empty=empty")
     assert found.returncode == 4, found.stdout
     assert "harness()" in found.stderr + found.stdout
+
+
+def test_missing_primitives_are_usage_errors(folder: Path) -> None:
+    source = _BROKEN + "\nclass primitives(Primitives):\n    read = None\n    switch = None\n"
+    (folder / "partial.py").write_text(source, encoding="utf-8")
+    found = run(folder, "--flix-backend", "partial=partial")
+    assert found.returncode == 4, found.stdout
+    assert "lacks the primitives read, switch" in found.stderr + found.stdout

@@ -8,7 +8,7 @@ from flix_conformance.checks import CHECKS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-EXAMPLE = ROOT / "conformance" / "example_backend" / "src" / "flix_numpy" / "__init__.py"
+EXAMPLE = ROOT / "conformance" / "example_backend" / "src" / "flix_numpy"
 
 
 def checks() -> str:
@@ -17,9 +17,9 @@ def checks() -> str:
     return "\n".join(["| check | rule |", "|---|---|", *rows])
 
 
-def example() -> str:
-    """The example backend, as a block of code."""
-    return f"```python\n{EXAMPLE.read_text(encoding='utf-8').strip()}\n```"
+def example(name: str) -> str:
+    """A file of the example backend, as a block of code."""
+    return f"```python\n{(EXAMPLE / name).read_text(encoding='utf-8').strip()}\n```"
 
 
 def parts() -> dict[tuple[str, str], str]:
@@ -29,7 +29,8 @@ def parts() -> dict[tuple[str, str], str]:
     return {
         ("conformance.md", "checks"): checks(),
         ("conformance.md", "mutants"): table(),
-        ("write-a-backend.md", "example"): example(),
+        ("write-a-backend.md", "example"): example("__init__.py"),
+        ("write-a-backend.md", "harness"): example("conformance.py"),
     }
 
 

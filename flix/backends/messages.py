@@ -50,6 +50,11 @@ def unrouted_layer(path: str, call: str) -> RoutingError:
     )
 
 
+def without_features(weights: Any, path: str, call: str) -> RoutingError:
+    """An adapted layer was called without features, perhaps with weights."""
+    return unrouted_layer(path, call) if weights is None else weights_alone()
+
+
 def base_alone(call: str) -> str:
     """The warning for an adapted model that is evaluated without routing."""
     return (

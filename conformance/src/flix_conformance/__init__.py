@@ -4,11 +4,12 @@ Run it with pytest; it finds backends by entry point (group ``flix.backends``)::
 
     pytest --pyargs flix_conformance --flix-backend torch
 
-A backend takes part by a :class:`Harness`: nine methods, numpy in and numpy out, and by the methods of
-:class:`Lifecycle` where features can join and leave. See :mod:`flix_conformance.harness`.
+A backend takes part by its primitives and verbs, and by a :class:`Harness` for what they cannot do: five methods, numpy
+in and numpy out. See :mod:`flix_conformance.harness`.
 """
 
-from flix_conformance.harness import AdamW, Backend, Batch, Case, Harness, Lifecycle, Pairs
+from flix_conformance.backend import Backend
+from flix_conformance.harness import AdamW, Batch, Case, Harness, Layer, Pairs
 
-__all__ = ["AdamW", "Backend", "Batch", "Case", "Harness", "Lifecycle", "Pairs"]
+__all__ = ["AdamW", "Backend", "Batch", "Case", "Harness", "Layer", "Pairs"]
 __version__ = "0.1.0"

@@ -1,15 +1,15 @@
-"""What the kit asks of a backend: numpy in, numpy out, so that any framework fits.
+"""What the kit asks of a backend beside its primitives and verbs: numpy in, numpy out, so that any framework fits.
 
-A backend's entry point (group ``flix.backends``) names a module. The kit calls ``harness()`` in its submodule
-``conformance``, or in the module itself, and expects an object with the attributes and methods of :class:`Harness`.
-Nothing has to be subclassed, and a backend need not import the kit.
+A backend's entry point (group ``flix.backends``) names a module with ``primitives`` and the verbs made of them. Through
+these the kit adapts, changes, saves, loads and merges as a user does. What they cannot do is to make a plain model, to
+call it, to differentiate and to train: that is :class:`Harness`. The kit calls ``harness()`` in the module's submodule
+``conformance``, or in the module itself. Nothing has to be subclassed, and a backend need not import the kit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,8 +39,8 @@ class Case:
         weights: float32 in the shape of ids, or None for 1.
         dtype: what kernel, bias and x are to be in; they hold only values that it has.
         strategy: how the sum is to be computed: one of the harness's.
-        model: a model that the harness's ``adapted`` made, perhaps changed since, to be used in place of a new one; its
-            features then count instead of ``config`` and ``pairs``. None in harnesses without ``adapted``.
+        model: an adapted model, perhaps changed since, to be used in place of a new one; its features then count
+            instead of ``config`` and ``pairs``.
     """
 
     config: flix.FlixConfig
@@ -71,6 +71,16 @@ class Case:
         """Output size."""
         return int(self.kernel.shape[1])
 
+    @property
+    def layer(self) -> Layer:
+        """The plain layer."""
+        return Layer(self.path, self.kind, self.kernel, self.bias, self.dtype)
+
+    @property
+    def batch(self) -> Batch:
+        """What the layer gets."""
+        return Batch(self.x, self.ids, self.weights, self.dtype)
+
     def but(self, **changes: Any) -> Case:
         """The same case with some attributes changed."""
         return replace(self, **changes)
@@ -87,18 +97,40 @@ class Case:
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
-    """One training step: the loss is Σ (y - target)² / (2 B), summed over everything but divided by B only.
+class Layer:
+    """A plain layer.
 
     Attributes:
-        x, ids, weights: as in :class:`Case`.
-        target: in the shape of the output.
+        path: its path in the model, a name without dots.
+        kind: ``"linear"`` or ``"embedding"``.
+        kernel: ``[d_in, d_out]``, or an embedding's table ``[vocabulary, d_out]``.
+        bias: ``[d_out]``, or None.
+        dtype: what kernel and bias are to be in; they hold only values that it has.
+    """
+
+    path: str
+    kind: str
+    kernel: Array
+    bias: Array | None = None
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a model gets in one call.
+
+    Attributes:
+        x, ids, weights: as in :class:`Case`; without ids and weights, a call without routing.
+        dtype: what x is to be in, if it is no tokens.
+        target: in the shape of the output, for a training step. The loss is Σ (y - target)² / (2 B), summed over
+            everything but divided by B only.
     """
 
     x: Array
-    ids: Array
-    weights: Array | None
-    target: Array
+    ids: Any = None
+    weights: Array | None = None
+    dtype: str = "float32"
+    target: Any = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +145,16 @@ class AdamW:
 
 
 class Harness(Protocol):
-    """What a backend shows the kit. ``encode``, ``dropout`` and ``refuse`` are optional, see :class:`Backend`, and so
-    is what a feature's life takes, see :class:`Lifecycle`.
+    """What a backend shows the kit. A model is whatever :meth:`plain` and the verbs return.
+
+    Optional, where a backend has its own in place of the core's, or cannot do otherwise:
+
+    - ``encode(config, rows, *, unknown, width)`` gives ids and weights, and ``dropout(config, ids, weights, *, seed,
+      step, first_row)`` ids and weights after feature dropout;
+    - ``refuse(model, batch)`` raises for malformed routing, where ``call`` is compiled and cannot;
+    - ``within(dtype)``, a context in which the framework computes in this dtype (JAX has no float64 outside of one);
+    - ``excluded``, pairs ``(strategy, dtype)`` that do not exist, of those below;
+    - ``unfreeze(model, path)`` lets a layer of the base train, as a user does with a head.
 
     Attributes:
         dtypes: of ``"float32"``, ``"bfloat16"``, ``"float64"``, those that it computes in.
@@ -126,139 +166,30 @@ class Harness(Protocol):
     strategies: Sequence[str]
     kinds: Sequence[str]
 
-    def forward(self, case: Case) -> tuple[Array, str]:
-        """The output ``[B, ..., d_out]`` as any numpy floats, and the name of the dtype that it came in."""
+    def plain(self, layers: Sequence[Layer], x: Array) -> Any:
+        """A plain model of these layers, one after another, each at its path.
 
-    def gradients(self, case: Case, dy: Array) -> Mapping[str, Any]:
-        """Gradients of Σ y · dy: ``x`` (None for tokens), ``weights`` (None without weights), ``pairs`` (features
-        absent from the batch may be left out), ``base`` (of the kernel; None where it gets none)."""
-
-    def train(self, case: Case, batches: Sequence[Batch], optimizer: AdamW) -> Mapping[str, Any]:
-        """Train as a user would: ``pairs``, a list of the values after each step, and ``base``, the last kernel."""
-
-    def merge(self, case: Case, row: Mapping[str, Any]) -> Array:
-        """The kernel ``[d_in, d_out]`` with one composition folded in."""
-
-    def initial(self, case: Case) -> Pairs:
-        """The pairs of a newly adapted layer."""
-
-    def save(self, case: Case, folder: Path) -> None:
-        """Write the adapter of a model with the case's pairs."""
-
-    def load(self, case: Case, folder: Path) -> Pairs:
-        """Read an adapter into a plain model with the case's layer; the case's own pairs play no part."""
-
-
-class Lifecycle(Protocol):
-    """What a harness may have beyond :class:`Harness`. Checks that need what it lacks are not run; the report says so.
-
-    A model is whatever ``adapted`` returns; the kit hands it back, here or as a case's ``model``. Methods that change
-    one do so in place, or return the changed one.
-    """
-
-    def adapted(self, case: Case) -> Any:
-        """An adapted model with the case's pairs."""
-
-    def state(self, model: Any) -> tuple[Mapping[Feature, int], Pairs]:
-        """The ids of the features that rows may name, and the pairs."""
-
-    def add_feature(
-        self, model: Any, group: str, name: str, rank: int, init_from: Sequence[str]
-    ) -> Any:
-        """Add a feature, with fresh values or from some of its group (``init_from``); the others train no more."""
-
-    def remove_feature(self, model: Any, group: str, name: str) -> Any:
-        """Remove a feature."""
-
-    def rename_feature(self, model: Any, group: str, name: str, new: str) -> Any:
-        """Give a feature another name."""
-
-    def save_features(self, model: Any, folder: Path, features: Sequence[Feature]) -> None:
-        """Write some of a model's features as an adapter's folder."""
-
-    def load_features(self, model: Any, folder: Path) -> Any:
-        """Take all features of an adapter's folder into a model that has others."""
-
-
-@dataclass
-class Backend:
-    """A harness with a name, and with defaults for what it may leave out.
-
-    Attributes:
-        name: how it is called in the report.
-        harness: the backend's.
-    """
-
-    name: str
-    harness: Any
-    dtypes: tuple[str, ...] = field(init=False)
-    strategies: tuple[str, ...] = field(init=False)
-    kinds: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        for attribute in ("dtypes", "strategies", "kinds"):
-            setattr(self, attribute, tuple(getattr(self.harness, attribute)))
-        self.forward = self.harness.forward
-        self.gradients = self.harness.gradients
-        self.train = self.harness.train
-        self.merge = self.harness.merge
-        self.initial = self.harness.initial
-        self.save = self.harness.save
-        self.load = self.harness.load
-
-    def encode(
-        self, config: flix.FlixConfig, rows: Sequence[Any], **options: Any
-    ) -> tuple[Array, Array]:
-        """(ids, weights) of a batch of rows; default: the registry's own encoding."""
-        own = getattr(self.harness, "encode", None)
-        if own is not None:
-            ids, weights = own(config, rows, **options)
-            return np.asarray(ids), np.asarray(weights)
-        routing = config.registry.encode(rows, **{"unknown": config.unknown, **options})
-        return routing.ids, routing.weights
-
-    def dropout(
-        self, config: flix.FlixConfig, ids: Array, weights: Array, **position: int
-    ) -> tuple[Array, Array]:
-        """(ids, weights) of a batch after ``config.feature_dropout``; default: the core's own."""
-        own = getattr(self.harness, "dropout", None)
-        if own is not None:
-            ids, weights = own(config, ids, weights, **position)
-            return np.asarray(ids), np.asarray(weights)
-        assert config.feature_dropout is not None
-        dropped = config.feature_dropout(
-            flix.Routing(ids, weights, config.registry),
-            seed=position["seed"],
-            step=position["step"],
-            first_row=position["first_row"],
-        )
-        return dropped.ids, dropped.weights
-
-    def refuse(self, case: Case) -> Exception | None:
-        """The error for malformed routing, or None if there was none; default: what ``forward`` raises.
-
-        A backend gives its own where ``forward`` is compiled and its host-side entry point is what refuses.
+        Args:
+            layers: the layers; the first may be an embedding.
+            x: an input like those that it will get, for frameworks that must know its shape.
         """
-        try:
-            getattr(self.harness, "refuse", self.forward)(case)
-        except Exception as error:
-            return error
-        return None
 
-    def lacks(self, methods: Sequence[str]) -> list[str]:
-        """Those of some optional methods that the harness does not have."""
-        return [name for name in methods if not callable(getattr(self.harness, name, None))]
+    def call(self, model: Any, batch: Batch, path: str | None = None) -> tuple[Array, str]:
+        """The output ``[B, ..., d_out]`` as any numpy floats, and the name of the dtype that it came in.
 
-    def adapted(self, case: Case) -> Any:
-        """See :class:`Lifecycle`."""
-        return self.harness.adapted(case)
+        Args:
+            model: a plain or adapted model.
+            batch: what it gets; without ids and weights, nothing but x.
+            path: call this adapted layer of the model by hand, with the same arguments.
+        """
 
-    def state(self, model: Any) -> tuple[dict[Feature, int], Pairs]:
-        """See :class:`Lifecycle`."""
-        ids, pairs = self.harness.state(model)
-        return dict(ids), dict(pairs)
+    def gradients(self, model: Any, batch: Batch, dy: Array) -> Mapping[str, Any]:
+        """Gradients of Σ y · dy in an adapted model of one layer: ``x`` (None for tokens), ``weights`` (None without
+        weights), ``pairs`` by feature (absent ones may be left out), ``base`` (of the kernel; None where it gets none).
+        """
 
-    def change(self, method: str, model: Any, *arguments: Any) -> Any:
-        """The model after one of the methods that change it."""
-        changed = getattr(self.harness, method)(model, *arguments)
-        return model if changed is None else changed
+    def trainer(self, model: Any, settings: AdamW) -> Callable[[Batch], Any]:
+        """A function that trains an adapted model of one layer by one step, as a user would."""
+
+    def kernel(self, model: Any, path: str) -> Array:
+        """A layer's kernel ``[d_in, d_out]``, in a plain or adapted model."""

@@ -67,7 +67,7 @@ class Session:
                     self.loaded[backend.name] = backend
                 except runner.NotInstalledError as error:
                     self.missing[name.partition("=")[0]] = str(error)
-                except (KeyError, runner.NoHarnessError) as error:
+                except (KeyError, TypeError, runner.NoHarnessError) as error:
                     self.problems.append(str(error.args[0]))
         return self.loaded
 

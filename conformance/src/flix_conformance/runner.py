@@ -11,9 +11,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import flix
+import flix.backends
+from flix_conformance.backend import Backend
+from flix_conformance.bridge import OldBackend
 from flix_conformance.checks import CHECKS, Check, NotOffered
 from flix_conformance.checks._registry import offered
-from flix_conformance.harness import Backend
 from flix_conformance.strategies import PROFILES, Draw, Profile
 
 
@@ -46,6 +48,7 @@ def load(name: str) -> Backend:
     Raises:
         NotInstalledError: its framework is missing; the message says what to install.
         NoHarnessError: its module has no ``harness()``, nor has a submodule ``conformance`` of it.
+        IncompleteBackendError: its module lacks primitives; they are named.
         KeyError: no backend of this name.
     """
     triton_first()
@@ -55,17 +58,22 @@ def load(name: str) -> Backend:
     except ImportError as error:
         raise NotInstalledError(str(error)) from error
     submodule = f"{module.__name__}.conformance"
+    source = module
     try:
-        module = importlib.import_module(submodule)
+        source = importlib.import_module(submodule)
     except ModuleNotFoundError as error:
         if error.name != submodule:
             raise NotInstalledError(str(error)) from error
-    if not hasattr(module, "harness"):
+    if not hasattr(source, "harness"):
         raise NoHarnessError(
             f"backend {name!r}: neither {submodule} nor {module.__name__} has a function harness(); "
             "see flix_conformance.harness for what it returns"
         )
-    return Backend(name, module.harness())
+    harness = source.harness()
+    if hasattr(harness, "forward"):
+        return OldBackend(name, harness)  # type: ignore[return-value]
+    flix.backends.check(module, name)
+    return Backend(name, module, harness)
 
 
 def run(check: Check | str, *backends: Backend, profile: Profile | str = "ci") -> None:

@@ -11,8 +11,9 @@ from hypothesis import note
 from hypothesis import strategies as st
 
 import flix
+from flix_conformance.backend import Backend
 from flix_conformance.compare import representable
-from flix_conformance.harness import Array, Backend, Batch, Case
+from flix_conformance.harness import Array, Batch, Case
 from flix_conformance.signatures import PATH, Signature, signature, trainable_signature
 
 WEIGHTS = (1.0, 0.5, -1.0, 0.0, 2.5, -0.125, 1.0 / 3.0)
@@ -117,6 +118,8 @@ class Draw:
         dtype = wanted if wanted in offered else offered[0]
         strategies = self.shared("strategies")
         strategy = strategies[(chosen.number // 2) % len(strategies)]
+        if any((strategy, dtype) in backend.excluded for backend in self.backends):
+            strategy = "auto"
         rng = self.generator()
         ids, weights = self.routing(chosen, alike=strategy == "single")
         pairs = {}
@@ -181,7 +184,7 @@ class Draw:
                 x = rng.normal(size=case.x.shape).astype(np.float32)
             target = rng.normal(size=(*case.x.shape[: len(_lead(case))], case.d_out))
             given = weights if case.weights is not None else None
-            batches.append(Batch(x, ids, given, target.astype(np.float32)))
+            batches.append(Batch(x, ids, given, "float32", target.astype(np.float32)))
         return case, batches
 
     def _training_routing(self, case: Case, rng: np.random.Generator) -> tuple[Array, Array]:

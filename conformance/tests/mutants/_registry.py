@@ -1,13 +1,32 @@
-"""Deliberately broken backends, made from the example: each breaks one rule, and names the check that must see it."""
+"""Deliberately broken backends, made from the example: each breaks one rule, and names the checks that must see it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import flix_numpy
 from flix_conformance import Backend
-from flix_numpy import Harness, Layer
+from flix_numpy import Layer, Primitives
+from flix_numpy.conformance import AdamW, Harness
+
+from flix.backends.verbs import Verbs
+
+VERBS = [name for name in vars(flix_numpy) if callable(getattr(Verbs, name, None))]
+PARTS = (Layer, AdamW, Primitives, Verbs, Harness)
+
+
+def made(name: str, *parts: type[Any]) -> Backend:
+    """The example backend with other classes in place of its own."""
+    chosen = {part: next((p for p in parts if issubclass(p, part)), part) for part in PARTS}
+    primitives = chosen[Primitives]()
+    verbs = chosen[Verbs](primitives)
+    public = {verb: getattr(verbs, verb) for verb in VERBS}
+    harness = type("Harness", (chosen[Harness],), {})()
+    harness.layer, harness.optimizer = chosen[Layer], chosen[AdamW]
+    return Backend(name, SimpleNamespace(primitives=primitives, **public), harness)
 
 
 @dataclass(frozen=True)
@@ -17,41 +36,56 @@ class Mutant:
     Attributes:
         name: what is wrong, in words.
         check: the check that must catch it.
-        harness: the broken one.
+        part: the broken class, of a layer, the optimizer, the primitives, the verbs or the harness.
     """
 
     name: str
     check: str
-    harness: type[Harness]
+    part: type[Any]
 
     def backend(self) -> Backend:
         """The backend that the kit gets."""
-        return Backend("mutant", self.harness())
+        return made("mutant", self.part)
 
 
 MUTANTS: list[Mutant] = []
 
 
 def mutant(name: str, check: str) -> Callable[[type[Any]], type[Any]]:
-    """Register a broken harness, or a harness with a broken layer."""
+    """Register a broken class."""
 
     def register(cls: type[Any]) -> type[Any]:
-        harness = cls
-        if issubclass(cls, Layer):
-            harness = type(cls.__name__, (Harness,), {"layer": cls})
-        MUTANTS.append(Mutant(name, check, harness))
+        MUTANTS.append(Mutant(name, check, cls))
         return cls
 
     return register
 
 
 class ChangedGradients(Layer):
-    """A layer whose gradients are changed."""
+    """A layer whose pairs' gradients are changed."""
 
-    def change(self, found: dict[str, Any], x: Any, dy: Any) -> None:
+    def change(self, feature: Any, a: Any, b: Any, x: Any) -> Any:
         raise NotImplementedError
 
     def backward(self, x: Any, ids: Any, weights: Any, dy: Any) -> Any:
-        found = super().backward(x, ids, weights, dy)
-        self.change(found, x, dy)
-        return found
+        dx, d_weights, pairs = super().backward(x, ids, weights, dy)
+        return dx, d_weights, {f: self.change(f, a, b, x) for f, (a, b) in pairs.items()}
+
+
+class ChangedFactors(Layer):
+    """A layer whose features act with other factors, w s."""
+
+    def factor(self, factor: Any, feature: Any, x: Any) -> Any:
+        raise NotImplementedError
+
+    def active(self, x: Any, ids: Any, weights: Any) -> Any:
+        for feature, s, a, b, rows, entries, factor, h in super().active(x, ids, weights):
+            yield feature, s, a, b, rows, entries, self.factor(factor, feature, x), h
+
+
+class ChangedPairs:
+    """What changes the values of a model of one layer, for verbs and primitives."""
+
+    def change_pairs(self, model: Any, change: Callable[[Any, Any, Any], Any]) -> None:
+        (layer,) = model.values()
+        layer.pairs = {f: change(f, *pair) for f, pair in layer.pairs.items()}

@@ -7,51 +7,62 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from flix_numpy import Harness, Layer
+from flix_numpy import Primitives
+from flix_numpy.conformance import AdamW, Harness
 
+from flix.backends.verbs import Verbs
 from flix.core.adapter.initial import initial_a
-from mutants._registry import ChangedGradients, mutant
+from mutants._registry import ChangedFactors, ChangedGradients, mutant
 from mutants.training import dropped
 
 
 @mutant("loses a thousandth of the update", "cross_forward")
-class AlmostScale(Layer):
-    def active(self, x: Any, ids: Any, weights: Any) -> Any:
-        for feature, s, a, b, listed, factor in super().active(x, ids, weights):
-            yield feature, s, a, b, listed, factor * factor.dtype.type(0.999)
+class AlmostScale(ChangedFactors):
+    def factor(self, factor: Any, feature: Any, x: Any) -> Any:
+        return factor * factor.dtype.type(0.999)
 
 
 @mutant("clips gradients", "cross_gradients")
 class ClipsGradients(ChangedGradients):
-    def change(self, found: Any, x: Any, dy: Any) -> None:
-        found["pairs"] = {f: (a.clip(-1, 1), b.clip(-1, 1)) for f, (a, b) in found["pairs"].items()}
+    def change(self, feature: Any, a: Any, b: Any, x: Any) -> Any:
+        return a.clip(-1, 1), b.clip(-1, 1)
 
 
 @mutant("warms the learning rate up", "cross_trajectory")
-class WarmsUp(Layer):
+class WarmsUp(AdamW):
     steps = 0
 
-    def adamw(self, gradients: Any, s: Any) -> None:
+    def step(self, gradients: Any) -> None:
         self.steps += 1
-        super().adamw(gradients, replace(s, lr=s.lr * min(1, self.steps / 3)))
+        full = self.settings
+        self.settings = replace(full, lr=full.lr * min(1, self.steps / 3))
+        super().step(gradients)
+        self.settings = full
 
 
 @mutant("merges into a kernel in half precision", "cross_merge")
-class HalfMerge(Harness):
-    def merge(self, case: Any, row: Any) -> Any:
-        return super().merge(case, row).astype(np.float16)
+class HalfMerge(Verbs):
+    def merge(self, model: Any, row: Any) -> Any:
+        merged = super().merge(model, row)
+        for layer in merged.values():
+            layer.kernel = layer.kernel.astype(np.float16)
+        return merged
 
 
 @mutant("draws A by the layer's size, not by its path", "cross_initial")
-class OtherKey(Layer):
-    def fresh(self, feature: Any) -> Any:
-        a, b = super().fresh(feature)
-        seed, (rank, d_in), (group, name) = self.config.seed, a.shape, feature
-        key = f"{d_in} -> {self.shape.d_out}"
-        return [
-            initial_a(seed=seed, layer=key, group=group, feature=name, rank=rank, d_in=d_in),
-            b,
-        ]
+class OtherKey(Primitives):
+    def attach(self, model: Any, config: Any, paths: Any, strategy: str, values: Any) -> Any:
+        def other(path: str, shape: Any) -> Any:
+            key = {"seed": config.seed, "layer": f"{shape.d_in} -> {shape.d_out}"}
+            return {
+                (group, name): (
+                    initial_a(**key, group=group, feature=name, rank=len(a), d_in=shape.d_in),
+                    b,
+                )
+                for (group, name), (a, b) in values(path, shape).items()
+            }
+
+        return super().attach(model, config, paths, strategy, other)
 
 
 @mutant("seeds dropout by the process", "cross_masks")
@@ -61,9 +72,9 @@ class OtherSeed(Harness):
 
 
 @mutant("writes the description of its files in another way", "cross_files")
-class OtherDescription(Harness):
-    def save(self, case: Any, folder: Any) -> None:
-        super().save(case, folder)
-        path = folder / "flix_config.json"
+class OtherDescription(Verbs):
+    def save(self, model: Any, directory: Any, features: Any = None) -> None:
+        super().save(model, directory, features)
+        path = directory / "flix_config.json"
         text = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps(text), encoding="utf-8")

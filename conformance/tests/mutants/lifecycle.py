@@ -6,106 +6,129 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from flix_numpy import Harness, Layer
+from flix_numpy import Layer, Primitives
 
 import flix
-from mutants._registry import mutant
+from flix.backends.verbs import Verbs
+from flix.core.adapter.changes import Change
+from mutants._registry import ChangedPairs, mutant
+
+
+def _halves(pair: Any) -> Any:
+    return [p.astype(np.float16).astype(p.dtype) for p in pair]
+
+
+def _numbered(config: Any, features: Any) -> Any:
+    """The configuration with ids in another order."""
+    names: dict[str, list[str]] = {}
+    for group, name in features:
+        names.setdefault(group, []).append(name)
+    ranks = {feature: config.ranks[feature] for feature in features}
+    return flix.FlixConfig(registry=flix.FeatureRegistry(names), ranks=ranks)
+
+
+class ChangedGrowth(Verbs):
+    """A new feature starts with other values."""
+
+    def grown(self, model: Any, feature: Any, origins: Any) -> None:
+        raise NotImplementedError
+
+    def add_feature(self, model: Any, group: str, name: str, *rest: Any, **named: Any) -> Any:
+        model = super().add_feature(model, group, name, *rest, **named)
+        self.grown(model, (group, name), named.get("init_from", ()))
+        return model
 
 
 @mutant("starts a new feature from the negative of the defined values", "added_feature")
-class OtherStart(Layer):
-    def add(self, group: str, name: str, rank: int, init_from: Any) -> None:
-        super().add(group, name, rank, init_from)
-        if not init_from:
-            a, b = self.pairs[group, name]
-            self.pairs[group, name] = [-a, b]
+class OtherStart(ChangedGrowth):
+    def grown(self, model: Any, feature: Any, origins: Any) -> None:
+        (layer,) = model.values()
+        if not origins:
+            a, b = layer.pairs[feature]
+            layer.pairs[feature] = [-a, b]
 
 
 @mutant("rounds the others to half precision when a feature joins", "added_feature")
-class RoundsOthers(Layer):
-    def add(self, group: str, name: str, rank: int, init_from: Any) -> None:
-        halves = {f: [p.astype(np.float16) for p in pair] for f, pair in self.pairs.items()}
-        self.pairs = {f: [p.astype(np.float32) for p in pair] for f, pair in halves.items()}
-        super().add(group, name, rank, init_from)
+class RoundsOthers(ChangedGrowth, ChangedPairs):
+    def grown(self, model: Any, feature: Any, origins: Any) -> None:
+        self.change_pairs(model, lambda f, *pair: pair if f == feature else _halves(pair))
 
 
 @mutant("numbers features by their names when one joins", "added_feature")
-class SortsIds(Harness):
-    grown = False
-
-    def add_feature(self, model: Layer, *arguments: Any) -> None:
-        super().add_feature(model, *arguments)
-        self.grown = True
-
-    def state(self, model: Layer) -> Any:
-        ids, pairs = super().state(model)
-        return ({f: i for i, f in enumerate(sorted(ids))} if self.grown else ids), pairs
+class SortsIds(ChangedGrowth):
+    def grown(self, model: Any, feature: Any, origins: Any) -> None:
+        config = model.state.config
+        model.state.config = _numbered(config, sorted(config.registry.live))
 
 
 @mutant("starts a feature from the sum of others instead of their mean", "added_from_others")
-class SumsOrigins(Layer):
-    def add(self, group: str, name: str, rank: int, init_from: Any) -> None:
-        super().add(group, name, rank, init_from)
-        a, b = self.pairs[group, name]
-        self.pairs[group, name] = [a, b * max(len(init_from), 1)]
+class SumsOrigins(ChangedGrowth):
+    def grown(self, model: Any, feature: Any, origins: Any) -> None:
+        (layer,) = model.values()
+        a, b = layer.pairs[feature]
+        layer.pairs[feature] = [a, b * max(len(origins), 1)]
 
 
 @mutant("cuts a copy to a lower rank by leaving rows out", "added_from_others")
-class DropsRows(Layer):
-    def add(self, group: str, name: str, rank: int, init_from: Any) -> None:
-        super().add(group, name, rank, init_from)
-        origin = self.pairs.get((group, next(iter(init_from), "")))
-        if len(init_from) == 1 and origin is not None and len(origin[0]) > rank:
-            ratio = self.config.scale(self.path, (group, init_from[0]))
-            ratio /= self.config.scale(self.path, (group, name))
+class DropsRows(ChangedGrowth):
+    def grown(self, model: Any, feature: Any, origins: Any) -> None:
+        (layer,), config = model.values(), model.state.config
+        source = (feature[0], next(iter(origins), ""))
+        origin, rank = layer.pairs.get(source), len(layer.pairs[feature][0])
+        if len(origins) == 1 and origin is not None and len(origin[0]) > rank:
+            ratio = config.scale(layer.path, source) / config.scale(layer.path, feature)
             a, b = origin[0][:rank].copy(), (origin[1][:, :rank] * ratio).astype(np.float32)
-            self.pairs[group, name] = [a, b]
+            layer.pairs[feature] = [a, b]
 
 
 @mutant("lets the others train on when a feature joins", "added_trains_alone")
-class FreezesNothing(Layer):
-    def add(self, group: str, name: str, rank: int, init_from: Any) -> None:
-        super().add(group, name, rank, init_from)
-        self.frozen = set()
+class FreezesNothing(ChangedGrowth):
+    def grown(self, model: Any, feature: Any, origins: Any) -> None:
+        model.state.frozen = set()
 
 
 @mutant("freezes the new feature with the others", "added_trains_alone")
-class FreezesAll(Layer):
-    def add(self, group: str, name: str, rank: int, init_from: Any) -> None:
-        super().add(group, name, rank, init_from)
-        self.frozen = set(self.pairs)
+class FreezesAll(ChangedGrowth):
+    def grown(self, model: Any, feature: Any, origins: Any) -> None:
+        model.state.frozen = set(model.state.config.registry.live)
 
 
 @mutant("closes the gap that a removed feature leaves in the ids", "removed_feature")
-class ClosesGaps(Harness):
-    def state(self, model: Layer) -> Any:
-        ids, pairs = super().state(model)
-        return {f: i for i, f in enumerate(ids)}, pairs
+class ClosesGaps(Verbs):
+    def remove_feature(self, model: Any, group: str, name: str) -> Any:
+        model = super().remove_feature(model, group, name)
+        model.state.config = _numbered(model.state.config, model.state.config.registry.live)
+        return model
 
 
 @mutant("removes a feature by setting its values to 0", "removed_feature")
-class ZeroesRemoved(Layer):
-    def remove(self, group: str, name: str) -> None:
-        gone = {(group, name): [0 * p for p in self.pairs.get((group, name), [])]}
-        super().remove(group, name)
-        self.pairs |= {f: pair for f, pair in gone.items() if pair}
+class ZeroesRemoved(Primitives):
+    def change(self, model: Any, change: Any) -> Any:
+        (layer,), before = model.values(), set(model.state.config.registry.live)
+        zeroed = {f: [0 * p for p in layer.pairs[f]] for f in before if f in layer.pairs}
+        model = super().change(model, change)
+        gone = before - set(change.kept.values())
+        layer.pairs |= {feature: zeroed[feature] for feature in gone if feature in zeroed}
+        return model
+
+    def read(self, model: Any, features: Any = None) -> Any:
+        return super().read(model, model[next(iter(model))].pairs if features is None else features)
 
 
 @mutant("serves the base to rows that name a removed feature", "removed_refused")
 class ServesRemoved(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
-        registry = self.config.registry
-        gone = [i for i, f in enumerate(registry.features) if f in registry.removed]
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
         if ids.dtype.kind == "i":
-            ids = np.where(np.isin(ids, gone), -1, ids).astype(ids.dtype)
-        return super().forward(x, ids, weights)
+            gone = np.isin(ids, self.state.config.registry.removed_ids)
+            ids = np.where(gone, -1, ids).astype(ids.dtype)
+        return super().__call__(x, ids, weights)
 
 
 @mutant("refuses rows that name a removed feature without naming it", "removed_refused")
 class RefusesNameless(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
         try:
-            return super().forward(x, ids, weights)
+            return super().__call__(x, ids, weights)
         except ValueError as error:
             if "removed" in str(error):
                 raise flix.RoutingError("an id of no feature") from None
@@ -113,70 +136,72 @@ class RefusesNameless(Layer):
 
 
 @mutant("gives a renamed feature an id at the end", "renamed_feature")
-class RenamedMovesLast(Harness):
-    renamed: Any = None
-
-    def rename_feature(self, model: Layer, group: str, name: str, new: str) -> None:
-        super().rename_feature(model, group, name, new)
-        self.renamed = (group, new)
-
-    def state(self, model: Layer) -> Any:
-        ids, pairs = super().state(model)
-        if self.renamed in ids and self.renamed[1] != "renamed":
-            ids[self.renamed] = len(model.config.registry)
-        return ids, pairs
+class RenamedMovesLast(Verbs):
+    def rename_feature(self, model: Any, group: str, name: str, new: str) -> Any:
+        config, old = model.state.config, (group, name)
+        after = config.with_feature(group, new, rank=config.ranks[old]).without_feature(*old)
+        kept = {f: f for f in after.registry.live if f != (group, new)}
+        return self.primitives.change(model, Change(after, {**kept, (group, new): old}))
 
 
 @mutant("starts a renamed feature afresh", "renamed_feature")
-class RenamesAfresh(Layer):
-    def rename(self, group: str, name: str, new: str) -> None:
-        super().rename(group, name, new)
-        if (group, new) in self.pairs and new != "renamed":
-            self.pairs[group, new] = self.fresh((group, new))
+class RenamesAfresh(Verbs, ChangedPairs):
+    def rename_feature(self, model: Any, group: str, name: str, new: str) -> Any:
+        model = super().rename_feature(model, group, name, new)
+        self.change_pairs(model, lambda f, a, b: (a, 0 * b) if f == (group, new) else (a, b))
+        return model
+
+
+class ChangedLoading(Verbs):
+    """Features that come in from a file are spoiled."""
+
+    def loaded(self, model: Any, present: set[Any]) -> None:
+        raise NotImplementedError
+
+    def load_features(self, model: Any, source: Any, *rest: Any, **named: Any) -> Any:
+        present = set(model.state.config.registry.live)
+        model = super().load_features(model, source, *rest, **named)
+        self.loaded(model, present)
+        return model
 
 
 @mutant("scales a loaded feature by the model's rule, not as it was trained", "loaded_feature")
-class LosesScale(Harness):
-    def load_features(self, model: Layer, folder: Any) -> None:
-        present = set(model.pairs)
-        super().load_features(model, folder)
-        alpha = {f: model.config.scale(model.path, f) for f in model.config.registry.live}
-        for feature, scale in alpha.items():
-            rank = len(model.pairs.get(feature, [()])[0])
-            plain = rank if model.config.scaling == "lora" else rank**0.5
-            alpha[feature] = max(scale, 1e-9) * plain if feature in present else float(max(rank, 1))
-        model.config = replace(model.config, alpha=alpha)
+class LosesScale(ChangedLoading):
+    def loaded(self, model: Any, present: set[Any]) -> None:
+        (layer,), config = model.values(), model.state.config
+        alpha = {}
+        for feature in config.registry.live:
+            rank = len(layer.pairs.get(feature, [()])[0])
+            plain = rank if config.scaling == "lora" else rank**0.5
+            scale = max(config.scale(layer.path, feature), 1e-9)
+            alpha[feature] = scale * plain if feature in present else float(max(rank, 1))
+        model.state.config = replace(config, alpha=alpha)
 
 
 @mutant("rounds a loaded feature to half precision", "loaded_feature")
-class RoundsLoaded(Harness):
-    def load_features(self, model: Layer, folder: Any) -> None:
-        present = set(model.pairs)
-        super().load_features(model, folder)
-        for feature in set(model.pairs) - present:
-            halves = [p.astype(np.float16) for p in model.pairs[feature]]
-            model.pairs[feature] = [p.astype(np.float32) for p in halves]
+class RoundsLoaded(ChangedLoading, ChangedPairs):
+    def loaded(self, model: Any, present: set[Any]) -> None:
+        self.change_pairs(model, lambda f, *pair: pair if f in present else _halves(pair))
 
 
 @mutant("writes every feature where one was asked for", "loaded_feature")
-class WritesAll(Harness):
-    def save_features(self, model: Layer, folder: Any, features: Any) -> None:
-        flix.save_adapter(model.to_adapter(), folder)
+class WritesAll(Verbs):
+    def save(self, model: Any, directory: Any, features: Any = None) -> None:
+        super().save(model, directory)
 
 
 @mutant("merges without the features that came from a file", "changed_merge")
-class MergesOwn(Harness):
+class MergesOwn(ChangedLoading):
     own: Any = None
 
-    def load_features(self, model: Layer, folder: Any) -> None:
-        self.own = set(model.config.registry.live)
-        super().load_features(model, folder)
+    def loaded(self, model: Any, present: set[Any]) -> None:
+        self.own = present
 
-    def merge(self, case: Any, row: Any) -> Any:
+    def merge(self, model: Any, row: Any) -> Any:
         if self.own is not None:
             row = {
                 group: {n: w for n, w in names.items() if (group, n) in self.own}
                 for group, names in row.items()
                 if isinstance(names, dict)
             } or row
-        return super().merge(case, row)
+        return super().merge(model, row)

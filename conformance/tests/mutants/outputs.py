@@ -7,23 +7,24 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from flix_numpy import Harness, Layer
+from flix_numpy import Layer
+from flix_numpy.conformance import AdamW, Harness
 
-from mutants._registry import ChangedGradients, mutant
+from flix.backends.verbs import Verbs
+from mutants._registry import ChangedFactors, ChangedGradients, mutant
 
 
 @mutant("scales by alpha instead of alpha / r", "forward")
-class WrongScale(Layer):
-    def active(self, x: Any, ids: Any, weights: Any) -> Any:
-        for feature, s, a, b, listed, factor in super().active(x, ids, weights):
-            yield feature, s * len(a), a, b, listed, factor * len(a)
+class WrongScale(ChangedFactors):
+    def factor(self, factor: Any, feature: Any, x: Any) -> Any:
+        return factor * len(self.pairs[feature][0])
 
 
 @mutant("multiplies by B transposed, or upside down where it is not square", "forward")
 class TransposedB(Layer):
     def active(self, x: Any, ids: Any, weights: Any) -> Any:
-        for feature, s, a, b, listed, factor in super().active(x, ids, weights):
-            yield feature, s, a, b.T if b.shape[0] == b.shape[1] else b[::-1], listed, factor
+        for feature, s, a, b, *rest in super().active(x, ids, weights):
+            yield feature, s, a, b.T if b.shape[0] == b.shape[1] else b[::-1], *rest
 
 
 @mutant("ignores the weights", "forward")
@@ -34,130 +35,130 @@ class IgnoresWeights(Layer):
 
 @mutant("multiplies A x in float16", "forward")
 class HalfPrecision(Layer):
-    def down(self, x: Any, a: Any) -> Any:
-        return super().down(x, a.astype(np.float16)).astype(a.dtype)
+    def active(self, x: Any, ids: Any, weights: Any) -> Any:
+        for feature, s, a, b, rows, entries, factor, _ in super().active(x, ids, weights):
+            h = x[rows] @ a.astype(np.float16).astype(a.dtype).T
+            yield feature, s, a, b, rows, entries, factor, h
 
 
 @mutant("adds the bias twice where a row has features", "forward")
 class BiasTwice(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
-        return super().forward(x, ids, weights) + (
-            0 if self.bias is None or not (ids >= 0).any() else self.bias
-        )
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
+        twice = 0 if self.bias is None or not (ids >= 0).any() else self.bias
+        return super().__call__(x, ids, weights) + twice
 
 
 @mutant("routes every token of a row as its first", "forward")
 class FirstTokenOnly(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
         if ids.ndim == 3:
             ids = np.repeat(ids[:, :1], ids.shape[1], 1)
             weights = None if weights is None else np.repeat(weights[:, :1], ids.shape[1], 1)
-        return super().forward(x, ids, weights)
+        return super().__call__(x, ids, weights)
 
 
 @mutant("looks up a token's neighbour in an embedding's A", "embedding_forward")
 class NextToken(Layer):
-    def down(self, x: Any, a: Any) -> Any:
-        tokens = self.shape.kind == "embedding" and len(a) != self.shape.d_out
-        return super().down((x + 1) % self.shape.d_in if tokens else x, a)
+    def active(self, x: Any, ids: Any, weights: Any) -> Any:
+        for feature, s, a, b, rows, entries, factor, h in super().active(x, ids, weights):
+            if self.shape.kind == "embedding":
+                h = np.roll(x[rows], 1, -1) @ a.T
+            yield feature, s, a, b, rows, entries, factor, h
 
 
 @mutant("answers in float32 whatever the layer is in", "output_dtype")
 class WrongDtype(Harness):
-    def forward(self, case: Any) -> Any:
-        return super().forward(case)[0].astype(np.float32), "float32"
+    def call(self, model: Any, batch: Any, path: Any = None) -> Any:
+        return super().call(model, batch, path)[0].astype(np.float32), "float32"
 
 
 @mutant("mixes a trace of the previous output in", "repeatable")
 class Remembers(Harness):
-    def __init__(self) -> None:
-        self.last: Any = None
+    last: Any = None
 
-    def forward(self, case: Any) -> Any:
-        found = super().forward(case)
-        if self.last is not None and self.last.shape == found[0].shape:
-            found = (found[0] + self.last * np.asarray(1e-3, found[0].dtype), found[1])
-        self.last = found[0]
-        return found
+    def call(self, model: Any, batch: Any, path: Any = None) -> Any:
+        y, dtype = super().call(model, batch, path)
+        if self.last is not None and self.last.shape == y.shape:
+            y = y + self.last * np.asarray(1e-3, y.dtype)
+        self.last = y
+        return y, dtype
 
 
 @mutant("scales x in place", "inputs_unchanged")
 class MutatesInput(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
-        y = super().forward(x, ids, weights)
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
+        y = super().__call__(x, ids, weights)
         x *= 2
         return y
 
 
 @mutant("sorts the ids in place", "inputs_unchanged")
 class SortsIds(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
-        y = super().forward(x, ids, weights)
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
+        y = super().__call__(x, ids, weights)
         ids[...] = np.sort(ids, -1)[..., ::-1]
         return y
 
 
 @mutant("merges without the scale", "merge")
-class MergesUnscaled(Harness):
-    def merge(self, case: Any, row: Any) -> Any:
-        return super().merge(case.but(config=replace(case.config, alpha=None, scaling="lora")), row)
+class MergesUnscaled(Verbs):
+    def merge(self, model: Any, row: Any) -> Any:
+        model.state.config = replace(model.state.config, alpha=None, scaling="lora")
+        return super().merge(model, row)
 
 
 @mutant("merges with every weight 1", "merge")
-class MergesUnweighted(Harness):
-    def merge(self, case: Any, row: Any) -> Any:
+class MergesUnweighted(Verbs):
+    def merge(self, model: Any, row: Any) -> Any:
         names = {g: list(v) if isinstance(v, Mapping) else v for g, v in row.items()}
-        return super().merge(case, names)
+        return super().merge(model, names)
 
 
 @mutant("gives x the base's gradient alone", "gradient_x")
-class BaseGradient(ChangedGradients):
-    def change(self, found: Any, x: Any, dy: Any) -> None:
-        found["x"] = None if found["x"] is None else dy @ self.kernel.T
+class BaseGradient(Layer):
+    def backward(self, x: Any, ids: Any, weights: Any, dy: Any) -> Any:
+        return dy @ self.kernel.T, *super().backward(x, ids, weights, dy)[1:]
 
 
 @mutant("takes the mean over the batch for A's gradient", "gradient_a")
 class MeanGradient(ChangedGradients):
-    def change(self, found: Any, x: Any, dy: Any) -> None:
-        found["pairs"] = {f: (a / len(x), b) for f, (a, b) in found["pairs"].items()}
+    def change(self, feature: Any, a: Any, b: Any, x: Any) -> Any:
+        return a / len(x), b
 
 
 @mutant("forgets the scale in B's gradient", "gradient_b")
 class UnscaledGradient(ChangedGradients):
-    def change(self, found: Any, x: Any, dy: Any) -> None:
-        found["pairs"] = {
-            f: (a, b / self.config.scale(self.path, f)) for f, (a, b) in found["pairs"].items()
-        }
+    def change(self, feature: Any, a: Any, b: Any, x: Any) -> Any:
+        return a, b / self.state.config.scale(self.path, feature)
 
 
 @mutant("leaves features of weight 0 without the weight's gradient", "gradient_weights")
 class NoGradientAtZero(Layer):
     def backward(self, x: Any, ids: Any, weights: Any, dy: Any) -> Any:
-        found = super().backward(x, ids, weights, dy)
-        if weights is not None:
-            found["weights"] = np.where(weights == 0, 0, found["weights"])
-        return found
+        dx, d_weights, pairs = super().backward(x, ids, weights, dy)
+        return dx, d_weights if weights is None else np.where(weights == 0, 0, d_weights), pairs
 
 
 @mutant("averages the gradients of a token that occurs several times", "embedding_gradients")
-class AveragesTokens(Layer):
-    def backward(self, x: Any, ids: Any, weights: Any, dy: Any) -> Any:
-        found = super().backward(x, ids, weights, dy)
+class AveragesTokens(ChangedGradients):
+    def change(self, feature: Any, a: Any, b: Any, x: Any) -> Any:
         if self.shape.kind == "embedding" and x.size:
             tokens, counts = np.unique(x, return_counts=True)
-            for a, _ in found["pairs"].values():
-                a[:, tokens] /= counts
-        return found
+            a[:, tokens] /= counts
+        return a, b
 
 
 @mutant("leaks a gradient to the base", "base_frozen")
-class LeaksGradient(ChangedGradients):
-    def change(self, found: Any, x: Any, dy: Any) -> None:
-        found["base"] = np.full(self.kernel.shape, 1e-3)
+class LeaksGradient(Harness):
+    def gradients(self, model: Any, batch: Any, dy: Any) -> Any:
+        (layer,) = model.values()
+        base = np.full(layer.kernel.shape, 1e-3)
+        return {**super().gradients(model, batch, dy), "base": base}
 
 
 @mutant("lets weight decay reach the base", "base_frozen")
-class DecaysBase(Layer):
-    def adamw(self, gradients: Any, s: Any) -> None:
-        super().adamw(gradients, s)
-        self.kernel = (self.kernel * (1 - s.lr * s.decay)).astype(self.kernel.dtype)
+class DecaysBase(AdamW):
+    def step(self, gradients: Any) -> None:
+        super().step(gradients)
+        decayed = self.layer.kernel * (1 - self.settings.lr * self.settings.decay)
+        self.layer.kernel = decayed.astype(self.layer.dtype)

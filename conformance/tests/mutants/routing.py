@@ -7,111 +7,111 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from flix_numpy import Harness, Layer
+from flix_numpy import Layer
+from flix_numpy.conformance import Harness
 
 import flix
-from mutants._registry import mutant
+from mutants._registry import ChangedFactors, mutant
 
 
 @mutant("normalises a row's weights to a sum of 1", "linear_in_weights")
 class Normalises(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
         if weights is not None:
             total = np.abs(weights).sum(-1, keepdims=True)
             weights = weights / np.where(total == 0, 1, total)
-        return super().forward(x, ids, weights)
+        return super().__call__(x, ids, weights)
 
 
 @mutant("gives the first entry more say than the others", "permuted_features")
 class FirstEntryMatters(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
         weights = np.where(ids < 0, 0, 1).astype(np.float32) if weights is None else weights.copy()
         weights[..., :1] *= 1.25
-        return super().forward(x, ids, weights)
+        return super().__call__(x, ids, weights)
 
 
 @mutant("routes every row as the batch's first", "permuted_rows")
 class FirstRowForAll(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
         if len(ids) > 1:
             ids = np.repeat(ids[:1], len(ids), 0)
             weights = None if weights is None else np.repeat(weights[:1], len(ids), 0)
-        return super().forward(x, ids, weights)
+        return super().__call__(x, ids, weights)
 
 
 @mutant("takes a weight of 0 for a small one", "inactive_is_absent")
 class ZeroIsSmall(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
         if weights is not None:
             weights = np.where((weights == 0) & (ids >= 0), np.float32(0.01), weights)
-        return super().forward(x, ids, weights)
+        return super().__call__(x, ids, weights)
 
 
 @mutant("adds a trace of features that no row lists", "inactive_is_absent")
 class AbsentLeaks(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
-        y = super().forward(x, ids, weights)
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
+        y = super().__call__(x, ids, weights)
         return y + np.asarray(1e-3 * sum(b.sum() for _, b in self.pairs.values()), y.dtype)
 
 
 @mutant("divides the update by the size of the batch", "split_batch")
-class BatchMean(Layer):
-    def active(self, x: Any, ids: Any, weights: Any) -> Any:
-        for feature, s, a, b, listed, factor in super().active(x, ids, weights):
-            yield feature, s, a, b, listed, factor / len(x)
+class BatchMean(ChangedFactors):
+    def factor(self, factor: Any, feature: Any, x: Any) -> Any:
+        return factor / len(x)
 
 
 @mutant("takes padding for the last feature", "padding")
 class PaddingActs(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
-        last = len(self.config.registry) - 1
-        super().forward(x, ids, weights)
-        return super().forward(x, np.where(ids == -1, last, ids), weights)
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
+        last = len(self.state.config.registry) - 1
+        super().__call__(x, ids, weights)
+        return super().__call__(x, np.where(ids == -1, last, ids), weights)
 
 
 @mutant("forgets the last entry", "padding")
 class LastEntryLost(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
-        super().forward(x, ids, weights)
-        return super().forward(x, ids[..., :-1], None if weights is None else weights[..., :-1])
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
+        super().__call__(x, ids, weights)
+        return super().__call__(x, ids[..., :-1], None if weights is None else weights[..., :-1])
 
 
 @mutant("lets a feature that is listed twice act once", "listed_twice")
 class TwiceIsOnce(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
-        super().forward(x, ids, weights)
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
+        super().__call__(x, ids, weights)
         same = (ids[..., :, None] == ids[..., None, :]) & np.tri(ids.shape[-1], k=-1, dtype=bool)
-        return super().forward(x, np.where(same.any(-1), -1, ids), weights)
+        return super().__call__(x, np.where(same.any(-1), -1, ids), weights)
 
 
 @mutant("serves the base for ids of no feature", "unknown_ids")
 class SkipsUnknownIds(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
-        known = (ids >= 0) & (ids < len(self.config.registry))
-        return super().forward(x, np.where(known, ids, -1), weights)
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
+        known = (ids >= 0) & (ids < len(self.state.config.registry))
+        return super().__call__(x, np.where(known, ids, -1), weights)
 
 
 @mutant("clips ids into range", "unknown_ids")
 class ClipsIds(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
-        return super().forward(x, np.clip(ids, -1, len(self.config.registry) - 1), weights)
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
+        return super().__call__(x, np.clip(ids, -1, len(self.state.config.registry) - 1), weights)
 
 
 @mutant("refuses bad routing without saying where", "routing_refused")
 class SaysNothing(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
         try:
-            return super().forward(x, ids, weights)
+            return super().__call__(x, ids, weights)
         except ValueError:
             raise ValueError("bad routing") from None
 
 
 @mutant("takes weights that are not finite for 0", "routing_refused")
 class CleansWeights(Layer):
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
         if weights is not None and weights.dtype.kind == "f":
             weights = np.nan_to_num(weights, posinf=0.0, neginf=0.0)
-        return super().forward(x, ids, weights)
+        return super().__call__(x, ids, weights)
 
 
 def _encoded(config: Any, rows: Any, **options: Any) -> tuple[Any, Any]:

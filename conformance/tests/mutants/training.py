@@ -7,26 +7,39 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from flix_numpy import Harness, Layer
+from flix_numpy import Primitives
+from flix_numpy.conformance import AdamW, Harness
 
 import flix
-from flix.core.adapter.adapter import LayerShape
-from mutants._registry import mutant
+from flix.backends.verbs import Verbs
+from flix.core.adapter.initial import initial_pairs
+from mutants._registry import ChangedPairs, mutant
+
+
+class ChangedStart(Primitives):
+    """New features start with other values."""
+
+    def start(self, a: Any, b: Any) -> Any:
+        raise NotImplementedError
+
+    def attach(self, model: Any, config: Any, paths: Any, strategy: str, values: Any) -> Any:
+        def other(path: str, shape: Any) -> Any:
+            return {feature: self.start(*pair) for feature, pair in values(path, shape).items()}
+
+        return super().attach(model, config, paths, strategy, other)
 
 
 @mutant("draws A from numpy's generator", "initial_values")
-class OtherGenerator(Layer):
-    def fresh(self, feature: Any) -> Any:
-        a, b = super().fresh(feature)
+class OtherGenerator(ChangedStart):
+    def start(self, a: Any, b: Any) -> Any:
         bound = 1 / np.sqrt(a.shape[1])
-        return [np.random.default_rng(0).uniform(-bound, bound, a.shape).astype(a.dtype), b]
+        return np.random.default_rng(0).uniform(-bound, bound, a.shape).astype(a.dtype), b
 
 
 @mutant("starts B off zero", "initial_values")
-class NonZeroB(Layer):
-    def fresh(self, feature: Any) -> Any:
-        a, b = super().fresh(feature)
-        return [a, b + np.float32(1e-6)]
+class NonZeroB(ChangedStart):
+    def start(self, a: Any, b: Any) -> Any:
+        return a, b + np.float32(1e-6)
 
 
 def dropped(config: Any, ids: Any, weights: Any, place: Any, **changes: Any) -> tuple[Any, Any]:
@@ -54,85 +67,99 @@ class ForgetsFirstRow(Harness):
 
 
 @mutant("lets weight decay move absent features", "absent_stay")
-class DecaysAbsent(Layer):
-    def adamw(self, gradients: Any, s: Any) -> None:
-        super().adamw(gradients, s)
-        for feature, pair in self.pairs.items():
+class DecaysAbsent(AdamW):
+    def step(self, gradients: Any) -> None:
+        super().step(gradients)
+        kept = 1 - self.settings.lr * self.settings.decay
+        for feature, pair in self.layer.pairs.items():
             if feature not in gradients:
-                self.pairs[feature] = [p * p.dtype.type(1 - s.lr * s.decay) for p in pair]
+                self.layer.pairs[feature] = [p * p.dtype.type(kept) for p in pair]
 
 
 @mutant("lets momentum move absent features", "absent_stay")
-class MomentumMovesAbsent(Layer):
-    def adamw(self, gradients: Any, s: Any) -> None:
-        absent = {f: [np.zeros_like(p) for p in pair] for f, pair in self.pairs.items()}
-        seen = {f for f, _ in self.moments}
-        super().adamw({f: g for f, g in absent.items() if f in seen} | gradients, s)
+class MomentumMovesAbsent(AdamW):
+    def step(self, gradients: Any) -> None:
+        seen = {feature for feature, _ in self.moments}
+        absent = {f: [0 * p for p in pair] for f, pair in self.layer.pairs.items() if f in seen}
+        super().step(absent | gradients)
 
 
 @mutant("adds decay to the gradient (Adam with L2)", "trajectory")
-class CoupledDecay(Layer):
-    def adamw(self, gradients: Any, s: Any) -> None:
-        coupled = {
-            f: [g + s.decay * p for g, p in zip(pair, self.pairs[f], strict=True)]
-            for f, pair in gradients.items()
-        }
-        super().adamw(coupled, replace(s, decay=0.0))
+class CoupledDecay(AdamW):
+    def step(self, gradients: Any) -> None:
+        decoupled = self.settings
+        self.settings = replace(decoupled, decay=0.0)
+        super().step(
+            {
+                f: [g + decoupled.decay * p for g, p in zip(pair, self.layer.pairs[f], strict=True)]
+                for f, pair in gradients.items()
+            }
+        )
+        self.settings = decoupled
 
 
 @mutant("corrects Adam's bias by the steps of all features", "trajectory")
-class CommonCount(Layer):
+class CommonCount(AdamW):
     steps = 0
 
-    def adamw(self, gradients: Any, s: Any) -> None:
-        for key, (m, v, _) in self.moments.items():
-            self.moments[key] = (m, v, self.steps)
+    def step(self, gradients: Any) -> None:
         for feature in gradients:
             for part in (0, 1):
-                self.moments.setdefault((feature, part), (0, 0, self.steps))
-        super().adamw(gradients, s)
+                m, v, _ = self.moments.get((feature, part), (0, 0, 0))
+                self.moments[feature, part] = (m, v, self.steps)
+        super().step(gradients)
         self.steps += 1
 
 
 @mutant("stores B transposed", "files_round_trip")
-class StoresTransposed(Harness):
-    def save(self, case: Any, folder: Any) -> None:
-        turned = {f: (a, b.reshape(b.shape[::-1]).T.copy()) for f, (a, b) in case.pairs.items()}
-        super().save(case.but(pairs=turned), folder)
+class StoresTransposed(Verbs, ChangedPairs):
+    def save(self, model: Any, directory: Any, features: Any = None) -> None:
+        self.change_pairs(model, lambda f, a, b: (a, b.reshape(b.shape[::-1]).T.copy()))
+        super().save(model, directory, features)
 
 
 @mutant("stores values in half precision", "files_round_trip")
-class StoresHalves(Harness):
-    def save(self, case: Any, folder: Any) -> None:
-        halves = {
-            f: tuple(p.astype(np.float16).astype(p.dtype) for p in pair)
-            for f, pair in case.pairs.items()
-        }
-        super().save(case.but(pairs=halves), folder)
+class StoresHalves(Verbs, ChangedPairs):
+    def save(self, model: Any, directory: Any, features: Any = None) -> None:
+        def halved(feature: Any, *pair: Any) -> Any:
+            return [p.astype(np.float16).astype(p.dtype) for p in pair]
+
+        self.change_pairs(model, halved)
+        super().save(model, directory, features)
 
 
 @mutant("loads nothing and keeps its initial values", "files_round_trip")
-class LoadsNothing(Harness):
-    def load(self, case: Any, folder: Any) -> Any:
-        super().load(case, folder)
-        return {f: tuple(pair) for f, pair in self.plain(case).pairs.items()}
+class LoadsNothing(Verbs):
+    def load(
+        self, model: Any, directory: Any, rename: Any = None, *, strategy: str = "auto"
+    ) -> Any:
+        model = super().load(model, directory, rename, strategy=strategy)
+        (layer,), config = model.values(), model.state.config
+        ranks = {f: config.rank(layer.path, f) for f in config.registry.live}
+        sizes = {"d_in": layer.shape.d_in, "d_out": layer.shape.d_out}
+        layer.pairs = initial_pairs(seed=config.seed, layer=layer.path, ranks=ranks, **sizes)
+        return model
 
 
 @mutant("starts afresh where a file is damaged", "files_refused")
-class IgnoresDamage(Harness):
-    def load(self, case: Any, folder: Any) -> Any:
+class IgnoresDamage(Verbs):
+    def load(
+        self, model: Any, directory: Any, rename: Any = None, *, strategy: str = "auto"
+    ) -> Any:
         try:
-            return super().load(case, folder)
+            return super().load(model, directory, rename, strategy=strategy)
         except ValueError:
-            return self.plain(case).pairs
+            registry = flix.FeatureRegistry({"language": ["hau"]})
+            return self.adapt(model, flix.FlixConfig(registry=registry, ranks=1))
 
 
 @mutant("does not look whether the adapter's sizes are the layer's", "files_refused")
-class AnySizes(Harness):
-    def load(self, case: Any, folder: Any) -> Any:
-        path = folder / "flix_config.json"
+class AnySizes(Verbs):
+    def load(
+        self, model: Any, directory: Any, rename: Any = None, *, strategy: str = "auto"
+    ) -> Any:
+        path = directory / "flix_config.json"
         text = json.loads(path.read_text(encoding="utf-8"))
-        shape = LayerShape(case.d_in, case.d_out, case.kind)
-        text["layers"] = {case.path: vars(shape)}
+        text["layers"] = {name: vars(layer.shape) for name, layer in model.items()}
         path.write_text(json.dumps(text, ensure_ascii=False), encoding="utf-8")
-        return super().load(case, folder)
+        return super().load(model, directory, rename, strategy=strategy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from flix.core.config.config import FlixConfig
 from flix.core.errors import RankError
 from flix.core.features.names import Feature
 
+V = TypeVar("V")
 Pair = tuple[NDArray[Any], NDArray[Any]]
 """A ``[r, d_in]`` and B ``[d_out, r]`` of a feature in a layer."""
 
@@ -36,6 +37,10 @@ class Change:
     kept: Mapping[Feature, Feature]
     arriving: Mapping[Feature, Mapping[str, Pair]] = field(default_factory=dict)
     layers: Mapping[str, LayerShape] = field(default_factory=dict)
+
+    def keep(self, table: Mapping[Feature, V]) -> dict[Feature, V]:
+        """What a table by feature holds of kept features, under their names afterwards."""
+        return {f: table[old] for f, old in self.kept.items() if old in table}
 
     def pair(self, path: str, feature: Feature) -> Pair | None:
         """An arriving feature's pair in a layer; None where it has no update."""

@@ -1,211 +1,150 @@
-"""A backend of flix in plain numpy: a routed layer, its gradients, AdamW, merging, files, features that join and leave,
-and a conformance harness."""
+"""A backend of flix in plain numpy: routed layers with their gradients, the primitives, and the verbs made of them."""
 
-from __future__ import annotations
-
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 
-import flix
-from flix.core.adapter.adapter import LayerShape, tensor_name
-from flix.core.adapter.changes import plan_growth
-from flix.core.adapter.compatibility import check_fits
-from flix.core.adapter.composition import composition, delta
-from flix.core.adapter.initial import initial_a, initial_b
-from flix.core.adapter.lowrank import resized_mean
+from flix.backends import messages
+from flix.backends.protocol import Counts
+from flix.backends.verbs import Verbs
+from flix.core.adapter.adapter import LayerShape
+from flix.core.config.targets import LayerInfo, is_head
+from flix.core.errors import ConfigError, TargetError
 from flix.core.features.routing import check_routing
 
 
 class Layer:
-    """y = x W0 + b + Σ_f w_ef s_f B_f (A_f x), or the same with token ids for x (kind "embedding")."""
+    """y = W0 x + b + Σ_f w_ef s_f B_f (A_f x); an embedding's x are tokens, which stand for one-hot vectors."""
 
-    def __init__(self, config: Any, path: str, kernel: Any, bias: Any, kind: str) -> None:
-        self.config, self.path, self.kernel, self.bias = config, path, kernel, bias
-        self.shape = LayerShape(*kernel.shape, kind)
-        self.pairs = {f: self.fresh(f) for f in config.registry.features if config.rank(path, f)}
-        self.moments: dict[Any, Any] = {}
-        self.frozen: set[tuple[str, str]] = set()
+    def __init__(self, path, kernel, bias=None, kind="linear"):
+        self.path, self.kernel, self.bias, self.dtype = path, kernel, bias, kernel.dtype
+        self.shape, self.pairs, self.state = LayerShape(*kernel.shape, kind), {}, None
 
-    def fresh(self, feature: tuple[str, str]) -> list[Any]:
-        """Initial A and B."""
-        key = {"layer": self.path, "group": feature[0], "feature": feature[1]}
-        rank, seed = self.config.rank(self.path, feature), self.config.seed
-        a = initial_a(seed=seed, **key, rank=rank, d_in=self.shape.d_in)
-        return [a, initial_b(rank=rank, d_out=self.shape.d_out)]
+    def dense(self, x):
+        return np.eye(self.shape.d_in, dtype=self.dtype)[x] if self.shape.kind == "embedding" else x
 
-    def active(self, x: Any, ids: Any, weights: Any) -> Any:
-        """(feature, s_f, A, B, which slots list it, its factor for every position) of each feature in the batch."""
-        trailing = x.ndim - (self.shape.kind == "linear") - (ids.ndim - 1)
+    def active(self, x, ids, weights):
+        """Of each feature of the batch: s, A, B, which rows list it, in which entries, their factors w s, and A x."""
+        if self.state is None or self.state.off:
+            return
+        if ids is None:
+            raise messages.without_features(weights, self.path, "model(x, ids, weights)")
+        check_routing(ids, weights, self.state.config.registry, batch=len(x))
         for number in np.unique(ids[ids >= 0]):
-            feature = self.config.registry.features[number]
-            if feature not in self.pairs:
-                continue
-            s, listed = self.config.scale(self.path, feature), ids == number
-            acting = np.where(listed, 1.0 if weights is None else weights, 0.0)
-            factor = s * acting.sum(-1, dtype=np.float64)
-            factor = factor.reshape(*factor.shape, *[1] * (trailing + 1)).astype(self.kernel.dtype)
-            a, b = (part.astype(self.kernel.dtype) for part in self.pairs[feature])
-            yield feature, s, a, b, listed, factor
+            feature, entries = self.state.config.registry.features[number], ids == number
+            if feature in self.pairs:
+                s, (a, b) = self.state.config.scale(self.path, feature), self.pairs[feature]
+                rows, h = entries.any(-1), x[entries.any(-1)] @ a.T
+                w = np.where(entries, 1.0 if weights is None else weights, 0.0)[rows]
+                factor = s * w.sum(-1, dtype=self.dtype).reshape(-1, *[1] * (h.ndim - 1))
+                yield feature, s, a, b, rows, entries[rows], factor, h
 
-    def down(self, x: Any, a: Any) -> Any:
-        """A x; of tokens, their columns of A."""
-        return a.T[x] if self.shape.kind == "embedding" else x @ a.T
-
-    def forward(self, x: Any, ids: Any, weights: Any = None) -> Any:
-        """The output; refuses routing that breaks a rule."""
-        check_routing(ids, weights, self.config.registry, batch=len(x))
-        y = self.down(x, self.kernel.T) + (0 if self.bias is None else self.bias)
-        for _, _, a, b, _, factor in self.active(x, ids, weights):
-            y = y + factor * (self.down(x, a) @ b.T)
+    def __call__(self, x, ids=None, weights=None):
+        x = self.dense(x)
+        y = x @ self.kernel + (0 if self.bias is None else self.bias)
+        for _, _, _, b, rows, _, factor, h in self.active(x, ids, weights):
+            y[rows] += factor * (h @ b.T)
         return y
 
-    def backward(self, x: Any, ids: Any, weights: Any, dy: Any) -> dict[str, Any]:
-        """Gradients of Σ y · dy."""
-        tokens = self.shape.kind == "embedding"
-        dx, flat_dy = None if tokens else dy @ self.kernel.T, dy.reshape(-1, dy.shape[-1])
-        d_weights, pairs = np.zeros(ids.shape), {}
-        for feature, s, a, b, listed, factor in self.active(x, ids, weights):
-            h, dh = self.down(x, a), dy @ b
-            per_row = (h * dh).sum(axis=tuple(range(ids.ndim - 1, h.ndim)))
-            d_weights += listed * (s * per_row)[..., None]
-            flat_dh = (factor * dh).reshape(-1, len(a))
-            if tokens:
-                da = np.zeros_like(a)
-                np.add.at(da.T, x.ravel(), flat_dh)
-            else:
-                da = flat_dh.T @ x.reshape(-1, x.shape[-1])
-                dx = dx + factor * (dh @ a)
-            pairs[feature] = (da, flat_dy.T @ (factor * h).reshape(-1, len(a)))
-        d_weights = None if weights is None else d_weights
-        return {"x": dx, "weights": d_weights, "pairs": pairs, "base": None}
-
-    def adamw(self, gradients: dict[Any, Any], s: Any) -> None:
-        """One step on the features that have gradients; a feature's steps are counted by itself."""
-        for feature, pair in gradients.items():
-            if feature in self.frozen:
-                continue
-            for part, g in enumerate(pair):
-                m, v, t = self.moments.get((feature, part), (0, 0, 0))
-                m = s.beta1 * m + (1 - s.beta1) * g
-                v = s.beta2 * v + (1 - s.beta2) * g * g
-                t += 1
-                self.moments[feature, part] = m, v, t
-                step = m / (1 - s.beta1**t) / (np.sqrt(v / (1 - s.beta2**t)) + s.eps)
-                p = self.pairs[feature][part]
-                self.pairs[feature][part] = (p - s.lr * (step + s.decay * p)).astype(p.dtype)
-
-    def to_adapter(self) -> flix.Adapter:
-        """The layer's features as data."""
-        named = {}
-        for feature, pair in self.pairs.items():
-            for part, value in zip("AB", pair, strict=True):
-                named[tensor_name(self.path, part, feature)] = value
-        return flix.Adapter(self.config, {self.path: self.shape}, named)
-
-    def load(self, adapter: flix.Adapter) -> None:
-        """Take configuration and values from an adapter for a layer like this."""
-        check_fits(adapter, {self.path: self.shape})
-        self.config = adapter.config
-        ranked = [f for f in self.config.registry.features if self.config.rank(self.path, f)]
-        self.pairs = {f: list(adapter.pair(self.path, f)) for f in ranked}
-
-    def add(self, group: str, name: str, rank: int, init_from: Any) -> None:
-        """A feature more, perhaps near to the mean of others; the others train no more."""
-        growth = plan_growth(self.config, group, name, rank, init_from=init_from)
-        self.config, self.frozen = growth.config, set(self.pairs)
-        new, known = self.fresh(growth.feature), [f for f in growth.origins if f in self.pairs]
-        if known:
-            sources = [[p.astype(np.float64) for p in self.pairs[f]] for f in known]
-            scales = [self.config.scale(self.path, f) for f in (*known, growth.feature)]
-            new = resized_mean(sources, scales[:-1], new[0], scales[-1], len(growth.origins))
-        self.pairs[growth.feature] = [p.astype(self.kernel.dtype) for p in new]
-
-    def remove(self, group: str, name: str) -> None:
-        """A feature less; its id stays reserved."""
-        self.load(flix.remove_feature(self.to_adapter(), group, name))
-        self.moments = {k: m for k, m in self.moments.items() if k[0] in self.pairs}
-
-    def rename(self, group: str, name: str, new: str) -> None:
-        """Another name for a feature, with all that is known of it."""
-        self.load(flix.rename_feature(self.to_adapter(), group, name, new))
-        names = {(group, name): (group, new)}
-        self.moments = {(names.get(f, f), part): m for (f, part), m in self.moments.items()}
-        self.frozen = {names.get(f, f) for f in self.frozen}
-
-    def merged(self, row: Any) -> Any:
-        """The kernel with one composition folded in."""
-        update = delta(self.to_adapter(), self.path, composition(self.config, row))
-        return (self.kernel + update.T).astype(self.kernel.dtype)
+    def backward(self, x, ids, weights, dy):
+        """Gradients of Σ y · dy: of x, of the weights, and of the pairs by feature."""
+        x = self.dense(x)
+        dx, d_weights, pairs = dy @ self.kernel.T, np.zeros(ids.shape), {}
+        for feature, s, a, b, rows, entries, factor, h in self.active(x, ids, weights):
+            dh, all_but_last = dy[rows] @ b, [range(h.ndim - 1)] * 2
+            d_weights[rows] += entries * s * (h * dh).sum(tuple(range(1, h.ndim)))[:, None]
+            dx[rows] += factor * (dh @ a)
+            da = np.tensordot(factor * dh, x[rows], all_but_last)
+            db = np.tensordot(dy[rows], factor * h, all_but_last)
+            pairs[feature] = (da, db)
+        return dx, d_weights, pairs
 
 
-class Harness:
-    """What the conformance kit runs."""
+class Model(dict):
+    """Layers by path, one after another; adapted ones share its state."""
 
-    dtypes, strategies, kinds = ("float32", "float64"), ("auto",), ("linear", "embedding")
-    layer = Layer
+    state = held = None
 
-    def plain(self, case: Any) -> Layer:
-        """The case's layer with initial values."""
-        kernel = case.kernel.astype(case.dtype)
-        return self.layer(case.config, case.path, kernel, case.bias, case.kind)
-
-    def adapted(self, case: Any) -> Layer:
-        """The case's own model, or its layer with its values."""
-        if case.model is not None:
-            return case.model
-        layer = self.plain(case)
-        layer.pairs = {f: list(pair) for f, pair in case.pairs.items()}
-        return layer
-
-    def forward(self, case: Any) -> Any:
-        y = self.adapted(case).forward(case.x, case.ids, case.weights)
-        return y, y.dtype.name
-
-    def gradients(self, case: Any, dy: Any) -> Any:
-        return self.adapted(case).backward(case.x, case.ids, case.weights, dy)
-
-    def train(self, case: Any, batches: Any, optimizer: Any) -> Any:
-        layer, trajectory = self.adapted(case), []
-        for batch in batches:
-            dy = (layer.forward(batch.x, batch.ids, batch.weights) - batch.target) / len(batch.x)
-            layer.adamw(layer.backward(batch.x, batch.ids, batch.weights, dy)["pairs"], optimizer)
-            trajectory.append({f: tuple(pair) for f, pair in layer.pairs.items()})
-        return {"pairs": trajectory, "base": layer.kernel}
-
-    def merge(self, case: Any, row: Any) -> Any:
-        return self.adapted(case).merged(row)
-
-    def initial(self, case: Any) -> Any:
-        return self.plain(case).pairs
-
-    def save(self, case: Any, folder: Any) -> None:
-        flix.save_adapter(self.adapted(case).to_adapter(), folder)
-
-    def load(self, case: Any, folder: Any) -> Any:
-        layer = self.plain(case)
-        layer.load(flix.load_adapter(folder))
-        return layer.pairs
-
-    def state(self, model: Layer) -> Any:
-        registry = model.config.registry
-        pairs = {f: tuple(pair) for f, pair in model.pairs.items()}
-        return {f: registry.id(*f) for f in registry.live}, pairs
-
-    def add_feature(self, model: Layer, *arguments: Any) -> None:
-        model.add(*arguments)
-
-    def remove_feature(self, model: Layer, group: str, name: str) -> None:
-        model.remove(group, name)
-
-    def rename_feature(self, model: Layer, group: str, name: str, new: str) -> None:
-        model.rename(group, name, new)
-
-    def save_features(self, model: Layer, folder: Any, features: Any) -> None:
-        flix.save_adapter(flix.select_features(model.to_adapter(), features), folder)
-
-    def load_features(self, model: Layer, folder: Any) -> None:
-        model.load(flix.combine_adapters([model.to_adapter(), flix.load_adapter(folder)]))
+    def __call__(self, x, ids=None, weights=None):
+        if self.state is None and ids is not None:
+            raise messages.merged(self.held)
+        for layer in self.values():
+            x = layer(x, ids, weights)
+        return x
 
 
-harness = Harness
+class Primitives:
+    """What flix.backends.protocol.Backend asks for; what each member does stands there."""
+
+    def check_plain(self, model):
+        if not isinstance(model, Model):
+            raise TargetError(f"expected a flix_numpy.Model, got {type(model).__name__}")
+
+    def layers(self, model):
+        return [LayerInfo(p, head=is_head(p), **vars(x.shape)) for p, x in model.items()]
+
+    def attach(self, model, config, paths, strategy, values):
+        if strategy != "auto":
+            raise ConfigError(f"the only strategy is 'auto', got {strategy!r}")
+        model.state = SimpleNamespace(config=config, frozen=set(), off=0)
+        return self.write(model, {path: values(path, model[path].shape) for path in paths})
+
+    def adapted(self, model):
+        return model.state.config if isinstance(model, Model) and model.state else None
+
+    def shapes(self, model):
+        return {path: layer.shape for path, layer in model.items() if layer.state}
+
+    def read(self, model, features=None):
+        pairs = {path: model[path].pairs for path in self.shapes(model)}
+        wanted = model.state.config.registry.live if features is None else features
+        return {path: {f: own[f] for f in wanted if f in own} for path, own in pairs.items()}
+
+    def write(self, model, pairs):
+        for path, own in pairs.items():
+            model[path].state = model.state  # it is adapted from now on, if it was not
+            for feature, pair in own.items():
+                model[path].pairs[feature] = [part.astype(model[path].dtype) for part in pair]
+        return model
+
+    def change(self, model, change):
+        model.state.config = change.config
+        model.state.frozen = set(change.keep(dict.fromkeys(model.state.frozen)))
+        for layer in model.values():
+            layer.pairs = change.keep(layer.pairs)
+        paths = {**self.shapes(model), **change.layers}
+        return self.write(model, {path: change.pairs(path) for path in paths})
+
+    def frozen(self, model):
+        return model.state.frozen
+
+    def set_frozen(self, model, features):
+        model.state.frozen = set(features)
+        return model
+
+    def parameters(self, model):
+        return self.read(model, set(model.state.config.registry.live) - model.state.frozen)
+
+    def count(self, model):
+        base = [v for layer in model.values() for v in (layer.kernel, layer.bias) if v is not None]
+        return Counts(sum(v.size for v in base))
+
+    def switch(self, model, by):
+        model.state.off += by
+
+    def merged(self, model, active, update):
+        plain = Model()
+        for path, layer in model.items():
+            kernel = layer.kernel + (update(path).T if layer.state else 0)
+            plain[path] = Layer(path, kernel.astype(layer.dtype), layer.bias, layer.shape.kind)
+        plain.held = active
+        return plain
+
+
+primitives = Primitives()
+_v = Verbs(primitives)
+adapt, save, load, load_into, to_adapter = _v.adapt, _v.save, _v.load, _v.load_into, _v.to_adapter
+add_feature, remove_feature, rename_feature = _v.add_feature, _v.remove_feature, _v.rename_feature
+load_features, import_peft, named_pairs = _v.load_features, _v.import_peft, _v.named_pairs
+trainable_parameters, summary, merge = _v.trainable_parameters, _v.summary, _v.merge
+freeze, thaw, disable = _v.freeze, _v.thaw, _v.disable

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from flix_conformance import oracle
+from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import any_kind, check
 from flix_conformance.checks.files import CONFIG_FILE, TENSOR_FILE, saved_case
 from flix_conformance.checks.gradients import of_pairs, output_gradient, sizes
@@ -19,7 +20,7 @@ from flix_conformance.checks.training import (
     dropout_case,
 )
 from flix_conformance.compare import close, same_bits, same_pairs
-from flix_conformance.harness import Backend, Case
+from flix_conformance.harness import Case
 from flix_conformance.strategies import Draw
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import any_kind, check
 from flix_conformance.compare import same_pairs
-from flix_conformance.harness import Array, Backend, Case, Pairs
+from flix_conformance.harness import Array, Case, Pairs
 from flix_conformance.signatures import Signature, trainable_signature
 from flix_conformance.strategies import Draw
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from flix_conformance import bits
+from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import any_kind, check
-from flix_conformance.harness import Array, Backend, Case
+from flix_conformance.harness import Array, Case
 from flix_conformance.strategies import Draw
 
 

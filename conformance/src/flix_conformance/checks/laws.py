@@ -6,10 +6,11 @@ import numpy as np
 from hypothesis import strategies as st
 
 from flix_conformance import oracle
+from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import any_kind, check
 from flix_conformance.checks.outputs import output
 from flix_conformance.compare import close
-from flix_conformance.harness import Array, Backend, Case
+from flix_conformance.harness import Array, Case
 from flix_conformance.strategies import WEIGHTS, Draw
 
 _POOL = 10

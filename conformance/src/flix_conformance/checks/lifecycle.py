@@ -13,20 +13,16 @@ import numpy as np
 
 import flix
 from flix_conformance import bits, oracle
+from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import any_kind, check
 from flix_conformance.checks.files import CONFIG_FILE, TENSOR_FILE, unpack
 from flix_conformance.checks.outputs import check_output
 from flix_conformance.checks.training import SETTINGS, TRAJECTORY
 from flix_conformance.compare import close, close_in_norm, same_bits, same_pairs
-from flix_conformance.harness import Backend, Case, Feature, Pairs
+from flix_conformance.harness import Case, Feature, Pairs
 from flix_conformance.signatures import Signature, trainable_signature
 from flix_conformance.strategies import Draw
 
-_BASIC = ("adapted", "state")
-_ADDING = (*_BASIC, "add_feature")
-_REMOVING = (*_BASIC, "remove_feature")
-_RENAMING = (*_BASIC, "rename_feature")
-_LOADING = (*_BASIC, "save_features", "load_features")
 _NEW = "joined: 新"
 
 
@@ -76,12 +72,11 @@ def _routed_to(draw: Draw, case: Case, number: int) -> Case:
 @check(
     "adding a feature keeps ids and values of the others, bit by bit; the new one starts with the defined bytes",
     examples=6,
-    needs=_ADDING,
 )
 def added_feature(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend)
     group, rank = draw.one_of(case.registry.groups), draw.one_of([1, 3])
-    model = backend.change("add_feature", backend.adapted(case), group, _NEW, rank, ())
+    model = backend.add_feature(backend.adapted(case), group, _NEW, rank, ())
     new, number = (group, _NEW), len(case.registry)
     fresh = check_state(backend, model, {**_ids(case), new: number}, case.pairs, "after adding")
     like = (np.zeros((rank, case.d_in)), np.zeros((case.d_out, rank)))
@@ -93,7 +88,6 @@ def added_feature(draw: Draw, backend: Backend) -> None:
 @check(
     "a feature that starts from others has the update nearest to their mean that its rank allows",
     examples=8,
-    needs=_ADDING,
 )
 def added_from_others(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend)
@@ -105,7 +99,7 @@ def added_from_others(draw: Draw, backend: Backend) -> None:
     if stacked > full + 1 and draw.one_of([False, True]):
         # The edge: more ranks than the layer's smaller side has dimensions, before and after.
         origins, rank = names, full + 1
-    model = backend.change("add_feature", backend.adapted(case), group, _NEW, rank, origins)
+    model = backend.add_feature(backend.adapted(case), group, _NEW, rank, origins)
     new = (group, _NEW)
     ids = {**_ids(case), new: len(case.registry)}
     a, b = check_state(backend, model, ids, case.pairs, "after adding")[new]
@@ -124,13 +118,12 @@ def added_from_others(draw: Draw, backend: Backend) -> None:
 @check(
     "training after a feature was added moves the new one as the formula does, and no other by a bit",
     examples=2,
-    needs=_ADDING,
 )
 def added_trains_alone(draw: Draw, backend: Backend) -> None:
     case, batches = draw.run(any_kind(draw, backend.kinds), steps=3)
     group, rank = draw.one_of(case.registry.groups), draw.one_of([1, 3])
     origins = draw.one_of([(), case.registry.names(group)])
-    model = backend.change("add_feature", backend.adapted(case), group, _NEW, rank, origins)
+    model = backend.add_feature(backend.adapted(case), group, _NEW, rank, origins)
     new, number = (group, _NEW), len(case.registry)
     pair = backend.state(model)[1][new]
     grown = case.but(config=_grown(case, group, rank), pairs={**case.pairs, new: pair}, model=model)
@@ -160,12 +153,11 @@ def _without(case: Case, number: int) -> Case:
 @check(
     "removing a feature keeps ids and values of the others, bit by bit; outputs are those without it",
     examples=6,
-    needs=_REMOVING,
 )
 def removed_feature(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend, lambda s: _removable(s.config.registry))
     gone = draw.one_of(_removable(case.registry))
-    model = backend.change("remove_feature", backend.adapted(case), *gone)
+    model = backend.remove_feature(backend.adapted(case), *gone)
     ids = _ids(case)
     number = ids.pop(gone)
     left = {f: pair for f, pair in case.pairs.items() if f != gone}
@@ -177,7 +169,6 @@ def removed_feature(draw: Draw, backend: Backend) -> None:
 @check(
     "routing that names a removed feature is refused by name, and never served",
     examples=4,
-    needs=_REMOVING,
 )
 def removed_refused(draw: Draw, backend: Backend) -> None:
     def fits(s: Signature) -> bool:
@@ -186,7 +177,7 @@ def removed_refused(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend, fits).but(strategy="auto")
     gone = draw.one_of(_removable(case.registry))
     number = _ids(case)[gone]
-    model = backend.change("remove_feature", backend.adapted(case), *gone)
+    model = backend.remove_feature(backend.adapted(case), *gone)
     named = _without(case, number).but(model=model)
     place = tuple(draw.integer(0, size - 1) for size in named.ids.shape)
     named.ids[place] = number
@@ -203,12 +194,11 @@ def removed_refused(draw: Draw, backend: Backend) -> None:
 @check(
     "renaming a feature keeps every id and value, bit by bit, and the outputs",
     examples=5,
-    needs=_RENAMING,
 )
 def renamed_feature(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend)
     old = draw.one_of(case.registry.features)
-    model = backend.change("rename_feature", backend.adapted(case), *old, _NEW)
+    model = backend.rename_feature(backend.adapted(case), old[0], old[1], _NEW)
 
     def renamed(values: dict[Feature, Any]) -> dict[Feature, Any]:
         return {(f[0], _NEW) if f == old else f: value for f, value in values.items()}
@@ -258,9 +248,9 @@ def _loaded(backend: Backend, model: Any, donor: Case, new: Feature) -> Any:
     """The model with the donor's new feature, by way of a file of its own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "adapter"
-        backend.harness.save_features(backend.adapted(donor), folder, [new])
+        backend.save_features(backend.adapted(donor), folder, [new])
         _check_file(donor, folder, new)
-        return backend.change("load_features", model, folder)
+        return backend.load_features(model, folder)
 
 
 def _joined(case: Case, donor: Case, new: Feature) -> flix.FlixConfig:
@@ -274,7 +264,6 @@ def _joined(case: Case, donor: Case, new: Feature) -> flix.FlixConfig:
 @check(
     "a file of one feature loads into another model with equal values and outputs; the others stay, bit by bit",
     examples=6,
-    needs=_LOADING,
 )
 def loaded_feature(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend)
@@ -291,7 +280,6 @@ def loaded_feature(draw: Draw, backend: Backend) -> None:
 @check(
     "after a feature was added, one renamed, one removed and one loaded, outputs and merging are the formula's",
     examples=4,
-    needs=tuple(dict.fromkeys((*_ADDING, *_REMOVING, *_RENAMING, *_LOADING))),
 )
 def changed_merge(draw: Draw, backend: Backend) -> None:
     def fits(s: Signature) -> bool:
@@ -302,9 +290,9 @@ def changed_merge(draw: Draw, backend: Backend) -> None:
     group, rank = draw.one_of(case.registry.groups), 2
     gone = draw.one_of(_removable(case.registry))
     origin = draw.one_of(case.registry.names(group))
-    model = backend.change("add_feature", backend.adapted(case), group, _NEW, rank, [origin])
-    model = backend.change("rename_feature", model, group, _NEW, "renamed")
-    model = backend.change("remove_feature", model, *gone)
+    model = backend.add_feature(backend.adapted(case), group, _NEW, rank, [origin])
+    model = backend.rename_feature(model, group, _NEW, "renamed")
+    model = backend.remove_feature(model, *gone)
     config = _grown(case, group, rank).with_renamed(group, _NEW, "renamed")
     changed = case.but(config=config.without_feature(*gone))
     donor, new = _donor(draw, case, group), (group, _NEW)

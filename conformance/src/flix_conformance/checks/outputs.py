@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from flix_conformance import bits, oracle
+from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import any_kind, check
 from flix_conformance.compare import close, same_bits
-from flix_conformance.harness import Array, Backend, Case
+from flix_conformance.harness import Array, Case
 from flix_conformance.strategies import Draw
 
 

@@ -9,9 +9,10 @@ import numpy as np
 
 import flix
 from flix_conformance import bits, oracle
+from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import any_kind, check
 from flix_conformance.compare import close_in_norm, same_bits, same_pairs
-from flix_conformance.harness import AdamW, Array, Backend, Case, Pairs
+from flix_conformance.harness import AdamW, Array, Case, Pairs
 from flix_conformance.strategies import Draw
 
 SETTINGS = AdamW()
