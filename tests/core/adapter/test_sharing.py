@@ -1,4 +1,4 @@
-"""Features that leave, are renamed, are shared one by one, and adapters that come together."""
+"""Adapters as data: features removed, renamed, shared one by one, and adapters that come together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import flix
 from flix import Adapter, AdapterError, ConfigError, FeatureError, FeatureRegistry, FlixConfig
 from flix.core.adapter.adapter import LayerShape, expected_tensors
-from flix.core.adapter.changes import plan_joining, plan_removal, plan_renaming
 from flix.core.adapter.composition import composition, delta
 
 LAYERS = {"a.q": LayerShape(5, 3), "a.b.q": LayerShape(4, 2), "emb": LayerShape(7, 4, "embedding")}
@@ -40,107 +39,6 @@ def same_pairs(first: Adapter, second: Adapter, feature, other=None) -> bool:
     )
 
 
-# Removal
-
-
-def test_a_removed_feature_keeps_its_id_for_itself():
-    before = registry()
-    after = before.without_feature("language", "hau")
-    assert after.features == before.features and len(after) == len(before)
-    assert ("language", "hau") not in after and ("language", "hau") not in after.live
-    assert after.id("language", "swa") == 1 and after.names("language") == ("swa",)
-    assert after.with_feature("language", "yor").id("language", "yor") == len(before)
-    back = after.with_feature("language", "hau")
-    assert back == before and back.id("language", "hau") == 0
-    assert FeatureRegistry.from_dict(after.to_dict()) == after != before
-    assert "removed" not in before.to_dict()  # files of before read as ever
-
-
-def test_removed_features_are_refused_by_name_and_by_id():
-    after = registry().without_feature("language", "hau")
-    with pytest.raises(FeatureError, match=r"'hau' of group 'language' was removed .*has: swa"):
-        after.id("language", "hau")
-    with pytest.raises(FeatureError, match="row 1: group 'language' has no feature 'hau'"):
-        after.encode([{"language": "swa"}, {"language": "hau"}])
-    from flix.core.features.routing import check_routing
-
-    with pytest.raises(flix.RoutingError, match=r"id 0 in row 1: language:hau, which was removed"):
-        check_routing(np.array([[1], [0]]), None, after)
-    assert after.encode([{"language": "x"}], "mean").ids.tolist() == [[1]]
-
-
-def test_what_cannot_be_removed():
-    with pytest.raises(FeatureError, match="'all' is the last feature of group 'shared'"):
-        registry().without_feature("shared", "all")
-    with pytest.raises(FeatureError, match=r"no feature 'hua' .did you mean 'hau'"):
-        registry().without_feature("language", "hua")
-
-
-def test_implications_go_with_a_feature():
-    given = FeatureRegistry(
-        {"language": ["fra", "ron"], "family": ["romance", "slavic"]},
-        implies={
-            ("language", "fra"): [("family", "romance")],
-            ("language", "ron"): [("family", "romance")],
-        },
-    )
-    assert given.without_feature("language", "fra").implies == {
-        ("language", "ron"): (("family", "romance"),)
-    }
-    assert given.without_feature("family", "romance").implies == {}
-    assert given.renamed("family", "romance", "latin").implies[("language", "fra")] == (
-        ("family", "latin"),
-    )
-
-
-def test_a_configuration_without_a_feature_round_trips():
-    config = FlixConfig(
-        registry=registry(),
-        ranks=flix.ranks.by_group(language=2, task=3, shared=1),
-        alpha={"language": 4.0},
-        rank_pattern={"q": {"language": {"hau": 5, "swa": 6}, "task": 1}, "emb": 4},
-        unknown={"hausa": ["hau", "swa"], "h": "hau"},
-        feature_dropout=flix.FeatureDropout(per_group={"task": 0.0}),
-    )
-    after = config.without_feature("language", "hau")
-    assert after.rank("a.q", ("language", "hau")) == 0 == after.rank("emb", ("language", "hau"))
-    assert after.rank("a.q", ("language", "swa")) == 6 and after.rank("a.q", ("task", "ner")) == 1
-    assert after.unknown == {"hausa": ["swa"]}
-    assert after.layout("a.q").ranks[1:] == config.layout("a.q").ranks[1:]
-    assert FlixConfig.from_dict(after.to_dict()) == after
-    renamed = config.with_renamed("language", "hau", "ha")
-    assert renamed.layout("a.q") == config.layout("a.q")
-    assert renamed.unknown == {"hausa": ["ha", "swa"], "h": ["ha"]}
-    assert FlixConfig.from_dict(renamed.to_dict()) == renamed
-
-
-def test_a_new_feature_takes_the_alpha_of_its_group():
-    config = FlixConfig(registry=registry(), ranks=2, alpha={"language": 8.0, "task": {"ner": 3.0}})
-    grown = config.with_feature("language", "yor", rank=4).with_feature("task", "topic", rank=4)
-    assert grown.scale("x", ("language", "yor")) == 2.0
-    assert grown.scale("x", ("task", "topic")) == 1.0  # its group has no one alpha: its rank
-    assert (
-        grown.with_feature("language", "ibo", rank=4, alpha=4.0).scale("x", ("language", "ibo"))
-        == 1.0
-    )
-
-
-@pytest.mark.parametrize(
-    "rule",
-    [
-        flix.ranks.uniform(3),
-        flix.ranks.by_group(language=1, task=2, shared=3),
-        flix.ranks.proportional(budget=9, sizes={"language": 5, "task": 9, "shared": 1}),
-        flix.ranks.parameter_matched(lora_rank=9),
-        flix.ranks.compute_matched(lora_rank=9, datasets=[{"language": "swa", "task": "ner"}]),
-    ],
-)
-def test_rank_rules_pass_over_removed_features(rule):
-    after = registry().without_feature("language", "hau")
-    assert set(rule(after)) == set(after.live)
-    assert FlixConfig(registry=after, ranks=rule).ranks["language", "hau"] == 0
-
-
 def test_files_keep_removed_features_removed(tmp_path):
     whole = adapter()
     flix.save_adapter(flix.remove_feature(whole, "language", "hau"), tmp_path)
@@ -148,9 +46,6 @@ def test_files_keep_removed_features_removed(tmp_path):
     assert not any(".hau" in name for name in again.tensors)
     assert again.config.registry.removed == {("language", "hau")}
     assert same_pairs(again, whole, ("language", "swa"))
-
-
-# Names
 
 
 def test_renaming_keeps_ids_and_values(tmp_path):
@@ -298,27 +193,3 @@ def test_renamed_layers_keep_their_own_ranks_even_where_paths_end_alike():
     renamed = given.renamed({"one": "q", "x.two": "x.q"})
     assert renamed.config.rank("q", ("task", "ner")) == 1
     assert renamed.config.rank("x.q", ("task", "ner")) == 2
-
-
-# Plans
-
-
-def test_changes_say_what_stays_and_what_comes():
-    whole = adapter()
-    removal = plan_removal(whole.config, "language", "hau")
-    assert ("language", "hau") not in removal.kept and not removal.arriving
-    renaming = plan_renaming(whole.config, "language", "hau", "ha")
-    assert renaming.kept["language", "ha"] == ("language", "hau") and not renaming.arriving
-    other = adapter(1, {"task": ["topic"], "domain": ["news"]}, {"new": LayerShape(2, 2)}, None)
-    joining = plan_joining(whole, other, {"domain": "news"})
-    assert tuple(joining.arriving) == (("domain", "news"),)
-    assert (
-        list(joining.layers or {}) == ["new"] and joining.config.rank("new", ("task", "ner")) == 0
-    )
-    assert joining.pair("a.q", ("domain", "news")) is None
-    pair = joining.pair("new", ("domain", "news"))
-    assert pair is not None and np.array_equal(pair[0], other.pair("new", ("domain", "news"))[0])
-    gone = flix.remove_feature(whole, "task", "pos")
-    back = plan_joining(gone, flix.select_features(whole, {"task": "pos"}))
-    assert tuple(back.arriving) == (("task", "pos"),)
-    assert back.config.registry.id("task", "pos") == whole.config.registry.id("task", "pos")

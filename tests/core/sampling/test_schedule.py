@@ -1,24 +1,16 @@
-"""The pure halves of mixtures: probabilities, plans of epochs, cells and which of them are held out."""
+"""Schedules: probabilities, and plans of epochs."""
 
 from __future__ import annotations
 
 import math
-from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flix import FeatureError, FeatureRegistry
 from flix.core.features.cells import (
-    HeldOut,
     MixtureError,
-    cell_name,
-    cell_of,
-    covering,
-    features_of,
-    names_of,
 )
 from flix.core.sampling.schedule import Schedule, apportion, plan_epoch, probabilities, shares, walk
 
@@ -166,115 +158,3 @@ def test_schedule_errors(change, message):
         Schedule(**{"sizes": [1, 2], "probabilities": [0.5, 0.5], "length": 3, **change})
     with pytest.raises(MixtureError, match="an epoch must be a whole number of 0 or more, got -1"):
         Schedule([1], [1.0], length=1).plan(-1)
-
-
-def test_cells_of_rows():
-    row = {"language": ["yor", "hau", "yor"], "task": "ner", "domain": None}
-    cell = cell_of(row)
-    assert cell == (("language", ("hau", "yor")), ("task", ("ner",)))
-    assert cell_name(cell) == "language=hau+yor,task=ner"
-    assert cell_name(cell_of(row, ["task", "language"])) == "task=ner,language=hau+yor"
-    assert names_of("language", {"hau": 0.7, "yor": None, "swa": 0.0}) == ("hau", "swa")
-    for wrong in (
-        "",
-        [],
-        {},
-        3,
-        ["hau", ""],
-        {"hau": "x"},
-        {"hau": math.nan},
-        {"hau": None},
-        b"hau",
-    ):
-        with pytest.raises(FeatureError):
-            names_of("language", wrong)
-
-
-def test_features_that_others_imply_count():
-    registry = FeatureRegistry(
-        {"language": ["fra", "hau"], "family": ["romance"], "task": ["ner"]},
-        {("language", "fra"): [("family", "romance")]},
-    )
-    cell = cell_of({"language": "fra", "task": "ner"})
-    assert ("family", "romance") in features_of(cell, registry)
-    held = HeldOut([{"family": "romance"}])
-    assert held.covers({"language": "fra"}, registry)
-    assert not held.covers({"language": "fra"}) and not held.covers({"language": "hau"}, registry)
-    with pytest.raises(FeatureError, match="no feature 'frau'"):
-        held.covers({"language": "frau"}, registry)
-
-
-LANGUAGES, TASKS = ["hau", "swa", "yor"], ["ner", "topic"]
-values = {
-    "language": st.lists(st.sampled_from(LANGUAGES), min_size=1, max_size=3, unique=True),
-    "task": st.lists(st.sampled_from(TASKS), min_size=1, max_size=2, unique=True),
-}
-entries = st.fixed_dictionaries(
-    {}, optional={"language": st.sampled_from(LANGUAGES), "task": st.sampled_from(TASKS)}
-).filter(bool)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(entries, max_size=3), st.lists(st.fixed_dictionaries(values), min_size=1, max_size=5)
-)
-def test_a_row_is_held_out_if_any_of_its_combinations_is(held, rows):
-    found = HeldOut(held)
-    matches = found.among([cell_of(row) for row in rows])
-    assert matches.shape == (len(held), len(rows))
-    for number, row in enumerate(rows):
-        combinations = [dict(zip(row, names, strict=True)) for names in product(*row.values())]
-        for entry, matched in zip(held, matches[:, number].tolist(), strict=True):
-            assert matched == any(entry.items() <= c.items() for c in combinations)
-        assert found.covers(row) == matches[:, number].any()
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.lists(entries, min_size=1, max_size=3),
-    st.lists(st.fixed_dictionaries(values), min_size=1, max_size=5),
-)
-def test_entries_that_match_nothing_are_refused(held, rows):
-    found, cells = HeldOut(held), [cell_of(row) for row in rows]
-    unmatched = [n for n, some in enumerate(found.among(cells).any(axis=1)) if not some]
-    assume(unmatched)
-    with pytest.raises(MixtureError) as caught:
-        found.check_matched(cells)
-    assert f"held_out[{unmatched[0]}]" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ({"language": "hua"}, "no row has the language 'hua' .did you mean 'hau'.*there is: hau, swa"),
-        ({"langage": "hau"}, "there is no group 'langage' .did you mean 'language'"),
-        ({"language": "swa", "task": "topic"}, "never together; the nearest cells are: language=hau,task=topic"),
-    ],
-)  # fmt: skip
-def test_the_reason_is_named(entry, message):
-    cells = [
-        cell_of({"language": language, "task": task})
-        for language, task in (("hau", "ner"), ("hau", "topic"), ("swa", "ner"))
-    ]
-    with pytest.raises(MixtureError, match=r"held_out\[0\] .* matches no row: .*" + message):
-        HeldOut([entry]).check_matched(cells)
-
-
-@pytest.mark.parametrize(
-    ("cells", "message"),
-    [
-        ([{}], r"held_out\[0\] is empty"),
-        ([{"task": "ner"}, "swa"], r"held_out\[1\] must be"),
-        ([{"task": ["ner"]}], r"held_out\[0\]: a feature's name"),
-        ({"task": "ner"}, "held_out is a list"),
-    ],
-)
-def test_ill_formed_entries(cells, message):
-    with pytest.raises(MixtureError, match=message):
-        HeldOut(cells)
-
-
-def test_covering_without_entries_or_cells():
-    assert covering([], [{1}]).shape == (0, 1)
-    assert covering([{1}], []).shape == (1, 0)
-    assert covering([{1}, {2, 3}], [{1, 2}, {2, 3}]).tolist() == [[True, False], [False, True]]

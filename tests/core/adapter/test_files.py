@@ -1,4 +1,4 @@
-"""Adapter files: round trip, checks, atomic writing; and compositions."""
+"""Adapter files: round trip, checks, atomic writing."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import pytest
 
 from flix import Adapter, AdapterError, FeatureRegistry, FlixConfig, load_adapter, save_adapter
 from flix.core.adapter.adapter import LayerShape, expected_tensors
-from flix.core.adapter.composition import composition, delta, lora_pair
 from flix.core.adapter.files import read_description
-from flix.core.peft.exporting import as_peft, write_peft
 
 REGISTRY = FeatureRegistry({"language": ["hau", "swa"], "task": ["n.e.r", "ñ ü"]})
 LAYERS = {"a.q": LayerShape(5, 3), "emb": LayerShape(7, 4, "embedding")}
@@ -127,55 +125,6 @@ def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(AdapterError, match="saved as a folder, but"):
         save_adapter(adapter(), tmp_path / "x")
-
-
-def test_wrong_dtypes_are_refused():
-    good = adapter()
-    tensors = {**good.tensors, "emb.A.language.hau": np.zeros((2, 7), np.int64)}
-    with pytest.raises(AdapterError, match=r"'emb.A.language.hau' must be float16.*got int64"):
-        Adapter(good.config, LAYERS, tensors)
-
-
-def test_rename():
-    original = adapter(rank_pattern={"a.q": {"task": 1}})
-    renamed = original.renamed({"a.q": "block.query"})
-    assert list(renamed.layers) == ["block.query", "emb"]
-    for feature in REGISTRY.features:
-        assert renamed.config.layout("block.query") == original.config.layout("a.q")
-        for got, expected in zip(renamed.pair("block.query", feature), original.pair("a.q", feature), strict=True):  # fmt: skip
-            np.testing.assert_array_equal(got, expected)
-    assert list(original.renamed(str.upper).layers) == ["A.Q", "EMB"]
-    with pytest.raises(AdapterError, match=r"'a.p', which is not adapted \(did you mean 'a.q'"):
-        original.renamed({"a.p": "x"})
-    with pytest.raises(AdapterError, match="path 'x' to two layers"):
-        original.renamed(lambda _: "x")
-
-
-def test_compositions():
-    original = adapter(alpha=2.0)
-    active = composition(original.config, {"language": {"hau": 0.5, "swa": 3}, "task": "n.e.r"})
-    expected = np.zeros((3, 5))
-    for feature, weight in active:
-        a, b = original.pair("a.q", feature)
-        expected += weight * original.config.scale("a.q", feature) * b.astype(float) @ a
-    np.testing.assert_allclose(delta(original, "a.q", active), expected, rtol=1e-12)
-    a, b = lora_pair(original, "a.q", active)
-    assert a.shape == (5, 5) and b.shape == (3, 5)
-
-
-def test_peft_form_pads_to_one_rank_and_is_exact(tmp_path):
-    original = adapter(rank_pattern={"a.q": {"task": 1}})
-    active = composition(original.config, {"language": "hau", "task": "ñ ü"})
-    config, tensors = as_peft(original, active)
-    assert config["r"] == config["lora_alpha"] == 5
-    a, b = tensors["base_model.model.a.q.lora_A.weight"], tensors["base_model.model.a.q.lora_B.weight"]  # fmt: skip
-    assert a.shape == (5, 5) and b.shape == (3, 5)
-    np.testing.assert_allclose(b @ a, delta(original, "a.q", active), rtol=1e-5, atol=1e-6)
-    assert tensors["base_model.model.emb.lora_embedding_A"].shape == (5, 7)
-    report = write_peft(tmp_path, config, tensors)
-    assert report.max_lora_rank == 8 and "got emb" in report.message  # no name that vLLM knows
-    with pytest.raises(AdapterError, match="language:swa have rank 0 in every layer"):
-        as_peft(original, ((("language", "swa"), 1.0),))
 
 
 def test_descriptions_are_read_without_tensors(tmp_path):

@@ -1,0 +1,50 @@
+"""Which layers are adapted."""
+
+from __future__ import annotations
+
+import pytest
+
+from flix import TargetError
+from flix.core.config.targets import LayerInfo, is_head, select
+
+LAYERS = [
+    LayerInfo("model", ""),
+    LayerInfo("model.emb", "embedding", 10, 4),
+    LayerInfo("model.0.q", "linear", 4, 4),
+    LayerInfo("model.0.seq", "linear", 4, 4),
+    LayerInfo("model.0.norm", ""),
+    LayerInfo("model.0.odd", "", reason="its class has a forward of its own"),
+    LayerInfo("head", "linear", 4, 10, head=True),
+]
+
+
+def paths(*arguments):
+    return [info.path for info in select(LAYERS, *arguments)]
+
+
+def test_targets_have_pefts_meaning():
+    assert paths("all-linear") == ["model.0.q", "model.0.seq"]
+    assert paths(["q"]) == ["model.0.q"]
+    assert paths(["0.q", "emb"]) == ["model.emb", "model.0.q"]
+    assert paths(r".*\.(q|emb)") == ["model.emb", "model.0.q"]
+    assert paths(["head"]) == ["head"]
+    assert paths("all-linear", ["seq"]) == ["model.0.q"]
+
+
+def test_heads_are_told_by_the_first_or_last_part_of_a_path():
+    for path in ("lm_head", "cls.predictions.decoder", "classifier.out", "model.score", "a.logits"):
+        assert is_head(path), path
+    for path in ("model.lm_head.q", "model.scores", "heads.0", "encoder.q"):
+        assert not is_head(path), path
+
+
+def test_target_errors():
+    for arguments, message in [
+        ((["qq"],), "'qq' matches no layer"),
+        ((["norm"],), "'model.0.norm', which cannot be adapted: it is neither"),
+        ((["odd"],), "has a forward of its own"),
+        ((r".*\.odd",), "has a forward of its own"),
+        (("all-linear", r".*"), "leaves no layer to adapt"),
+    ]:
+        with pytest.raises(TargetError, match=message):
+            select(LAYERS, *arguments)
