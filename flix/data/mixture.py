@@ -211,7 +211,7 @@ class Mixture:
             MissingFrameworkError: transformers is not installed.
         """
         try:
-            from flix.transformers.epochs import TellEpoch
+            from flix.data.callback import TellEpoch
         except ImportError as error:
             raise MissingFrameworkError(
                 "a mixture's callback needs transformers, which is not installed; "

@@ -19,9 +19,9 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from flix.backends.torch import load, named_pairs, save
 from flix.backends.torch.model import RoutedModel, require_adapted
 from flix.core.errors import ConfigError
+from flix.data.callback import TellEpoch
 from flix.transformers.checkpoints import last_checkpoint
 from flix.transformers.collator import FlixCollator
-from flix.transformers.epochs import TellEpoch
 from flix.transformers.losses import FeatureLosses, unreduced
 from flix.transformers.numbering import NumberedRows, NumberedStream, number_prepared
 
