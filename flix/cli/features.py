@@ -7,7 +7,8 @@ from pathlib import Path
 
 from flix.core.errors import ConfigError, FeatureError
 from flix.core.features.encoding import Row
-from flix.core.features.registry import Feature, FeatureRegistry
+from flix.core.features.names import Feature
+from flix.core.features.registry import FeatureRegistry
 
 
 def parse_features(texts: Sequence[str], registry: FeatureRegistry) -> Row:

@@ -13,7 +13,7 @@ from flix.core.adapter.files import load_adapter, read_description
 from flix.core.config.config import FlixConfig
 from flix.core.costs import Layers, Plan, feature_cost, plan
 from flix.core.features.encoding import Row
-from flix.core.features.registry import Feature
+from flix.core.features.names import Feature
 from flix.core.strategy.decide import measured_on
 from flix.core.strategy.explain import Batch, Choice, explain
 

@@ -21,7 +21,8 @@ from flix.core.adapter.adapter import LayerShape
 from flix.core.config.config import FlixConfig
 from flix.core.errors import ConfigError
 from flix.core.features.encoding import Row
-from flix.core.features.registry import Feature, FeatureRegistry
+from flix.core.features.names import Feature
+from flix.core.features.registry import FeatureRegistry
 
 Layers = Mapping[str, LayerShape]
 

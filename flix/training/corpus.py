@@ -16,7 +16,8 @@ from flix.core import rng
 from flix.core.errors import FlixError
 from flix.core.features import cells
 from flix.core.features.encoding import Unknown
-from flix.core.features.registry import Feature, FeatureRegistry
+from flix.core.features.names import Feature
+from flix.core.features.registry import FeatureRegistry
 from flix.training.errors import DataError, SettingsError
 from flix.training.settings import Settings
 from flix.training.sources import Features, Row, dataset_name, names_of

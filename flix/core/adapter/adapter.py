@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from flix.core.config.config import FlixConfig, nested
 from flix.core.config.targets import exactly
 from flix.core.errors import AdapterError, listed, near
-from flix.core.features.registry import Feature
+from flix.core.features.names import Feature
 
 Rename = Union[Mapping[str, str], Callable[[str], str], None]
 _ALLOWED = ("F16", "F32", "F64", "float16", "float32", "float64")

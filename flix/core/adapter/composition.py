@@ -11,7 +11,7 @@ from flix.core.adapter.adapter import Adapter
 from flix.core.config.config import FlixConfig
 from flix.core.errors import RoutingError
 from flix.core.features.encoding import Row
-from flix.core.features.registry import Feature
+from flix.core.features.names import Feature
 
 Composition = tuple[tuple[Feature, float], ...]
 """Active features with their weights."""

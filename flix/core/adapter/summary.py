@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flix.core.features.registry import Feature
+from flix.core.features.names import Feature
 from flix.core.tables import text_table
 
 

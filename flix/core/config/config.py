@@ -22,7 +22,8 @@ from flix.core.config.targets import Patterns, pattern_matches
 from flix.core.errors import ConfigError, FlixError, RankError, near
 from flix.core.features.dropout import FeatureDropout
 from flix.core.features.encoding import Unknown, check_policy
-from flix.core.features.registry import Feature, FeatureRegistry
+from flix.core.features.names import Feature
+from flix.core.features.registry import FeatureRegistry
 
 SCALINGS = ("lora", "rslora")
 RankPattern = Mapping[str, Union[int, Mapping[Any, Any]]]

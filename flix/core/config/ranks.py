@@ -13,7 +13,8 @@ from typing import Any
 from flix.core.checks import finite, whole
 from flix.core.errors import RankError, listed
 from flix.core.features.encoding import Row
-from flix.core.features.registry import Feature, FeatureRegistry
+from flix.core.features.names import Feature
+from flix.core.features.registry import FeatureRegistry
 
 Ranks = dict[Feature, int]
 Rule = Callable[[FeatureRegistry], Ranks]
