@@ -67,7 +67,10 @@ def get(name: str) -> ModuleType:
         raise UnknownBackendError(
             f"no backend {name!r}{near(name, modules)}; registered: {listed(modules)}"
         )
-    return importlib.import_module(modules[name])
+    module = importlib.import_module(modules[name])
+    if name not in _OWN or hasattr(module, "primitives"):  # flix's own get theirs one by one
+        check(module, name)
+    return module
 
 
 def check(module: ModuleType, name: str) -> None:

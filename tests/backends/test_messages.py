@@ -1,0 +1,63 @@
+"""Every routing error says the rule, what was got, and the way out."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import flix
+from flix.backends import messages
+
+CALL = "model(x, flix_features=ids)"
+# {message: (arguments, the error, what it must name)}
+CASES = {
+    "not_adapted": (("save", 3), flix.TargetError, ["save", "int", "adapt(model, config)"]),
+    "adapted_already": ((), flix.TargetError, ["adapted already", "add_feature"]),
+    "weights_alone": ((), flix.RoutingError, ["flix_weights", "flix_features", "give both"]),
+    "unrouted_model": ((CALL,), flix.RoutingError, [CALL, "disable(model)", "-1"]),
+    "unrouted_layer": (("proj", CALL), flix.RoutingError, ["'proj'", CALL]),
+    "other_registry": (("theirs", "ours"), flix.RoutingError, ["theirs", "ours"]),
+    "no_array": (("flix_features", "x"), flix.RoutingError, ["flix_features", "'x'"]),
+    "ids_not_integer": (("float32",), flix.RoutingError, ["float32", "registry.encode"]),
+    "ids_shape": (((3,),), flix.RoutingError, ["[3]", "[batch, width]"]),
+    "weights_not_float": (("int32",), flix.RoutingError, ["int32"]),
+    "weights_shape": (((2, 3), (2, 4)), flix.RoutingError, ["[2, 3]", "[2, 4]"]),
+    "other_batch": ((3, 4), flix.RoutingError, ["routes 3 rows", "has 4 rows"]),
+    "other_lead": (("proj", (5, 2), (4, 2)), flix.RoutingError, ["'proj'", "[5, 2]", "[4, 2]"]),
+    "rows_differ": ((2,), flix.ConfigError, ["row 2", "'gather'"]),
+    "folded_in": (({"task": "ner"},), flix.RoutingError, ["'task': 'ner'", "unmerge(model)"]),
+    "merged": (("c",), flix.RoutingError, ["composition c", "merged"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_errors_say_what_is_wrong_and_what_to_do(name):
+    arguments, kind, named = CASES[name]
+    error = getattr(messages, name)(*arguments)
+    assert type(error) is kind
+    for part in named:
+        assert part in str(error), (part, str(error))
+
+
+def test_a_layer_without_features_says_whether_it_got_weights():
+    assert "no routing is in force" in str(messages.without_features(None, "proj", CALL))
+    assert "give both" in str(messages.without_features([1.0], "proj", CALL))
+
+
+def test_the_warning_of_the_base_alone_shows_the_call():
+    assert CALL in messages.base_alone(CALL) and "-1" in messages.base_alone(CALL)
+
+
+def test_a_shape_that_a_framework_does_not_know_is_shown_as_it_is():
+    class Shape:
+        def __str__(self):
+            return "(None, 3)"
+
+    assert "got (None, 3)" in str(messages.ids_shape(Shape()))
+
+
+def test_every_message_is_held_to_something_here():
+    public = {n for n, _ in inspect.getmembers(messages, inspect.isfunction) if n[0] != "_"}
+    own = {n for n in public if getattr(messages, n).__module__ == messages.__name__}
+    assert own == {*CASES, "without_features", "base_alone"}
