@@ -11,7 +11,7 @@ import numpy as np
 
 import flix
 from flix.backends.verbs import Verbs
-from flix_conformance.harness import AdamW, Array, Batch, Case, Feature, Pairs
+from flix_conformance.harness import AdamW, Array, Batch, Case, Feature, Pairs, Stack
 
 
 class Backend:
@@ -63,6 +63,11 @@ class Backend:
             return case.model
         model = self.verb("adapt")(self.plain(case), case.config, strategy=case.strategy)
         return self.primitives.write(model, {case.path: case.pairs})
+
+    def stacked(self, stack: Stack) -> Any:
+        """An adapted model of several layers, with the stack's pairs."""
+        plain = self.harness.plain(stack.layers, stack.batch.x)
+        return self.primitives.write(self.verb("adapt")(plain, stack.config), stack.pairs)
 
     def pairs(self, model: Any) -> Pairs:
         """The values of a model of one layer, copied."""

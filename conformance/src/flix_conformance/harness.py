@@ -133,6 +133,23 @@ class Batch:
     target: Any = None
 
 
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A model of several layers, one after another, and the batch that it gets.
+
+    Attributes:
+        layers: its layers, all linear and of one size.
+        config: the configuration; its targets are some of the layers.
+        pairs: the features' values in each of them, by path.
+        batch: the batch, whose x and ids have two dimensions.
+    """
+
+    layers: tuple[Layer, ...]
+    config: flix.FlixConfig
+    pairs: Mapping[str, Pairs]
+    batch: Batch
+
+
 @dataclass(frozen=True)
 class AdamW:
     """Decoupled weight decay, p <- p - lr (m̂ / (√v̂ + eps) + decay p), with a step count for each feature."""
@@ -153,8 +170,7 @@ class Harness(Protocol):
       step, first_row)`` ids and weights after feature dropout;
     - ``refuse(model, batch)`` raises for malformed routing, where ``call`` is compiled and cannot;
     - ``within(dtype)``, a context in which the framework computes in this dtype (JAX has no float64 outside of one);
-    - ``excluded``, pairs ``(strategy, dtype)`` that do not exist, of those below;
-    - ``unfreeze(model, path)`` lets a layer of the base train, as a user does with a head.
+    - ``excluded``, pairs ``(strategy, dtype)`` that do not exist, of those below.
 
     Attributes:
         dtypes: of ``"float32"``, ``"bfloat16"``, ``"float64"``, those that it computes in.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 import flix
 from flix_conformance.backend import Backend
 from flix_conformance.compare import representable
-from flix_conformance.harness import Array, Batch, Case
+from flix_conformance.harness import Array, Batch, Case, Layer, Stack
 from flix_conformance.signatures import PATH, Signature, signature, trainable_signature
 
 WEIGHTS = (1.0, 0.5, -1.0, 0.0, 2.5, -0.125, 1.0 / 3.0)
+_FEATURES = {"language": ["hau", "swa", "日本語"], "task": ["ner", "pos"]}
 _DTYPES = ("float32", "float32", "bfloat16", "float64")
 
 
@@ -162,6 +163,44 @@ class Draw:
         ids = np.array([[i for i, _ in r] for r in chosen_rows], np.int32).reshape(shape)
         weights = np.array([[w for _, w in r] for r in chosen_rows], np.float32).reshape(shape)
         return ids, np.where(ids < 0, 0, weights).astype(np.float32)
+
+    def stack(
+        self,
+        paths: Sequence[str],
+        targets: Any,
+        features: Mapping[str, Sequence[str]] = _FEATURES,
+        **settings: Any,
+    ) -> Stack:
+        """Layers of these names, some of them adapted; every row of the batch lists a feature.
+
+        Args:
+            paths: their names.
+            targets: the configuration's ``target_modules``; the adapted layers get values if they are given by name.
+            features: by group.
+            settings: more of the configuration's.
+        """
+        registry = flix.FeatureRegistry(features)
+        ranks = {feature: self.one_of([1, 2, 3]) for feature in registry.features}
+        config = flix.FlixConfig(
+            registry=registry, target_modules=targets, **{"ranks": ranks, "alpha": 3.0, **settings}
+        )
+        rng = self.generator()
+
+        def values(*shape: int) -> Array:
+            return rng.normal(size=shape).astype(np.float32)
+
+        layers = tuple(
+            Layer(path, "linear", values(4, 4), values(4) if i % 2 else None)
+            for i, path in enumerate(paths)
+        )
+        pairs = {
+            path: {f: (values(r, 4), values(4, r)) for f, r in config.ranks.items()}  # type: ignore[union-attr]
+            for path in paths
+            if not isinstance(targets, str) and path in targets
+        }
+        ids = rng.integers(0, len(registry), (3, 2)).astype(np.int32)
+        weights = rng.choice([0.5, -1.0, 2.0], ids.shape).astype(np.float32)
+        return Stack(layers, config, pairs, Batch(values(3, 4), ids, weights))
 
     def rows(self, registry: flix.FeatureRegistry, count: int, *, full: bool = False) -> list[Any]:
         """Rows as users write them; ``full``: each activates something."""

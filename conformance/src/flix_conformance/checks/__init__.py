@@ -1,18 +1,20 @@
 """The checks, in the order of the report."""
 
 from flix_conformance.checks import (
+    conduct,
     cross,
     files,
     gradients,
     inputs,
     laws,
     lifecycle,
+    lives,
     outputs,
     training,
 )
 from flix_conformance.checks._registry import CHECKS, Check, NotOffered
 
-_MODULES = (outputs, gradients, laws, inputs, training, files, lifecycle, cross)
+_MODULES = (outputs, gradients, laws, inputs, training, files, lifecycle, conduct, lives, cross)
 _ORDER = [module.__name__ for module in _MODULES]
 for _check in sorted(CHECKS.values(), key=lambda c: _ORDER.index(c.run.__module__)):
     CHECKS[_check.name] = CHECKS.pop(_check.name)
