@@ -17,7 +17,7 @@ from flix import AdapterError, FeatureError, RoutingError, TargetError  # noqa: 
 from flix.backends.torch import adapt, load, merge, save  # noqa: E402
 from flix.backends.torch.model import flix_layers  # noqa: E402
 from tests.helpers.registry import ROWS, config, registry  # noqa: E402
-from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
 from tests.helpers.torch import output, randomize, routing  # noqa: E402
 from tests.helpers.zoo import DECODERS, ENCODER_DECODERS, inputs_of, pretrained  # noqa: E402
 
@@ -203,7 +203,7 @@ def test_a_merged_model_refuses_to_route(name):
                 r"\+ task:ner, for all rows",
             ):
                 twin(**inputs, **given)
-        assert relative(output(twin(**inputs)), expected) < 1e-12, kind
+        assert_close(output(twin(**inputs)), expected, name=kind)
 
 
 @pytest.mark.parametrize("name", GENERATORS)
@@ -227,8 +227,8 @@ def test_a_merged_model_adapted_anew_routes_again():
         twice(**inputs_of("llama"), flix_features=ids)
     ids, weights = routing([{"task": "pos"}] * 4)
     expected = output(again(**inputs_of("llama"), flix_features=ids, flix_weights=weights))
-    assert relative(output(twice(**inputs_of("llama"))), expected) < 1e-9
-    assert relative(found, expected) > 1e-3
+    assert_close(output(twice(**inputs_of("llama"))), expected)
+    assert_far(found, expected)
 
 
 def test_a_merged_model_goes_out_as_a_plain_one():
@@ -240,5 +240,5 @@ def test_a_merged_model_goes_out_as_a_plain_one():
         exported = torch.export.export(merged, (), dict(inputs), strict=False)
         compiled = torch.compile(merged, fullgraph=True, backend="eager")
     assert not [key for key in exported.state_dict if "flix" in key]
-    assert relative(output(exported.module()(**inputs)), expected) < 1e-12
-    assert relative(output(compiled(**inputs)), expected) < 1e-12
+    assert_close(output(exported.module()(**inputs)), expected)
+    assert_close(output(compiled(**inputs)), expected)

@@ -21,6 +21,7 @@ from flix.backends.torch import load
 from flix.cli.app import app
 from flix.core.adapter.initial import initial_a
 from flix.training.reading import read_settings
+from tests.helpers.tolerance import assert_close
 
 run = CliRunner().invoke
 Write = Callable[..., Path]
@@ -175,7 +176,7 @@ def test_precision_and_checkpointing(
     assert moved and all(np.abs(other[name]).max() > 0 for name in moved)
     if training == {"gradient_checkpointing": True}:
         for name, value in plain.items():
-            np.testing.assert_allclose(other[name], value, atol=1e-5)
+            assert_close(other[name], value)
 
 
 @pytest.fixture
@@ -274,7 +275,7 @@ def test_merge_and_export(
     routing = registry.encode([{"language": {"hau": 0.5, "swa": 1.0}, "task": "ner"}])
     wanted = logits(adapted, flix_features=routing.ids, flix_weights=routing.weights)
     assert not torch.allclose(wanted, logits(cls.from_pretrained(models[model])), atol=1e-4)
-    torch.testing.assert_close(logits(plain), wanted, atol=1e-5, rtol=1e-5)
+    assert_close(logits(plain), wanted)
     assert transformers.AutoTokenizer.from_pretrained(merged)("a").input_ids
 
     lora = tmp_path / "lora"
@@ -283,7 +284,7 @@ def test_merge_and_export(
     assert said["vllm"]["ok"] is (model == "llama") and said["error"] == 0.0
     peft = pytest.importorskip("peft")
     opened = peft.PeftModel.from_pretrained(cls.from_pretrained(models[model]), lora)
-    torch.testing.assert_close(logits(opened), wanted, atol=1e-5, rtol=1e-5)
+    assert_close(logits(opened), wanted)
 
 
 def test_converting_mistakes(trained: Any, models: dict[str, Path], tmp_path: Path) -> None:

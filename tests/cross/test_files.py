@@ -19,6 +19,7 @@ from flix.backends import jax as flix_jax  # noqa: E402
 from flix.backends import tensorflow as flix_tf  # noqa: E402
 from flix.backends import torch as flix_torch  # noqa: E402
 from tests.helpers import twins  # noqa: E402
+from tests.helpers.tolerance import assert_close  # noqa: E402
 
 BACKENDS = ("torch", "jax", "tensorflow")
 REGISTRY = flix.FeatureRegistry({"language": ["hau", "swa", "yor"], "task": ["ner", "pos"]})
@@ -134,12 +135,6 @@ SIDES = {"torch": InTorch(), "jax": InJax(), "tensorflow": InTensorflow()}
 MODULES = {"torch": flix_torch, "jax": flix_jax, "tensorflow": flix_tf}
 
 
-def agree(actual, expected):
-    """float32: the largest error is 1e-5 of the output's norm (a position's)."""
-    error = np.abs(actual - expected).max() / np.linalg.norm(expected, axis=-1).mean()
-    assert error < 1e-5, error
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """backend: (its trained model, the folder of its adapter)."""
@@ -159,8 +154,8 @@ def test_bases_are_twins():
     torch_side, jax_side = SIDES["torch"].plain(), SIDES["jax"].plain()
     with torch.no_grad():
         expected = torch_side(torch.tensor(TOKENS)).last_hidden_state.numpy()
-    agree(np.asarray(jax_side(jnp.asarray(TOKENS))), expected)
-    agree(np.asarray(SIDES["tensorflow"].plain()(TOKENS)), expected)
+    assert_close(np.asarray(jax_side(jnp.asarray(TOKENS))), expected)
+    assert_close(np.asarray(SIDES["tensorflow"].plain()(TOKENS)), expected)
 
 
 @pytest.mark.covers("bert", "save and load", backend="jax")
@@ -172,8 +167,8 @@ def test_trained_here_loaded_there(source, target, trained):
     expected = SIDES[source].output(model)
     side = SIDES[target]
     loaded = MODULES[target].load(side.plain(), folder, rename=twins.renames(source, target))
-    agree(side.output(loaded), expected)
-    agree(side.merged(loaded, ROWS[1]), SIDES[source].output(model, [ROWS[1]] * 3))
+    assert_close(side.output(loaded), expected)
+    assert_close(side.merged(loaded, ROWS[1]), SIDES[source].output(model, [ROWS[1]] * 3))
     # Training has moved the outputs: equality above does not mean equal bases.
     nothing = [{}] * len(ROWS)
     assert np.abs(side.output(loaded, nothing) - expected).max() > 0.05

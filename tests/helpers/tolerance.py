@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,9 @@ def assert_close(
         times: a factor on the tolerance, for what adds up many roundings.
         name: said when they differ.
     """
-    tolerance = max(tolerance_of(actual, expected), TOLERANCES.get(_name_of(dtype), 0.0))
+    tolerance = tolerance_of(actual, expected)
+    if dtype is not None:
+        tolerance = max(tolerance, TOLERANCES[_name_of(dtype)])
     found, wanted = numpy_of(actual), numpy_of(expected)
     assert found.shape == wanted.shape, f"{name}: shape {found.shape}, expected {wanted.shape}"
     size = max(float(np.abs(wanted).max(initial=0.0)), _SMALLEST) if tolerance else 1.0
@@ -54,12 +57,28 @@ def assert_close(
     )
 
 
+def assert_all_close(
+    actual: Mapping[str, Any], expected: Mapping[str, Any], **options: Any
+) -> None:
+    """The same names, and values that are close by ``assert_close``."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_close(actual[name], value, name=name, **options)
+
+
 def assert_same_bits(actual: Any, expected: Any, name: str = "") -> None:
     """The same dtype, shape and bits: for copies, and for one compiled program run twice on the same shapes.
 
     Two programs, or one compiled for two shapes, may differ by a rounding: they are held to ``assert_close``.
     """
     assert same_bits(actual, expected), f"{name}: not the same bits:\n{actual}\n{expected}"
+
+
+def assert_all_same_bits(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """The same names, and values of the same bits."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_same_bits(actual[name], value, name)
 
 
 def same_bits(left: Any, right: Any) -> bool:
@@ -88,8 +107,6 @@ def _dtype_of(value: Any) -> str:
 
 def _name_of(dtype: Any) -> str:
     """``bfloat16`` of torch.bfloat16, of TensorFlow's and JAX's dtypes, or of the name."""
-    if dtype is None:
-        return ""
     return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner  # noqa: E402
 from flix.backends.torch import adapt, merge, save  # noqa: E402
 from flix.cli.app import app  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
-from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.tolerance import assert_close  # noqa: E402
 from tests.helpers.torch import batch, make, randomize  # noqa: E402
 
 from .test_import import ask  # noqa: E402
@@ -96,7 +96,7 @@ def test_a_process_without_flix_reads_them(base, tmp_path):
         assert "flix" not in (tmp_path / name / "config.json").read_text()
     found = read_elsewhere({name: tmp_path / name for name in MODELS})
     for name in MODELS:
-        assert relative(found[name], wanted[name]) < 1e-12, name
+        assert_close(found[name], wanted[name], name=name)
 
 
 def test_the_command_writes_a_whole_folder(base, tmp_path):

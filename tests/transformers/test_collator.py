@@ -15,6 +15,7 @@ import flix  # noqa: E402
 from flix.backends.torch import adapt  # noqa: E402
 from flix.transformers import FlixCollator, numbered, pack  # noqa: E402
 from tests.helpers.registry import registry  # noqa: E402
+from tests.helpers.tolerance import assert_close  # noqa: E402
 from tests.helpers.transformers import config, llama  # noqa: E402
 
 
@@ -308,7 +309,7 @@ def test_packed_logits_are_those_of_the_rows(attention: str) -> None:
             alone.append(model(**single([each])).logits[0])
     places = [(0, 0, 4), (0, 4, 7), (1, 0, 5), (1, 5, 7)]
     for wanted, (where, begin, end) in zip(alone, places, strict=True):
-        torch.testing.assert_close(packed[where, begin:end], wanted, atol=1e-5, rtol=1e-5)
+        assert_close(packed[where, begin:end], wanted, dtype="float32")
 
 
 def test_packed_gradients_are_those_of_the_rows() -> None:
@@ -331,7 +332,7 @@ def test_packed_gradients_are_those_of_the_rows() -> None:
     whole = gradients([FlixCollator(registry(), per_token=True)(pack(rows, 8))])
     assert apart.keys() == whole.keys()
     for name, value in apart.items():
-        torch.testing.assert_close(whole[name], value, atol=1e-8, rtol=1e-6)
+        assert_close(whole[name], value, dtype="float32")
 
 
 def test_config_rules_reach_the_collator() -> None:

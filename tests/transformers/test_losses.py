@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 from flix.transformers import FlixCollator, FlixSeq2SeqTrainer, FlixTrainer, pack  # noqa: E402
 from flix.transformers.losses import FeatureLosses, unreduced  # noqa: E402
 from tests.helpers.registry import registry  # noqa: E402
+from tests.helpers.tolerance import assert_close  # noqa: E402
 from tests.helpers.transformers import classifier, dataset, llama, rows, t5, trainer  # noqa: E402
 
 F = torch.nn.functional
@@ -27,20 +28,20 @@ def test_parts_of_the_usual_losses() -> None:
         losses, counts = unreduced(logits, labels, shifted=shifted)
         one, two = (logits[:, :-1], labels[:, 1:]) if shifted else (logits, labels)
         wanted = F.cross_entropy(one.reshape(-1, 7), two.reshape(-1))
-        torch.testing.assert_close((losses * counts).sum() / counts.sum(), wanted)
+        assert_close((losses * counts).sum() / counts.sum(), wanted)
         assert losses.shape == counts.shape == two.shape
     scores, classes = torch.randn(4, 3), torch.tensor([0, 2, -100, 1])
     losses, counts = unreduced(scores, classes, shifted=True)
-    torch.testing.assert_close((losses * counts).sum() / 3, F.cross_entropy(scores, classes))
+    assert_close((losses * counts).sum() / 3, F.cross_entropy(scores, classes))
     several = torch.tensor([[0.0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]])
     losses, counts = unreduced(scores, several, shifted=False)
-    torch.testing.assert_close(losses.mean(), F.binary_cross_entropy_with_logits(scores, several))
+    assert_close(losses.mean(), F.binary_cross_entropy_with_logits(scores, several))
     value = torch.randn(4)
     for guess, wanted in ((scores[:, :1], value), (scores[:, 0], value), (scores[:, :1], value[:, None])):  # fmt: skip
         losses, counts = unreduced(guess, wanted, shifted=False)
-        torch.testing.assert_close(losses.mean(), F.mse_loss(guess.flatten(), wanted.flatten()))
+        assert_close(losses.mean(), F.mse_loss(guess.flatten(), wanted.flatten()))
     losses, _ = unreduced(scores, several, shifted=False, problem_type="regression")
-    torch.testing.assert_close(losses.mean(), F.mse_loss(scores, several))
+    assert_close(losses.mean(), F.mse_loss(scores, several))
     assert unreduced(logits, torch.zeros(3, dtype=torch.long), shifted=False) is None
     assert unreduced(scores, torch.zeros(3, 3), shifted=False) is None
     assert unreduced(torch.randn(0, 4, 7), torch.zeros(0, 4, dtype=torch.long), shifted=True)[0].shape == (0, 3)  # fmt: skip

@@ -19,6 +19,7 @@ from flix.backends.torch import load, named_pairs  # noqa: E402
 from flix.backends.torch.heads import trained_heads  # noqa: E402
 from flix.transformers import FlixCollator, FlixTrainer  # noqa: E402
 from tests.helpers.registry import registry  # noqa: E402
+from tests.helpers.tolerance import assert_close  # noqa: E402
 from tests.helpers.transformers import (  # noqa: E402
     arguments,
     classifier,
@@ -146,7 +147,7 @@ def test_save_model_and_load(tmp_path: Path) -> None:
     )
     with torch.no_grad():
         wanted = made.model.eval()(**batch).logits
-        assert torch.equal(fresh.eval()(**batch).logits, wanted)
+        assert_close(fresh.eval()(**batch).logits, wanted)
     assert fresh.classifier.weight.requires_grad and not fresh.bert.pooler.dense.weight.requires_grad  # fmt: skip
 
 
@@ -214,9 +215,7 @@ def test_modes_train_alike(tmp_path: Path, changes: dict[str, Any]) -> None:
         named_pairs(plain.model).items(), named_pairs(other.model).values(), strict=True
     ):
         if "bf16" not in changes:
-            np.testing.assert_allclose(
-                two.detach().numpy(), one.detach().numpy(), atol=1e-4, err_msg=name
-            )
+            assert_close(two, one, times=100, name=name)
     moved = [{n for n, p in named_pairs(m.model).items() if ".B." in n and p.abs().max() > 0} for m in (plain, other)]  # fmt: skip
     assert moved[0] == moved[1] and len(moved[0]) >= 16
 
@@ -262,7 +261,7 @@ def test_predict(tmp_path: Path) -> None:
     batch = made.data_collator.evaluation()([{k: v for k, v in r.items() if k != "text"} for r in rows(6)])  # fmt: skip
     with torch.no_grad():
         wanted = made.model.eval()(**batch).logits.numpy()
-    np.testing.assert_allclose(found.predictions, wanted, atol=1e-6)
+    assert_close(found.predictions, wanted)
 
 
 def test_mistakes(tmp_path: Path) -> None:

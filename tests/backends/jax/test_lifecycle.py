@@ -40,7 +40,7 @@ from flix.backends.jax.model import flix_layers
 from tests.helpers.jax import TOKENS, Net, adapted, random_bank, randomize
 from tests.helpers.loras import write_lora
 from tests.helpers.registry import IDS, WEIGHTS, config, registry
-from tests.helpers.tolerance import assert_close, same_bits
+from tests.helpers.tolerance import assert_all_close, assert_close, assert_far, same_bits
 
 LAYERS = {"q": (5, 7), "table": (9, 3, "embedding")}
 X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 5)), jnp.float32)
@@ -105,7 +105,7 @@ def test_removed_features_leave_the_rest_as_it_was() -> None:
     assert bits(source) == before  # what was given is not changed
     assert cfg == model.flix_config
     assert [cfg.registry.id("task", name) for name in ("ner", "pos")] == [4, 5]
-    assert same_bits(forward(model, ids, WEIGHTS), y)
+    assert_close(forward(model, ids, WEIGHTS), y)
     with pytest.raises(flix.RoutingError, match="language:swa, which was removed"):
         model(TOKENS, flix_features=IDS)
     assert np.isnan(np.asarray(forward(model, IDS))[[1, 4]]).all()
@@ -161,8 +161,8 @@ def test_renaming_keeps_ids_values_and_the_optimizers_state() -> None:
             after = [layer.flix_A for _, layer in flix_layers(model)]
             assert all(a is b for a, b in zip(tables, after, strict=True))
         train(model, optimizer, IDS)
-        runs.append(bits(model))
-    assert {n.replace("kiswahili", "swa"): v for n, v in runs[1].items()} == runs[0]
+        runs.append(named_pairs(model))
+    assert_all_close({n.replace("kiswahili", "swa"): v for n, v in runs[1].items()}, runs[0])
     source = (config(), random_bank(config(), LAYERS))
     cfg, bank = rename_feature(source, "task", "ner", "names")
     assert bank["q"].A is source[1]["q"].A
@@ -227,7 +227,7 @@ def test_one_features_file_loads_into_another_model(tmp_path: Path) -> None:
     assert without(after, "language.kin") == before
     wanted = {n: v for n, v in bits(donor).items() if n.endswith("language.kin")}
     assert {n: v for n, v in after.items() if n.endswith("language.kin")} == wanted
-    assert same_bits(forward(model, IDS, WEIGHTS), y)
+    assert_close(forward(model, IDS, WEIGHTS), y)
     # The donor's other layer became an adapted one, in the model's mode.
     paths = dict(flix_layers(model))
     assert set(paths) == {"embed", "layers.0.back", "layers.0.o"}
@@ -321,15 +321,15 @@ def test_disabled_models_are_their_base_also_when_compiled() -> None:
 
     wanted, plain = run(model, IDS), base(FLOATS)
     graph = nnx.graphdef(model)
-    assert not same_bits(wanted, plain)
+    assert_far(wanted, plain)
     with disable(model):
-        assert same_bits(model(FLOATS), plain)  # in training, without routing
+        assert_close(model(FLOATS), plain)  # in training, without routing
         assert_close(run(model, IDS), plain)
-        assert same_bits(model(FLOATS, flix_features=np.full((99, 1), 99)), plain)  # not looked at
+        assert_close(model(FLOATS, flix_features=np.full((99, 1), 99)), plain)  # not looked at
         with disable(model):
-            assert same_bits(model.up(FLOATS), base.up(FLOATS))
+            assert_close(model.up(FLOATS), base.up(FLOATS))
         assert_close(run(model, IDS), plain)
-        assert same_bits(nnx.clone(model)(FLOATS), plain)
+        assert_close(nnx.clone(model)(FLOATS), plain)
         merged = merge(model, {"language": "hau"})
     assert not any("flix" in name for name in vars(merged))
     assert same_bits(run(model, IDS), wanted)

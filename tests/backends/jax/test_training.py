@@ -212,7 +212,7 @@ def test_nnx_training_sparse_and_dense_agree() -> None:
         assert losses[-1] < losses[0]
         results.append((losses, after))
     for losses, after in results[1:]:
-        assert_close(losses, results[0][0])
+        assert_close(losses, results[0][0], dtype="float32")
         for name, value in after.items():
             assert_close(value, results[0][1][name], times=10)
 

@@ -9,7 +9,8 @@ import flix
 from flix.backends.tensorflow import FlixDense, adapt, keep_absent, named_pairs
 from flix.backends.tensorflow._base import flix_layers
 from tests.helpers.dense import dense
-from tests.helpers.tensorflow import batch, make_config, pairs_of, randomise, sequential
+from tests.helpers.registry import config
+from tests.helpers.tensorflow import batch, pairs_of, randomize, sequential
 
 X, IDS = batch(8, 6, seed=4)
 X = X.astype("f") / 11
@@ -17,7 +18,7 @@ IDS[:, 0] = np.where(np.arange(8) % 2, 0, 1)
 IDS[:, 1] = 4
 TARGET = np.ones((8, 6), "f")
 GIVEN = {"inputs": X, "flix_features": IDS}
-ABSENT = ("language.fra", "task.pos", "task.mt")
+ABSENT = ("language.zul", "task.pos")
 
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(1e-3, momentum=0.9, nesterov=True, weight_decay=0.1),
@@ -43,8 +44,8 @@ OPTIMIZERS = {
 
 
 def table_model(targets=("dense", "dense_1")):
-    model = adapt(sequential(), make_config(target_modules=targets))
-    randomise(layer for _, layer in flix_layers(model.base))
+    model = adapt(sequential(), config(target_modules=targets))
+    randomize(layer for _, layer in flix_layers(model.base))
     return model
 
 
@@ -61,7 +62,7 @@ def test_absent_features_are_bit_identical_after_any_optimizer(name):
     model.compile(OPTIMIZERS[name](), "mse", run_eagerly=name not in ("adamw", "accumulation"))
     everything = {
         "inputs": X,
-        "flix_features": np.tile([[0, 1, 3, 4, 5, 6]], (8, 1)).astype(np.int32),
+        "flix_features": np.tile([[0, 1, 3, 4, 5]], (8, 1)).astype(np.int32),
     }
     model.fit(everything, TARGET, batch_size=4, shuffle=False, verbose=0)
     before = named_pairs(model)  # with momentum in all of them
@@ -82,7 +83,7 @@ def test_optimizer_inside_a_multi_optimizer():
     )
     choose = {False: adam, True: sgd}
     model.compile(MultiOptimizer(lambda v: choose["flix_A" in v.path]), "mse", run_eagerly=True)
-    model.fit({**GIVEN, "flix_features": np.tile([[0, 1, 3, 4, 5, 6]], (8, 1))}, TARGET, verbose=0)
+    model.fit({**GIVEN, "flix_features": np.tile([[0, 1, 3, 4, 5]], (8, 1))}, TARGET, verbose=0)
     before = named_pairs(model)
     model.fit(GIVEN, TARGET, verbose=0)
     some_moved_and_absent_stayed(model, before)
@@ -109,10 +110,10 @@ def trajectory(whole, jit, strategy="gather", accumulate=False):
     rng = np.random.default_rng(0)
     keras.utils.set_random_seed(0)
     layer = FlixDense(
-        4, config=make_config(), name="q", strategy=strategy, dtype="float64", use_bias=False
+        4, config=config(), name="q", strategy=strategy, dtype="float64", use_bias=False
     )
     layer.build((None, 5))
-    randomise([layer])
+    randomize([layer])
     pairs = pairs_of(layer)
     truth = {i: [NumpyAdamW(v, 0.01, 0.1) for v in (a, b)] for i, (a, b, _) in pairs.items()}
     steps = 2 if accumulate else None
@@ -131,7 +132,7 @@ def trajectory(whole, jit, strategy="gather", accumulate=False):
     kept = {}
     for number in range(8 if not jit else 5):
         x, dy = rng.normal(size=(4, 3, 5)), rng.normal(size=(4, 3, 4))
-        ids = rng.choice([[-1, 4], [0, 5], [1, 1], [3, -1], [2, 6]][number % 3 : number % 3 + 3], 4)
+        ids = rng.choice([[-1, 4], [0, 5], [1, 1], [3, -1], [2, 5]][number % 3 : number % 3 + 3], 4)
         now = {i: (t[0].value, t[1].value, pairs[i][2]) for i, t in truth.items()}
         grads = dense(x, ids, now, kernel=layer.kernel.numpy().T, dy=dy)
         run(tf.constant(x), tf.constant(ids, tf.int32), tf.constant(dy))
@@ -164,8 +165,8 @@ def test_adamw_trajectory_under_accumulation():
 
 
 def test_fit_on_a_dataset_compiled_by_xla():
-    model = adapt(sequential(), make_config(target_modules=["dense_1"]))
-    randomise(layer for _, layer in flix_layers(model.base))
+    model = adapt(sequential(), config(target_modules=["dense_1"]))
+    randomize(layer for _, layer in flix_layers(model.base))
     data = tf.data.Dataset.from_tensor_slices((GIVEN, TARGET)).batch(4)
     model.compile(keras.optimizers.AdamW(1e-2, weight_decay=0.1), "mse", jit_compile=True)
     before = named_pairs(model)

@@ -22,7 +22,7 @@ from flix.backends.torch.kernels.operators import (  # noqa: E402
 )
 from flix.backends.torch.kernels.routes import group, routes  # noqa: E402
 from tests.helpers.registry import ROWS, config  # noqa: E402
-from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.tolerance import assert_all_close  # noqa: E402
 from tests.helpers.torch import randomize, routing  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),
     reason="no CUDA device; test_kernels.py runs this module in Triton's interpreter",
 )
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _layer(strategy, d_in, d_out, dtype=torch.float32, settings=None, bias=True):
@@ -63,11 +63,9 @@ def _run(layer, shape, ids, weights, dtype=torch.float32):
     return {name: value.cpu() for name, value in found.items() if value is not None}
 
 
-def _agree(found, expected, tolerance):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype
-        assert relative(found[name].double(), value.double()) < tolerance, name
+def _agree(found, expected, dtype=torch.float32):
+    assert {n: v.dtype for n, v in found.items()} == {n: v.dtype for n, v in expected.items()}
+    assert_all_close(found, expected, dtype=dtype)
 
 
 def _compare(shape, d_out, ids, weights, dtype=torch.float32, **changes):
@@ -75,10 +73,10 @@ def _compare(shape, d_out, ids, weights, dtype=torch.float32, **changes):
         _run(_layer(s, shape[-1], d_out, dtype, **changes), shape, ids, weights, dtype)
         for s in ("fused", "gather")
     )
-    _agree(found, expected, TOLERANCE[dtype])
+    _agree(found, expected, dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(4, 24), (4, 1, 21), (4, 5, 24), (4, 69, 40), (4, 2, 3, 16)])
 def test_every_shape_and_dtype_gives_gathers_numbers(shape, dtype):
     """ROWS has unequal ranks, a rank of 0, padding, weights below 0 and a row that activates nothing."""
@@ -100,7 +98,7 @@ def test_many_slots(rank, length):
     _compare((2, length, 20), 33, ids, weights, settings=settings)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_routing_per_token(dtype):
     rng = np.random.default_rng(0)
     ids = torch.from_numpy(rng.integers(-1, 6, (2, 9, 3)))
@@ -118,7 +116,7 @@ def test_one_row_no_bias_and_half_precision_pairs():
     _compare((1, 17, 12), 9, torch.tensor([[3, 5]]), torch.ones(1, 2), bias=False)
     layers = [_layer(s, 24, 16, torch.float16).half() for s in ("fused", "gather")]
     found, expected = (_run(layer, (4, 8, 24), *routing(), torch.float16) for layer in layers)
-    _agree(found, expected, 4e-3)
+    _agree(found, expected, torch.float16)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 12), (4, 0, 12), (0, 0, 12)])
@@ -147,7 +145,7 @@ def test_transposed_kernels_and_a_trained_base():
         layer.bias.requires_grad_(True)
         results.append(_run(layer, (4, 6, 12), *routing()))
         results[-1] |= {"kernel": layer.weight.grad.cpu(), "bias": layer.bias.grad.cpu()}
-    _agree(*results, 1e-5)
+    _agree(*results)
 
 
 def test_absent_features_get_no_gradient_in_eager_mode():
@@ -163,7 +161,7 @@ def test_autocast():
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             results.append(_run(_layer(strategy, 24, 19), (4, 8, 24), *routing()))
     assert results[0]["y"].dtype == torch.bfloat16
-    _agree(*results, 3e-2)
+    _agree(*results, torch.bfloat16)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -191,7 +189,7 @@ def test_activation_checkpointing(reentrant):
         gradients.append(
             {n: p.grad.cpu() for n, p in named_pairs(model).items() if p.grad is not None}
         )
-    _agree(*gradients, 1e-6)
+    _agree(*gradients)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -216,7 +214,7 @@ def test_compiled_whole_graph_gives_the_plain_result(dynamic):
             results.append(found)
         absent = {n for n in results[0] if n not in results[1]}
         assert all(not results[0].pop(n).any() for n in absent)
-        _agree(*results, 1e-5)
+        _agree(*results)
 
 
 class _Called:

@@ -10,8 +10,9 @@ torch = pytest.importorskip("torch")
 import flix  # noqa: E402
 from flix import ConfigError, RoutingError  # noqa: E402
 from flix.backends.torch import FlixEmbedding, FlixLinear, adapt, route  # noqa: E402
+from tests.helpers.dense import by_id, dense  # noqa: E402
 from tests.helpers.registry import ROWS, config, registry  # noqa: E402
-from tests.helpers.tolerance import relative  # noqa: E402
+from tests.helpers.tolerance import assert_close  # noqa: E402
 from tests.helpers.torch import routing  # noqa: E402
 
 
@@ -29,25 +30,8 @@ def _linear(strategy="auto", **changes):
 
 
 def _expected(layer, x, ids, weights):
-    """docs/specification.md §1.1 in numpy, position by position."""
-    kernel = layer.weight.detach().numpy()
-    bias = layer.bias.detach().numpy()
-    out = np.zeros((*x.shape[:-1], kernel.shape[0]))
-    settings = layer.flix_config
-    for place in np.ndindex(*x.shape[:-1]):
-        routed = place[: ids.ndim - 1]
-        value = kernel @ x[place] + bias
-        for feature_id, weight in zip(ids[routed], weights[routed], strict=True):
-            if feature_id < 0:
-                continue
-            feature = settings.registry.features[feature_id]
-            if settings.rank("layer", feature) == 0:
-                continue
-            a = layer.flix_A[feature].detach().numpy()
-            b = layer.flix_B[feature].detach().numpy()
-            value = value + weight * settings.scale("layer", feature) * (b @ (a @ x[place]))
-        out[place] = value
-    return out
+    pairs = by_id(layer.flix_config, layer.pairs())
+    return dense(x, ids, pairs, weights, kernel=layer.weight, bias=layer.bias).y
 
 
 @pytest.mark.parametrize("strategy", ["gather", "masked", "auto"])
@@ -58,8 +42,8 @@ def test_linear_equals_the_formula(shape, scaling, strategy):
     ids, weights = routing()
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = layer(x, flix_features=ids, flix_weights=weights)
-    expected = _expected(layer, x.numpy(), ids.numpy(), weights.double().numpy())
-    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+    expected = _expected(layer, x, ids, weights)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("strategy", ["gather", "masked", "auto"])
@@ -70,8 +54,8 @@ def test_per_token_routing_equals_the_formula_forward_and_backward(strategy):
     weights = torch.from_numpy(rng.normal(size=(2, 5, 3))).requires_grad_()
     x = torch.randn(2, 5, 6, dtype=torch.float64).requires_grad_()
     found = layer(x, flix_features=ids, flix_weights=weights)
-    expected = _expected(layer, x.detach().numpy(), ids.numpy(), weights.detach().numpy())
-    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+    expected = _expected(layer, x, ids, weights)
+    assert_close(found, expected)
     assert torch.autograd.gradcheck(
         lambda x, w: layer(x, flix_features=ids, flix_weights=w), (x, weights)
     )
@@ -112,7 +96,7 @@ def test_a_feature_listed_twice_adds_up_and_padding_changes_nothing():
     x = torch.randn(1, 4, 6, dtype=torch.float64)
     once = layer(x, flix_features=[[0]], flix_weights=[[2.0]])
     twice = layer(x, flix_features=[[0, -1, 0, -1]], flix_weights=[[0.5, 9.0, 1.5, 7.0]])
-    assert relative(twice, once) < 1e-13
+    assert_close(twice, once)
 
 
 def test_names_with_colons_and_dots_keep_their_own_parameters():
@@ -127,16 +111,14 @@ def test_embedding_equals_the_formula():
     ids, weights = routing()
     tokens = torch.randint(0, 11, (4, 7))
     found = layer(tokens, flix_features=ids, flix_weights=weights)
-    settings = layer.flix_config
-    for row in range(4):
-        expected = layer.weight[tokens[row]]
-        for i, w in zip(ids[row].tolist(), weights[row].tolist(), strict=True):
-            feature = registry().features[max(i, 0)]
-            if i < 0 or feature not in layer.flix_A:
-                continue
-            update = layer.flix_B[feature] @ layer.flix_A[feature]
-            expected = expected + w * settings.scale("layer", feature) * update.t()[tokens[row]]
-        assert relative(found[row], expected) < 1e-12
+    expected = dense(
+        torch.eye(11)[tokens],
+        ids,
+        by_id(layer.flix_config, layer.pairs()),
+        weights,
+        kernel=layer.weight.t(),
+    )
+    assert_close(found, expected.y)
 
 
 def test_initial_values_are_the_cores_bytes():
@@ -154,7 +136,7 @@ def test_route_runs_layers_of_a_users_own_model():
     x = torch.randn(4, 3, 6, dtype=torch.float64)
     with route(registry(), registry().encode(ROWS)):
         inside = layer(x)
-    assert relative(inside, layer(x, flix_features=ids, flix_weights=weights)) == 0.0
+    assert_close(inside, layer(x, flix_features=ids, flix_weights=weights))
     with pytest.raises(RoutingError, match="no routing is in force"):
         layer(x)
 
@@ -165,7 +147,7 @@ def test_a_routing_object_is_routing():
     x = torch.randn(4, 6)
     ids, weights = routing()
     found = model(x, flix_features=encoded)
-    assert torch.equal(found, model(x, flix_features=ids, flix_weights=weights))
+    assert_close(found, model(x, flix_features=ids, flix_weights=weights))
     other = flix.FeatureRegistry({"language": ["a"]}).encode([{"language": "a"}] * 4)
     with pytest.raises(RoutingError, match="another registry"):
         model(x, flix_features=other)
