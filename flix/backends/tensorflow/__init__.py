@@ -24,46 +24,24 @@ if _keras.backend.backend() != "tensorflow":
         f"{_keras.backend.backend()!r}; set KERAS_BACKEND=tensorflow before Keras is imported"
     )
 
-from flix.backends.tensorflow._context import route
-from flix.backends.tensorflow.files import load, load_into, save, to_adapter
-from flix.backends.tensorflow.inspection import named_pairs, summary, trainable_parameters
+from flix.backends.tensorflow import primitives
+from flix.backends.tensorflow.adapt import FlixModel
 from flix.backends.tensorflow.layers import FlixDense, FlixEinsumDense, FlixEmbedding
-from flix.backends.tensorflow.lifecycle import (
-    add_feature,
-    import_peft,
-    load_features,
-    remove_feature,
-    rename_feature,
-)
-from flix.backends.tensorflow.merging import merge
-from flix.backends.tensorflow.model import FlixModel, adapt
 from flix.backends.tensorflow.optimizers import keep_absent
-from flix.backends.tensorflow.switching import disable, freeze, thaw
+from flix.backends.tensorflow.routing import route
+from flix.backends.verbs import Verbs
 from flix.core.adapter.summary import Summary
 
+verbs = Verbs(primitives)
+adapt, trainable_parameters, summary = verbs.adapt, verbs.trainable_parameters, verbs.summary
+add_feature, remove_feature = verbs.add_feature, verbs.remove_feature
+rename_feature, load_features = verbs.rename_feature, verbs.load_features
+import_peft, to_adapter, named_pairs = verbs.import_peft, verbs.to_adapter, verbs.named_pairs
+save, load, load_into = verbs.save, verbs.load, verbs.load_into
+freeze, thaw, disable, merge = verbs.freeze, verbs.thaw, verbs.disable, verbs.merge
+
 __all__ = [
-    "FlixDense",
-    "FlixEinsumDense",
-    "FlixEmbedding",
-    "FlixModel",
-    "Summary",
-    "adapt",
-    "add_feature",
-    "disable",
-    "freeze",
-    "import_peft",
-    "keep_absent",
-    "load",
-    "load_features",
-    "load_into",
-    "merge",
-    "named_pairs",
-    "remove_feature",
-    "rename_feature",
-    "route",
-    "save",
-    "summary",
-    "thaw",
-    "to_adapter",
-    "trainable_parameters",
-]
+    "FlixDense", "FlixEinsumDense", "FlixEmbedding", "FlixModel", "Summary", "adapt", "add_feature", "disable", "freeze",
+    "import_peft", "keep_absent", "load", "load_features", "load_into", "merge", "named_pairs", "primitives",
+    "remove_feature", "rename_feature", "route", "save", "summary", "thaw", "to_adapter", "trainable_parameters",
+]  # fmt: skip

@@ -1,9 +1,8 @@
-"""What the TensorFlow backend shows the conformance kit (``flix_conformance``): numpy in, numpy out."""
+"""What the conformance kit runs of this backend beside its verbs: see ``flix_conformance.harness.Harness``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -11,193 +10,130 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from flix.backends.tensorflow.files import load, save
-from flix.backends.tensorflow.inspection import trainable_parameters
-from flix.backends.tensorflow.lifecycle import (
-    add_feature,
-    load_features,
-    remove_feature,
-    rename_feature,
-)
-from flix.backends.tensorflow.merging import merge
-from flix.backends.tensorflow.model import FlixModel, adapt, flix_layers
-from flix.backends.tensorflow.optimizers import keep_absent
+from flix.backends.tensorflow import keep_absent, primitives
+from flix.backends.tensorflow.adapt import FlixModel
+from flix.backends.tensorflow.paths import flix_layers
 
 if TYPE_CHECKING:
-    from flix_conformance import AdamW, Batch, Case, Pairs  # type: ignore[import-not-found]
+    from flix_conformance.harness import AdamW, Batch, Layer  # type: ignore[import-not-found]
 
 
-def _plain(case: Case) -> Any:
-    """A functional model that is one layer."""
-    tokens = case.kind == "embedding"
-    lead = (None,) * (case.x.ndim - (1 if tokens else 2))
-    given = keras.Input(
-        lead if tokens else (*lead, case.d_in), dtype="int32" if tokens else case.dtype
-    )
-    weights = [case.kernel]
-    layer: Any
-    if tokens:
-        layer = keras.layers.Embedding(case.d_in, case.d_out, dtype=case.dtype, name=case.path)
-    else:
-        layer = keras.layers.Dense(
-            case.d_out, use_bias=case.bias is not None, dtype=case.dtype, name=case.path
-        )
-        weights += [] if case.bias is None else [case.bias]
-    model = keras.Model(given, layer(given))
-    layer.set_weights(weights)
-    return model
+def _x(batch: Batch) -> Any:
+    return tf.constant(batch.x, tf.int32 if batch.x.dtype.kind in "iu" else batch.dtype)
 
 
-def _layer(model: FlixModel) -> Any:
-    return next(layer for _, layer in flix_layers(model.base))
-
-
-def _model(case: Case) -> FlixModel:
-    if case.model is not None:
-        return case.model  # type: ignore[no-any-return]
-    model = adapt(_plain(case), case.config, strategy=case.strategy)
-    _layer(model).set_pairs(
-        {f: pair[0] for f, pair in case.pairs.items()},
-        {f: pair[1] for f, pair in case.pairs.items()},
-    )
-    return model
-
-
-def _pairs(model: FlixModel) -> Pairs:
-    return {feature: (a, b) for feature, a, b in _layer(model).pairs()}
-
-
-def _x(case: Case, values: NDArray[Any]) -> Any:
-    return tf.constant(values, tf.int32 if case.kind == "embedding" else case.dtype)
-
-
-def _inputs(x: Any, ids: Any, weights: Any) -> dict[str, Any]:
-    inputs = {"inputs": x, "flix_features": ids}
-    return inputs if weights is None else {**inputs, "flix_weights": weights}
+def _called(model: Any, x: Any, batch: Batch, weights: Any, **options: Any) -> Any:
+    routing = {"flix_features": batch.ids, "flix_weights": weights}
+    given = {name: value for name, value in routing.items() if value is not None}
+    return model({"inputs": x, **given} if given else x, **options)
 
 
 def _numpy(values: Any) -> NDArray[Any]:
     return np.asarray(tf.cast(values, tf.float64))
 
 
-def _kernel(layer: Any, kind: str) -> Any:
-    return layer._embeddings if kind == "embedding" else layer._kernel
+def _layer(model: Any, path: str) -> Any:
+    return (model.base if isinstance(model, FlixModel) else model).get_layer(path)
+
+
+def _kernel(layer: Any) -> Any:
+    return layer._embeddings if isinstance(layer, keras.layers.Embedding) else layer._kernel
 
 
 class TensorFlowHarness:
-    """See ``flix_conformance.harness.Harness``."""
+    """Plain models, calls, gradients and training: numpy in, numpy out."""
 
     dtypes = ("float32", "bfloat16", "float64")
     strategies = ("auto", "gather", "masked", "single", "fused")
     kinds = ("linear", "embedding")
 
-    def forward(self, case: Case) -> tuple[NDArray[Any], str]:
-        y = _model(case)(_inputs(_x(case, case.x), case.ids, case.weights))
+    def plain(self, layers: Sequence[Layer], x: NDArray[Any]) -> Any:
+        """A functional model."""
+        first = layers[0]
+        tokens = first.kind == "embedding"
+        shape = (None,) * (x.ndim - 1) if tokens else (*[None] * (x.ndim - 2), len(first.kernel))
+        given = y = keras.Input(shape, dtype="int32" if tokens else first.dtype)
+        for layer in layers:
+            options = {"dtype": layer.dtype, "name": layer.path}
+            d_in, d_out = map(int, layer.kernel.shape)
+            made: Any
+            if layer.kind == "embedding":
+                made = keras.layers.Embedding(d_in, d_out, **options)
+            else:
+                made = keras.layers.Dense(d_out, use_bias=layer.bias is not None, **options)
+            y = made(y)
+            made.set_weights([value for value in (layer.kernel, layer.bias) if value is not None])
+        return keras.Model(given, y)
+
+    def call(self, model: Any, batch: Batch, path: str | None = None) -> tuple[NDArray[Any], str]:
+        """In eager mode."""
+        if path is None:
+            y = _called(model, _x(batch), batch, batch.weights)
+        else:
+            layer = _layer(model, path)
+            y = layer(_x(batch), flix_features=batch.ids, flix_weights=batch.weights)
         return _numpy(y), tf.as_dtype(y.dtype).name
 
-    def gradients(self, case: Case, dy: NDArray[Any]) -> dict[str, Any]:
-        model = _model(case)
-        layer = _layer(model)
-        x = _x(case, case.x)
-        weights = None if case.weights is None else tf.constant(case.weights)
-        kernel = _kernel(layer, case.kind)
-        base = [kernel] if any(v is kernel for v in trainable_parameters(model)) else []
-        tables = [] if layer.flix_A is None else [layer.flix_A, layer.flix_B]
+    def gradients(self, model: FlixModel, batch: Batch, dy: NDArray[Any]) -> Mapping[str, Any]:
+        """By a tape."""
+        ((_, layer),) = flix_layers(model.base)
+        x = _x(batch)
+        weights = None if batch.weights is None else tf.constant(batch.weights)
+        wanted = {
+            "x": x if x.dtype.is_floating else None,
+            "weights": weights,
+            "A": None if layer.flix_A is None else layer.flix_A.value,
+            "B": None if layer.flix_B is None else layer.flix_B.value,
+            "base": _kernel(layer).value if _kernel(layer).trainable else None,
+        }
+        asked = {name: value for name, value in wanted.items() if value is not None}
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch([v.value for v in (*tables, *base)])
-            tape.watch([t for t in (x, weights) if t is not None and t.dtype.is_floating])
-            y = model(_inputs(x, case.ids, weights), training=True)
-        wanted = [x, weights, *(v.value for v in (*tables, *base))]
+            tape.watch(list(asked.values()))
+            y = _called(model, x, batch, weights, training=True)
         found = tape.gradient(
             y,
-            [t for t in wanted if t is not None],
+            asked,
             output_gradients=tf.constant(dy, y.dtype),
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
-        values = iter(found)
-        dx = next(values)
-        d_weights = None if weights is None else next(values)
-        dense = [_numpy(tf.convert_to_tensor(value)) for value in values]
-        return {
-            "x": None if case.kind == "embedding" else _numpy(dx),
-            "weights": None if d_weights is None else _numpy(d_weights),
-            "pairs": _cut(layer, dense) if tables else {},
-            "base": dense[-1] if base else None,
+        dense = {name: _numpy(tf.convert_to_tensor(value)) for name, value in found.items()}
+        features = model.flix_config.registry.features
+        pairs = {
+            features[i]: (dense["A"][layer.span(i)], dense["B"][layer.span(i)].T)
+            for i, rank in enumerate(layer.flix_layout.ranks)
+            if rank
         }
+        return {name: dense.get(name) for name in ("x", "weights", "base")} | {"pairs": pairs}
 
-    def train(self, case: Case, batches: Sequence[Batch], optimizer: AdamW) -> dict[str, Any]:
-        model = _model(case)
-        adamw = keep_absent(
+    def trainer(self, model: FlixModel, settings: AdamW) -> Callable[[Batch], Any]:
+        """Steps of Keras's AdamW."""
+        optimizer = keep_absent(
             keras.optimizers.AdamW(
-                learning_rate=optimizer.lr,
-                beta_1=optimizer.beta1,
-                beta_2=optimizer.beta2,
-                epsilon=optimizer.eps,
-                weight_decay=optimizer.decay,
+                learning_rate=settings.lr,
+                beta_1=settings.beta1,
+                beta_2=settings.beta2,
+                epsilon=settings.eps,
+                weight_decay=settings.decay,
             )
         )
-        variables = trainable_parameters(model)
-        adamw.build(variables)
-        trajectory = []
-        for batch in batches:
+        variables = primitives.parameters(model)
+        optimizer.build(variables)
+
+        def step(batch: Batch) -> None:
             with tf.GradientTape() as tape:
-                y = model(_inputs(_x(case, batch.x), batch.ids, batch.weights), training=True)
+                y = _called(model, _x(batch), batch, batch.weights, training=True)
                 loss = tf.reduce_sum((y - batch.target) ** 2) / (2 * len(batch.x))
-            adamw.apply(tape.gradient(loss, [v.value for v in variables]), variables)
-            trajectory.append(_pairs(model))
-        return {"pairs": trajectory, "base": _kernel(_layer(model), case.kind).numpy()}
+            optimizer.apply(tape.gradient(loss, [v.value for v in variables]), variables)
 
-    def merge(self, case: Case, row: Mapping[str, Any]) -> NDArray[Any]:
-        layer = merge(_model(case), row).get_layer(case.path)
-        return _numpy(_kernel(layer, case.kind).value)
+        return step
 
-    def initial(self, case: Case) -> Pairs:
-        return _pairs(adapt(_plain(case), case.config))
+    def kernel(self, model: Any, path: str) -> NDArray[Any]:
+        """Of a plain or adapted model."""
+        return _numpy(_kernel(_layer(model, path)).value)
 
-    def save(self, case: Case, folder: Path) -> None:
-        save(_model(case), folder)
-
-    def load(self, case: Case, folder: Path) -> Pairs:
-        return _pairs(load(_plain(case), folder))
-
-    def adapted(self, case: Case) -> FlixModel:
-        return _model(case)
-
-    def state(self, model: Any) -> tuple[dict[tuple[str, str], int], Pairs]:
-        registry = model.flix_config.registry
-        return {f: registry.id(*f) for f in registry.live}, _pairs(model)
-
-    def add_feature(
-        self, model: FlixModel, group: str, name: str, rank: int, init_from: Sequence[str]
-    ) -> None:
-        add_feature(model, group, name, rank, init_from=init_from)
-
-    def remove_feature(self, model: FlixModel, group: str, name: str) -> None:
-        remove_feature(model, group, name)
-
-    def rename_feature(self, model: FlixModel, group: str, name: str, new: str) -> None:
-        rename_feature(model, group, name, new)
-
-    def save_features(
-        self, model: FlixModel, folder: Path, features: Sequence[tuple[str, str]]
-    ) -> None:
-        save(model, folder, features)
-
-    def load_features(self, model: FlixModel, folder: Path) -> None:
-        load_features(model, folder)
+    def unfreeze(self, model: FlixModel, path: str) -> None:
+        """As a user does with a head."""
+        _layer(model, path).trainable = True
 
 
-def _cut(layer: Any, tables: list[NDArray[Any]]) -> Pairs:
-    """Gradients of the whole tables as those of each feature."""
-    a, b = tables[:2]
-    return {
-        feature: (a[rows], b[rows].T)
-        for i, feature in enumerate(layer.flix_config.registry.features)
-        if layer.flix_layout.ranks[i]
-        for rows in [layer._span(i)]
-    }
-
-
-def harness() -> TensorFlowHarness:
-    """The harness."""
-    return TensorFlowHarness()
+harness = TensorFlowHarness

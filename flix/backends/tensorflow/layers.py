@@ -2,25 +2,190 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
+import math
 from typing import Any
 
-import keras
 import tensorflow as tf
 from keras import layers, ops
 
-from flix.backends.tensorflow._einsum import LinearEinsum, linear_einsum
-from flix.backends.tensorflow._layer import FlixLayer, config_from
-from flix.backends.tensorflow._ops import routed_embedding, routed_linear
+from flix.backends import messages
+from flix.backends.tensorflow.einsum import LinearEinsum, linear_einsum
+from flix.backends.tensorflow.parameters import FlixState, Parameters, config_from, places_of
+from flix.backends.tensorflow.patches.saving import register
+from flix.backends.tensorflow.routing import CALL, ActiveRouting, current, make_routing
+from flix.backends.tensorflow.sums import routed_embedding, routed_linear
 from flix.core.config.config import FlixConfig
-from flix.core.config.layout import LayerLayout
 from flix.core.errors import TargetError
+from flix.core.strategy.decide import Facts, decide
 
-_register = keras.saving.register_keras_serializable(package="flix")
+_MANY = 1 << 20
+"""Stands for a size that is not known while a graph is traced."""
+Sizes = list[int | None]
 
 
-@_register
+class FlixLayer(Parameters):
+    """How an adapted layer is made by hand, how routing reaches it, and how its input is fitted to the routing.
+
+    Args:
+        args: those of the plain layer.
+        config: the configuration; its ranks and seed are used.
+        path: the layer's path, which ranks, initial values and messages go by; default: its name.
+        strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
+        frozen: ids of features that do not train.
+        kwargs: those of the plain layer.
+
+    Raises:
+        ConfigError: no configuration, or an unknown strategy.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        config: FlixConfig | dict[str, Any],
+        path: str | None = None,
+        strategy: str = "auto",
+        frozen: tuple[int, ...] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        state = FlixState(config_from(config), tuple(frozen))
+        self.describe(state, path or self.name, strategy)  # type: ignore[attr-defined]
+        if self.built:  # type: ignore[attr-defined]  # an Embedding that was given its weights
+            self.attach()
+
+    def call(
+        self, inputs: Any, flix_features: Any = None, flix_weights: Any = None, training: Any = None
+    ) -> Any:
+        """The adapted map.
+
+        Args:
+            inputs: ``[B, ..., d_in]``, or token ids ``[B, ...]``.
+            flix_features: int ``[B, W]`` or ``[B, T, W]``; default: the routing in force.
+            flix_weights: float in that shape; default 1.
+            training: whether the layer trains; without routing, that is an error.
+
+        Returns:
+            ``[B, ..., d_out]``, in the plain layer's form.
+
+        Raises:
+            RoutingError: no routing in training, weights alone, or routing that does not fit the inputs. A model that
+                is disabled does not look at it.
+        """
+        routing = self._routing(flix_features, flix_weights, training)
+        if routing is None:
+            return self.flix_base.call(self, inputs)
+        return self._routed(inputs, routing)
+
+    def _routed(self, inputs: Any, routing: ActiveRouting) -> Any:
+        """The adapted map under some routing."""
+        raise NotImplementedError
+
+    def _routing(self, features: Any, weights: Any, training: Any) -> ActiveRouting | None:
+        """The routing to run under: the one given, or the one in force; None to run the base alone."""
+        if self.flix_state.disabled:
+            return None
+        routing = current.routing
+        if features is not None:
+            routing = make_routing(self.flix_config.registry, features, weights)
+        elif weights is not None:
+            raise messages.weights_alone()
+        elif routing is None and training:
+            raise messages.unrouted_layer(self.flix_name, CALL)
+        return routing if self.flix_A is not None else None
+
+    def _sum(
+        self, x: Any, base: Any, rows: tuple[Any, Any], routing: ActiveRouting, strategy: str
+    ) -> Any:
+        """base, in its own shape, plus what the features make of x: rows N of S positions, or of S token ids."""
+        plan = routing.plan(self.flix_layout, self.flix_A.dtype)
+        tables = self.flix_A.value, self.flix_B.value
+        tokens = self.flix_kind == "embedding"
+        x = tf.reshape(tf.cast(x, tf.int32), rows) if tokens else tf.reshape(x, [*rows, self.d_in])
+        grouped = tf.reshape(base, [*rows, self.d_out])
+        routed = routed_embedding if tokens else routed_linear
+        y = routed(x, grouped, plan, tables, strategy, self.flix_live)
+        y = tf.reshape(y, tf.shape(base))
+        y.set_shape(base.shape)
+        return y
+
+    def _strategy_for(self, routing: ActiveRouting, given: Sizes) -> str:
+        """The strategy for an input of these leading sizes, from shapes alone."""
+        examples, total = _product(routing.lead), _product(given)
+        if len(given) > len(routing.lead):
+            positions = _product(given[len(routing.lead) :])
+        elif _MANY in (examples, total) or not examples:
+            positions = 1
+        else:  # more than 1 where the model flattened its input
+            positions = total // examples
+        most = places_of(self.flix_layout).most
+        rows = int(most[min(routing.ids.shape[-1] or len(most), len(most) - 1)])
+        facts = Facts(
+            examples=examples,
+            positions=positions,
+            rows=rows,
+            union=min(int(most[-1]), examples * rows),  # ids are not known in a graph
+            device="tensorflow-cpu",
+        )
+        strategy = decide(self.flix_strategy, facts).strategy
+        if strategy == "single" and routing.unlike is not None:
+            raise messages.rows_differ(routing.unlike)
+        return strategy
+
+    def _grouped(
+        self, x: Any, routing: ActiveRouting, trailing: int
+    ) -> tuple[Any, tuple[Any, Any], str]:
+        """x with its leading dimensions fitted to the routing's rows.
+
+        Args:
+            x: ``[..., d_in]`` (trailing 1), or token ids ``[...]`` (trailing 0).
+            routing: the routing in force.
+            trailing: the number of dimensions of x that are no positions.
+
+        Returns:
+            x (repeated where it has one row for all); the rows N and the positions S a row; the strategy.
+
+        Raises:
+            RoutingError: the leading dimensions are not the routing's.
+        """
+        lead = routing.lead
+        given = x.shape.as_list()[: x.shape.rank - trailing]
+        strategy = self._strategy_for(routing, given)
+        if (
+            len(given) >= len(lead)
+            and given[0] == 1 != lead[0]
+            and _compatible(given[1 : len(lead)], lead[1:])
+        ):
+            # One row for all, as position ids have it: each row of the batch gets its own.
+            x = tf.repeat(x, tf.shape(routing.ids)[0], axis=0)
+            given = x.shape.as_list()[: x.shape.rank - trailing]
+        dynamic, rows = tf.shape(x), tf.shape(routing.ids)[:-1]
+        count = tf.reduce_prod(rows)
+        total = tf.reduce_prod(dynamic[: len(given)])
+        fits = len(given) >= len(lead) and _compatible(given[: len(lead)], lead)
+        # Models that flatten [B, S, d] to [B * S, d] before a layer.
+        lengths = (1,) if len(lead) == 2 else routing.lengths
+        known = _product(lead)
+        flattened = len(given) == 1 and any(
+            given[0] is None or not isinstance(n, int) or known >= _MANY or given[0] == known * n
+            for n in lengths
+        )
+        if not fits and not flattened:
+            raise messages.other_lead(self.flix_name, given, lead)
+        if None in given or None in lead or (flattened and not fits):
+            same = tf.constant(False)
+            if fits:
+                same = tf.reduce_all(dynamic[: len(lead)] == rows)
+            for length in lengths if flattened else ():
+                same = same | (total == count * length)
+            error = str(messages.other_lead(self.flix_name, given, lead))
+            check = tf.debugging.Assert(same, [error])
+            if check is not None:  # in a graph; None in eager mode
+                with tf.control_dependencies([check]):
+                    x = tf.identity(x)
+        return x, (count, total // tf.maximum(count, 1)), strategy
+
+
+@register
 class FlixDense(FlixLayer, layers.Dense):  # type: ignore[misc]
     """A frozen Dense layer plus each row's sum of low-rank updates, before the activation (docs/specification.md §1.1).
 
@@ -29,159 +194,77 @@ class FlixDense(FlixLayer, layers.Dense):  # type: ignore[misc]
         layer = FlixDense(768, config=config, name="q")
         y = layer(x, flix_features=ids, flix_weights=None)
 
-    Args:
-        units: d_out.
-        config: the configuration; its ranks and seed are used.
-        path: the layer's path, which ranks, initial values and messages go by; default: its name.
-        strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
-        frozen: ids of features that do not train.
-        kwargs: Dense's.
-
-    Raises:
-        ConfigError: no configuration, or an unknown strategy.
+    Arguments are those of :class:`FlixLayer`.
     """
 
     flix_base = layers.Dense
-
-    def __init__(
-        self,
-        units: int,
-        *,
-        config: FlixConfig | dict[str, Any],
-        path: str | None = None,
-        strategy: str = "auto",
-        frozen: tuple[int, ...] = (),
-        **kwargs: Any,
-    ) -> None:
-        layers.Dense.__init__(self, units, **kwargs)
-        self.describe(config_from(config), path or self.name, strategy, tuple(frozen))
 
     @staticmethod
     def sizes_of(layer: Any) -> tuple[int, int]:
         """(d_in, d_out) of a Dense layer, adapted or not."""
         return int(layer._kernel.shape[0]), int(layer._kernel.shape[1])
 
-    def call(
-        self, inputs: Any, flix_features: Any = None, flix_weights: Any = None, training: Any = None
-    ) -> Any:
-        """The adapted map.
-
-        Args:
-            inputs: ``[B, ..., d_in]``.
-            flix_features: int ``[B, W]`` or ``[B, T, W]``; default: the routing in force.
-            flix_weights: float in that shape; default 1.
-            training: whether the layer trains; without routing, that is an error.
-
-        Returns:
-            ``[B, ..., units]``.
-
-        Raises:
-            RoutingError: no routing in training, or routing that does not fit the inputs.
-        """
-        routing = self._routing(flix_features, flix_weights, training)
-        if routing is None:
-            return layers.Dense.call(self, inputs)
-        given = inputs.shape.as_list()[:-1]
-        strategy = self._strategy_for(routing, given)
-        x, count, length = self._grouped(inputs, routing, trailing=1)
+    def _routed(self, inputs: Any, routing: ActiveRouting) -> Any:
+        x, rows, strategy = self._grouped(inputs, routing, trailing=1)
         base = ops.matmul(x, self.kernel)
         if self.bias is not None:
             base = ops.add(base, self.bias)
-        y = routed_linear(
-            tf.reshape(x, [count, length, self.d_in]),
-            tf.reshape(base, [count, length, self.d_out]),
-            routing.plan(self.flix_layout, self.flix_A.dtype),
-            (self.flix_A.value, self.flix_B.value),
-            strategy,
-            self.flix_live,
-        )
-        y = tf.reshape(y, tf.shape(base))
-        y.set_shape(base.shape)
+        y = self._sum(x, base, rows, routing, strategy)
         return y if self.activation is None else self.activation(y)
 
 
-@_register
+@register
 class FlixEinsumDense(FlixLayer, layers.EinsumDense):  # type: ignore[misc]
     """A frozen EinsumDense layer plus each row's own sum of low-rank updates, before the activation.
 
     The kernel counts as a matrix ``[d_in, d_out]``: the axes that it shares with the input, in the kernel's order
     and flattened row by row, then the axes that it shares with the output, likewise. For attention's query
     ``"abc,cde->abde"`` that is ``[c, d * e]``, for its output ``"abcd,cde->abe"`` ``[c * d, e]``: heads first, as in
-    other frameworks' two-dimensional kernels. Arguments as for :class:`FlixDense`.
+    other frameworks' two-dimensional kernels. Arguments are those of :class:`FlixLayer`.
+
+    Attributes:
+        flix_map: the equation as a linear map.
 
     Raises:
         TargetError: an equation that is no linear map at every position.
     """
 
     flix_base = layers.EinsumDense
+    flix_map: LinearEinsum
 
-    def __init__(
-        self,
-        equation: str,
-        output_shape: Any,
-        *,
-        config: FlixConfig | dict[str, Any],
-        path: str | None = None,
-        strategy: str = "auto",
-        frozen: tuple[int, ...] = (),
-        **kwargs: Any,
-    ) -> None:
-        layers.EinsumDense.__init__(self, equation, output_shape, **kwargs)
-        if isinstance(reason := linear_einsum(equation), str):
-            raise TargetError(f"layer {self.name!r} cannot be adapted: {reason}")
-        self.describe(config_from(config), path or self.name, strategy, tuple(frozen))
-
-    @property
-    def flix_map(self) -> LinearEinsum:
-        """The equation as a linear map."""
-        return _linear_einsum(self.equation)
+    def describe(self, state: FlixState, name: str, *args: Any) -> None:
+        """See :meth:`Parameters.describe`."""
+        found = linear_einsum(self.equation)
+        if isinstance(found, str):
+            raise TargetError(f"layer {name!r} cannot be adapted: {found}")
+        self.flix_map = found
+        super().describe(state, name, *args)
 
     @staticmethod
     def sizes_of(layer: Any) -> tuple[int, int]:
-        """(d_in, d_out) of an EinsumDense layer, adapted or not."""
-        return _linear_einsum(layer.equation).sizes(tuple(layer._kernel.shape))
+        """(d_in, d_out) of an EinsumDense layer with a linear equation, adapted or not."""
+        found = getattr(layer, "flix_map", None) or linear_einsum(layer.equation)
+        return found.sizes(tuple(layer._kernel.shape))  # type: ignore[no-any-return,union-attr]
 
-    def call(
-        self, inputs: Any, flix_features: Any = None, flix_weights: Any = None, training: Any = None
-    ) -> Any:
-        """The adapted map; arguments as for :class:`FlixDense`."""
-        routing = self._routing(flix_features, flix_weights, training)
-        if routing is None:
-            return layers.EinsumDense.call(self, inputs)
-        equation = self.flix_map
-        order = equation.input_order(inputs.shape.rank)
-        positions = inputs.shape.rank - len(equation.contracted)
-        x = inputs if order == sorted(order) else tf.transpose(inputs, order)
-        strategy = self._strategy_for(routing, x.shape.as_list()[:positions])
-        x, count, length = self._grouped(x, routing, trailing=len(equation.contracted))
-        lead = tf.shape(x)[:positions]
+    def _routed(self, inputs: Any, routing: ActiveRouting) -> Any:
+        equation, rank = self.flix_map, inputs.shape.rank
+        trailing = len(equation.contracted)
+        x = _transposed(inputs, equation.input_order(rank))
+        x, rows, strategy = self._grouped(x, routing, trailing)
+        lead = tf.shape(x)[: rank - trailing]
         kernel = tf.transpose(self.kernel, equation.kernel_order)
-        made = [kernel.shape[len(equation.contracted) + i] for i in range(len(equation.made))]
-        x = tf.reshape(x, [count, length, self.d_in])
-        base = tf.reshape(
-            tf.matmul(
-                tf.reshape(x, [count * length, self.d_in]),
-                tf.reshape(kernel, [self.d_in, self.d_out]),
-            ),
-            [count, length, self.d_out],
-        )
-        y = routed_linear(
-            x,
-            base,
-            routing.plan(self.flix_layout, self.flix_A.dtype),
-            (self.flix_A.value, self.flix_B.value),
-            strategy,
-            self.flix_live,
-        )
+        made = kernel.shape[trailing:]
+        x = tf.reshape(x, [rows[0] * rows[1], self.d_in])
+        base = tf.matmul(x, tf.reshape(kernel, [self.d_in, self.d_out]))
+        y = self._sum(x, base, rows, routing, strategy)
         y = tf.reshape(y, tf.concat([lead, made], 0))
-        order = equation.output_order(positions + len(made), inputs.shape.rank)
-        y = y if order == sorted(order) else tf.transpose(y, order)
+        y = _transposed(y, equation.output_order(rank - trailing + len(made), rank))
         if self.bias is not None:
             y = ops.add(y, self.bias)
         return y if self.activation is None else self.activation(y)
 
 
-@_register
+@register
 class FlixEmbedding(FlixLayer, layers.Embedding):  # type: ignore[misc]
     """A frozen embedding plus each row's own sum: y = E0[t] + Σ w s B_f A_f[:, t] (docs/specification.md §1.1).
 
@@ -191,62 +274,18 @@ class FlixEmbedding(FlixLayer, layers.Embedding):  # type: ignore[misc]
     flix_kind = "embedding"
     flix_base = layers.Embedding
 
-    def __init__(
-        self,
-        input_dim: int,
-        output_dim: int,
-        *,
-        config: FlixConfig | dict[str, Any],
-        path: str | None = None,
-        strategy: str = "auto",
-        frozen: tuple[int, ...] = (),
-        weights: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        layers.Embedding.__init__(self, input_dim, output_dim, **kwargs)
-        self.describe(config_from(config), path or self.name, strategy, tuple(frozen))
-        if weights is not None:
-            self.build()
-            self._embeddings.assign(weights[0] if isinstance(weights, list) else weights)
-
     @staticmethod
     def sizes_of(layer: Any) -> tuple[int, int]:
         """(vocabulary, d_out) of an Embedding layer, adapted or not."""
         return int(layer.input_dim), int(layer.output_dim)
 
-    def call(
-        self, inputs: Any, flix_features: Any = None, flix_weights: Any = None, training: Any = None
-    ) -> Any:
-        """The adapted lookup: token ids ``[B, ...]`` to ``[B, ..., d_out]``; otherwise as FlixDense's."""
-        routing = self._routing(flix_features, flix_weights, training)
-        if routing is None:
-            return layers.Embedding.call(self, inputs)
-        strategy = self._strategy_for(routing, inputs.shape.as_list())
-        x, count, length = self._grouped(inputs, routing, trailing=0)
-        base = layers.Embedding.call(self, x)
-        y = routed_embedding(
-            tf.reshape(tf.cast(x, tf.int32), [count, length]),
-            tf.reshape(base, [count, length, self.d_out]),
-            routing.plan(self.flix_layout, self.flix_A.dtype),
-            (self.flix_A.value, self.flix_B.value),
-            strategy,
-            self.flix_live,
-        )
-        y = tf.reshape(y, tf.shape(base))
-        y.set_shape(base.shape)
-        return y
+    def _routed(self, inputs: Any, routing: ActiveRouting) -> Any:
+        x, rows, strategy = self._grouped(inputs, routing, trailing=0)
+        return self._sum(x, layers.Embedding.call(self, x), rows, routing, strategy)
 
     def compute_output_spec(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Keras's hook."""
         return layers.Embedding.compute_output_spec(self, inputs)
-
-
-@functools.cache
-def _linear_einsum(equation: str) -> LinearEinsum:
-    found = linear_einsum(equation)
-    if isinstance(found, str):
-        raise TargetError(found)
-    return found
 
 
 def adaptable(layer: Any) -> tuple[type[Any] | None, str]:
@@ -271,40 +310,13 @@ def adaptable(layer: Any) -> tuple[type[Any] | None, str]:
     return None, ""
 
 
-def become(
-    layer: Any,
-    config: FlixConfig,
-    path: str,
-    strategy: str,
-    frozen: tuple[int, ...] = (),
-    layout: LayerLayout | None = None,
-) -> None:
-    """Turn a built plain layer into its adapted class, in place: graphs, attributes and sharing stay as they are."""
-    target, reason = adaptable(layer)
-    if target is None:
-        raise TargetError(f"layer {path!r} cannot be adapted: {reason or type(layer).__name__}")
-    _switch(layer, target)
-    layer.describe(config, path, strategy, frozen, layout)
-    layer._trainable = True
-    layer.attach()
+def _transposed(x: Any, order: list[int]) -> Any:
+    return x if order == sorted(order) else tf.transpose(x, order)
 
 
-def revert(layer: Any) -> None:
-    """Turn an adapted layer back into the plain layer it was, in place; its features are gone."""
-    for name in ("flix_A", "flix_B"):
-        if getattr(layer, name) is not None:
-            layer._untrack_variable(getattr(layer, name))
-    for name in [key for key in vars(layer) if key.startswith("flix_")]:
-        delattr(layer, name)
-    _switch(layer, type(layer).flix_base)
+def _product(sizes: Sizes) -> int:
+    return _MANY if None in sizes else min(math.prod(sizes), _MANY)  # type: ignore[arg-type]
 
 
-def _switch(layer: Any, cls: type[Any]) -> None:
-    """Give a layer another class; Keras keeps what it found out about the call's signature on the instance."""
-    layer.__class__ = cls
-    layer._call_signature = inspect.signature(layer.call)
-    names = list(layer._call_signature.parameters)
-    layer.call_signature_parameters = names
-    layer._call_has_training_arg = "training" in names
-    layer._call_has_mask_arg = "mask" in names
-    layer._call_has_context_arg = {arg: arg in names for arg in layer._call_context_args}
+def _compatible(a: Sizes, b: Sizes) -> bool:
+    return all(None in (x, y) or x == y for x, y in zip(a, b, strict=True))

@@ -2,79 +2,67 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import keras
 import numpy as np
 
-from flix.backends.tensorflow._base import flix_layers, plain, set_trainable_flags
-from flix.backends.tensorflow._layer import is_table
-from flix.backends.tensorflow._paths import named_layers
-from flix.backends.tensorflow.files import to_adapter
+from flix.backends.protocol import Updates
+from flix.backends.tensorflow.adapt import FlixModel
+from flix.backends.tensorflow.base import set_trainable_flags
 from flix.backends.tensorflow.layers import FlixEinsumDense
-from flix.backends.tensorflow.model import FlixModel, require_adapted
-from flix.core.adapter.composition import composition, delta
+from flix.backends.tensorflow.parameters import is_table
+from flix.backends.tensorflow.patches.classes import plain
+from flix.backends.tensorflow.paths import flix_layers, named_layers
+from flix.core.adapter.composition import Composition
 from flix.core.errors import TargetError
-from flix.core.features.encoding import Row
 
 
-def merge(model: FlixModel, row: Row) -> Any:
-    """A plain copy of the base model with one composition folded into its kernels; no flix layer is left.
+def merged(model: Any, active: Composition, update: Updates) -> Any:
+    """A plain copy of the base with an update added to each adapted layer's kernel; no flix layer is left.
 
     The copy is made from the base's configuration, so a subclassed base needs ``get_config`` (as it does for
     ``save``), if its constructor takes arguments.
 
-    Args:
-        model: an adapted model; it is not changed.
-        row: the composition, ``{group: name | [names] | {name: weight}}``.
-
     Raises:
-        FeatureError, RoutingError: a row that cannot be encoded, or that activates nothing.
-        TargetError: the model is not adapted, or its base cannot be copied.
+        TargetError: the base cannot be copied.
     """
-    active = composition(require_adapted(model, "merge"), row)
-    adapter = to_adapter(model)
     merged = _copy(model)
     copies = dict(named_layers(merged))
     for path, layer in flix_layers(model.base):
-        update = delta(adapter, path, active)  # [d_out, d_in]
-        copy = copies[path]
+        copy, added = copies[path], update(path).T
         kernel = copy._embeddings if layer.flix_kind == "embedding" else copy._kernel
         value = kernel.numpy().astype(np.float64)
         if isinstance(layer, FlixEinsumDense):
             order = layer.flix_map.kernel_order
-            shape = [value.shape[i] for i in order]
-            value += update.T.reshape(shape).transpose(np.argsort(order))
-        else:
-            value += update.T
-        kernel.assign(value)
-    set_trainable_flags(merged, model.flix_flags)
+            added = added.reshape([value.shape[i] for i in order]).transpose(np.argsort(order))
+        kernel.assign(value + added)
+    set_trainable_flags(merged, model.flix_state.flags)
     return merged
 
 
 def _copy(model: FlixModel) -> Any:
     """The base as a plain model with the base's weights."""
     base = model.base
-    classes = {type(layer).__name__: type(layer) for layer in (base, *_layers(base))}
-    with plain(base):
+    classes = {
+        type(x).__name__: type(x) for x in (base, *(layer for _, layer in named_layers(base)))
+    }
+    with plain(layer for _, layer in flix_layers(base)):
         description = keras.saving.serialize_keras_object(base)
     with keras.saving.custom_object_scope(classes):
         copy = keras.saving.deserialize_keras_object(description)
-    if not copy.built and model.flix_specs is not None:
-        copy(keras.tree.map_structure(lambda s: _zeros(s), model.flix_specs))
-    pairs = list(zip((base, *_layers(base)), (copy, *_layers(copy)), strict=False))
-    same = len(_layers(base)) == len(_layers(copy)) and copy.built
-    for old, new in pairs if same else ():
-        values = [v for v in _own(old) if not is_table(v)]
-        same = same and [tuple(v.shape) for v in values] == [tuple(v.shape) for v in _own(new)]
-        if same:
-            for value, variable in zip(values, _own(new), strict=True):
-                variable.assign(value)
-    if not same:
+    if not copy.built and model.flix_state.specs is not None:
+        copy(keras.tree.map_structure(_zeros, model.flix_state.specs))
+    olds, news = _variables(base), _variables(copy)
+    shapes = [[[tuple(v.shape) for v in own] for own in layers] for layers in (olds, news)]
+    if not copy.built or shapes[0] != shapes[1]:
         raise TargetError(
             f"{type(base).__name__} cannot be copied from its configuration: its get_config and "
             "from_config must make the same layers, and it must be built or have been called"
         )
+    for old, new in zip(chain(*olds), chain(*news), strict=True):
+        new.assign(old)
     return copy
 
 
@@ -82,10 +70,8 @@ def _zeros(spec: Any) -> Any:
     return np.zeros([1 if size is None else size for size in spec.shape], spec.dtype.as_numpy_dtype)
 
 
-def _layers(model: Any) -> list[Any]:
-    return [layer for _, layer in named_layers(model)]
-
-
-def _own(layer: Any) -> list[Any]:
-    """A layer's own variables, in the order in which it made them."""
-    return [*layer._trainable_variables, *layer._non_trainable_variables]
+def _variables(model: Any) -> list[list[Any]]:
+    """The variables of the model itself and of each layer, but the tables, in the order in which they were made."""
+    layers = [model, *(layer for _, layer in named_layers(model))]
+    own = ([*layer._trainable_variables, *layer._non_trainable_variables] for layer in layers)
+    return [[v for v in variables if not is_table(v)] for variables in own]

@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 import keras
 import tensorflow as tf
 
-from flix.backends.tensorflow._layer import is_table
+from flix.backends.tensorflow.parameters import is_table
+from flix.backends.tensorflow.patches import optimizers as patches
 from flix.core.errors import ConfigError
 
 Optimizer = TypeVar("Optimizer", bound=keras.optimizers.Optimizer)
 
-_REPLACED = ("build", "apply", "update_step", "_use_weight_decay")
 _NO_SLOTS = ("_variables", "_trainable_variables", "_accumulated_gradients")
 
 
@@ -79,26 +79,12 @@ class Rows:
 
 
 def _delegate(name: str) -> Any:
-    def operate(self: Rows, *others: Any) -> Any:
-        return getattr(self.value, name)(*others)
-
-    return operate
+    return lambda self, *others: getattr(self.value, name)(*others)
 
 
-for _name in [
-    "add",
-    "radd",
-    "sub",
-    "rsub",
-    "mul",
-    "rmul",
-    "truediv",
-    "rtruediv",
-    "pow",
-    "rpow",
-    "neg",
-    "getitem",
-]:
+for _name in (
+    "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow", "neg", "getitem",
+):  # fmt: skip
     setattr(Rows, f"__{_name}__", _delegate(f"__{_name}__"))
 
 
@@ -129,25 +115,21 @@ class RowOptimizer:
             self._add_counts()
 
     def _add_counts(self) -> None:
-        optimizer = self.optimizer
-        for index, table in enumerate(optimizer._trainable_variables):
-            if not is_table(table):
-                continue
-            rows = (table.shape[0], 1)
-            self.steps[index] = optimizer.add_variable(rows, dtype="int64", name="flix_steps")
-            if optimizer.gradient_accumulation_steps:
-                self.touched[index] = optimizer.add_variable(
-                    rows, dtype="bool", name="flix_touched"
-                )
+        add = self.optimizer.add_variable
+        for index, table in enumerate(self.optimizer._trainable_variables):
+            if is_table(table):
+                rows = (table.shape[0], 1)
+                self.steps[index] = add(rows, dtype="int64", name="flix_steps")
+                if self.optimizer.gradient_accumulation_steps:
+                    self.touched[index] = add(rows, dtype="bool", name="flix_touched")
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """The optimizer's apply, with the tables' gradients summed by row."""
         optimizer = self.optimizer
         if trainable_variables is not None and not optimizer.built:
             optimizer.build(list(trainable_variables))
-        held = (
-            optimizer._trainable_variables if trainable_variables is None else trainable_variables
-        )
+        given = trainable_variables is not None
+        held = trainable_variables if given else optimizer._trainable_variables
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         if optimizer.gradient_accumulation_steps and replicas > 1:
             raise ConfigError(
@@ -188,7 +170,7 @@ class RowOptimizer:
         self.rows[index] = tf.boolean_mask(rows, real)
         return tf.boolean_mask(summed, real)
 
-    def use_weight_decay(self, variable: Any) -> bool:
+    def _use_weight_decay(self, variable: Any) -> bool:
         """Tables decay in :meth:`update_step`, by row."""
         index = self.optimizer._get_variable_index(variable)
         if is_table(self.optimizer._trainable_variables[index]):
@@ -260,7 +242,7 @@ class RowOptimizer:
             )
         state["gradient_accumulation_steps"] = None
         state["_iterations"] = steps.value if elementwise else optimizer.iterations
-        for name in _REPLACED:
+        for name in patches.METHODS:
             state.pop(name, None)
         return shadow, slots
 
@@ -289,32 +271,9 @@ def keep_absent(optimizer: Optimizer, whole: bool = False) -> Optimizer:
     if hasattr(optimizer, "inner_optimizer"):
         keep_absent(optimizer.inner_optimizer, whole)
     elif type(optimizer).__name__ == "MultiOptimizer":
-        _keep_inside(optimizer, whole)
+        patches.reach_inside(optimizer, lambda inner: keep_absent(inner, whole))
     elif isinstance(held := getattr(optimizer, "flix_rows", None), RowOptimizer):
         held.whole |= whole
     else:
-        held = RowOptimizer(optimizer, whole)
-        optimizer.flix_rows = held
-        for name, method in zip(
-            _REPLACED,
-            (held.build, held.apply, held.update_step, held.use_weight_decay),
-            strict=True,
-        ):
-            setattr(optimizer, name, method)
+        patches.put_on(optimizer, RowOptimizer(optimizer, whole))
     return optimizer
-
-
-def _keep_inside(optimizer: Any, whole: bool) -> None:
-    """The optimizers inside of a MultiOptimizer are known once it is built."""
-    own = type(optimizer).build
-
-    def build(variables: Any) -> None:
-        own(optimizer, variables)
-        for inner in optimizer.optimizers:
-            keep_absent(inner, whole)
-
-    if optimizer.built:
-        for inner in optimizer.optimizers:
-            keep_absent(inner, whole)
-    else:
-        optimizer.build = build

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from flix.backends.tensorflow import adapt, add_feature, named_pairs, remove_feature
-from flix.backends.tensorflow._base import flix_layers
+from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.registry import config
 from tests.helpers.tensorflow import randomize
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import flix
 from flix.backends.tensorflow import load, named_pairs, save
-from flix.backends.tensorflow._base import flix_layers
+from flix.backends.tensorflow.paths import flix_layers
 from flix.core.adapter.files import load_adapter
 from tests.helpers.claims import over
 from tests.helpers.tensorflow import IDS, KINDS, adapted, made, randomize, sequential

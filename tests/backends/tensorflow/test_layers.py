@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import flix
 from flix.backends.tensorflow import FlixDense, FlixEinsumDense, FlixEmbedding, route
-from flix.backends.tensorflow._einsum import linear_einsum
+from flix.backends.tensorflow.einsum import linear_einsum
 from flix.core.adapter.initial import initial_a
 from tests.helpers.dense import dense
 from tests.helpers.registry import config, registry
@@ -300,7 +300,7 @@ def test_routing_in_force_reaches_layers_by_hand():
         inside = layer(x)
     assert_close(inside, layer(x, flix_features=ids))
     assert_close(layer(x), keras.layers.Dense.call(layer, tf.constant(x)))
-    with pytest.raises(flix.RoutingError, match="'q' is adapted and in training"):
+    with pytest.raises(flix.RoutingError, match="layer 'q' is adapted, but no routing"):
         layer(x, training=True)
 
 

@@ -22,7 +22,7 @@ from flix.backends.tensorflow import (
     thaw,
     to_adapter,
 )
-from flix.backends.tensorflow._base import flix_layers
+from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.loras import write_lora
 from tests.helpers.registry import config
 from tests.helpers.tensorflow import randomize
@@ -139,7 +139,7 @@ def test_frozen_features_stay_frozen_through_changes_and_files(tmp_path):
     again = keras.models.load_model(tmp_path / "m.keras")
     ids = np.where(IDS == 2, 6, IDS)
     for trained in (model, again):
-        assert all(layer.flix_frozen == (0, 5) for _, layer in flix_layers(trained.base))
+        assert all(layer.flix_state.frozen == (0, 5) for _, layer in flix_layers(trained.base))
         before = bits(trained)
         trained.fit({**GIVEN, "flix_features": ids}, np.ones((6, 3)), verbose=0)
         everything = {name.split(".", 2)[2] for name in before}
@@ -151,7 +151,7 @@ def test_frozen_features_stay_frozen_through_changes_and_files(tmp_path):
     model.fit({**GIVEN, "flix_features": ids}, np.ones((6, 3)), verbose=0)
     assert "language.hau" in moved(before, bits(model))
     thaw(model)
-    assert not any(layer.flix_frozen for _, layer in flix_layers(model.base))
+    assert not any(layer.flix_state.frozen for _, layer in flix_layers(model.base))
     with pytest.raises(flix.FeatureError, match="no feature 'nope'"):
         freeze(model, [("task", "nope")])
 
@@ -164,7 +164,8 @@ def test_one_features_file_loads_into_another_model(tmp_path):
     assert flix.load_adapter(tmp_path).config.registry.features == (("language", "kin"),)
     model = compiled(adapted(target_modules=["down"]))
     before, y = bits(model), model.predict(GIVEN, verbose=0)
-    assert load_features(model, tmp_path, freeze_others=True) == (("language", "kin"),)
+    assert load_features(model, tmp_path, freeze_others=True) is model
+    assert model.flix_config.registry.id("language", "kin") == 6
     assert not model.compiled
     after = bits(model)
     assert ending(after, "language.kin") == ending(bits(donor), "language.kin")
@@ -193,10 +194,9 @@ def test_conflicts():
         load_features(adapted(), theirs)
     model = adapted()
     before = bits(model)
-    assert load_features(model, theirs, conflicts="keep") == ()
+    assert load_features(model, theirs, conflicts="keep") is model
     assert bits(model) == before
-    new = load_features(model, theirs, {"task": ["ner", "pos"]}, conflicts="replace")
-    assert new == (("task", "ner"), ("task", "pos"))
+    load_features(model, theirs, {"task": ["ner", "pos"]}, conflicts="replace")
     assert moved(before, bits(model)) == {"task.ner", "task.pos"}
     assert ending(bits(model), "task.ner") == ending(bits(adapted(1)), "task.ner")
 
@@ -261,13 +261,36 @@ def test_disabled_models_are_their_base_in_eager_mode_and_in_what_keras_compiles
         assert not list(flix_layers(merged))
     assert_close(model.predict(GIVEN, verbose=0), wanted)
     assert model.evaluate(GIVEN, answer, verbose=0) > 1e-3
-    with pytest.raises(flix.RoutingError, match="in training"):
+    with pytest.raises(flix.RoutingError, match="called without routing"):
         model(X, training=True)
     with pytest.raises(ValueError, match="stop"), disable(model):
         raise ValueError("stop")
     assert_close(model(GIVEN), wanted)
     with pytest.raises(flix.TargetError, match="disable needs an adapted model"), disable(base):
         pass
+
+
+def test_disable_contexts_nest_and_overlap_and_win_over_explicit_features():
+    model, base = compiled(adapted()), plain()
+    wanted, answer = model.predict(GIVEN, verbose=0), base.predict(X, verbose=0)
+    layer, first, second = model.base.get_layer("up"), disable(model), disable(model)
+    first.__enter__()
+    assert_close(model.predict(GIVEN, verbose=0), answer)
+    traced = model.predict_function
+    second.__enter__()
+    first.__exit__(None, None, None)
+    for given in (
+        {"flix_features": IDS},
+        {"flix_weights": np.ones((6, 2), "f")},
+        {"training": True},
+    ):
+        assert_close(layer(X, **given), base.get_layer("up")(X))
+    assert_close(model({"inputs": X, "flix_weights": np.ones((9, 9))}), base(X))
+    assert_close(model.predict(GIVEN, verbose=0), answer)
+    assert model.predict_function is traced  # nothing went on or off in between
+    second.__exit__(None, None, None)
+    assert_close(model.predict(GIVEN, verbose=0), wanted)
+    assert np.abs(layer(X, flix_features=IDS) - base.get_layer("up")(X)).max() > 0.01
 
 
 def test_changes_need_an_adapted_model():

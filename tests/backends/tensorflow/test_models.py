@@ -10,7 +10,8 @@ import tensorflow as tf
 import flix
 from flix.backends import tensorflow as backend
 from flix.backends.tensorflow import adapt, add_feature, merge, named_pairs, summary
-from flix.backends.tensorflow._base import flix_layers, layer_infos
+from flix.backends.tensorflow.base import layer_infos
+from flix.backends.tensorflow.paths import flix_layers
 from flix.core.adapter.initial import initial_a
 from tests.helpers.claims import over
 from tests.helpers.dense import dense
@@ -222,7 +223,7 @@ def test_routing_objects_lists_and_missing_routing():
     with pytest.raises(flix.RoutingError, match="another registry"):
         model({"inputs": X, "flix_features": other})
     for call in ({"inputs": X}, X):
-        with pytest.raises(flix.RoutingError, match="in training without routing"):
+        with pytest.raises(flix.RoutingError, match="called without routing"):
             model(call, training=True)
         with pytest.warns(UserWarning, match="base model answers alone"):
             base = model(call)
@@ -234,10 +235,10 @@ def test_routing_objects_lists_and_missing_routing():
         model({"inputs": X, "flix_features": np.where(np.arange(6)[:, None] == 3, 9, IDS)})
     with pytest.raises(flix.RoutingError, match="routes 5 rows, but the batch has 6"):
         model({"inputs": X, "flix_features": IDS[:5]})
-    with pytest.raises(flix.RoutingError, match="in training, but no routing"):
+    with pytest.raises(flix.RoutingError, match="is adapted, but no routing is in force"):
         model.base(X, training=True)
     model.compile("adam", "mse", run_eagerly=True)
-    with pytest.raises(flix.RoutingError, match="in training without routing"):
+    with pytest.raises(flix.RoutingError, match="called without routing"):
         model.fit(X, np.ones((6, 3)), verbose=0)
 
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import flix
 from flix.backends.tensorflow import FlixDense, adapt, keep_absent, named_pairs
-from flix.backends.tensorflow._base import flix_layers
+from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.dense import dense
 from tests.helpers.registry import config
 from tests.helpers.tensorflow import batch, pairs_of, randomize, sequential

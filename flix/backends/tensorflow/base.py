@@ -1,19 +1,15 @@
-"""A base model seen from outside: its inputs, its layers, what trains in it, and what it was before."""
+"""A base model seen from outside: its inputs, its layers, what trains in it, and what Keras has traced of it."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from flix.backends.tensorflow._layer import FlixLayer, is_table
-from flix.backends.tensorflow._paths import named_layers
-from flix.backends.tensorflow.layers import adaptable
-from flix.core.adapter.adapter import LayerShape
+from flix.backends.tensorflow.layers import FlixLayer, adaptable
+from flix.backends.tensorflow.parameters import is_table
+from flix.backends.tensorflow.paths import named_layers
 from flix.core.config.targets import LayerInfo, is_head
 
 INPUTS, FEATURES, WEIGHTS = "inputs", "flix_features", "flix_weights"
@@ -47,41 +43,21 @@ def specs_of(own: Any) -> Any:
         return None
 
 
-def flix_layers(base: Any) -> Iterator[tuple[str, Any]]:
-    """(path, layer) of every adapted layer inside a model, in the model's order."""
-    for path, layer in named_layers(base):
-        if isinstance(layer, FlixLayer):
-            yield path, layer
-
-
 def layer_infos(base: Any) -> list[LayerInfo]:
-    """Every layer of a model as the target rules see it."""
+    """Every layer of a model as the target rules see it; an adapted one as what it was."""
     infos = []
     for path, layer in named_layers(base):
-        target: Any = type(layer) if isinstance(layer, FlixLayer) else None
-        reason = ""
-        if target is None:
-            target, reason = adaptable(layer)
-        sizes = (0, 0)
-        if target is not None:
-            sizes = target.sizes_of(layer)
-        kind = target.flix_kind if target is not None else ""
-        infos.append(LayerInfo(path, kind, sizes[0], sizes[1], is_head(path), reason))
+        target, reason = (type(layer), "") if isinstance(layer, FlixLayer) else adaptable(layer)
+        d_in, d_out = target.sizes_of(layer) if target else (0, 0)
+        kind = target.flix_kind if target else ""
+        infos.append(LayerInfo(path, kind, d_in, d_out, is_head(path), reason))
     return infos
 
 
-def layer_shapes(base: Any) -> dict[str, LayerShape]:
-    """Kind and sizes of every layer that is adapted or could be."""
-    return {
-        info.path: LayerShape(d_in=info.d_in, d_out=info.d_out, kind=info.kind)
-        for info in layer_infos(base)
-        if info.kind
-    }
-
-
-def forget_traces(model: Any) -> None:
-    """Drop compiled functions of a model that were traced before its layers changed."""
-    model.train_function = model.test_function = model.predict_function = None
+def forget_traces(*models: Any) -> None:
+    """Drop compiled functions of models that were traced before something changed."""
+    for model in models:
+        model.train_function = model.test_function = model.predict_function = None
 
 
 def trainable_flags(base: Any) -> str:
@@ -100,20 +76,3 @@ def set_trainable_flags(base: Any, flags: str) -> None:
 
 def _tree(base: Any) -> list[Any]:
     return [base, *(layer for _, layer in named_layers(base))]
-
-
-_plain_lock = threading.RLock()
-
-
-@contextmanager
-def plain(base: Any) -> Iterator[None]:
-    """Inside, the adapted layers of a model have their plain classes, so that its configuration is the plain one's."""
-    with _plain_lock:
-        layers = [(layer, type(layer)) for _, layer in flix_layers(base)]
-        for layer, cls in layers:
-            layer.__class__ = cls.flix_base
-        try:
-            yield
-        finally:
-            for layer, cls in layers:
-                layer.__class__ = cls

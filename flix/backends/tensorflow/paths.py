@@ -16,7 +16,7 @@ from typing import Any
 import keras
 from keras.src.utils.naming import to_snake_case
 
-from flix.backends.tensorflow._layer import FlixLayer
+from flix.backends.tensorflow.layers import FlixLayer
 
 
 def named_layers(model: keras.layers.Layer) -> Iterator[tuple[str, Any]]:
@@ -24,14 +24,17 @@ def named_layers(model: keras.layers.Layer) -> Iterator[tuple[str, Any]]:
     yield from _walk(model, "", {id(model)})
 
 
+def flix_layers(model: keras.layers.Layer) -> Iterator[tuple[str, Any]]:
+    """(path, layer) of every adapted layer inside a model, in the model's order."""
+    return ((path, layer) for path, layer in named_layers(model) if isinstance(layer, FlixLayer))
+
+
 def _walk(parent: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
     for name, child in _children(parent):
-        if id(child) in seen:
-            continue
-        seen.add(id(child))
-        path = f"{prefix}{name}"
-        yield path, child
-        yield from _walk(child, path + ".", seen)
+        if id(child) not in seen:
+            seen.add(id(child))
+            yield f"{prefix}{name}", child
+            yield from _walk(child, f"{prefix}{name}.", seen)
 
 
 def _children(parent: Any) -> list[tuple[str, Any]]:

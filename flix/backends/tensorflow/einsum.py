@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -28,13 +29,8 @@ class LinearEinsum:
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """(d_in, d_out) of a kernel of this shape."""
-        d_in = d_out = 1
-        for label, size in zip(self.kernel, shape, strict=True):
-            if label in self.contracted:
-                d_in *= size
-            else:
-                d_out *= size
-        return d_in, d_out
+        at = dict(zip(self.kernel, shape, strict=True))
+        return math.prod(at[x] for x in self.contracted), math.prod(at[x] for x in self.made)
 
     @property
     def kernel_order(self) -> list[int]:

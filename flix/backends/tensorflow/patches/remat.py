@@ -1,10 +1,11 @@
-"""Rematerialisation (``keras.RematScope``) gives the plain gradients.
+"""Keras's function that rematerialises a layer (``keras.RematScope``), so that it gives the plain gradients.
 
 A rematerialised layer runs twice: in the forward, and again in the backward when the model's call is over and its
-routing no longer in force. The routing at the first run is captured and put in force again for the second. Keras
-makes such layers by one function, looked up in its module at the call; it is wrapped, and left alone where no routing
-is in force. If a later Keras has it elsewhere, nothing is wrapped, and the second run raises the error of a layer
-without routing instead of giving a silent zero.
+routing no longer in force. The routing at the first run is captured and put in force again for the second.
+
+What: ``keras.src.backend.common.remat.remat``, which Keras looks up in its module at each call; where no routing is in
+force it does what it did. If a later Keras has it elsewhere, nothing is wrapped, and the second run raises the error
+of a layer without routing instead of giving a silent zero. When: the first model is adapted. Undone: :func:`undo`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from keras.src.backend.common import remat as rematerialising
 
-from flix.backends.tensorflow._context import activated, current
+from flix.backends.tensorflow.routing import activated, current
 
 
 def install() -> None:
@@ -40,3 +41,10 @@ def install() -> None:
 
     remat.flix_wrapped = own  # type: ignore[attr-defined]
     rematerialising.remat = remat
+
+
+def undo() -> None:
+    """Give Keras its own function back."""
+    own = getattr(getattr(rematerialising, "remat", None), "flix_wrapped", None)
+    if own is not None:
+        rematerialising.remat = own

@@ -14,18 +14,22 @@ import functools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from flix.backends import messages
+from flix.backends.tensorflow.parameters import places_of
 from flix.core.config.layout import LayerLayout
-from flix.core.errors import RoutingError
 from flix.core.features.registry import FeatureRegistry
 from flix.core.features.routing import Routing, check_routing
 from flix.core.strategy.union import first_unlike
+
+CALL = 'model({"inputs": x, "flix_features": ids})'
+"""How an adapted model is called; for messages."""
 
 
 class _Current(threading.local):
@@ -33,39 +37,6 @@ class _Current(threading.local):
 
 
 current = _Current()
-
-
-@dataclass(frozen=True, eq=False)
-class Tables:
-    """A layout as arrays, by feature id; the last entry stands for padding.
-
-    Attributes:
-        ranks: int32 ``[F + 1]``.
-        starts: int32 ``[F + 1]``: the row of a layer's table where a feature's rows start; 0 is a row of zeros.
-        scales: float64 ``[F + 1]``.
-        rows: the table's number of rows, the row of zeros included.
-        widest: the largest rank.
-    """
-
-    ranks: NDArray[np.int32]
-    starts: NDArray[np.int32]
-    scales: NDArray[np.float64]
-    rows: int
-    widest: int
-
-
-@functools.lru_cache(maxsize=256)
-def tables_of(layout: LayerLayout) -> Tables:
-    """The arrays of a layout: features stand in the table in the order of their ids, from row 1 on."""
-    ranks = np.asarray((*layout.ranks, 0), np.int32)
-    ends = np.cumsum(ranks, dtype=np.int32)
-    return Tables(
-        ranks=ranks,
-        starts=np.where(ranks > 0, 1 + ends - ranks, 0).astype(np.int32),
-        scales=np.asarray((*layout.scales, 0.0), np.float64),
-        rows=1 + int(ranks.sum()),
-        widest=int(ranks.max()),
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +79,11 @@ class Plan:
         return tf.reshape(mask, [count, size])
 
 
+@dataclass(eq=False)
 class ActiveRouting:
     """Checked routing of one forward, with its plans, made once and shared by all layers of a layout.
 
-    Args:
+    Attributes:
         ids: int32 tensor ``[B, W]`` or ``[B, T, W]``.
         weights: a tensor of that shape, or None for 1.
         lengths: what may be the batch's sequence length (sizes, or scalar tensors where shapes do not tell), for
@@ -120,29 +92,17 @@ class ActiveRouting:
         traced: whether they are not; ids of the number of features then stand for those of no feature.
     """
 
-    def __init__(
-        self,
-        ids: Any,
-        weights: Any,
-        lengths: Sequence[Any] = (),
-        unlike: int | None = None,
-        traced: bool = False,
-    ) -> None:
-        self.ids = ids
-        self.weights = weights
-        self.lengths = tuple(lengths)
-        self.unlike = unlike
-        self.traced = traced
-        self._plans: dict[Any, Plan] = {}
+    ids: Any
+    weights: Any
+    lengths: Sequence[Any] = ()
+    unlike: int | None = None
+    traced: bool = False
+    _plans: dict[Any, Plan] = field(default_factory=dict)
 
     @property
     def lead(self) -> list[int | None]:
         """The leading sizes, ``[B]`` or ``[B, T]``, as far as shapes tell."""
         return self.ids.shape[:-1].as_list()  # type: ignore[no-any-return]
-
-    @property
-    def per_token(self) -> bool:
-        return len(self.lead) == 2
 
     def plan(self, layout: LayerLayout, dtype: Any) -> Plan:
         """The plan in a layout, with factors of this dtype."""
@@ -166,19 +126,19 @@ def make_plan(
         dtype: of the factors.
         traced: make NaN of rows with an id that is the number of features.
     """
-    tables = tables_of(layout)
+    places = places_of(layout)
     static_width = ids.shape[-1]
     width = static_width if static_width is not None else tf.shape(ids)[-1]
     ids = tf.reshape(ids, [-1, width])
     bad = tf.reduce_any(ids >= len(layout.ranks), axis=1) if traced else None
-    ids = tf.where(ids < 0, len(tables.ranks) - 1, ids)
-    lengths = tf.gather(tables.ranks, ids)
+    ids = tf.where(ids < 0, len(places.ranks) - 1, ids)
+    lengths = tf.gather(places.ranks, ids)
     ends = tf.cumsum(lengths, axis=1)
     totals = tf.reduce_sum(lengths, axis=1)
     longest = tf.maximum(tf.reduce_max(totals), 0)  # of no rows, reduce_max is the least integer
     if bad is not None:
         longest = tf.maximum(longest, tf.cast(tf.reduce_any(bad), tf.int32))
-    slots = tf.range(width * tables.widest)[:longest]
+    slots = tf.range(width * places.widest)[:longest]
     # The routing's column that a slot belongs to: as many columns as end at or before it.
     column = tf.reduce_sum(
         tf.cast(slots[None, :, None] >= ends[:, None, :], tf.int32), axis=2
@@ -187,8 +147,8 @@ def make_plan(
     used = slots[None, :] < totals[:, None]
     feature = tf.gather(ids, column, batch_dims=1)
     within = slots[None, :] - tf.gather(ends - lengths, column, batch_dims=1)
-    rows = tf.where(used, tf.gather(tables.starts, feature) + within, 0)
-    scale = tf.gather(tf.constant(tables.scales, dtype), feature)
+    rows = tf.where(used, tf.gather(places.starts, feature) + within, 0)
+    scale = tf.gather(tf.constant(places.scales, dtype), feature)
     if weights is not None:
         weights = tf.cast(tf.reshape(weights, [-1, width]), dtype)
         # By flat index: the gradient of a gather with batch_dims fails on an empty batch.
@@ -200,8 +160,8 @@ def make_plan(
     count = ids.shape[0]
     bound = None
     if count is not None and static_width is not None:
-        bound = count * static_width * tables.widest
-    return Plan(rows=rows, scale=scale, total=tables.rows, bound=bound)
+        bound = count * static_width * places.widest
+    return Plan(rows=rows, scale=scale, total=places.rows, bound=bound)
 
 
 def host_values(value: Any, what: str) -> NDArray[Any] | None:
@@ -210,14 +170,12 @@ def host_values(value: Any, what: str) -> NDArray[Any] | None:
     Raises:
         RoutingError: it is no array.
     """
-    if tf.is_tensor(value):
-        if tf.is_symbolic_tensor(value):
-            return None
-        return np.asarray(value)
+    if tf.is_tensor(value) and tf.is_symbolic_tensor(value):
+        return None
     try:
         return np.asarray(value)
     except ValueError as error:
-        raise RoutingError(f"{what} must be an array [batch, width], got {value!r}") from error
+        raise messages.no_array(what, value) from error
 
 
 def make_routing(
@@ -244,12 +202,8 @@ def make_routing(
     """
     if isinstance(features, Routing):
         if features.registry != registry:
-            raise RoutingError(
-                f"the routing was encoded by another registry ({features.registry}) than the "
-                f"model's ({registry})"
-            )
-        if weights is None:
-            weights = features.weights
+            raise messages.other_registry(features.registry, registry)
+        weights = features.weights if weights is None else weights
         features = features.ids
     ids = host_values(features, "flix_features")
     factors = None if weights is None else host_values(weights, "flix_weights")
@@ -257,45 +211,35 @@ def make_routing(
     if ids is None:
         _check_traced_ids(features, batch)
     else:
-        if factors is not None and factors.dtype.kind in "iu" and factors.dtype.kind != "b":
-            raise RoutingError(f"flix_weights must be floating point, got dtype {factors.dtype}")
         check_routing(ids, factors, registry, batch=batch)
         features = ids.astype(np.int32)
         if weights is None or factors is not None:
-            unlike = first_unlike(
-                features.reshape(-1, features.shape[-1]),
-                None if factors is None else factors.reshape(-1, features.shape[-1]),
-            )
-    if weights is not None and (ids is None or factors is None):
-        _check_traced_weights(weights, features)
+            flat = None if factors is None else factors.reshape(-1, ids.shape[-1])
+            unlike = first_unlike(features.reshape(-1, ids.shape[-1]), flat)
     tensor = tf.cast(tf.convert_to_tensor(features), tf.int32)
+    if weights is not None:
+        weights = tf.convert_to_tensor(weights)
+        if ids is None or factors is None:
+            _check_traced_weights(weights, tensor)
     if ids is None:
         tensor = _checked_at_run_time(tensor, registry)
-    return ActiveRouting(
-        tensor,
-        None if weights is None else tf.convert_to_tensor(weights),
-        lengths,
-        unlike,
-        traced=ids is None,
-    )
+    return ActiveRouting(tensor, weights, lengths, unlike, traced=ids is None)
 
 
 def _check_traced_ids(ids: Any, batch: int | None) -> None:
     if not ids.dtype.is_integer:
-        raise RoutingError(
-            f"flix_features must hold integer ids, got dtype {ids.dtype.name}; make them with "
-            "registry.encode(rows)"
-        )
+        raise messages.ids_not_integer(ids.dtype.name)
     if ids.shape.rank not in (2, 3):
-        raise RoutingError(
-            "flix_features must have the shape [batch, width] or [batch, length, width], got "
-            f"{ids.shape}"
-        )
+        raise messages.ids_shape(ids.shape)
     if None not in (batch, ids.shape[0]) and ids.shape[0] != batch:
-        raise RoutingError(
-            f"flix_features routes {ids.shape[0]} rows, but the batch has {batch} rows; one row of "
-            "ids is needed for each row of the batch"
-        )
+        raise messages.other_batch(ids.shape[0], batch)
+
+
+def _check_traced_weights(weights: Any, ids: Any) -> None:
+    if not weights.dtype.is_floating:
+        raise messages.weights_not_float(weights.dtype.name)
+    if not weights.shape.is_compatible_with(ids.shape):
+        raise messages.weights_shape(weights.shape, ids.shape)
 
 
 def _checked_at_run_time(ids: Any, registry: FeatureRegistry) -> Any:
@@ -314,17 +258,6 @@ def _checked_at_run_time(ids: Any, registry: FeatureRegistry) -> Any:
     check = tf.debugging.Assert(~tf.reduce_any(bad), [f"{rule}; got", ids], summarize=64)
     with tf.control_dependencies([check]):
         return tf.where(bad, count, ids)
-
-
-def _check_traced_weights(weights: Any, ids: Any) -> None:
-    weights = tf.convert_to_tensor(weights)
-    if not weights.dtype.is_floating:
-        raise RoutingError(f"flix_weights must be floating point, got dtype {weights.dtype.name}")
-    if not weights.shape.is_compatible_with(ids.shape):
-        raise RoutingError(
-            f"flix_weights must have the shape of flix_features, {tf.TensorShape(ids.shape)}, got "
-            f"{weights.shape}"
-        )
 
 
 @contextmanager

@@ -10,14 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
-from numpy.typing import NDArray
 
-from flix.backends.tensorflow._context import Plan
-
-Live = NDArray[np.bool_] | None
-"""Which rows of a table train, bool ``[1 + rows]``; None where all do."""
+from flix.backends.tensorflow.parameters import Live
+from flix.backends.tensorflow.routing import Plan
 
 
 def fetch(table: Any, rows: Any, live: Live, dtype: Any) -> Any:
@@ -51,6 +47,22 @@ def _gathered_sum(x: Any, base: Any, a: Any, b: Any, scale: Any) -> Any:
 _compiled_sum = tf.function(_gathered_sum, jit_compile=True, reduce_retracing=True)
 
 
+def _shared_rows(plan: Plan, strategy: str, scale: Any) -> tuple[Any, Any]:
+    """Rows that serve the whole batch, ``[U]``, and each example's factors for them, ``[N, 1, U]``."""
+    if strategy == "single":
+        # All rows alike; each keeps its own factors, so that its weights get their own gradient.
+        return tf.reshape(plan.rows[:1], [-1]), scale[:, None, :]
+    return plan.union[0], tf.cast(plan.mask, scale.dtype)[:, None, :]
+
+
+def _product(h: Any, b: Any, transposed: bool = False) -> Any:
+    """h ``[N, S, k]`` times b ``[k, m]`` (or its transpose ``[m, k]``), as one wide product."""
+    n, s = tf.shape(h)[0], tf.shape(h)[1]
+    flat = tf.reshape(h, [n * s, tf.shape(b)[1 if transposed else 0]])
+    y = tf.matmul(flat, b, transpose_b=transposed)
+    return tf.reshape(y, [n, s, tf.shape(y)[1]])
+
+
 def routed_linear(
     x: Any, base: Any, plan: Plan, tables: tuple[Any, Any], strategy: str, live: Live
 ) -> Any:
@@ -67,66 +79,36 @@ def routed_linear(
     Returns:
         ``[N, S, d_out]``.
     """
-    dtype = x.dtype
-    scale = tf.cast(plan.scale, dtype)
+    scale = tf.cast(plan.scale, x.dtype)
     if strategy in ("gather", "fused"):
-        a = fetch(tables[0], plan.rows, live, dtype)
-        b = fetch(tables[1], plan.rows, live, dtype)
+        a, b = (fetch(table, plan.rows, live, x.dtype) for table in tables)
         return (_compiled_sum if strategy == "fused" else _gathered_sum)(x, base, a, b, scale)
-    if strategy == "single":
-        # All rows alike; each keeps its own factors, so that its weights get their own gradient.
-        rows, factor = tf.reshape(plan.rows[:1], [-1]), scale[:, None, :]
-    else:
-        rows, _ = plan.union
-        factor = tf.cast(plan.mask, dtype)[:, None, :]
-    a = fetch(tables[0], rows, live, dtype)
-    b = fetch(tables[1], rows, live, dtype)
-    shape, used = tf.shape(base), tf.size(rows)
-    h = tf.matmul(tf.reshape(x, [shape[0] * shape[1], x.shape[2]]), a, transpose_b=True)
-    h = tf.reshape(h, [shape[0], shape[1], used]) * factor
-    y = tf.matmul(tf.reshape(h, [shape[0] * shape[1], used]), b)
-    return base + tf.reshape(y, shape)
+    rows, factor = _shared_rows(plan, strategy, scale)
+    a, b = (fetch(table, rows, live, x.dtype) for table in tables)
+    return base + _product(_product(x, a, transposed=True) * factor, b)
 
 
 def routed_embedding(
-    tokens: Any,
-    base: Any,
-    plan: Plan,
-    tables: tuple[Any, Any],
-    strategy: str,
-    live: Live,
+    tokens: Any, base: Any, plan: Plan, tables: tuple[Any, Any], strategy: str, live: Live
 ) -> Any:
     """base + Σ_slots scale · B_slot A_slot[token].
 
     A is as wide as the vocabulary, so the rows in use are gathered once for the batch, in every strategy; the
     strategies differ in B.
 
-    Args:
-        tokens: int ``[N, S]``.
-        base: the frozen embedding's output, ``[N, S, d_out]``.
-        plan: the batch's routing in this layer.
-        tables: A ``[T, vocabulary]`` and B ``[T, d_out]``.
-        strategy: ``"gather"``, ``"masked"`` or ``"single"``; ``"fused"`` is ``"gather"`` here.
-        live: which rows train.
+    Arguments as for :func:`routed_linear`, with token ids ``[N, S]`` for x, and A ``[T, vocabulary]``; ``"fused"`` is
+    ``"gather"`` here.
     """
     dtype = base.dtype
     scale = tf.cast(plan.scale, dtype)
-    if strategy == "single":
-        rows, factor = tf.reshape(plan.rows[:1], [-1]), scale[:, None, :]
-    else:
-        rows, places = plan.union
-        factor = None
+    gather = strategy in ("gather", "fused")
+    rows, factor = (plan.union[0], None) if gather else _shared_rows(plan, strategy, scale)
     columns = tf.transpose(fetch(tables[0], rows, live, dtype))  # [vocabulary, U]
     h = tf.gather(columns, tokens)  # [N, S, U]
-    if strategy in ("gather", "fused"):
-        sizes, used = tf.shape(tokens), tf.size(rows)
-        h = tf.reshape(tf.transpose(h, [0, 2, 1]), [sizes[0] * used, sizes[1]])
-        h = tf.gather(h, tf.range(sizes[0])[:, None] * used + places)  # [N, R, S]
-        h = tf.transpose(h, [0, 2, 1]) * scale[:, None, :]
-        return base + tf.matmul(h, fetch(tables[1], plan.rows, live, dtype))
-    if factor is None:
-        factor = tf.cast(plan.mask, dtype)[:, None, :]
-    b = fetch(tables[1], rows, live, dtype)
-    shape = tf.shape(base)
-    y = tf.matmul(tf.reshape(h * factor, [shape[0] * shape[1], tf.size(rows)]), b)
-    return base + tf.reshape(y, shape)
+    if not gather:
+        return base + _product(h * factor, fetch(tables[1], rows, live, dtype))
+    sizes, used = tf.shape(tokens), tf.size(rows)
+    h = tf.reshape(tf.transpose(h, [0, 2, 1]), [sizes[0] * used, sizes[1]])
+    h = tf.gather(h, tf.range(sizes[0])[:, None] * used + plan.union[1])  # [N, R, S]
+    h = tf.transpose(h, [0, 2, 1]) * scale[:, None, :]
+    return base + tf.matmul(h, fetch(tables[1], plan.rows, live, dtype))

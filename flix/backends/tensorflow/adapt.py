@@ -1,0 +1,280 @@
+"""Adapting Keras models: targets become adapted layers, a model around takes routing (docs/specification.md §5.4)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from flix.backends import messages
+from flix.backends.protocol import Values
+from flix.backends.tensorflow.base import (
+    FEATURES,
+    INPUTS,
+    WEIGHTS,
+    forget_traces,
+    set_trainable_flags,
+    specs_of,
+    split_inputs,
+    symbolic_inputs,
+    trainable_flags,
+)
+from flix.backends.tensorflow.optimizers import keep_absent
+from flix.backends.tensorflow.parameters import FlixState, by_id, config_from, layouts_of
+from flix.backends.tensorflow.patches import remat
+from flix.backends.tensorflow.patches.classes import become, plain
+from flix.backends.tensorflow.patches.saving import register
+from flix.backends.tensorflow.paths import flix_layers, named_layers
+from flix.backends.tensorflow.routing import CALL, activated, current, host_values, make_routing
+from flix.core.config.config import FlixConfig
+from flix.core.errors import TargetError
+from flix.core.features.routing import Routing
+
+
+@register
+class FlixModel(keras.Model):  # type: ignore[misc]
+    """An adapted model: the base model, called with routing beside its inputs.
+
+    It is called with a dictionary (a Keras model drops tensors passed as keywords when it is built from symbols)::
+
+        model({"inputs": x, "flix_features": ids})                       # ids int [B, W] or [B, T, W]
+        model({"inputs": x, "flix_features": ids, "flix_weights": w})
+        model({"tokens": t, "positions": p, "flix_features": ids})       # the base's own named inputs
+
+    ``fit``, ``evaluate``, ``predict``, ``save("m.keras")`` and ``export`` work as for any model; ``compile`` sees to it
+    that the optimizer moves only the features of the batch (:func:`~flix.backends.tensorflow.keep_absent`).
+
+    Attributes:
+        base: the model that was adapted.
+        flix_state: what the model knows of itself, which its layers share.
+    """
+
+    def __init__(self, base: Any, config: FlixConfig, **kwargs: Any) -> None:
+        super().__init__(dtype=kwargs.pop("dtype", base.dtype_policy), **kwargs)
+        remat.install()
+        self.base = base
+        self.flix_state = FlixState(config)
+        self.autocast = False
+        self.built = True
+
+    @property
+    def flix_config(self) -> FlixConfig:
+        """The configuration."""
+        return self.flix_state.config  # type: ignore[no-any-return]
+
+    def build(self, input_shape: Any = None) -> None:
+        """The base is built already."""
+
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """keras.Model's call; routing may also be a :class:`flix.Routing` or a nested list."""
+        if isinstance(inputs, dict):
+            given = {name: x for name, x in inputs.items() if name not in (FEATURES, WEIGHTS)}
+            if not self.flix_state.disabled:  # routing is not looked at there
+                given.update(self._as_arrays(inputs.get(FEATURES), inputs.get(WEIGHTS)))
+            inputs = given
+        return super().__call__(inputs, *args, **kwargs)
+
+    def _as_arrays(self, ids: Any, weights: Any) -> dict[str, Any]:
+        """Routing as Keras takes it: in tensors and arrays alone."""
+        if isinstance(ids, Routing):
+            make_routing(self.flix_config.registry, ids)  # refuses another registry's
+            weights = ids.weights if weights is None else weights
+            ids = ids.ids
+        return {
+            name: host_values(value, name) if isinstance(value, list) else value
+            for name, value in ((FEATURES, ids), (WEIGHTS, weights))
+            if value is not None
+        }
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the model trains at all; the base stays frozen either way."""
+        return bool(self._trainable)
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        self._trainable = bool(value)
+
+    def compile(self, *args: Any, jit_compile: Any = "auto", **kwargs: Any) -> None:
+        """keras.Model.compile, with an optimizer that leaves absent features as they are.
+
+        ``jit_compile="auto"`` means without XLA here, which writes a whole variable where some rows are updated.
+        """
+        jit = False if jit_compile == "auto" else jit_compile
+        super().compile(*args, jit_compile=jit, **kwargs)
+        if self.optimizer is not None:
+            keep_absent(self.optimizer, whole=bool(jit))
+
+    def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Keras's hook. Under a distribution strategy it gets the mean of the replicas' batches, so floats for ids."""
+
+        if data_batch is not None:
+            pairs = keras.tree.flatten_with_path(data_batch)
+            flat = [tf.cast(x, tf.int32) if FEATURES in path else x for path, x in pairs]
+            data_batch = keras.tree.pack_sequence_as(data_batch, flat)
+        super()._symbolic_build(iterator=iterator, data_batch=data_batch)
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Keras's hook: compile as the saved model was."""
+        if config:
+            self.compile(**keras.saving.deserialize_keras_object(config))
+            if self.optimizer is not None:
+                self.optimizer.build(self.trainable_variables)
+
+    def call(self, inputs: Any, training: Any = None) -> Any:
+        """The base model's output, each row under its own composition.
+
+        Args:
+            inputs: a dictionary with ``"flix_features"``, perhaps ``"flix_weights"``, and either ``"inputs"`` or
+                the base's own named inputs. Anything else is the base's input, without routing.
+            training: whether the model trains.
+
+        Raises:
+            RoutingError: no routing in training, or routing that breaks a rule; the row is named.
+        """
+        own, features, weights = split_inputs(inputs, self.base)
+        leaves = [x for x in keras.tree.flatten(own) if x is not None]
+        state = self.flix_state
+        if state.specs is None:
+            state.specs = specs_of(own)
+        if state.disabled or features is None:
+            if not state.disabled:
+                self._check_unrouted(weights, training)
+            return self.base(own)
+        routing = make_routing(
+            self.flix_config.registry,
+            features,
+            weights,
+            batch=leaves[0].shape[0] if leaves and leaves[0].shape.rank else None,
+            lengths=[x.shape[1] or tf.shape(x)[1] for x in leaves if (x.shape.rank or 0) >= 2],
+        )
+        with activated(routing):
+            return self.base(own)
+
+    def _check_unrouted(self, weights: Any, training: Any) -> None:
+        if weights is not None:
+            raise messages.weights_alone()
+        if current.routing is None and training:
+            raise messages.unrouted_model(CALL)
+        if current.routing is None:
+            warnings.warn(messages.base_alone(CALL), stacklevel=3)
+
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
+        """The base's layers pass their masks on themselves."""
+
+    def export(self, *args: Any, input_signature: Any = None, **kwargs: Any) -> Any:
+        """keras.Model.export; the default serving signature takes ``flix_features`` beside the base's inputs.
+
+        Raises:
+            TargetError: a base that is neither functional nor has been called, so that its inputs are not known.
+        """
+        signature = [self.input_specs()] if input_signature is None else input_signature
+        return super().export(*args, input_signature=signature, **kwargs)
+
+    def input_specs(self, weights: bool = False) -> dict[str, Any]:
+        """What the model is called with, as ``tf.TensorSpec``: batches and widths of any size.
+
+        Args:
+            weights: with ``flix_weights``.
+
+        Raises:
+            TargetError: a base that is neither functional nor has been called.
+        """
+        struct = symbolic_inputs(self.base)
+        own = self.flix_state.specs if struct is None else specs_of(struct)
+        if own is None:
+            raise TargetError(
+                "the inputs of a subclassed model are known once it was called; call it on a batch, or "
+                "give export an input_signature"
+            )
+        given = dict(own) if isinstance(own, dict) else {INPUTS: own}
+        given[FEATURES] = tf.TensorSpec([None, None], tf.int32, name=FEATURES)
+        if weights:
+            given[WEIGHTS] = tf.TensorSpec([None, None], tf.float32, name=WEIGHTS)
+        return given
+
+    def get_config(self) -> dict[str, Any]:
+        """Keras's hook: the plain base, and what it takes to adapt it again."""
+        layers = list(flix_layers(self.base))
+        with plain(layer for _, layer in layers):
+            base = keras.saving.serialize_keras_object(self.base)
+        return {
+            "name": self.name,
+            "base": base,
+            "config": self.flix_config.to_dict(),
+            "paths": [path for path, _ in layers],
+            "strategies": [layer.flix_strategy for _, layer in layers],
+            "frozen": list(self.flix_state.frozen),
+            "flags": self.flix_state.flags,
+            "trainable": trainable_flags(self.base),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> FlixModel:
+        """Keras's hook; see :meth:`get_config`.
+
+        Raises:
+            TargetError: the base cannot be built from its configuration.
+        """
+        base = keras.saving.deserialize_keras_object(config["base"], custom_objects=custom_objects)
+        if not base.built:
+            raise TargetError(
+                f"{type(base).__name__} is not built after from_config; a subclassed model that is to be "
+                "loaded needs build(), or to have been called on one batch before it was adapted"
+            )
+        model = cls(base, config_from(config["config"]), name=config["name"])
+        frozen = config["frozen"]
+        if frozen and isinstance(frozen[0], list):  # files of before: a list for each layer
+            frozen = frozen[0]
+        model.flix_state.frozen, model.flix_state.flags = tuple(frozen), config["flags"]
+        attach_layers(model, dict(zip(config["paths"], config["strategies"], strict=True)))
+        set_trainable_flags(base, config["trainable"])
+        return model
+
+
+def attach(
+    model: Any, config: FlixConfig, paths: Sequence[str], strategy: str, values: Values
+) -> Any:
+    """Put a model around a plain one, whose layers at these paths become adapted; the rest is frozen.
+
+    Batch normalisation then keeps its statistics, as it does in any frozen Keras model. Heads that are to train are
+    unfrozen by hand afterwards: ``model.base.get_layer("head").trainable = True``.
+    """
+    adapted = FlixModel(model, config, name=f"flix_{model.name}")
+    adapted.flix_state.flags = trainable_flags(model)
+    model.trainable = False
+
+    attach_layers(adapted, dict.fromkeys(paths, strategy), values)
+    return adapted
+
+
+def attach_layers(
+    model: FlixModel, strategies: Mapping[str, str], values: Values | None = None
+) -> None:
+    """Turn layers of the base into adapted ones.
+
+    Args:
+        model: the model around it.
+        strategies: by path.
+        values: a layer's pairs; default: initial values.
+
+    Raises:
+        TargetError: no such layer, or one that cannot be adapted.
+    """
+    state, layers = model.flix_state, dict(named_layers(model.base))
+    for path, layout in layouts_of(state.config, strategies).items():
+        if path not in layers:
+            raise TargetError(f"the base model has no layer {path!r}")
+        layer = layers[path]
+        become(layer, path)
+        layer.describe(state, path, strategies[path], layout)
+        layer._trainable = True
+        pairs = values and by_id(state.config.registry, values(path, layer.layer_shape))
+        layer.attach(pairs)
+    forget_traces(model.base)
+
+
+__all__ = ["FlixModel"]

@@ -1,0 +1,292 @@
+"""The features' values in a layer: two tables, where each feature stands in them, and what a model knows of itself."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from flix.core.adapter.adapter import LayerShape
+from flix.core.adapter.changes import Pair
+from flix.core.adapter.initial import initial_pairs
+from flix.core.config.config import FlixConfig
+from flix.core.config.layout import LayerLayout
+from flix.core.errors import ConfigError
+from flix.core.features.names import Feature
+from flix.core.features.registry import FeatureRegistry
+from flix.core.strategy.decide import check_strategy
+
+Live = NDArray[np.bool_] | None
+"""Which rows of a table train, bool ``[1 + rows]``; None where all do."""
+
+
+@dataclass(eq=False)
+class FlixState:
+    """What an adapted model carries, shared by the model and its layers. A layer used by hand has its own.
+
+    Attributes:
+        config: the configuration.
+        frozen: ids of the features that do not train.
+        disabled: how many ``disable`` contexts hold the model.
+        flags: which layers trained before the base was frozen (``base.trainable_flags``).
+        specs: the base's inputs as they were first given, as ``tf.TensorSpec``; None before.
+    """
+
+    config: FlixConfig
+    frozen: tuple[int, ...] = ()
+    disabled: int = 0
+    flags: str = ""
+    specs: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the features of a layout stand in tables: in the order of their ids, from row 1 on.
+
+    Attributes:
+        ranks, scales: int32 and float64 ``[F + 1]``; the last entry stands for padding.
+        starts: int32 ``[F + 1]``: the row where a feature's rows start; 0 is a row of zeros.
+        rows: a table's number of rows, the row of zeros included.
+        widest: the largest rank.
+        most: int ``[F + 1]``: the most rows that so many features can have.
+    """
+
+    ranks: NDArray[np.int32]
+    scales: NDArray[np.float64]
+    starts: NDArray[np.int32]
+    rows: int
+    widest: int
+    most: NDArray[np.int64]
+
+
+@functools.lru_cache(maxsize=256)
+def places_of(layout: LayerLayout) -> Places:
+    """A layout's places; remembered, for layers that ask at every forward."""
+    ranks, scales = layout.arrays()
+    starts = np.where(ranks > 0, 1 + np.cumsum(ranks) - ranks, 0).astype(np.int32)
+    most = np.append(0, np.cumsum(np.sort(ranks[:-1])[::-1]))
+    rows, widest = 1 + int(ranks.sum()), int(ranks.max())
+    return Places(ranks.astype(np.int32), scales, starts, rows, widest, most)
+
+
+def layouts_of(config: FlixConfig, paths: Iterable[str]) -> dict[str, LayerLayout]:
+    """The layout of each layer; equal ones are one object, so that layers find plans and places that others made."""
+    known: dict[LayerLayout, LayerLayout] = {}
+    return {
+        path: known.setdefault(found, found) for path in paths for found in [config.layout(path)]
+    }
+
+
+def by_id(registry: FeatureRegistry, pairs: Mapping[Feature, Pair]) -> dict[int, Pair]:
+    """Pairs by their features' ids."""
+    return {registry.id(*feature): pair for feature, pair in pairs.items()}
+
+
+def config_from(config: Any) -> FlixConfig:
+    """A configuration, perhaps as Keras gives it back from a file.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    config = FlixConfig.from_dict(config) if isinstance(config, dict) else config
+    if not isinstance(config, FlixConfig):
+        raise ConfigError(f"an adapted layer needs config=FlixConfig, got {config!r}")
+    return config
+
+
+class Parameters:
+    """The features' values in a layer; mixed into Keras layers.
+
+    The pairs of all features stand in two variables: ``flix_A`` ``[1 + rows, d_in]`` and ``flix_B``
+    ``[1 + rows, d_out]`` (B transposed), rows being the sum of the ranks, in the order of the ids. Row 0 is zero and
+    stands for unused slots. One variable a feature would make a graph as large as the registry; a table is gathered
+    from, and its gradients are ``tf.IndexedSlices``.
+
+    Attributes:
+        flix_kind: ``"linear"`` or ``"embedding"``.
+        flix_base: the plain class.
+        flix_state: what the model knows of itself; None until the layer is described.
+        flix_name: the layer's path in its model.
+        flix_strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
+        flix_layout: ranks and scales here.
+        flix_live: which rows train.
+        flix_A, flix_B: the tables; None where every rank is 0.
+    """
+
+    flix_kind = "linear"
+    flix_base: Any
+    flix_state: Any = None
+    flix_name: str
+    flix_strategy: str
+    flix_layout: LayerLayout
+    flix_live: Live
+    flix_A: Any
+    flix_B: Any
+
+    @staticmethod
+    def sizes_of(layer: Any) -> tuple[int, int]:
+        """(d_in, d_out) of a layer of this kind, adapted or not."""
+        raise TypeError("an adapted layer's class gives its sizes")
+
+    @property
+    def d_in(self) -> int:
+        """Input size; of an embedding, the vocabulary's."""
+        return self.sizes_of(self)[0]
+
+    @property
+    def d_out(self) -> int:
+        """Output size."""
+        return self.sizes_of(self)[1]
+
+    @property
+    def layer_shape(self) -> LayerShape:
+        """Kind and sizes."""
+        return LayerShape(self.d_in, self.d_out, self.flix_kind)
+
+    @property
+    def flix_config(self) -> FlixConfig:
+        """The configuration."""
+        return self.flix_state.config  # type: ignore[no-any-return]
+
+    def describe(
+        self, state: FlixState, name: str, strategy: str, layout: LayerLayout | None = None
+    ) -> None:
+        """Set what the layer is to be; its tables are made by :meth:`attach`, when it has its kernel."""
+        check_strategy(strategy)
+        self.flix_state, self.flix_name, self.flix_strategy = state, name, strategy
+        self.set_layout(layout or state.config.layout(name))
+        self.flix_A = self.flix_B = None
+
+    def set_layout(self, layout: LayerLayout) -> None:
+        """Set ranks and scales, and what trains by the state's frozen features."""
+        self.flix_layout, self.flix_live = layout, None
+        if self.flix_state.frozen:
+            trains = np.ones(len(layout.ranks), np.bool_)
+            trains[list(self.flix_state.frozen)] = False
+            self.flix_live = np.append(True, np.repeat(trains, layout.ranks))
+
+    def attach(self, values: Mapping[int, Pair] | None = None) -> None:
+        """Freeze the layer's own variables, and make the tables; default: of initial values."""
+        for variable in [*self._trainable_variables, *self._non_trainable_variables]:  # type: ignore[attr-defined]
+            variable.trainable = False
+        if values is None:
+            config, name = self.flix_config, self.flix_name
+            ranks = {f: config.rank(name, f) for f in config.registry.live}
+            sizes = {"d_in": self.d_in, "d_out": self.d_out}
+            pairs = initial_pairs(seed=config.seed, layer=name, ranks=ranks, **sizes)
+            values = by_id(config.registry, pairs)
+        self.make_tables(values)
+
+    def make_tables(self, values: Mapping[int, Pair]) -> None:
+        """Make the tables anew, from the pairs of every feature with an update here, by id."""
+        for name in ("flix_A", "flix_B"):
+            if getattr(self, name) is not None:
+                self._untrack_variable(getattr(self, name))  # type: ignore[attr-defined]
+                setattr(self, name, None)
+        rows = places_of(self.flix_layout).rows
+        if rows == 1:
+            return
+        # Pairs of a half-precision base are kept in float32, where small updates do not round away.
+        dtype = "float64" if self.variable_dtype == "float64" else "float32"  # type: ignore[attr-defined]
+        wholes = np.zeros((rows, self.d_in), dtype), np.zeros((rows, self.d_out), dtype)
+        self._fill(wholes, values)
+        tracker = self._tracker  # type: ignore[attr-defined]
+        locked = tracker.locked
+        tracker.unlock()
+        with self._open_name_scope():  # type: ignore[attr-defined]
+            for name, whole in zip(("flix_A", "flix_B"), wholes, strict=True):
+                table = self.add_weight(  # type: ignore[attr-defined]
+                    name=name,
+                    shape=whole.shape,
+                    dtype=dtype,
+                    initializer=lambda shape, dtype=None, whole=whole: tf.convert_to_tensor(whole),
+                    trainable=True,
+                    autocast=False,  # a cast would be of the whole table
+                )
+                table.flix_table = True
+                setattr(self, name, table)
+        if locked:
+            tracker.lock()
+
+    def _fill(self, wholes: tuple[NDArray[Any], NDArray[Any]], values: Mapping[int, Pair]) -> None:
+        for i, (a, b) in values.items():
+            if self.flix_layout.ranks[i]:
+                wholes[0][self.span(i)], wholes[1][self.span(i)] = a, np.transpose(b)
+
+    def span(self, feature: int) -> slice:
+        """The rows of the tables that are a feature's."""
+        places = places_of(self.flix_layout)
+        start = int(places.starts[feature])
+        return slice(start, start + int(places.ranks[feature]))
+
+    def values(self, ids: Collection[int] | None = None) -> dict[int, Pair]:
+        """A ``[r, d_in]`` and B ``[d_out, r]`` by id, of some features or all; each table is read once."""
+        if self.flix_A is None:
+            return {}
+        ranks, tables = self.flix_layout.ranks, (self.flix_A, self.flix_B)
+        if ids is None:
+            a, b = (table.numpy()[1:] for table in tables)
+        else:
+            spans = [self.span(i) for i in ids]
+            rows = [row for span in spans for row in range(span.start, span.stop)]
+            a, b = (tf.gather(table.value, tf.constant(rows, tf.int32)).numpy() for table in tables)
+        chosen = [i for i in (range(len(ranks)) if ids is None else ids) if ranks[i]]
+        ends = itertools.accumulate(ranks[i] for i in chosen)
+        return {
+            i: (a[end - ranks[i] : end], b[end - ranks[i] : end].T)
+            for i, end in zip(chosen, ends, strict=True)
+        }
+
+    def set_values(self, values: Mapping[int, Pair]) -> None:
+        """Set pairs by id; the others stay as they are."""
+        if self.flix_A is not None:
+            wholes = self.flix_A.numpy().copy(), self.flix_B.numpy().copy()
+            self._fill(wholes, values)
+            self.flix_A.assign(wholes[0])
+            self.flix_B.assign(wholes[1])
+
+    def pairs(self) -> Iterator[tuple[Feature, NDArray[Any], NDArray[Any]]]:
+        """(feature, A ``[r, d_in]``, B ``[d_out, r]``) of every feature with an update here."""
+        for i, (a, b) in self.values().items():
+            yield self.flix_config.registry.features[i], a, b
+
+    def save_own_variables(self, store: Any) -> None:
+        """Keras's hook: the base's variables, then the tables."""
+        super().save_own_variables(store)  # type: ignore[misc]
+        if self.flix_A is not None:
+            store["flix_A"], store["flix_B"] = self.flix_A, self.flix_B
+
+    def load_own_variables(self, store: Any) -> None:
+        """Keras's hook; see :meth:`save_own_variables`."""
+        super().load_own_variables(store)  # type: ignore[misc]
+        if self.flix_A is not None:
+            self.flix_A.assign(store["flix_A"])
+            self.flix_B.assign(store["flix_B"])
+
+    def get_config(self) -> dict[str, Any]:
+        """Keras's hook: the base's configuration and flix's."""
+        return {
+            **super().get_config(),  # type: ignore[misc]
+            "config": self.flix_config.to_dict(),
+            "path": self.flix_name,
+            "strategy": self.flix_strategy,
+            "frozen": list(self.flix_state.frozen),
+        }
+
+    def build(self, input_shape: Any = None) -> None:
+        """Keras's hook, for layers made by hand."""
+        super().build(input_shape)  # type: ignore[misc]
+        if self.flix_state is not None and self.flix_A is None:
+            self.attach()
+
+
+def is_table(variable: keras.Variable) -> bool:
+    """Whether a Keras variable is a table of low-rank rows, of which only the rows in use are trained."""
+    return bool(getattr(variable, "flix_table", False))
