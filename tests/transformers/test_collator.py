@@ -130,7 +130,7 @@ def test_unknown_features() -> None:
         (lambda: FlixCollator(registry(), columns={"langage": "x"}), flix.FeatureError, "did you mean 'language'"),
         (lambda: FlixCollator(registry(), columns={"language": 1}), flix.ConfigError, "must be a name, got 1"),
         (lambda: FlixCollator(registry(), columns={}), flix.ConfigError, "columns must be"),
-        (lambda: FlixCollator(registry(), width=0), flix.ConfigError, "width must be a positive"),
+        (lambda: FlixCollator(registry(), width=0), flix.ConfigError, "width must be a whole number of 1 or more"),
         (lambda: FlixCollator(registry(), unknown="none"), flix.RoutingError, "unknown must be"),
         (lambda: FlixCollator(registry(), feature_dropout=0.2), flix.ConfigError, "must be a FeatureDropout"),
         (lambda: FlixCollator(registry(), feature_dropout=flix.FeatureDropout(per_group={"x": 0.1})), flix.FeatureError, "'x'"),
