@@ -71,7 +71,7 @@ def other_registry(theirs: Any, ours: Any) -> RoutingError:
 
 
 def no_array(what: str, value: Any) -> RoutingError:
-    """Routing that is no array."""
+    """Routing that is not an array."""
     return RoutingError(f"{what} must be an array [batch, width], got {value!r}")
 
 

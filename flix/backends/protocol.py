@@ -86,7 +86,7 @@ class Backend(Protocol):
         """
 
     def adapted(self, model: Any) -> FlixConfig | None:
-        """An adapted model's configuration; None for whatever is no adapted model."""
+        """An adapted model's configuration; None for whatever is not an adapted model."""
 
     def shapes(self, model: Any) -> Mapping[str, LayerShape]:
         """Kind and sizes of each adapted layer, in the model's order."""

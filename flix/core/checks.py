@@ -1,4 +1,4 @@
-"""Checks of single values. A bool is no number here, although Python counts it as one; NumPy's numbers are numbers."""
+"""Checks of single values. A bool is not a number here, although Python counts it as one; NumPy's numbers are."""
 
 from __future__ import annotations
 

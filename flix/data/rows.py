@@ -62,7 +62,7 @@ class TrainRows:
 
     def rows_of(self, epoch: int) -> NDArray[np.int64]:
         """The numbers of an epoch's rows, counted through the sources: int64 ``[length]``."""
-        return self._order[self._schedule.plan(whole(epoch, "an epoch", 0, MixtureError))]
+        return self._order[self._schedule.rows(whole(epoch, "an epoch", 0, MixtureError))]
 
     @overload
     def __getitem__(self, position: int) -> Row: ...

@@ -1,4 +1,4 @@
-"""Checks of single values: a bool is no number, NumPy's numbers are."""
+"""Checks of single values: a bool is not a number, NumPy's numbers are."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ def test_a_held_out_row_raises_whatever_led_to_it(sources):
     train = Mixture(sources, held_out=HELD_OUT).train
     assert train[0]
     wrong = train._order.copy()
-    wrong[train._schedule.plan(0)[4]] = 105  # a row of the held-out cell
+    wrong[train._schedule.rows(0)[4]] = 105  # a row of the held-out cell
     train._order = wrong
     assert train[3]
     with pytest.raises(HeldOutError, match="source '3', row 5 is of language=swa,task=topic"):

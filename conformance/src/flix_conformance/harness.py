@@ -121,7 +121,7 @@ class Batch:
 
     Attributes:
         x, ids, weights: as in :class:`Case`; without ids and weights, a call without routing.
-        dtype: what x is to be in, if it is no tokens.
+        dtype: what x is to be in, if it is not tokens.
         target: in the shape of the output, for a training step. The loss is Σ (y - target)² / (2 B), summed over
             everything but divided by B only.
     """

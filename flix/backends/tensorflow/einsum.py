@@ -81,5 +81,5 @@ def linear_einsum(equation: str) -> LinearEinsum | str:
     if not positions or inputs[0] in contracted or outputs[0] in made:
         return f"its equation {equation!r} has no batch as its first axis"
     if not contracted or not made:
-        return f"its equation {equation!r} is no map from one space to another"
+        return f"its equation {equation!r} is not a map from one space to another"
     return LinearEinsum(kernel, contracted, made, inputs, outputs)

@@ -97,13 +97,13 @@ class FlixLayer(Parameters):
         self, x: Any, base: Any, rows: tuple[Any, Any], routing: ActiveRouting, strategy: str
     ) -> Any:
         """base, in its own shape, plus what the features make of x: rows N of S positions, or of S token ids."""
-        plan = routing.plan(self.flix_layout, self.flix_A.dtype)
+        placed = routing.placed(self.flix_layout, self.flix_A.dtype)
         tables = self.flix_A.value, self.flix_B.value
         tokens = self.flix_kind == "embedding"
         x = tf.reshape(tf.cast(x, tf.int32), rows) if tokens else tf.reshape(x, [*rows, self.d_in])
         grouped = tf.reshape(base, [*rows, self.d_out])
         routed = routed_embedding if tokens else routed_linear
-        y = routed(x, grouped, plan, tables, strategy, self.flix_live)
+        y = routed(x, grouped, placed, tables, strategy, self.flix_live)
         y = tf.reshape(y, tf.shape(base))
         y.set_shape(base.shape)
         return y
@@ -139,7 +139,7 @@ class FlixLayer(Parameters):
         Args:
             x: ``[..., d_in]`` (trailing 1), or token ids ``[...]`` (trailing 0).
             routing: the routing in force.
-            trailing: the number of dimensions of x that are no positions.
+            trailing: the number of dimensions of x that are not positions.
 
         Returns:
             x (repeated where it has one row for all); the rows N and the positions S a row; the strategy.
@@ -226,7 +226,7 @@ class FlixEinsumDense(FlixLayer, layers.EinsumDense):  # type: ignore[misc]
         flix_map: the equation as a linear map.
 
     Raises:
-        TargetError: an equation that is no linear map at every position.
+        TargetError: an equation that is not a linear map at every position.
     """
 
     flix_base = layers.EinsumDense

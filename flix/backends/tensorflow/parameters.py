@@ -77,7 +77,7 @@ def places_of(layout: LayerLayout) -> Places:
 
 
 def layouts_of(config: FlixConfig, paths: Iterable[str]) -> dict[str, LayerLayout]:
-    """The layout of each layer; equal ones are one object, so that layers find plans and places that others made."""
+    """The layout of each layer; equal ones are one object, so that layers find what others placed."""
     known: dict[LayerLayout, LayerLayout] = {}
     return {
         path: known.setdefault(found, found) for path in paths for found in [config.layout(path)]
@@ -93,7 +93,7 @@ def config_from(config: Any) -> FlixConfig:
     """A configuration, perhaps as Keras gives it back from a file.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not one.
     """
     config = FlixConfig.from_dict(config) if isinstance(config, dict) else config
     if not isinstance(config, FlixConfig):
@@ -288,5 +288,5 @@ class Parameters:
 
 
 def is_table(variable: keras.Variable) -> bool:
-    """Whether a Keras variable is a table of low-rank rows, of which only the rows in use are trained."""
+    """Whether a Keras variable is a table of pairs, of which only the rows in use are trained."""
     return bool(getattr(variable, "flix_table", False))

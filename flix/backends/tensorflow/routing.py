@@ -1,9 +1,9 @@
-"""The routing of the forward that is running, per thread, and its plan in a layer.
+"""The routing of the forward that is running, per thread, and its place in a layer.
 
 An adapted model's call puts the routing here, the adapted layers read it. Replicas of a distribution strategy run on
 threads of their own, so each sees its own rows.
 
-Plans are made with TensorFlow operations, in eager mode and in graphs alike: nothing that depends on the values of
+Placing is done with TensorFlow operations, in eager mode and in graphs alike: nothing that depends on the values of
 the ids is done in Python, so that a change of features never retraces. What depends on them (how many slots the
 fullest row needs) are sizes of tensors; XLA compiles these as bounded dynamic sizes.
 """
@@ -40,7 +40,7 @@ current = _Current()
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Placed:
     """A batch's routing in one layout.
 
     Attributes:
@@ -81,7 +81,7 @@ class Plan:
 
 @dataclass(eq=False)
 class ActiveRouting:
-    """Checked routing of one forward, with its plans, made once and shared by all layers of a layout.
+    """Checked routing of one forward, placed once for all layers of a layout.
 
     Attributes:
         ids: int32 tensor ``[B, W]`` or ``[B, T, W]``.
@@ -97,26 +97,24 @@ class ActiveRouting:
     lengths: Sequence[Any] = ()
     unlike: int | None = None
     traced: bool = False
-    _plans: dict[Any, Plan] = field(default_factory=dict)
+    _placed: dict[Any, Placed] = field(default_factory=dict)
 
     @property
     def lead(self) -> list[int | None]:
         """The leading sizes, ``[B]`` or ``[B, T]``, as far as shapes tell."""
         return self.ids.shape[:-1].as_list()  # type: ignore[no-any-return]
 
-    def plan(self, layout: LayerLayout, dtype: Any) -> Plan:
-        """The plan in a layout, with factors of this dtype."""
-        # A plan made inside a loop or branch is a tensor of that graph alone.
+    def placed(self, layout: LayerLayout, dtype: Any) -> Placed:
+        """The routing in a layout, with factors of this dtype."""
+        # What is made inside a loop or branch is a tensor of that graph alone.
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         key = (layout, tf.as_dtype(dtype), graph)
-        if key not in self._plans:
-            self._plans[key] = make_plan(self.ids, self.weights, layout, dtype, self.traced)
-        return self._plans[key]
+        if key not in self._placed:
+            self._placed[key] = place(self.ids, self.weights, layout, dtype, self.traced)
+        return self._placed[key]
 
 
-def make_plan(
-    ids: Any, weights: Any, layout: LayerLayout, dtype: Any, traced: bool = False
-) -> Plan:
+def place(ids: Any, weights: Any, layout: LayerLayout, dtype: Any, traced: bool = False) -> Placed:
     """Lay the active ranks of each row side by side.
 
     Args:
@@ -161,14 +159,14 @@ def make_plan(
     bound = None
     if count is not None and static_width is not None:
         bound = count * static_width * places.widest
-    return Plan(rows=rows, scale=scale, total=places.rows, bound=bound)
+    return Placed(rows=rows, scale=scale, total=places.rows, bound=bound)
 
 
 def host_values(value: Any, what: str) -> NDArray[Any] | None:
     """A value as a numpy array, or None if it is known only when a graph runs.
 
     Raises:
-        RoutingError: it is no array.
+        RoutingError: it is not an array.
     """
     if tf.is_tensor(value) and tf.is_symbolic_tensor(value):
         return None
@@ -245,7 +243,7 @@ def _check_traced_weights(weights: Any, ids: Any) -> None:
 def _checked_at_run_time(ids: Any, registry: FeatureRegistry) -> Any:
     """Traced ids with a check of their values: an id of no feature, or a removed one, must not pass for the base.
 
-    XLA leaves assertions out. There these ids become the number of features, of which a plan makes NaN.
+    XLA leaves assertions out. There these ids become the number of features, of which placing makes NaN.
     """
     count = len(registry)
     bad = (ids < -1) | (ids >= count)

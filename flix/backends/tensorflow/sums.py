@@ -13,7 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from flix.backends.tensorflow.parameters import Live
-from flix.backends.tensorflow.routing import Plan
+from flix.backends.tensorflow.routing import Placed
 
 
 def fetch(table: Any, rows: Any, live: Live, dtype: Any) -> Any:
@@ -47,12 +47,12 @@ def _gathered_sum(x: Any, base: Any, a: Any, b: Any, scale: Any) -> Any:
 _compiled_sum = tf.function(_gathered_sum, jit_compile=True, reduce_retracing=True)
 
 
-def _shared_rows(plan: Plan, strategy: str, scale: Any) -> tuple[Any, Any]:
+def _shared_rows(placed: Placed, strategy: str, scale: Any) -> tuple[Any, Any]:
     """Rows that serve the whole batch, ``[U]``, and each example's factors for them, ``[N, 1, U]``."""
     if strategy == "single":
         # All rows alike; each keeps its own factors, so that its weights get their own gradient.
-        return tf.reshape(plan.rows[:1], [-1]), scale[:, None, :]
-    return plan.union[0], tf.cast(plan.mask, scale.dtype)[:, None, :]
+        return tf.reshape(placed.rows[:1], [-1]), scale[:, None, :]
+    return placed.union[0], tf.cast(placed.mask, scale.dtype)[:, None, :]
 
 
 def _product(h: Any, b: Any, transposed: bool = False) -> Any:
@@ -64,14 +64,14 @@ def _product(h: Any, b: Any, transposed: bool = False) -> Any:
 
 
 def routed_linear(
-    x: Any, base: Any, plan: Plan, tables: tuple[Any, Any], strategy: str, live: Live
+    x: Any, base: Any, placed: Placed, tables: tuple[Any, Any], strategy: str, live: Live
 ) -> Any:
     """base + Σ_slots scale · B_slot (A_slot x).
 
     Args:
         x: ``[N, S, d_in]``.
         base: the frozen map's output, ``[N, S, d_out]``.
-        plan: the batch's routing in this layer.
+        placed: the batch's routing in this layer.
         tables: A ``[T, d_in]`` and B ``[T, d_out]``.
         strategy: ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
         live: which rows train.
@@ -79,17 +79,17 @@ def routed_linear(
     Returns:
         ``[N, S, d_out]``.
     """
-    scale = tf.cast(plan.scale, x.dtype)
+    scale = tf.cast(placed.scale, x.dtype)
     if strategy in ("gather", "fused"):
-        a, b = (fetch(table, plan.rows, live, x.dtype) for table in tables)
+        a, b = (fetch(table, placed.rows, live, x.dtype) for table in tables)
         return (_compiled_sum if strategy == "fused" else _gathered_sum)(x, base, a, b, scale)
-    rows, factor = _shared_rows(plan, strategy, scale)
+    rows, factor = _shared_rows(placed, strategy, scale)
     a, b = (fetch(table, rows, live, x.dtype) for table in tables)
     return base + _product(_product(x, a, transposed=True) * factor, b)
 
 
 def routed_embedding(
-    tokens: Any, base: Any, plan: Plan, tables: tuple[Any, Any], strategy: str, live: Live
+    tokens: Any, base: Any, placed: Placed, tables: tuple[Any, Any], strategy: str, live: Live
 ) -> Any:
     """base + Σ_slots scale · B_slot A_slot[token].
 
@@ -100,15 +100,15 @@ def routed_embedding(
     ``"gather"`` here.
     """
     dtype = base.dtype
-    scale = tf.cast(plan.scale, dtype)
+    scale = tf.cast(placed.scale, dtype)
     gather = strategy in ("gather", "fused")
-    rows, factor = (plan.union[0], None) if gather else _shared_rows(plan, strategy, scale)
+    rows, factor = (placed.union[0], None) if gather else _shared_rows(placed, strategy, scale)
     columns = tf.transpose(fetch(tables[0], rows, live, dtype))  # [vocabulary, U]
     h = tf.gather(columns, tokens)  # [N, S, U]
     if not gather:
         return base + _product(h * factor, fetch(tables[1], rows, live, dtype))
     sizes, used = tf.shape(tokens), tf.size(rows)
     h = tf.reshape(tf.transpose(h, [0, 2, 1]), [sizes[0] * used, sizes[1]])
-    h = tf.gather(h, tf.range(sizes[0])[:, None] * used + plan.union[1])  # [N, R, S]
+    h = tf.gather(h, tf.range(sizes[0])[:, None] * used + placed.union[1])  # [N, R, S]
     h = tf.transpose(h, [0, 2, 1]) * scale[:, None, :]
-    return base + tf.matmul(h, fetch(tables[1], plan.rows, live, dtype))
+    return base + tf.matmul(h, fetch(tables[1], placed.rows, live, dtype))

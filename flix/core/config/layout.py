@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """Ranks and scales of all registered features in one layer, by id. Hashable: layers share plans.
+    """Ranks and scales of all features in one layer, by id. Hashable: equal layers share what is made for it.
 
     Attributes:
         ranks: r_f of each feature; 0 where the feature has no update.

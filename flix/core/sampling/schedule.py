@@ -4,8 +4,8 @@ Cells are drawn with p ∝ n^(1/T), where n is a cell's number of rows, at most 
 multilingual training (Arivazhagan et al., arXiv 1907.05019, §4.2; the cap is the size limit of Raffel et al., arXiv
 1910.10683, §3.5.2). T = 1 follows the sizes; T = infinity draws all cells alike.
 
-An epoch's plan is a pure function of (seed, epoch). Counts follow the probabilities by largest remainder, and what an
-epoch gave too much or too little is carried to the next. A cell's rows are walked through seeded permutations; the
+What an epoch takes is a pure function of (seed, epoch). Counts follow the probabilities by largest remainder, and what
+an epoch gave too much or too little is carried to the next. A cell's rows are walked through seeded permutations; the
 walk goes on where the epoch before stopped, so every row of a cell is seen before any is seen again.
 """
 
@@ -177,7 +177,7 @@ class Schedule:
         self._order = rng.key("mixture order", seed)
         self._offsets = np.cumsum(self.sizes) - self.sizes
         self._reached = (0, np.zeros(len(self.sizes), np.int64))
-        self._plans: dict[int, NDArray[np.int64]] = {}
+        self._epochs: dict[int, NDArray[np.int64]] = {}
 
     def taken(self, epoch: int) -> NDArray[np.int64]:
         """How many rows of each cell all epochs before this one took: int64 ``[cells]``."""
@@ -199,7 +199,7 @@ class Schedule:
         due = self.probabilities * float((epoch + 1) * self.length)
         return apportion(due - taken, self.length)
 
-    def plan(self, epoch: int) -> NDArray[np.int64]:
+    def rows(self, epoch: int) -> NDArray[np.int64]:
         """The rows of an epoch in their order: int64 ``[length]``."""
         taken = self.taken(epoch)
         counts = self._share(epoch, taken)
@@ -222,22 +222,22 @@ class Schedule:
     def draw(self, positions: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows at positions of an endless run, epoch after epoch: int64 ``[n]``.
 
-        A function of (seed, position) alone. The latest two plans are kept, so positions in ascending order cost one
-        plan an epoch.
+        A function of (seed, position) alone. The latest two epochs are kept, so positions in ascending order cost
+        one look an epoch.
         """
         where = np.asarray(positions, np.int64)
         epochs, places = np.divmod(where, self.length)
         rows = np.empty(len(where), np.int64)
         for epoch in np.unique(epochs).tolist():
-            if epoch not in self._plans:
-                kept = list(self._plans.items())[-1:]
-                self._plans = {**dict(kept), epoch: self.plan(epoch)}
+            if epoch not in self._epochs:
+                kept = list(self._epochs.items())[-1:]
+                self._epochs = {**dict(kept), epoch: self.rows(epoch)}
             mine = epochs == epoch
-            rows[mine] = self._plans[epoch][places[mine]]
+            rows[mine] = self._epochs[epoch][places[mine]]
         return rows
 
 
-def plan_epoch(
+def epoch_rows(
     sizes: Sizes,
     *,
     length: int,
@@ -253,4 +253,4 @@ def plan_epoch(
         MixtureError: what :func:`probabilities` and :class:`Schedule` refuse.
     """
     p = probabilities(sizes, temperature, caps, names)
-    return Schedule(sizes, p, length=length, seed=seed, names=names).plan(epoch)
+    return Schedule(sizes, p, length=length, seed=seed, names=names).rows(epoch)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flix.core.features.cells import (
     MixtureError,
 )
-from flix.core.sampling.schedule import Schedule, apportion, plan_epoch, probabilities, shares, walk
+from flix.core.sampling.schedule import Schedule, apportion, epoch_rows, probabilities, shares, walk
 
 sizes_of_cells = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 temperatures = st.sampled_from([0.5, 1.0, 2.0, 5.0, math.inf])
@@ -94,9 +94,9 @@ def test_all_rows_of_a_cell_are_seen_before_any_is_seen_again(sizes, temperature
     starts = np.cumsum(sizes) - np.asarray(sizes)
     seen = np.zeros(sum(sizes), np.int64)
     for epoch in range(6):
-        plan = schedule.plan(epoch)
-        assert plan.shape == (length,)
-        seen += np.bincount(plan, minlength=len(seen))
+        drawn = schedule.rows(epoch)
+        assert drawn.shape == (length,)
+        seen += np.bincount(drawn, minlength=len(seen))
         per_cell = schedule.taken(epoch + 1)
         for start, size, taken in zip(starts, sizes, per_cell.tolist(), strict=True):
             own = seen[start : start + size]
@@ -104,15 +104,15 @@ def test_all_rows_of_a_cell_are_seen_before_any_is_seen_again(sizes, temperature
             assert own.max() - own.min() <= 1
 
 
-def test_a_plan_is_a_function_of_seed_and_epoch():
+def test_an_epoch_is_a_function_of_seed_and_number():
     sizes, names = [50, 20, 5], ["a", "b", "c"]
     schedule = Schedule(sizes, probabilities(sizes, 2.0), length=40, seed=7)
-    first = [schedule.plan(epoch) for epoch in range(6)]
-    assert np.array_equal(schedule.plan(2), first[2])  # backwards
-    fresh = plan_epoch(sizes, length=40, epoch=5, seed=7, temperature=2.0)
+    first = [schedule.rows(epoch) for epoch in range(6)]
+    assert np.array_equal(schedule.rows(2), first[2])  # backwards
+    fresh = epoch_rows(sizes, length=40, epoch=5, seed=7, temperature=2.0)
     assert np.array_equal(fresh, first[5])
     assert not np.array_equal(first[0], first[1])
-    assert not np.array_equal(plan_epoch(sizes, length=40, seed=8, temperature=2.0), first[0])
+    assert not np.array_equal(epoch_rows(sizes, length=40, seed=8, temperature=2.0), first[0])
     # The order is shuffled through the cells, not one cell after the other.
     cells = np.searchsorted([50, 70], first[0], side="right")
     assert (np.diff(cells) != 0).sum() > 10
@@ -121,15 +121,15 @@ def test_a_plan_is_a_function_of_seed_and_epoch():
     assert np.array_equal(schedule.draw(range(240)), whole)
     assert np.array_equal(schedule.draw([239, 3, 100]), whole[[239, 3, 100]])
     # Named cells walk alike whatever other cells there are.
-    alone = Schedule([20], [1.0], length=10, seed=7, names=["b"]).plan(0)
-    beside = Schedule([50, 20], [0.5, 0.5], length=20, seed=7, names=names[:2]).plan(0)
+    alone = Schedule([20], [1.0], length=10, seed=7, names=["b"]).rows(0)
+    beside = Schedule([50, 20], [0.5, 0.5], length=20, seed=7, names=names[:2]).rows(0)
     assert sorted(alone) == sorted(row - 50 for row in beside if row >= 50)
 
 
-def test_plans_stay_as_they_are():
+def test_epochs_stay_as_they_are():
     """A run that is resumed with a later version sees the rows it would have seen."""
-    plan = plan_epoch([6, 3, 1], length=8, epoch=3, seed=1, temperature=2.0, names=["a", "b", "c"])
-    assert plan.tolist() == [1, 4, 9, 8, 8, 6, 0, 0]
+    drawn = epoch_rows([6, 3, 1], length=8, epoch=3, seed=1, temperature=2.0, names=["a", "b", "c"])
+    assert drawn.tolist() == [1, 4, 9, 8, 8, 6, 0, 0]
 
 
 def test_a_walk_goes_through_permutations():
@@ -157,4 +157,4 @@ def test_schedule_errors(change, message):
     with pytest.raises(MixtureError, match=message):
         Schedule(**{"sizes": [1, 2], "probabilities": [0.5, 0.5], "length": 3, **change})
     with pytest.raises(MixtureError, match="an epoch must be a whole number of 0 or more, got -1"):
-        Schedule([1], [1.0], length=1).plan(-1)
+        Schedule([1], [1.0], length=1).rows(-1)
