@@ -7,7 +7,7 @@ import write_docs
 from flix_conformance import Backend, runner
 from flix_conformance.checks import CHECKS
 from mutants import MUTANTS, Mutant
-from mutants._registry import made
+from mutants._registry import OptionalHarness, OptionalPrimitives, made
 
 
 def table() -> str:
@@ -27,7 +27,8 @@ def example() -> Backend:
 
 @pytest.mark.parametrize("name", [name for name, check in CHECKS.items() if not check.pair])
 def test_the_example_backend_passes(name: str) -> None:
-    runner.run(name, example())
+    optional = (OptionalPrimitives, OptionalHarness) if CHECKS[name].needs else ()
+    runner.run(name, made("numpy", *optional))
 
 
 @pytest.mark.parametrize("name", [name for name, check in CHECKS.items() if check.pair])

@@ -170,7 +170,8 @@ class Harness(Protocol):
       step, first_row)`` ids and weights after feature dropout;
     - ``refuse(model, batch)`` raises for malformed routing, where ``call`` is compiled and cannot;
     - ``within(dtype)``, a context in which the framework computes in this dtype (JAX has no float64 outside of one);
-    - ``excluded``, pairs ``(strategy, dtype)`` that do not exist, of those below.
+    - ``excluded``, pairs ``(strategy, dtype)`` that do not exist, of those below;
+    - ``unfreeze(model, path)`` lets a layer of the base train, as a user does with a head, where that can be done.
 
     Attributes:
         dtypes: of ``"float32"``, ``"bfloat16"``, ``"float64"``, those that it computes in.

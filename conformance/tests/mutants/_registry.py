@@ -9,7 +9,8 @@ from typing import Any
 
 import flix_numpy
 from flix_conformance import Backend
-from flix_numpy import Layer, Primitives
+from flix_conformance.checks import CHECKS
+from flix_numpy import Counts, Layer, Primitives
 from flix_numpy.conformance import AdamW, Harness
 
 from flix.backends.verbs import Verbs
@@ -29,6 +30,21 @@ def made(name: str, *parts: type[Any]) -> Backend:
     return Backend(name, SimpleNamespace(primitives=primitives, **public), harness)
 
 
+class OptionalPrimitives(Primitives):
+    """The example's, and a base that can train in part."""
+
+    def count(self, model: Any) -> Counts:
+        trained = (x.kernel.size for x in model.values() if getattr(x, "trains", False))
+        return Counts(super().count(model).total, sum(trained))
+
+
+class OptionalHarness(Harness):
+    """The example's, with what a harness may have besides."""
+
+    def unfreeze(self, model: Any, path: str) -> None:
+        model[path].trains = True
+
+
 @dataclass(frozen=True)
 class Mutant:
     """A broken backend.
@@ -45,6 +61,8 @@ class Mutant:
 
     def backend(self) -> Backend:
         """The backend that the kit gets."""
+        if CHECKS[self.check].needs:
+            return made("mutant", self.part, OptionalPrimitives, OptionalHarness)
         return made("mutant", self.part)
 
 

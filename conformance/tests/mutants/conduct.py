@@ -244,6 +244,20 @@ class HeadsTrain(Primitives):
         return Counts(super().count(model).total, sum(model[path].kernel.size for path in heads))
 
 
+@mutant("counts all that trains among the features", "trained_heads")
+class HeadsAreFeatures(ChangedSummary):
+    def changed(self, found: Any, model: Any) -> Any:
+        beside = found.trainable - sum(found.features.values())
+        first = next(iter(found.features))
+        return replace(found, features={**found.features, first: found.features[first] + beside})
+
+
+@mutant("takes the whole base for frozen, whatever was unfrozen", "trained_heads")
+class BaseNeverTrains(Primitives):
+    def count(self, model: Any) -> Counts:
+        return Counts(super().count(model).total)
+
+
 @mutant("counts the adapted layers alone", "counts")
 class NoOthers(Primitives):
     def count(self, model: Any) -> Counts:

@@ -117,14 +117,15 @@ def _zeroed(backend: Backend, model: Any) -> Any:
 
 def _snapshot(backend: Backend, model: Any) -> tuple[Any, set[Feature], dict[str, bytes]]:
     """A model's configuration, its frozen features, and its values."""
-    config = backend.primitives.adapted(model)
+    config = backend.primitives.adapted(model).to_dict()
+    config["target_modules"] = sorted(config["target_modules"])  # layers as they come in the model
     values = {
         f"{path}, {part} of {':'.join(feature)}": np.array(value).tobytes()
         for path, pairs in backend.primitives.read(model).items()
         for feature, pair in pairs.items()
         for part, value in zip("AB", pair, strict=True)
     }
-    return config.to_dict(), set(backend.primitives.frozen(model)), values
+    return config, set(backend.primitives.frozen(model)), values
 
 
 @check(
@@ -167,7 +168,7 @@ def _base_size(stack_layers: int = 3) -> int:
 def _counted(backend: Backend, model: Any) -> dict[str, Any]:
     found = backend.verb("summary")(model)
     return {
-        "layers": list(found.layers),
+        "layers": set(found.layers),
         "features": dict(found.features),
         "ranks": set(found.ranks),
         "total": found.total,
@@ -182,7 +183,7 @@ def _counted(backend: Backend, model: Any) -> dict[str, Any]:
 def counts(draw: Draw, backend: Backend) -> None:
     for step, [(*_, model)] in _lived(draw, backend):
         expected = {
-            "layers": [FIRST, SECOND],
+            "layers": {FIRST, SECOND},
             "features": step.sizes,
             "ranks": set(step.sizes),
             "total": _base_size() + sum(step.sizes.values()),
@@ -192,6 +193,19 @@ def counts(draw: Draw, backend: Backend) -> None:
             assert found == expected[name], (
                 f"after {step.verb}, {name} is {found}, expected {expected[name]}"
             )
+
+
+@check(
+    "a head that was unfrozen counts among what trains; the features count as before",
+    examples=1,
+    needs=("unfreeze",),
+)
+def trained_heads(draw: Draw, backend: Backend) -> None:
+    model = backend.stacked(two_layers(draw))
+    before = _counted(backend, model)
+    backend.harness.unfreeze(model, "lm_head")
+    expected = {**before, "trainable": before["trainable"] + 16}
+    assert _counted(backend, model) == expected, f"{_counted(backend, model)}, not {expected}"
 
 
 @check("two backends count the same after the same life", examples=1, pair=True)
