@@ -16,12 +16,7 @@ from typer.testing import CliRunner
 import flix
 from flix.cli.app import app
 from flix.core.adapter.composition import delta
-
-
-def ok(*arguments: object) -> Any:
-    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+from tests.helpers.training import ok
 
 
 def mistake(message: str, *arguments: object) -> None:

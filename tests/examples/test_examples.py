@@ -12,12 +12,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
-# What makes files for another example, and what needs real data (tests/transformers runs it).
+# Other tests run them: one makes files for a configuration, one needs real data.
 LONGER = {"make_tiny.py", "african_languages.py"}
 NEEDS = {
     "jax": ("jax", "flax"),
     "keras": ("tensorflow",),
     "onnx": ("torch", "onnxruntime", "onnxscript"),
+}
+# What is printed when all went well, and how often.
+SAYS = {
+    "generate.py": {"beams: 6 sequences for 3 rows": 1, "pipeline: 3 answers": 1},
+    "onnx_export.py": {"largest difference": 3},
+    "serving.py": {"to serve with vLLM: vllm serve": 1},
 }
 
 
@@ -43,3 +49,5 @@ def test_example(name, tmp_path):
     )
     assert found.returncode == 0, found.stderr[-3000:]
     assert found.stdout.strip(), "an example shows something"
+    said = SAYS.get(name, {})
+    assert {words: found.stdout.count(words) for words in said} == said

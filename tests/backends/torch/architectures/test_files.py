@@ -13,12 +13,11 @@ pytest.importorskip("transformers")
 
 from flix.backends.torch import adapt, export_peft, load, merge, named_pairs, save  # noqa: E402
 from flix.backends.torch.model import flix_layers  # noqa: E402
-from tests.architectures.test_forward import weights_of  # noqa: E402
 from tests.helpers.claims import over  # noqa: E402
 from tests.helpers.registry import ROWS, config  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
 from tests.helpers.torch import output, randomize, routing  # noqa: E402
-from tests.helpers.zoo import RELATIVES, ZOO, class_of, inputs_of, pretrained  # noqa: E402
+from tests.helpers.zoo import RELATIVES, ZOO, class_of, inputs_of, pretrained, weights_of  # noqa: E402
 
 ROW = {"language": "swa", "task": "pos"}
 

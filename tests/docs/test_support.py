@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from tests.architectures import table
-from tests.architectures.table import ROOT, SECTIONS, Section, collect, render, rewritten
+from tests.docs import support
+from tests.docs.support import ROOT, SECTIONS, Section, collect, render, rewritten
 from tests.helpers.zoo import ZOO
 
 SMALL = Section(
@@ -24,14 +24,14 @@ SMALL = Section(
 
 def test_the_committed_table_is_what_the_tests_claim():
     done = subprocess.run(
-        [sys.executable, "-m", "tests.architectures.table", "--check"],
+        [sys.executable, "-m", "tests.docs.support", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, (
-        "docs/support.md is not what the tests claim; run python -m tests.architectures.table\n"
+        "docs/support.md is not what the tests claim; run python -m tests.docs.support\n"
         f"{done.stdout}{done.stderr}"
     )
 
@@ -129,8 +129,8 @@ def test_what_cannot_be_collected_is_an_error(tmp_path):
 def test_a_difference_is_shown_and_fails(tmp_path, monkeypatch, capsys):
     document = tmp_path / "support.md"
     document.write_text("<!-- generated: torch -->\n<!-- end: torch -->\n")
-    monkeypatch.setattr(table, "DOCUMENT", document)
-    monkeypatch.setattr(table, "collect", lambda paths: {("torch", "llama", "merge")})
-    assert table.main(["--check"]) == 1
+    monkeypatch.setattr(support, "DOCUMENT", document)
+    monkeypatch.setattr(support, "collect", lambda paths: {("torch", "llama", "merge")})
+    assert support.main(["--check"]) == 1
     assert "+| Llama |   | ✓ |   |" in capsys.readouterr().out
-    assert table.main([]) == 0 and table.main(["--check"]) == 0
+    assert support.main([]) == 0 and support.main(["--check"]) == 0

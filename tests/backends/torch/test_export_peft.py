@@ -18,9 +18,7 @@ from flix.backends.torch.model import flix_layers  # noqa: E402
 from tests.helpers.peft import answer  # noqa: E402
 from tests.helpers.registry import config, registry  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far, relative  # noqa: E402
-from tests.helpers.torch import batch, make, output, randomize  # noqa: E402
-
-from .test_import import ask  # noqa: E402
+from tests.helpers.torch import ask, batch, make, output, randomize  # noqa: E402
 
 ROW = {"language": "swa", "task": "pos"}
 MIX = {"language": {"hau": 0.5, "swa": -1.5}, "task": ["ner", "pos"]}

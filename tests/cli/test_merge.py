@@ -20,9 +20,7 @@ from flix.backends.torch import adapt, merge, save  # noqa: E402
 from flix.cli.app import app  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
 from tests.helpers.tolerance import assert_close  # noqa: E402
-from tests.helpers.torch import batch, make, randomize  # noqa: E402
-
-from .test_import import ask  # noqa: E402
+from tests.helpers.torch import ask, batch, make, randomize  # noqa: E402
 
 ROW = {"language": {"hau": 0.5, "swa": 1.0}, "task": "ner"}
 FEATURES = "language=hau:0.5+swa,task=ner"

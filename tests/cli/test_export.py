@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,7 @@ from flix.backends.torch import adapt, save  # noqa: E402
 from flix.cli.app import app  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
-from tests.helpers.torch import batch, make, output, randomize  # noqa: E402
-
-from .test_import import ask  # noqa: E402
+from tests.helpers.torch import ask, batch, make, output, randomize  # noqa: E402
 
 ROW = {"language": "swa", "task": "pos"}
 
@@ -108,9 +105,3 @@ def test_a_trained_head_needs_a_base_that_has_it(tmp_path: Path) -> None:
     result = run("merge", tmp_path, "--out", tmp_path / "merged")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert not (tmp_path / "merged").exists()
-
-
-def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("peft")
-    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "serving.py"))
-    assert "to serve with vLLM: vllm serve" in capsys.readouterr().out

@@ -25,7 +25,7 @@ from flix.backends.torch.model import flix_layers  # noqa: E402
 from tests.helpers.peft import answer, fill, make_lora  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
-from tests.helpers.torch import batch, make, output, randomize  # noqa: E402
+from tests.helpers.torch import ask, batch, make, output, randomize  # noqa: E402
 
 # Models are in float64 here, and their LoRAs stored in float32.
 
@@ -67,15 +67,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "encoder-decoder": ("t5", {"r": 4, "target_modules": ["q", "v", "wo"]}),
     "gaussian start": ("bert", {"r": 4, "init_lora_weights": "gaussian", "target_modules": ["key"]}),
 }  # fmt: skip
-
-
-def ask(model: Any, name: str, rows: list[Any]) -> Any:
-    encoded = model.flix_config.registry.encode(rows)
-    ids, weights = torch.from_numpy(encoded.ids), torch.from_numpy(encoded.weights)
-    with torch.no_grad():
-        return output(
-            model.eval()(**batch(name, len(rows)), flix_features=ids, flix_weights=weights)
-        )
 
 
 @pytest.mark.parametrize("case", CASES)

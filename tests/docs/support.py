@@ -1,7 +1,7 @@
 """Write the table {architecture x feature} of docs/support.md from what the tests claim to cover.
 
-    python -m tests.architectures.table            # rewrite the generated blocks
-    python -m tests.architectures.table --check    # exit with 1 and a diff where they are not what the tests claim
+    python -m tests.docs.support            # rewrite the generated blocks
+    python -m tests.docs.support --check    # exit with 1 and a diff where they are not what the tests claim
 
 A claim is a mark ``covers(architecture, feature, backend=...)`` on a test that is collected and will run: tests marked
 ``skip`` or ``xfail`` claim nothing, nor do those whose ``skipif`` holds. A section of the document stands between
@@ -95,7 +95,7 @@ def _jax_applies(architecture: str, feature: str) -> bool:
 
 SECTIONS: dict[str, Section] = {
     "torch": Section(
-        paths=("tests/architectures", "tests/backends/torch"),
+        paths=("tests/backends/torch",),
         architectures={
             "gpt2": "GPT-2 (Conv1D)",
             "llama": "Llama",
@@ -140,7 +140,7 @@ SECTIONS: dict[str, Section] = {
         applies=_torch_applies,
     ),
     "jax": Section(
-        paths=("tests/backends/jax", "tests/cross"),
+        paths=("tests/backends/jax", "tests/backends/test_files.py"),
         architectures={
             "nnx": "flax.nnx: Linear, LinearGeneral, Einsum, Embed",
             "bert": "BERT in flax.nnx, a twin of transformers'",
@@ -165,7 +165,7 @@ SECTIONS: dict[str, Section] = {
         applies=_jax_applies,
     ),
     "tensorflow": Section(
-        paths=("tests/backends/tensorflow", "tests/cross"),
+        paths=("tests/backends/tensorflow", "tests/backends/test_files.py"),
         architectures={
             "functional": "functional",
             "sequential": "sequential",
@@ -293,7 +293,7 @@ _BLOCK = re.compile(r"<!-- generated: (\S+) -->.*?<!-- end: \1 -->", re.DOTALL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.architectures.table")
+    parser = argparse.ArgumentParser(prog="python -m tests.docs.support")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where it differs")
     options = parser.parse_args(arguments)
     text = DOCUMENT.read_text(encoding="utf-8")

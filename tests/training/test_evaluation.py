@@ -1,0 +1,75 @@
+"""``flix evaluate`` on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from flix.cli.app import app
+from tests.helpers.training import Write, ok, run
+
+
+@pytest.mark.parametrize("model", ["t5", "llama"])
+def test_evaluate(trained: Any, config: Write, models: dict[str, Path], model: str) -> None:
+    path, adapter = trained(model, training={"learning_rate": 0.02, "steps": 80})
+    result = ok("evaluate", path, adapter)
+    metrics = json.loads((adapter.parent / "metrics.json").read_text())
+    assert {k: result[k] for k in ("cells", "seen", "held_out")} == metrics["evaluation"]
+    assert result["held_out"]["cells"] == 1 and result["seen"]["cells"] == 8
+    cell = result["cells"][0]
+    assert {"cell", "seen", "rows", "exact_match", "chrf", "samples"} == set(cell)
+    # Batches of one give the same answers: padding changes nothing.
+    alone = config(model, evaluation={"batch_size": 1})
+    assert ok("evaluate", alone, adapter)["cells"] == result["cells"]
+    # With all groups switched off, a combination never trained is answered by the base.
+    off = config(
+        model, evaluation={"unseen_group_weights": {"language": 0, "task": 0, "shared": 0}}
+    )
+    answers = {c["cell"]: c["samples"] for c in ok("evaluate", off, adapter)["cells"]}
+    held = answers.pop("task=rev,language=yor")
+    assert held != next(c["samples"] for c in result["cells"] if not c["seen"])
+    assert answers == {c["cell"]: c["samples"] for c in result["cells"] if c["seen"]}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models[model])
+    base = (
+        transformers.AutoModelForSeq2SeqLM if model == "t5" else transformers.AutoModelForCausalLM
+    ).from_pretrained(models[model])
+    for sample in held:
+        ids = tokenizer(f"rev: {sample['source']}", return_tensors="pt").input_ids
+        ids = ids if model == "t5" else ids[:, :-1]
+        out = base.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=3,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        out = out if model == "t5" else out[:, ids.shape[1] :]
+        assert tokenizer.decode(out[0], skip_special_tokens=True).strip() == sample["output"]
+
+
+def test_evaluate_with_beams_and_a_file(trained: Any, config: Write, tmp_path: Path) -> None:
+    _, adapter = trained("t5", evaluation={"at_end": False})
+    path = config(evaluation={"num_beams": 3})
+    result = run(
+        app, ["evaluate", str(path), str(adapter), "--out", str(tmp_path / "x" / "r.json")]
+    )
+    assert result.exit_code == 0, result.output
+    assert "average, seen" in result.stdout and "task=rev,language=yor" in result.stdout
+    assert json.loads((tmp_path / "x" / "r.json").read_text())["seen"]["cells"] == 8
+
+
+def test_evaluate_mistakes(trained: Any, config: Write) -> None:
+    path, adapter = trained("llama", training={"steps": 1}, evaluation={"at_end": False})
+    result = run(app, ["evaluate", str(config("gpt2")), str(adapter)])
+    assert result.exit_code == 2 and "another architecture" in result.stderr
+    datasets = [{**d, "eval_rows": 0} for d in yaml.safe_load(path.read_text())["datasets"]]
+    result = run(
+        app, ["evaluate", str(config("llama", datasets=datasets, held_out=[])), str(adapter)]
+    )
+    assert result.exit_code == 2 and "nothing to evaluate on" in result.stderr

@@ -1,0 +1,37 @@
+"""The registry, sizes and ranks that rows lead to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flix.training.features import build_config
+from flix.training.reading import read_settings
+from tests.helpers.training import corpus_of
+
+
+def test_registry_and_sizes(config: Callable[..., Path]) -> None:
+    path = config(ranks={"rule": "proportional", "budget": 30})
+    corpus = corpus_of(path)
+    assert corpus.registry.groups == ("task", "language", "shared")
+    sizes = corpus.sizes()
+    assert sizes["shared", "all"] == 80 and sizes["task", "rev"] == 20
+    ranks = build_config(read_settings(path), corpus).ranks
+    assert sum(ranks.values()) == 30 and ranks["shared", "all"] == max(ranks.values())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "total"),
+    [
+        (4, 28),
+        ({"rule": "explicit", "ranks": {"task": 1, "language": {"hau": 2, "swa": 3, "yor": 4}, "shared": 1}}, 13),
+        ({"rule": "compute_matched", "lora_rank": 9}, 21),
+        ({"rule": "parameter_matched", "lora_rank": 16}, 16),
+    ],
+)  # fmt: skip
+def test_every_rank_rule(config: Callable[..., Path], ranks: Any, total: int) -> None:
+    path = config(ranks=ranks)
+    assert sum(build_config(read_settings(path), corpus_of(path)).ranks.values()) == total  # type: ignore[union-attr]
