@@ -14,7 +14,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -107,6 +107,19 @@ def once(arm: Arm) -> tuple[float, Any]:
         return time.perf_counter() - start, out
 
 
+def interleaved(
+    arms: Sequence[Arm], rounds: int, warmup: int, limit: float | None = None
+) -> Iterator[tuple[int, Arm]]:
+    """Every arm once in every round, with the round's number; below 0 it does not count. See :func:`interleave`."""
+    begun = time.perf_counter()
+    for number in range(-warmup, rounds):
+        if number >= 3 and limit is not None and time.perf_counter() - begun > limit:
+            break
+        gc.collect()
+        for arm in arms if number % 2 else reversed(arms):
+            yield number, arm
+
+
 def interleave(
     arms: Sequence[Arm],
     rounds: int,
@@ -128,18 +141,13 @@ def interleave(
     times: dict[str, list[float]] = {arm.name: [] for arm in arms}
     gc.collect()
     gc.freeze()  # what is there stays: the collector does not walk over whole models between the rounds
-    begun = time.perf_counter()
-    for number in range(-warmup, rounds):
-        if number >= 3 and limit is not None and time.perf_counter() - begun > limit:
-            break
-        gc.collect()
-        for arm in arms if number % 2 else reversed(arms):
-            seconds, out = once(arm)
-            if number >= 0:
-                times[arm.name].append(seconds)
-                if seen is not None:
-                    seen(arm.name, out)
-            del out  # not kept while the next arm runs
+    for number, arm in interleaved(arms, rounds, warmup, limit):
+        seconds, out = once(arm)
+        if number >= 0:
+            times[arm.name].append(seconds)
+            if seen is not None:
+                seen(arm.name, out)
+        del out  # not kept while the next arm runs
     gc.unfreeze()
     return times
 

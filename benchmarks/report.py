@@ -23,9 +23,13 @@ PARTS = (
     "model-gpt2",
     "model-jax",
     "model-keras",
-    "scale",
-    "paging",
+    "scale-layer",
+    "scale-features",
+    "scale-paging",
 )
+"""What ``benchmarks.run`` measures, in the order of the page."""
+SECTIONS = (*PARTS, "gpu")
+"""What the page shows: ``benchmarks.gpu`` measures its part where there is a card."""
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -97,8 +101,9 @@ def environment_line(environment: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     load = environment.get("load")
     busy = "" if load is None else f"load average {load} at the start, "
+    card = environment.get("gpu", "no GPU")
     return (
-        f"{environment['date']}, {environment['cpu']}, {environment['cores']} cores, no GPU, {busy}"
+        f"{environment['date']}, {environment['cpu']}, {environment['cores']} cores, {card}, {busy}"
         f"{environment['threads']} thread, Python {environment['python']}, {versions}."
     )
 
@@ -121,7 +126,7 @@ def bars_table(results: Sequence[Mapping[str, Any]]) -> str:
         [
             bar["what"],
             bar["value"],
-            f"{'at most' if bar['at_most'] else 'at least'} {bar['limit']:.2f}",
+            f"{'at most' if bar['at_most'] else 'at least'} {number(bar['limit'])}",
             "yes" if bar["met"] else "**no**",
         ]
         for result in results
@@ -131,9 +136,10 @@ def bars_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_results(out: Path) -> list[dict[str, Any]]:
-    """The results of the last runs, in the order of the page."""
-    files = [out / f"{name}.json" for name in PARTS]
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    """The results of the last runs, in the order of the page; without dry runs, whose figures mean nothing."""
+    files = [out / f"{name}.json" for name in SECTIONS]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    return [result for result in found if not result.get("dry_run")]
 
 
 def draw(plot: Mapping[str, Any], file: Path) -> None:

@@ -30,12 +30,13 @@ SUITES = {
     "model-gpt2": "benchmarks.model.torch_model:gpt2",
     "model-jax": "benchmarks.model.jax_model:suite",
     "model-keras": "benchmarks.model.keras_model:suite",
-    "scale": "benchmarks.scale.layer_growth:suite",
-    "paging": "benchmarks.scale.paging:suite",
+    "scale-layer": "benchmarks.scale.layer_growth:suite",
+    "scale-features": "benchmarks.scale.many_features:suite",
+    "scale-paging": "benchmarks.scale.paging:suite",
 }
 SMOKE_PROCESSES = (
     ("model-t5", "model-gpt2"),
-    ("layer-torch", "scale", "paging"),
+    ("layer-torch", "scale-layer", "scale-features", "scale-paging"),
     ("layer-jax", "model-jax"),
     ("layer-tensorflow", "model-keras"),
 )

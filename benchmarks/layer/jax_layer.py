@@ -42,6 +42,7 @@ from flix.backends.jax import LayerBank, gather, init, linear, linear_rows, touc
 
 BARS = {768: 1.20, 2048: 1.06}
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+LORA = "nnx.LoRA, rank 16"
 Setup = dict[str, Any]
 Method = Callable[[Setup], Any]
 
@@ -113,7 +114,7 @@ def by_bank(s: Setup) -> Any:
 
 METHODS: dict[str, Method] = {
     "frozen": frozen,
-    "nnx.LoRA, rank 16": one_lora,
+    LORA: one_lora,
     "gather": by_rows,
     "masked": lambda s: by_rows(s, "masked"),
     "auto": lambda s: by_rows(s, "auto"),
@@ -141,10 +142,8 @@ def _results(problem: Problem, out: Any) -> dict[str, Any]:
     return found
 
 
-def measure(
-    problem: Problem, methods: dict[str, Method], rounds: int
-) -> tuple[float, dict[str, Figure]]:
-    """Median seconds of the first method, and each other's ratio to it within the rounds."""
+def guarded_arms(problem: Problem, methods: dict[str, Method]) -> list[Arm]:
+    """The methods, compiled, once each has been held to the definition."""
     arrays = setup(problem)
     structure = arrays.pop("structure")
     expected, plain = problem.expected(), problem.plain()
@@ -164,8 +163,15 @@ def measure(
         else:
             guard(arm, expected, absent=() if "dense" in name else absent)
         arms.append(arm)
-    times = interleave(arms, rounds)
-    base = arms[0].name
+    return arms
+
+
+def measure(
+    problem: Problem, methods: dict[str, Method], rounds: int
+) -> tuple[float, dict[str, Figure]]:
+    """Median seconds of the first method, and each other's ratio to it within the rounds."""
+    times = interleave(guarded_arms(problem, methods), rounds)
+    base = next(iter(methods))
     return median_ms(times[base]) / 1e3, over(times, base)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -40,7 +40,7 @@ from flix.backends.tensorflow import FlixDense, keep_absent
 
 BARS = {768: 1.20, 2048: 1.08}
 PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "numpy")
-BASE = "frozen"
+BASE, LORA = "frozen", "Keras `enable_lora(16)`"
 Step = Callable[..., Any]
 
 
@@ -137,21 +137,19 @@ def _results(problem: Problem, out: Any) -> dict[str, Any]:
     return found
 
 
-def measure(
+def guarded_arms(
     problems: dict[str, Problem],
-    rounds: int,
     *,
-    strategy: str = "gather",
+    strategies: Sequence[str] = ("gather",),
     jit: bool = False,
     optimizer: bool = False,
     peers: bool = False,
-) -> dict[str, Figure]:
-    """Ratios over the frozen layer.
+) -> list[Arm]:
+    """The frozen layer and flix on each problem, once each has been held to the definition.
 
     Args:
-        problems: by the arms' names, alike but for the registered features.
-        rounds: how many.
-        strategy: flix's; "all" measures each of them on the first problem.
+        problems: by the arms' names, alike but for the registered features; ``{}`` in a name stands for the strategy.
+        strategies: flix's.
         jit: compiled by XLA.
         optimizer: with a step of AdamW.
         peers: with Keras ``enable_lora`` beside.
@@ -166,16 +164,21 @@ def measure(
     arms = [arm(BASE, frozen_step(first, jit), first)]
     guard(arms[0], first.plain())
     if peers:
-        arms.append(arm("Keras `enable_lora(16)`", lora_step(first, jit), first))
+        arms.append(arm(LORA, lora_step(first, jit), first))
         guard(arms[1], ("y", "dx", "dA", "dB"))
     expected = first.expected()
     for name, problem in problems.items():
-        for how in ("gather", "masked", "auto") if strategy == "all" else (strategy,):
+        for how in strategies:
             tuned = keep_absent(keras.optimizers.AdamW(1e-3), whole=jit) if optimizer else None
             made = arm(name.format(how), routed_step(problem, how, jit, tuned), problem)
             unused = [f"dA {f}" for f in problem.registry.features if f not in problem.pairs]
             guard(made, expected, absent=unused)
             arms.append(made)
+    return arms
+
+
+def measure(arms: list[Arm], rounds: int) -> dict[str, Figure]:
+    """Ratios over the frozen layer."""
     return over(interleave(arms, rounds, warmup=3), BASE)
 
 
@@ -205,13 +208,14 @@ def suite(smoke: bool = False) -> Result:
     for d, batch, length in shapes:
         problem = {"flix, {}": make_problem(d, batch, length)}
         head = f"d = {d}, {batch} x {length} positions"
-        columns[head] = measure(problem, rounds, strategy="all", peers=True)
+        arms = guarded_arms(problem, strategies=("gather", "masked", "auto"), peers=True)
+        columns[head] = measure(arms, rounds)
         if d in BARS:
             found = columns[head]["flix, auto"]
             result.bars.append(Bar(f"TensorFlow layer, d = {d}, over frozen", found, BARS[d]))
     result.tables.append(ratio_table("Forward and backward over the frozen layer", columns))
     growing = {f"{n:,} features": make_problem(*shapes[0], n) for n in counts}
-    found = measure(growing, rounds)
+    found = measure(guarded_arms(growing), rounds)
     result.tables.append(ratio_table("Registered features", {f"gather, d = {shapes[0][0]}": found}))
     return result
 
@@ -233,9 +237,10 @@ def main() -> None:
     for d in args.sizes:
         counts = [25, 100, 500, 2000] if args.scaling else [25]
         problems = {f"{args.strategy}, {n} features": make_problem(d, *sizes[d], n) for n in counts}
-        found = measure(
-            problems, args.rounds, strategy=args.strategy, jit=args.jit, optimizer=args.optimizer
+        arms = guarded_arms(
+            problems, strategies=(args.strategy,), jit=args.jit, optimizer=args.optimizer
         )
+        found = measure(arms, args.rounds)
         results[d] = {name: ratio.median for name, ratio in found.items()}
         if not args.json:
             for name, ratio in found.items():

@@ -45,9 +45,12 @@ from benchmarks.memory import arm_peak
 
 AUTO = "flix, auto, which plans the batch too"
 PLANNED = "**flix, auto, in a batch that is planned**"
+SINGLE = f"PEFT, one LoRA of rank {ACTIVE * RANK} for all rows"
+AGAINST = "the same, over PEFT's one LoRA"
 BARS = {768: (1.18, 1.12), 2048: (1.07, 1.05)}  # forward and backward; forward alone
 SHORT = ((3, 12, "24-row union", 1.2), (25, 13, "200-row union", 1.9))
 MEMORY_BAR = 1.5
+PEFT_BAR = 0.95
 PACKAGES = ("torch", "peft", "transformers", "numpy")
 
 
@@ -71,10 +74,12 @@ def guarded(arms: list[Arm], problem: Problem, backward: bool) -> list[Arm]:
 def compare(
     arms: list[Arm], problem: Problem, rounds: int, backward: bool = True
 ) -> tuple[dict[str, Figure], float]:
-    """Each arm over the first, and the first's milliseconds."""
+    """Each arm over the first, flix over PEFT's one LoRA, too; and the first's milliseconds."""
     times = interleave(guarded(arms, problem, backward), rounds)
-    base = arms[0].name
-    return over(times, base), median_ms(times[base])
+    base, ratios = arms[0].name, over(times, arms[0].name)
+    if PLANNED in times and SINGLE in times:
+        ratios[AGAINST] = over(times, SINGLE)[PLANNED]
+    return ratios, median_ms(times[base])
 
 
 def both_ways(problem: Problem, rounds: int, growth: tuple[int, ...]) -> dict[str, Figure | float]:
@@ -176,6 +181,10 @@ def over_masked(strategy: str, problem: Problem, rounds: int) -> float:
     return compare(arms, problem, rounds)[0][strategy].median
 
 
+def _plotted(name: str) -> bool:
+    return name != AGAINST and "ms" not in name and "features" not in name
+
+
 def suite(smoke: bool = False) -> Result:
     """The torch layer's part of the benchmark."""
     torch.set_num_threads(1)
@@ -200,6 +209,9 @@ def suite(smoke: bool = False) -> Result:
             both, alone = BARS[d]
             result.bars += [
                 Bar(f"torch layer, d = {d}, over frozen", columns[head][PLANNED], both),
+                Bar(
+                    f"torch layer, d = {d}, over PEFT's one LoRA", columns[head][AGAINST], PEFT_BAR
+                ),
                 Bar(f"torch layer, d = {d}, forward alone", forward[head][PLANNED], alone),
             ]
     note = "`adapter_names` is timed in evaluation mode: PEFT refuses it in training."
@@ -213,17 +225,8 @@ def suite(smoke: bool = False) -> Result:
             "One torch layer, forward and backward",
             "",
             "time over the frozen layer",
-            [
-                name.strip("*")
-                for name in columns[head]
-                if "ms" not in name and "features" not in name
-            ],
-            {
-                h: [
-                    f.median for name, f in c.items() if "ms" not in name and "features" not in name
-                ]
-                for h, c in columns.items()
-            },
+            [name.strip("*") for name in columns[head] if _plotted(name)],
+            {h: [f.median for name, f in c.items() if _plotted(name)] for h, c in columns.items()},
         )
     )
     rounds = 3 if smoke else 25

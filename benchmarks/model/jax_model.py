@@ -10,8 +10,10 @@ gradients.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import jax_settings  # noqa: F401 - before JAX
@@ -166,10 +168,9 @@ def _composed_loss(model: Any, batch: MixedBatch, tokens: Any) -> float:
     return total / len(batch.rows)
 
 
-def suite(smoke: bool = False) -> Result:
-    """The nnx model's part of the benchmark."""
+def guarded_arms(smoke: bool = False) -> tuple[list[Arm], list[Arm], str]:
+    """The candidates of a training step and of a forward, each guarded; and what they are, in words."""
     d, heads, layers, vocabulary, length = (32, 2, 1, 64, 8) if smoke else (512, 8, 6, 8192, 64)
-    rounds, limit = (1, 5.0) if smoke else (15, 40.0)
     batch = MixedBatch(4, 2) if smoke else MixedBatch()
 
     def make() -> Decoder:
@@ -209,15 +210,37 @@ def suite(smoke: bool = False) -> Result:
     assert names and others, "the optimizers' moments were not found"
     guard(arms[1], {"loss": np.float64(composed), **dict.fromkeys(names)}, tolerance=1e-4)
     guard(arms[2], ("loss", *others))
+
+    @contextlib.contextmanager
+    def evaluating() -> Iterator[None]:
+        flix_model.eval()
+        yield
+        flix_model.train()
+
     forwards = [
         Arm(FROZEN, lambda: jax.block_until_ready(_forward(frozen, tokens)), _logits),
-        Arm(FLIX, lambda: jax.block_until_ready(_flix_forward(flix_model, ids, tokens)), _logits),
+        Arm(
+            FLIX,
+            lambda: jax.block_until_ready(_flix_forward(flix_model, ids, tokens)),
+            _logits,
+            around=evaluating,
+        ),
         Arm(LORA, lambda: jax.block_until_ready(_forward(lora, tokens)), _logits),
     ]
-    times = interleave(arms, rounds, limit=limit)
-    flix_model.eval()
     for arm in forwards:
         guard(arm, ("y",))
+    said = (
+        f"A decoder of {layers} blocks, d = {d}, vocabulary {vocabulary:,}; {batch.describe()}; "
+        f"{length} positions."
+    )
+    return arms, forwards, said
+
+
+def suite(smoke: bool = False) -> Result:
+    """The nnx model's part of the benchmark."""
+    rounds, limit = (1, 5.0) if smoke else (15, 40.0)
+    arms, forwards, said = guarded_arms(smoke)
+    times = interleave(arms, rounds, limit=limit)
     alone = interleave(forwards, rounds, limit=limit / 2)
     trained, ran = over(times, FROZEN), over(alone, FROZEN)
     rows = [
@@ -233,9 +256,8 @@ def suite(smoke: bool = False) -> Result:
     head = ["", "training step, ms", "over frozen", "forward, ms", "over frozen"]
     result = Result("model-jax", "A whole model: flax.nnx", environment=environment(PACKAGES))
     result.method = (
-        f"A decoder of {layers} blocks, d = {d}, vocabulary {vocabulary:,}; {batch.describe()}; {length} positions. The step is "
-        "forward, backward and Adam (no decay), compiled and donated; the frozen model's runs backward to the embeddings. "
-        "`nnx.LoRA` cannot route rows."
+        f"{said} The step is forward, backward and Adam (no decay), compiled and donated; the frozen model's runs "
+        "backward to the embeddings. `nnx.LoRA` cannot route rows."
     )
     result.tables.append(Table("A training step and a forward, flax.nnx", head, rows))
     return result

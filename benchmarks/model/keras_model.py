@@ -145,11 +145,9 @@ def _composed_loss(model: keras.Model, batch: MixedBatch, tokens: Any) -> float:
     return total / len(batch.rows)
 
 
-def suite(smoke: bool = False) -> Result:
-    """The Keras model's part of the benchmark."""
-    one_thread()
+def guarded_arms(smoke: bool = False) -> tuple[list[Arm], list[Arm], str]:
+    """The candidates of a training step and of a forward, each guarded; and what they are, in words."""
     d, heads, blocks, vocabulary, length = (32, 2, 1, 64, 8) if smoke else (512, 8, 6, 8192, 64)
-    rounds, limit = (1, 5.0) if smoke else (15, 40.0)
     sizes = (d, heads, blocks, vocabulary, length)
     batch = MixedBatch(4, 2) if smoke else MixedBatch()
     rng = np.random.default_rng(2)
@@ -184,6 +182,18 @@ def suite(smoke: bool = False) -> Result:
     ]
     for arm in forwards:
         guard(arm, ("y",))
+    said = (
+        f"A decoder of {blocks} blocks, d = {d}, vocabulary {vocabulary:,}; {batch.describe()}; "
+        f"{length} positions."
+    )
+    return arms, forwards, said
+
+
+def suite(smoke: bool = False) -> Result:
+    """The Keras model's part of the benchmark."""
+    one_thread()
+    rounds, limit = (1, 5.0) if smoke else (15, 40.0)
+    arms, forwards, said = guarded_arms(smoke)
     times = interleave(arms, rounds, limit=limit)
     alone = interleave(forwards, rounds, limit=limit / 2)
     trained, ran = over(times, FROZEN), over(alone, FROZEN)
@@ -200,9 +210,8 @@ def suite(smoke: bool = False) -> Result:
     head = ["", "training step, ms", "over frozen", "forward, ms", "over frozen"]
     result = Result("model-keras", "A whole model: Keras", environment=environment(PACKAGES))
     result.method = (
-        f"A decoder of {blocks} blocks, d = {d}, vocabulary {vocabulary:,}; {batch.describe()}; {length} positions. The step is "
-        "`train_on_batch` with AdamW, without XLA; the frozen model's is a forward and a backward to the embeddings. Keras's "
-        "LoRA cannot route rows."
+        f"{said} The step is `train_on_batch` with AdamW, without XLA; the frozen model's is a forward and a backward to "
+        "the embeddings. Keras's LoRA cannot route rows."
     )
     result.tables.append(Table("A training step and a forward, Keras", head, rows))
     return result

@@ -18,6 +18,8 @@ from benchmarks.model.problem import LORA_RANK, MixedBatch
 BASE, FLIX = "base model", "**flix**"
 PASSES = "PEFT `adapter_names`, a pass for each of the two features (no sum)"
 MERGED = "PEFT `adapter_names`, compositions concatenated beforehand"
+SINGLE = f"PEFT, one LoRA of rank {LORA_RANK} for all rows"
+LOOP = "PEFT, loop over the batch's compositions"
 
 
 Generate = Callable[..., Tensor]
@@ -72,32 +74,69 @@ def _settings(new: int) -> dict[str, Any]:
 
 
 def generation_arms(
-    make: models.Make, batch: MixedBatch, prompts: Tensor, new: int
+    make: models.Make, batch: MixedBatch, prompts: Tensor, new: int, peers: bool = True
 ) -> tuple[list[Arm], dict[str, Generate]]:
-    """The candidates, each guarded, and what generates a given number of tokens with each."""
+    """The candidates, each guarded, and what generates a given number of tokens with each.
+
+    Args:
+        make: the model's maker.
+        batch: its rows.
+        prompts: token ids, all of one length.
+        new: tokens to generate.
+        peers: whether PEFT's ways to route rows take part, too.
+    """
     base, flix_model = make(), models.flix_model(make, batch)
     single = models.peft_single(make)
-    features = models.peft_features(make, batch, like=flix_model)
-    merged = models.peft_compositions(features, batch)
-    loop = models.peft_features(make, batch, like=flix_model)
-    built: list[Any] = [base, flix_model, single, features, loop]
+    built: list[Any] = [base, flix_model, single]
     ids = torch.from_numpy(batch.ids)
-    mask = torch.ones_like(prompts)
-    given = {"input_ids": prompts, "attention_mask": mask}
+    given = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
     forward = dict(given)
     if base.config.is_encoder_decoder:
         forward["decoder_input_ids"] = prompts[:, :1]
-    columns = [[models.adapter(f) for f in column] for column in zip(*batch.rows, strict=True)]
-    names = [models.adapter(row) for row in batch.rows]
 
     def cut(length: int | None) -> dict[str, Tensor]:
         return {name: value[:, :length] for name, value in given.items()}
 
-    def of(model: Any, **more: Any) -> tuple[Generate, Callable[[], Tensor]]:
+    def of(model: Any, **more: Any) -> tuple[Generate, Callable[[], Tensor | None]]:
         return (
             lambda n, length=None: model.generate(**cut(length), **_settings(n), **more),
             lambda: model(**forward, **more).logits,
         )
+
+    callables = {BASE: of(base), FLIX: of(flix_model, flix_features=ids), SINGLE: of(single)}
+    if peers:
+        callables |= _routed_peers(make, batch, flix_model, of, cut, forward, built)
+    for model in built:
+        model.eval()
+    before = 1 if base.config.is_encoder_decoder else prompts.shape[1]
+    arms = [_arm(name, *pair, new, before) for name, pair in callables.items()]
+    expected = arms[1].results(arms[1].run())
+    for arm in arms:
+        wanted: dict[str, Any] = {"new tokens": np.asarray(new)}
+        if arm.name in (MERGED, FLIX, LOOP):
+            wanted["logits"] = expected["logits"]
+        elif arm.name != PASSES:
+            wanted["logits"] = None
+        guard(arm, wanted, tolerance=tolerance(base))
+    return arms, {name: pair[0] for name, pair in callables.items()}
+
+
+def _routed_peers(
+    make: models.Make,
+    batch: MixedBatch,
+    flix_model: nn.Module,
+    of: Callable[..., tuple[Generate, Callable[[], Tensor | None]]],
+    cut: Callable[[int | None], dict[str, Tensor]],
+    forward: dict[str, Tensor],
+    built: list[Any],
+) -> dict[str, tuple[Generate, Callable[[], Tensor | None]]]:
+    """PEFT's ways to serve rows with different adapters, with flix's values; their models join those built."""
+    features = models.peft_features(make, batch, like=flix_model)
+    merged = models.peft_compositions(features, batch)
+    loop = models.peft_features(make, batch, like=flix_model)
+    built += [features, loop]
+    columns = [[models.adapter(f) for f in column] for column in zip(*batch.rows, strict=True)]
+    names = [models.adapter(row) for row in batch.rows]
 
     def two_passes(n: int, length: int | None = None) -> Tensor:
         short = cut(length)
@@ -114,36 +153,21 @@ def generation_arms(
         out = torch.cat(parts)
         return torch.empty_like(out).index_copy_(0, order, out)
 
-    callables: dict[str, tuple[Generate, Callable[[], Tensor | None]]] = {
-        BASE: of(base),
-        FLIX: of(flix_model, flix_features=ids),
-        f"PEFT, one LoRA of rank {LORA_RANK} for all rows": of(single),
+    found: dict[str, tuple[Generate, Callable[[], Tensor | None]]] = {
         PASSES: (two_passes, lambda: None),
         MERGED: of(merged, adapter_names=names),
-        "PEFT, loop over the batch's compositions": (
+        LOOP: (
             lambda n, length=None: by_composition(
                 lambda m, part: m.generate(**part, **_settings(n)), cut(length)
             ),
             lambda: by_composition(lambda m, part: m(**part).logits, forward),
         ),
     }
-    if not any(type(m).__name__ == "Conv1D" for m in base.modules()):
+    if not any(type(m).__name__ == "Conv1D" for m in built[0].modules()):
         poly = models.peft_poly(make, batch)
         built.append(poly)
-        callables["PEFT Poly (another sum)"] = of(poly, task_ids=models.task_ids(batch))
-    for model in built:
-        model.eval()
-    before = 1 if base.config.is_encoder_decoder else prompts.shape[1]
-    arms = [_arm(name, *pair, new, before) for name, pair in callables.items()]
-    expected = arms[1].results(arms[1].run())
-    for arm in arms:
-        wanted: dict[str, Any] = {"new tokens": np.asarray(new)}
-        if arm.name in (MERGED, FLIX) or "loop" in arm.name:
-            wanted["logits"] = expected["logits"]
-        elif arm.name != PASSES:
-            wanted["logits"] = None
-        guard(arm, wanted, tolerance=tolerance(base))
-    return arms, {name: pair[0] for name, pair in callables.items()}
+        found["PEFT Poly (another sum)"] = of(poly, task_ids=models.task_ids(batch))
+    return found
 
 
 def operations_a_token(generate: Generate) -> float:
@@ -158,7 +182,7 @@ def operations_a_token(generate: Generate) -> float:
 
 def generation(
     make: models.Make, batch: MixedBatch, prompts: Tensor, new: int, rounds: int, limit: float
-) -> tuple[Table, Figure, str]:
+) -> tuple[Table, Figure, Figure, str]:
     """Generation of a mixed batch.
 
     Args:
@@ -169,7 +193,7 @@ def generation(
         rounds, limit: of the measurement.
 
     Returns:
-        The table; `adapter_names` in two passes over flix; a sentence on what flix adds to each token.
+        The table; flix over the base; `adapter_names` in two passes over flix; a sentence on what a token costs.
     """
     arms, generators = generation_arms(make, batch, prompts, new)
     times = interleave(arms, rounds, warmup=0, limit=limit)  # the guards have warmed them up
@@ -196,4 +220,4 @@ def generation(
         f"For each new token flix runs {counts[FLIX]:,.0f} torch operations, the base model "
         f"{counts[BASE]:,.0f}."
     )
-    return Table("", head, rows), flix_ratios[PASSES], said
+    return Table("", head, rows), ratios[FLIX], flix_ratios[PASSES], said

@@ -64,11 +64,12 @@ def frozen_model(make: Make) -> nn.Module:
     model = make().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.embedding_dim == model.config.hidden_size:
-            module.register_forward_hook(_require)
+            module.register_forward_hook(require_grad)
     return model
 
 
-def _require(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+def require_grad(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+    """A forward hook that lets backward run to a frozen module's output."""
     return out.requires_grad_(True) if torch.is_grad_enabled() else out
 
 

@@ -98,7 +98,9 @@ def suite(smoke: bool = False) -> Result:
         steps = len(times[name]) + 2
         copied = 0.0 if pager is None else pager.copied / steps / 2**20
         rows.append([name, median_ms(times[name]), ratio, held / 2**20, copied])
-    result = Result("paging", "Paged banks", environment=environment(("torch", "transformers")))
+    result = Result(
+        "scale-paging", "Paged banks", environment=environment(("torch", "transformers"))
+    )
     result.tables.append(
         Table(
             "A training step, features in host memory",

@@ -10,7 +10,7 @@ from benchmarks.common import Bar, Figure, Plot, Result, Table, environment
 FIGURE = {"median": 1.234, "low": 1.2, "high": 1.3}
 
 
-def result(part="scale", value=1.5):
+def result(part="scale-layer", value=1.5):
     return Result(
         part,
         "Growth",
@@ -73,8 +73,8 @@ def test_the_page_and_its_plots(tmp_path):
     out.mkdir()
     docs.mkdir()
     (docs / "speed.md").write_text("# Speed\n\nWords.\n", encoding="utf-8")
-    (out / "scale.json").write_text(json.dumps(result().to_dict()), encoding="utf-8")
-    assert report.write_docs(out, docs) == ["scale"]
+    (out / "scale-layer.json").write_text(json.dumps(result().to_dict()), encoding="utf-8")
+    assert report.write_docs(out, docs) == ["scale-layer"]
     page = (docs / "speed.md").read_text(encoding="utf-8")
     for words in ("Words.", "1.50 ± 0.10", "A note.", "**no**", "at most 1.10", "images/a.png"):
         assert words in page

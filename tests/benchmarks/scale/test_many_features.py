@@ -1,0 +1,67 @@
+"""Hundreds of features: the guard sees what it must, and figures come out for every number of features."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from benchmarks.guards import GuardError  # noqa: E402
+from benchmarks.scale import many_features  # noqa: E402
+
+SIZES = many_features.Sizes(layers=2, d=8, rank=2, rows=3, length=2)
+
+
+def test_all_figures_come_out():
+    result = many_features.measure((4, 8), SIZES, rounds=2)
+    step, files = result.tables
+    assert [row[0] for row in step.rows] == [row[0] for row in files.rows] == ["4", "8"]
+    assert all(len(row) == len(table.columns) for table in result.tables for row in table.rows)
+    assert step.rows[1][1] > step.rows[0][1] > 0  # trainable tensors
+    bars = {bar.what.rpartition("features, ")[2]: bar for bar in result.bars}
+    assert bars["trainable tensors"].limit == 1.05 * 8
+    assert set(bars) == {
+        "trainable tensors",
+        "step over 4",
+        "clip, AdamW and zero_grad, ms",
+        "adapt, s",
+        "optimizer saved, s",
+        "save, s",
+        "load, s",
+    }
+    assert all(value > 0 for row in files.rows for value in row[1:])
+
+
+def test_every_step_draws_other_features_from_all_that_there_are():
+    candidate = many_features.Candidate(8, SIZES)
+    drawn = np.concatenate([candidate.ids().numpy() for _ in range(20)])
+    assert set(drawn[:, 0]) == {0, 1, 2, 3}
+    assert set(drawn[:, 1]) == {4, 5, 6, 7}
+
+
+def test_an_update_that_is_not_computed_is_caught(monkeypatch):
+    candidate = many_features.Candidate(4, SIZES)
+    candidate.guard()
+    plain = type(candidate.model).forward
+
+    def wrong(self, *args, **kwargs):
+        return plain(self, *args, **kwargs) * 1.01
+
+    monkeypatch.setattr(type(candidate.model), "forward", wrong)
+    with pytest.raises(GuardError, match="differs from the reference"):
+        candidate.guard()
+
+
+def test_a_gradient_for_a_feature_that_no_row_uses_is_caught(monkeypatch):
+    candidate = many_features.Candidate(40, SIZES)
+    found = many_features.pair_gradients
+
+    def all_of_them(pairs, parameters):
+        made = found(pairs, parameters)
+        return {
+            name: np.zeros(tuple(pairs[name].shape)) if value is None else value
+            for name, value in made.items()
+        }
+
+    monkeypatch.setattr(many_features, "pair_gradients", all_of_them)
+    with pytest.raises(GuardError, match="no row of the batch uses it"):
+        candidate.guard()
