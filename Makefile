@@ -12,7 +12,7 @@ WORKERS ?= auto
 KIT := $(PYTEST) --pyargs flix_conformance
 OURS := --flix-backend torch --flix-backend jax --flix-backend tensorflow
 
-.PHONY: quickstart test test-all lint conformance conformance-nightly bench bench-smoke format clean
+.PHONY: quickstart test test-all lint conformance conformance-nightly bench bench-smoke gpu format clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +67,11 @@ bench: $(VENV)/.dev
 # Tiny sizes, guards on; fails on a guard, never on a ratio.
 bench-smoke: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.run --smoke
+
+# At most 8 minutes on a machine with a CUDA device, with what its own Python has: no set-up, no network. What it writes,
+# benchmarks/out/gpu.json, goes to docs/speed.md by python -m benchmarks.report. Without a device: make gpu GPU=--dry-run.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(GPU)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
