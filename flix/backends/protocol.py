@@ -62,10 +62,11 @@ class Backend(Protocol):
             TargetError: it is; the message names the way out.
         """
 
-    def layers(self, model: Any) -> Sequence[LayerInfo]:
+    def layers(self, model: Any) -> Sequence[LayerInfo] | None:
         """Every layer of a plain or adapted model, in the model's order, as the target rules see it.
 
-        A layer that cannot be adapted says why; one that is adapted is reported as what it was.
+        A layer that cannot be adapted says why; one that is adapted is reported as what it was. None for an adapted
+        model that holds no kernels, and which any layer may join: JAX's banks.
         """
 
     def attach(

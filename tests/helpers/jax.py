@@ -14,10 +14,11 @@ pytest.importorskip("optax")
 import jax.numpy as jnp  # noqa: E402
 
 import flix  # noqa: E402
-from flix.backends.jax import adapt, init  # noqa: E402
-from flix.backends.jax.model import flix_layers  # noqa: E402
-from tests.helpers.dense import Pairs, by_id  # noqa: E402
+from flix.backends.jax import adapt, gather, init, linear, linear_rows, touched  # noqa: E402
+from flix.backends.jax.adapt import flix_layers  # noqa: E402
+from tests.helpers.dense import Pairs, by_id, dense  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
+from tests.helpers.tolerance import assert_close  # noqa: E402
 
 
 def random_bank(
@@ -78,3 +79,59 @@ def adapted(seed: int = 0, **changes: Any) -> Any:
     model = adapt(Net(seed), config(**{"target_modules": TARGETS, **changes}))
     randomize(model)
     return model
+
+
+D_IN, D_OUT = 5, 7
+
+RNG = np.random.default_rng(1)
+
+KERNEL = jnp.asarray(RNG.normal(size=(D_IN, D_OUT)), jnp.float32)
+
+BIAS = jnp.asarray(RNG.normal(size=D_OUT), jnp.float32)
+
+
+def normal(*shape: int) -> Any:
+    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
+
+
+def value_and_pullback(call: Any, g: Any, *args: Any) -> Any:
+    """The value and the gradients under the cotangent g, compiled in one piece."""
+
+    def run(g: Any, *args: Any) -> Any:
+        y, back = jax.vjp(call, *args)
+        return y, back(g)
+
+    return jax.tree.map(np.asarray, jax.jit(run)(g, *args))
+
+
+def check(layer: Any, cfg: Any, x: Any, ids: Any, weights: Any, strategy: str, rows: bool) -> None:
+    """Forward and all gradients of one call against the oracle."""
+    x, ids = jnp.asarray(x), np.asarray(ids)
+    lead = ids.shape[:-1]
+    g = normal(*x.shape[:-1], D_OUT)
+    flat = (*lead, -1)
+    wanted = dense(
+        x.reshape(*flat, D_IN), ids, pairs_of(layer, cfg), weights, dy=g.reshape(*flat, D_OUT)
+    )
+    present = touched(ids, len(cfg.registry))
+
+    def call(x: Any, w: Any, layer: Any) -> Any:
+        if rows:
+            part = gather({"q": layer}, present)["q"]
+            return linear_rows(x, KERNEL, part, ids, present, w, bias=BIAS, strategy=strategy)
+        return linear(x, KERNEL, layer, ids, w, bias=BIAS, strategy=strategy)
+
+    w = None if weights is None else jnp.asarray(weights)
+    y, (dx, dw, dlayer) = value_and_pullback(call, g, x, w, layer)
+    base = np.asarray(x, np.float64) @ np.asarray(KERNEL, np.float64) + np.asarray(BIAS, np.float64)
+    assert_close(y, base + wanted.y.reshape(y.shape))
+    assert_close(
+        dx,
+        np.asarray(g, np.float64) @ np.asarray(KERNEL, np.float64).T + wanted.x.reshape(x.shape),
+    )
+    if weights is not None:
+        assert_close(dw, wanted.weights)
+    for i, feature in enumerate(cfg.registry.features):
+        a, b = dlayer.pair(*feature)
+        assert_close(a, wanted.A[i])
+        assert_close(b, wanted.B[i])

@@ -16,10 +16,9 @@ try:
 except ImportError as _error:  # pragma: no cover - exercised in a subprocess
     raise _missing("jax", "JAX", _error) from _error
 
-from flix.backends.jax._routing import route
-from flix.backends.jax.bank import LayerBank, LayerRows, LayerSpec, init
+from flix.backends.jax import primitives
+from flix.backends.jax.banks import also_bare, load_bank, merge_kernels, to_bank
 from flix.backends.jax.export import export_fn
-from flix.backends.jax.files import load, load_bank, load_into, save, to_adapter, to_bank
 from flix.backends.jax.functional import (
     embed,
     embed_rows,
@@ -29,77 +28,40 @@ from flix.backends.jax.functional import (
     scatter,
     touched,
 )
-from flix.backends.jax.inspection import named_pairs, summary, trainable_parameters
-from flix.backends.jax.layers import (
-    FlixEinsum,
-    FlixEmbed,
-    FlixLinear,
-    FlixLinearGeneral,
-    FlixParam,
-)
-from flix.backends.jax.lifecycle import (
-    add_feature,
-    import_peft,
-    load_features,
-    remove_feature,
-    rename_feature,
-)
-from flix.backends.jax.merging import merge, merge_kernels
-from flix.backends.jax.model import RoutedModel, adapt
-from flix.backends.jax.optim import adamw, mask_absent, scale_by_feature_adam, sparse_update
+from flix.backends.jax.layers import FlixEinsum, FlixEmbed, FlixLinear, FlixLinearGeneral, FlixParam
+from flix.backends.jax.optimizers import adamw, mask_absent, scale_by_feature_adam, sparse_update
+from flix.backends.jax.parameters import LayerBank, LayerRows, LayerSpec, init
+from flix.backends.jax.patches.model import RoutedModel
+from flix.backends.jax.routing import route
 from flix.backends.jax.sharding import partition_specs, shard
-from flix.backends.jax.switching import disable, freeze, thaw
 from flix.backends.jax.training import FlixOptimizer, SparseGrads, value_and_grad
+from flix.backends.verbs import Verbs
 from flix.core.adapter.summary import Summary
 
+verbs = Verbs(primitives)
+adapt = verbs.adapt
+add_feature = verbs.add_feature
+disable = verbs.disable
+freeze, thaw = also_bare(verbs.freeze), also_bare(verbs.thaw)
+import_peft = verbs.import_peft
+load, load_into = verbs.load, verbs.load_into
+load_features = verbs.load_features
+merge = verbs.merge
+named_pairs = verbs.named_pairs
+remove_feature = verbs.remove_feature
+rename_feature = verbs.rename_feature
+save = verbs.save
+summary = verbs.summary
+to_adapter = verbs.to_adapter
+trainable_parameters = verbs.trainable_parameters
+
 __all__ = [
-    "FlixEinsum",
-    "FlixEmbed",
-    "FlixLinear",
-    "FlixLinearGeneral",
-    "FlixOptimizer",
-    "FlixParam",
-    "LayerBank",
-    "LayerRows",
-    "LayerSpec",
-    "RoutedModel",
-    "SparseGrads",
-    "Summary",
-    "adamw",
-    "adapt",
-    "add_feature",
-    "disable",
-    "embed",
-    "embed_rows",
-    "export_fn",
-    "freeze",
-    "gather",
-    "import_peft",
-    "init",
-    "linear",
-    "linear_rows",
-    "load",
-    "load_bank",
-    "load_features",
-    "load_into",
-    "mask_absent",
-    "merge",
-    "merge_kernels",
-    "named_pairs",
-    "partition_specs",
-    "remove_feature",
-    "rename_feature",
-    "route",
-    "save",
-    "scale_by_feature_adam",
-    "scatter",
-    "shard",
-    "sparse_update",
-    "summary",
-    "thaw",
-    "to_adapter",
-    "to_bank",
-    "touched",
-    "trainable_parameters",
-    "value_and_grad",
-]
+    "FlixEinsum", "FlixEmbed", "FlixLinear", "FlixLinearGeneral", "FlixOptimizer", "FlixParam",
+    "LayerBank", "LayerRows", "LayerSpec", "RoutedModel", "SparseGrads", "Summary", "adamw",
+    "adapt", "add_feature", "disable", "embed", "embed_rows", "export_fn", "freeze", "gather",
+    "import_peft", "init", "linear", "linear_rows", "load", "load_bank", "load_features",
+    "load_into", "mask_absent", "merge", "merge_kernels", "named_pairs", "partition_specs",
+    "remove_feature", "rename_feature", "route", "save", "scale_by_feature_adam", "scatter",
+    "shard", "sparse_update", "summary", "thaw", "to_adapter", "to_bank", "touched",
+    "trainable_parameters", "value_and_grad",
+]  # fmt: skip

@@ -18,21 +18,25 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
-from flix.backends.jax._fused import can_run
-from flix.backends.jax.bank import LayerBank, make_spec, pack
-from flix.backends.jax.files import load, save
-from flix.backends.jax.functional import embed, linear
-from flix.backends.jax.layers import FlixLayer, kernel_of
-from flix.backends.jax.lifecycle import (
+from flix.backends.jax import (
+    FlixOptimizer,
+    LayerBank,
+    adamw,
+    adapt,
     add_feature,
+    embed,
+    linear,
+    load,
     load_features,
+    merge,
     remove_feature,
     rename_feature,
+    save,
+    value_and_grad,
 )
-from flix.backends.jax.merging import merge
-from flix.backends.jax.model import adapt
-from flix.backends.jax.optim import adamw
-from flix.backends.jax.training import FlixOptimizer, value_and_grad
+from flix.backends.jax.kernels.fused import can_run
+from flix.backends.jax.layers import FlixLayer, kernel_of
+from flix.backends.jax.parameters import make_specs, pack
 from flix.core.adapter.adapter import LayerShape
 
 if TYPE_CHECKING:
@@ -70,7 +74,8 @@ def _array(values: NDArray[Any] | None, dtype: str) -> Array | None:
 def _bank(case: Case) -> LayerBank:
     if case.model is not None:
         return _layer(case.model, case).bank
-    spec = make_spec(case.config, case.path, LayerShape(case.d_in, case.d_out, case.kind))
+    shape = LayerShape(case.d_in, case.d_out, case.kind)
+    spec = make_specs(case.config, {case.path: shape})[case.path]
     features = case.registry.live
     empty = np.zeros((0, case.d_in)), np.zeros((case.d_out, 0))
     pairs = {f: case.pairs.get(f, empty) for f in features}

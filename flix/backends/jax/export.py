@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from jax import Array
 
-from flix.backends.jax.model import require_adapted
+from flix.backends.jax.adapt import require_adapted
 
 Params = dict[str, Array]
 

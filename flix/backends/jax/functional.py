@@ -20,15 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from flix.backends.jax import _fused, _ops
-from flix.backends.jax._routing import (
-    ActiveRouting,
-    check_single,
-    is_traced,
-    leading_shape,
-    make_routing,
-)
-from flix.backends.jax.bank import Bank, LayerBank, LayerRows, LayerSpec, Rows
+from flix.backends import messages
+from flix.backends.jax import sums
+from flix.backends.jax.kernels import fused
+from flix.backends.jax.parameters import Bank, LayerBank, LayerRows, LayerSpec, Rows
+from flix.backends.jax.routing import ActiveRouting, is_traced, leading_shape, make_routing
 from flix.backends.jax.sharding import left_to_compiler, partitioned
 from flix.core.errors import RoutingError, TargetError
 from flix.core.strategy.decide import check_strategy
@@ -64,8 +60,7 @@ def linear(
         TargetError: a kernel of other sizes than the layer.
         ConfigError: an unknown strategy, "single" for rows known to differ, or "fused" on a CPU.
     """
-    _check_bank(layer, LayerBank, "linear")
-    routing = make_routing(layer.spec.registry, ids, weights)
+    routing = _routing("linear", layer, LayerBank, ids, weights)
     return _linear(x, kernel, layer, routing, bias, strategy)
 
 
@@ -84,29 +79,8 @@ def linear_rows(
 
     An id that is not among ``present`` gives NaN in its row.
     """
-    _check_bank(rows, LayerRows, "linear_rows")
-    routing = make_routing(rows.spec.registry, ids, weights, present=present)
+    routing = _routing("linear_rows", rows, LayerRows, ids, weights, present)
     return _linear(x, kernel, rows, routing, bias, strategy)
-
-
-def _linear(
-    x: Array,
-    kernel: Array,
-    layer: LayerBank | LayerRows,
-    routing: ActiveRouting,
-    bias: Array | None,
-    strategy: str,
-) -> Array:
-    shape = layer.spec.shape
-    if tuple(kernel.shape) != (shape.d_in, shape.d_out) or x.shape[-1:] != (shape.d_in,):
-        raise TargetError(
-            f"layer {layer.spec.path!r} maps {shape.d_in} -> {shape.d_out}, but the kernel is "
-            f"{list(kernel.shape)} (wanted [d_in, d_out]) and x is {list(x.shape)}"
-        )
-    y = jnp.matmul(x, kernel)
-    if bias is not None:
-        y = y + bias.astype(y.dtype)
-    return add_update(y, x, layer.spec, layer.A, layer.B, routing, strategy)
 
 
 def embed(
@@ -124,17 +98,12 @@ def embed(
         tokens: int ``[B, ...]``.
         table: ``[vocabulary, d_out]``.
         layer: the bank of a layer of kind "embedding".
-        ids, weights, strategy: as for :func:`linear`.
+        ids, weights, strategy: as for :func:`linear`, and so what is raised.
 
     Returns:
         ``[B, ..., d_out]``.
-
-    Raises:
-        As :func:`linear`.
     """
-    _check_bank(layer, LayerBank, "embed")
-    routing = make_routing(layer.spec.registry, ids, weights)
-    return _embed(tokens, table, layer, routing, strategy)
+    return _embed(tokens, table, layer, _routing("embed", layer, LayerBank, ids, weights), strategy)
 
 
 def embed_rows(
@@ -148,18 +117,37 @@ def embed_rows(
     strategy: str = "auto",
 ) -> Array:
     """:func:`embed` over rows made by :func:`gather`."""
-    _check_bank(rows, LayerRows, "embed_rows")
-    routing = make_routing(rows.spec.registry, ids, weights, present=present)
+    routing = _routing("embed_rows", rows, LayerRows, ids, weights, present)
     return _embed(tokens, table, rows, routing, strategy)
 
 
-def _embed(
-    tokens: Array,
-    table: Array,
-    layer: LayerBank | LayerRows,
-    routing: ActiveRouting,
-    strategy: str,
+def _routing(
+    what: str, layer: Any, kind: type[Any], ids: Any, weights: Any, present: Array | None = None
+) -> ActiveRouting:
+    if not isinstance(layer, kind):
+        raise TargetError(
+            f"{what} takes one layer's {kind.__name__} (bank['layers.0.q']), got "
+            f"{type(layer).__name__}"
+        )
+    return make_routing(layer.spec.registry, ids, weights, present=present)
+
+
+def _linear(
+    x: Array, kernel: Array, layer: Any, routing: ActiveRouting, bias: Array | None, strategy: str
 ) -> Array:
+    shape = layer.spec.shape
+    if tuple(kernel.shape) != (shape.d_in, shape.d_out) or x.shape[-1:] != (shape.d_in,):
+        raise TargetError(
+            f"layer {layer.spec.path!r} maps {shape.d_in} -> {shape.d_out}, but the kernel is "
+            f"{list(kernel.shape)} (wanted [d_in, d_out]) and x is {list(x.shape)}"
+        )
+    y = jnp.matmul(x, kernel)
+    if bias is not None:
+        y = y + bias.astype(y.dtype)
+    return add_update(y, x, layer.spec, layer.A, layer.B, routing, strategy)
+
+
+def _embed(tokens: Array, table: Array, layer: Any, routing: ActiveRouting, strategy: str) -> Array:
     shape = layer.spec.shape
     if shape.kind != "embedding" or tuple(table.shape) != (shape.d_in, shape.d_out):
         raise TargetError(
@@ -172,13 +160,7 @@ def _embed(
 
 
 def add_update(
-    y: Array,
-    x: Array,
-    spec: LayerSpec,
-    a: Array,
-    b: Array,
-    routing: ActiveRouting,
-    strategy: str,
+    y: Array, x: Array, spec: LayerSpec, a: Array, b: Array, routing: ActiveRouting, strategy: str
 ) -> Array:
     """The base's output plus the routed sum; the base's where there is nothing to add.
 
@@ -190,7 +172,8 @@ def add_update(
         strategy: as for :func:`linear`.
     """
     check_strategy(strategy)
-    check_single(routing, strategy)
+    if strategy == "single" and routing.unlike is not None:
+        raise messages.rows_differ(routing.unlike)
     trailing = 0 if spec.shape.kind == "embedding" else 1
     given, count, length = leading_shape(x, routing, trailing, spec.path)
     width = routing.ids.shape[-1]
@@ -203,16 +186,16 @@ def add_update(
 
         def poison(y: Array, ids: Array, present: Any) -> Array:
             flat = y.reshape(count, length, y.shape[-1])
-            return _ops.poisoned(flat, spec, ids.reshape(count, width), present).reshape(y.shape)
+            return sums.poisoned(flat, spec, ids.reshape(count, width), present).reshape(y.shape)
 
         return left_to_compiler(poison, y, y, routing.ids, routing.present)  # type: ignore[no-any-return]
 
-    platform = _fused.platform_of(x)
+    platform = fused.platform_of(x)
     accelerated = (
-        platform in _fused.PLATFORMS and y.dtype != jnp.float64 and not partitioned(y, x, a, b)
+        platform in fused.PLATFORMS and y.dtype != jnp.float64 and not partitioned(y, x, a, b)
     )
-    strategy = _ops.strategy_for(strategy, spec, count, length, width, accelerated)
-    target = _fused.find_target(platform) if strategy == "fused" else None
+    strategy = sums.strategy_for(strategy, spec, count, length, width, accelerated)
+    target = fused.find_target(platform) if strategy == "fused" else None
 
     def update(
         y: Array, x: Array, a: Array, b: Array, ids: Array, weights: Any, present: Any
@@ -224,9 +207,9 @@ def add_update(
         ids = ids.reshape(count, width)
         weights = None if weights is None else weights.reshape(count, width)
         if target is not None:
-            total = _ops.add_fused(spec, flat, x, a, b, ids, weights, present, target)
+            total = sums.add_fused(spec, flat, x, a, b, ids, weights, present, target)
         else:
-            total = flat + _ops.routed_sum(spec, x, a, b, ids, weights, present, strategy, y.dtype)
+            total = flat + sums.routed_sum(spec, x, a, b, ids, weights, present, strategy, y.dtype)
         return total.reshape(y.shape)
 
     return left_to_compiler(  # type: ignore[no-any-return]
@@ -250,14 +233,14 @@ def touched(ids: Any, features: int, size: int | None = None) -> Array:
         RoutingError: more features than ``size``, or a small size for traced ids.
     """
     ids = ids if is_traced(ids) else np.asarray(ids)
-    safe = _ops.at_most(ids.size, features)
+    safe = sums.at_most(ids.size, features)
     if size is not None and size < safe and is_traced(ids):
         raise RoutingError(
             f"touched: size {size} may be too small for traced ids {list(ids.shape)} (up to {safe} "
             "features); call it outside the compiled function, and pass the result in"
         )
     if is_traced(ids):
-        return left_to_compiler(lambda ids: _ops.touched(ids, features, size), None, ids)  # type: ignore[no-any-return]
+        return left_to_compiler(lambda ids: sums.touched(ids, features, size), None, ids)  # type: ignore[no-any-return]
     found = np.unique(ids[ids >= 0])
     size = safe if size is None else size
     if len(found) > size:
@@ -277,7 +260,7 @@ def gather(bank: Bank, present: Array) -> Rows:
     """
     rows = {}
     for path, layer in bank.items():
-        index = _ops.row_index(layer.spec, present)
+        index = sums.row_index(layer.spec, present)
         rows[path] = LayerRows(pick_rows(layer.A, index), pick_rows(layer.B, index), layer.spec)
     return rows
 
@@ -293,7 +276,7 @@ def scatter(bank: Bank, rows: Rows, present: Array) -> Bank:
     changed = dict(bank)
     for path, part in rows.items():
         layer = bank[path]
-        index = _ops.row_index(layer.spec, present)
+        index = sums.row_index(layer.spec, present)
         changed[path] = LayerBank(
             put_rows(layer.A, index, part.A), put_rows(layer.B, index, part.B), layer.spec
         )
@@ -302,7 +285,7 @@ def scatter(bank: Bank, rows: Rows, present: Array) -> Bank:
 
 def pick_rows(table: Array, index: Array) -> Array:
     """Rows of a table; zeros for an index beyond it."""
-    return left_to_compiler(_ops.take_rows, table, table, index)  # type: ignore[no-any-return]
+    return left_to_compiler(sums.take_rows, table, table, index)  # type: ignore[no-any-return]
 
 
 def put_rows(table: Array, index: Array, rows: Array) -> Array:
@@ -312,11 +295,3 @@ def put_rows(table: Array, index: Array, rows: Array) -> Array:
         return table.at[index].set(rows.astype(table.dtype), mode="drop")
 
     return left_to_compiler(put, table, table, index, rows)  # type: ignore[no-any-return]
-
-
-def _check_bank(layer: Any, kind: type, what: str) -> None:
-    if not isinstance(layer, kind):
-        raise TargetError(
-            f"{what} takes one layer's {kind.__name__} (bank['layers.0.q']), got "
-            f"{type(layer).__name__}"
-        )

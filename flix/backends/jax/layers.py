@@ -13,14 +13,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from flix.backends.jax import _forms
-from flix.backends.jax._forms import Form
-from flix.backends.jax._routing import ActiveRouting, current, make_routing
-from flix.backends.jax.bank import LayerBank, LayerSpec
+from flix.backends import messages
+from flix.backends.jax import forms
+from flix.backends.jax.forms import Form
 from flix.backends.jax.functional import add_update
+from flix.backends.jax.parameters import LayerBank, LayerSpec
+from flix.backends.jax.routing import ActiveRouting, current, make_routing
 from flix.backends.jax.sharding import like_kernel
 from flix.core.adapter.adapter import LayerShape
-from flix.core.errors import RoutingError, TargetError
+from flix.core.errors import TargetError
+
+CALL = "model(x, flix_features=ids)"
 
 
 class FlixParam(nnx.Param[Any]):
@@ -34,18 +37,30 @@ class FlixLayer(nnx.Module):
         flix_A: all features' A, ``[P, d_in]``.
         flix_B: all features' B, transposed, ``[P, d_out]``.
         flix_spec: the layer's path, sizes, ranks, scales and registry.
+        flix_state: the model's :class:`flix.backends.jax.adapt.FlixState`.
         flix_strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
-        flix_enabled: False while the model is disabled; static, so that compiled functions are traced anew.
         deterministic: False while training; ``model.train()`` and ``model.eval()`` set it, as they do Dropout's.
     """
 
     flix_spec: LayerSpec
+    flix_state: Any
     flix_strategy: str
-    flix_form: Form
     flix_A: Any
     flix_B: Any
-    flix_enabled = True
     deterministic: bool
+
+    def __call__(
+        self,
+        inputs: Array,
+        *args: Any,
+        flix_features: Any = None,
+        flix_weights: Any = None,
+        **kw: Any,
+    ) -> Array:
+        """The layer's own call, with routing as in the model's; default: the one in force."""
+        routing = self._routing(flix_features, flix_weights)
+        y = super().__call__(inputs, *args, **kw)  # type: ignore[misc]
+        return y if routing is None else self._updated(y, inputs, routing)
 
     @property
     def bank(self) -> LayerBank:
@@ -55,80 +70,50 @@ class FlixLayer(nnx.Module):
     def put(self, bank: LayerBank) -> None:
         """Set the layer's pairs, and with them its spec; the tables take the kernel's sharding."""
         self.flix_spec = bank.spec
-        kernel = kernel_of(self)
-        for name, table in (("flix_A", bank.A), ("flix_B", bank.B)):
-            axis = self.flix_form.contracted if name == "flix_A" else self.flix_form.free
-            value, metadata = like_kernel(table, kernel, axis)
+        kernel, form = kernel_of(self), form_of(self)
+        for name, table, axes in (
+            ("flix_A", bank.A, form.contracted),
+            ("flix_B", bank.B, form.free),
+        ):
+            value, metadata = like_kernel(table, kernel, axes)
             setattr(self, name, FlixParam(value, **metadata))
 
     def _routing(self, features: Any, weights: Any) -> ActiveRouting | None:
         """The routing to run under: the one given, or the one in force; None to run the base alone."""
-        if not self.flix_enabled:
+        if self.flix_state.disabled:
             return None
         if features is not None:
             return make_routing(self.flix_spec.registry, features, weights, present=current.present)
         if weights is not None:
-            raise RoutingError(
-                "flix_weights was given without flix_features; weights belong to ids"
-            )
+            raise messages.weights_alone()
         if current.routing is not None:
             return current.routing
         if not self.deterministic:
-            raise RoutingError(
-                f"layer {self.flix_spec.path!r} is adapted and in training, but no routing is in force; "
-                "pass flix_features=ids, int [batch, width], to the model (rows of base output: ids of "
-                "-1), or call model.eval() to run the base alone"
-            )
-        warnings.warn(
-            "an adapted model was called without flix_features: the base model answers alone. Pass "
-            "flix_features=ids, or ids of -1 if this is meant",
-            stacklevel=4,
-        )
+            raise messages.unrouted_layer(self.flix_spec.path, CALL)
+        warnings.warn(messages.base_alone(CALL), stacklevel=4)
         return None
 
-    def _add(self, y: Array, x: Array, routing: ActiveRouting) -> Array:
-        """y ``[..., d_out]`` plus the routed sum over x."""
+    def _updated(self, y: Array, x: Array, routing: ActiveRouting) -> Array:
+        """y ``[..., d_out]`` plus the routed sum over x ``[..., d_in]``, or tokens ``[...]``."""
         return add_update(
             y, x, self.flix_spec, self.flix_A[...], self.flix_B[...], routing, self.flix_strategy
         )
 
 
 class FlixLinear(FlixLayer, nnx.Linear):
-    """nnx.Linear, adapted."""
-
-    def __call__(
-        self,
-        inputs: Array,
-        *args: Any,
-        flix_features: Any = None,
-        flix_weights: Any = None,
-        **kw: Any,
-    ) -> Array:
-        """``[B, ..., d_in]`` to ``[B, ..., d_out]``; routing as in the model's call, default: the one in force."""
-        routing = self._routing(flix_features, flix_weights)
-        y = nnx.Linear.__call__(self, inputs, *args, **kw)
-        return y if routing is None else self._add(y, inputs, routing)
+    """nnx.Linear, adapted: ``[B, ..., d_in]`` to ``[B, ..., d_out]``."""
 
 
 class FlixLinearGeneral(FlixLayer, nnx.LinearGeneral):
-    """nnx.LinearGeneral, adapted; d_in and d_out are the products of its features, row-major in the kernel's order."""
+    """nnx.LinearGeneral, adapted: ``[B, ..., *in]`` to ``[B, ..., *out]``.
 
-    def __call__(
-        self,
-        inputs: Array,
-        *args: Any,
-        flix_features: Any = None,
-        flix_weights: Any = None,
-        **kw: Any,
-    ) -> Array:
-        """``[B, ..., *in]`` to ``[B, ..., *out]``."""
-        routing = self._routing(flix_features, flix_weights)
-        y = nnx.LinearGeneral.__call__(self, inputs, *args, **kw)
-        if routing is None:
-            return y
+    d_in and d_out are the products of its features, row-major in the kernel's order.
+    """
+
+    def _updated(self, y: Array, x: Array, routing: ActiveRouting) -> Array:
         outputs = tuple(self.out_features)
         flat = y.reshape(*y.shape[: y.ndim - len(outputs)], -1)
-        flat = self._add(flat, _forms.general_input(self, inputs), routing)
+        flat = super()._updated(flat, forms.general_input(self, x), routing)
         return flat.reshape(*flat.shape[:-1], *outputs)
 
 
@@ -136,54 +121,36 @@ class FlixEinsum(FlixLayer, nnx.Einsum):
     """nnx.Einsum, adapted, where its equation is a linear map of the input with one kernel matrix."""
 
     def __call__(
-        self,
-        inputs: Array,
-        einsum_str: str | None = None,
-        *args: Any,
-        flix_features: Any = None,
-        flix_weights: Any = None,
-        **kw: Any,
+        self, inputs: Array, einsum_str: str | None = None, *args: Any, **kw: Any
     ) -> Array:
-        """The einsum of the input and the kernel."""
+        """The einsum of the input and the kernel; see :meth:`FlixLayer.__call__`."""
         if einsum_str is not None and einsum_str.replace(" ", "") != self.einsum_str:
             raise TargetError(
                 f"layer {self.flix_spec.path!r} is adapted for {self.einsum_str!r}, not {einsum_str!r}"
             )
-        routing = self._routing(flix_features, flix_weights)
-        y = nnx.Einsum.__call__(self, inputs, None, *args, **kw)
-        if routing is None:
-            return y
-        equation, _ = _forms.parse_equation(self.einsum_str)
+        return super().__call__(inputs, None, *args, **kw)
+
+    def _updated(self, y: Array, x: Array, routing: ActiveRouting) -> Array:
+        equation, _ = forms.parse_equation(self.einsum_str)
         assert equation is not None
-        sizes = tuple(self.flix_form.shape[i] for i in self.flix_form.free)
-        flat = _forms.einsum_moved(equation, y, sizes, back=False)
-        flat = self._add(flat, _forms.einsum_input(equation, inputs), routing)
-        return _forms.einsum_moved(equation, flat, sizes, back=True)
+        form = form_of(self)
+        sizes = tuple(form.shape[i] for i in form.free)
+        flat = forms.einsum_moved(equation, y, sizes, back=False)
+        flat = super()._updated(flat, forms.einsum_input(equation, x), routing)
+        return forms.einsum_moved(equation, flat, sizes, back=True)
 
 
 class FlixEmbed(FlixLayer, nnx.Embed):
-    """nnx.Embed, adapted: the lookup gets the update; ``attend`` reads the base's table alone."""
-
-    def __call__(
-        self,
-        inputs: Array,
-        *args: Any,
-        flix_features: Any = None,
-        flix_weights: Any = None,
-        **kw: Any,
-    ) -> Array:
-        """Tokens ``[B, ...]`` to ``[B, ..., d_out]``."""
-        routing = self._routing(flix_features, flix_weights)
-        y = nnx.Embed.__call__(self, inputs, *args, **kw)
-        return y if routing is None else self._add(y, inputs, routing)
+    """nnx.Embed, adapted: tokens ``[B, ...]`` to ``[B, ..., d_out]``; ``attend`` reads the base's table alone."""
 
 
-_CLASSES: tuple[tuple[Any, Any, Any, str], ...] = (
-    (nnx.Linear, FlixLinear, _forms.linear_form, "linear"),
-    (nnx.LinearGeneral, FlixLinearGeneral, _forms.general_form, "linear"),
-    (nnx.Einsum, FlixEinsum, _forms.einsum_form, "linear"),
-    (nnx.Embed, FlixEmbed, _forms.linear_form, "embedding"),
+CLASSES: tuple[tuple[Any, Any, Any, str], ...] = (
+    (nnx.Linear, FlixLinear, forms.linear_form, "linear"),
+    (nnx.LinearGeneral, FlixLinearGeneral, forms.general_form, "linear"),
+    (nnx.Einsum, FlixEinsum, forms.einsum_form, "linear"),
+    (nnx.Embed, FlixEmbed, forms.linear_form, "embedding"),
 )
+"""(plain class, adapted class, how its kernel is a matrix, kind)"""
 
 
 def kernel_of(layer: Any) -> Any:
@@ -191,44 +158,25 @@ def kernel_of(layer: Any) -> Any:
     return layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
 
 
-def adaptable(module: nnx.Module) -> tuple[LayerShape | None, Form | None, str]:
-    """Sizes and form of a layer that is adapted or can be; else the reason (empty for other kinds of modules)."""
+def form_of(layer: Any) -> Form:
+    """The form of an adapted layer's kernel."""
+    find = next(find for base, _, find, _ in CLASSES if isinstance(layer, base))
+    form, _ = find(layer, kernel_of(layer)[...])
+    assert form is not None
+    return form  # type: ignore[no-any-return]
+
+
+def adaptable(module: nnx.Module) -> tuple[LayerShape | None, str]:
+    """Kind and sizes of a layer that is adapted or can be; else the reason (empty for other kinds of modules)."""
     if isinstance(module, FlixLayer):
-        return module.flix_spec.shape, module.flix_form, ""
-    for base, _, find, kind in _CLASSES:
-        if not isinstance(module, base):
-            continue
-        if type(module) is not base:
-            return None, None, f"its class {type(module).__name__} has a call of its own"
-        form, reason = find(module, kernel_of(module)[...])
-        if form is None:
-            return None, None, reason
-        return LayerShape(form.d_in, form.d_out, kind), form, ""
-    return None, None, ""
-
-
-def become(module: nnx.Module, form: Form, strategy: str, bank: LayerBank) -> None:
-    """Turn a plain layer into its adapted class, in place: references and sharing stay as they are."""
-    target = next(target for base, target, _, _ in _CLASSES if type(module) is base)
-    change_class(module, target)
-    assert isinstance(module, FlixLayer)
-    module.flix_form = form
-    module.flix_strategy = strategy
-    module.deterministic = False
-    module.put(bank)
-
-
-def revert(module: FlixLayer) -> None:
-    """Turn an adapted layer back into the plain layer it was, in place."""
-    base = next(base for base, target, _, _ in _CLASSES if type(module) is target)
-    for name in [*(n for n in vars(module) if n.startswith("flix_")), "deterministic"]:
-        delattr(module, name)
-    change_class(module, base)
-
-
-def change_class(module: nnx.Module, cls: type[nnx.Module]) -> None:
-    """Change a module's class, past nnx's account of attributes."""
-    object.__setattr__(module, "__class__", cls)
+        return module.flix_spec.shape, ""
+    for base, _, find, kind in CLASSES:
+        if isinstance(module, base):
+            if type(module) is not base:
+                return None, f"its class {type(module).__name__} has a call of its own"
+            form, reason = find(module, kernel_of(module)[...])
+            return (None if form is None else LayerShape(form.d_in, form.d_out, kind)), reason
+    return None, ""
 
 
 def pair_dtype(kernel: Array) -> Any:

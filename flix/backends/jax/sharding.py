@@ -9,7 +9,7 @@ import jax
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flix.backends.jax.bank import Bank, LayerBank
+from flix.backends.jax.parameters import Bank, LayerBank
 from flix.core.errors import ConfigError
 
 
@@ -36,11 +36,7 @@ def partition_specs(
                 f"partition_specs: layer {path!r} has no spec; give one by layer, or one for all"
             )
         into, out = (*given, None, None)[:2]
-        specs[path] = LayerBank(
-            _spec(into),
-            _spec(out),
-            layer.spec,
-        )
+        specs[path] = LayerBank(_spec(None, into), _spec(None, out), layer.spec)
     return specs
 
 
@@ -66,7 +62,7 @@ def left_to_compiler(compute: Callable[..., Any], like: Any, *args: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Explicit not in mesh.axis_types:
         return compute(*args)
-    spec = _spec_of() if like is None else jax.typeof(like).sharding.spec
+    spec = _spec() if like is None else jax.typeof(like).sharding.spec
     return jax.sharding.auto_axes(compute, out_sharding=spec)(*args)
 
 
@@ -95,29 +91,20 @@ def like_kernel(table: Array, kernel: Any, axes: tuple[int, ...]) -> tuple[Array
     names = kernel.get_metadata().get("out_sharding")
     if names is not None:
         metadata["out_sharding"] = (None, _along(tuple(names), axes))
-        for key in ("mesh", "sharding_rules"):
-            if (value := kernel.get_metadata().get(key)) is not None:
-                metadata[key] = value
+        found = kernel.get_metadata()
+        metadata |= {k: found[k] for k in ("mesh", "sharding_rules") if found.get(k) is not None}
     value = kernel.get_raw_value()
     sharding = None if isinstance(value, jax.core.Tracer) else getattr(value, "sharding", None)
     if isinstance(sharding, NamedSharding):
-        spec = _spec(_along(tuple(sharding.spec), axes))
+        spec = _spec(None, _along(tuple(sharding.spec), axes))
         table = jax.device_put(table, NamedSharding(sharding.mesh, spec))
-    elif (
-        sharding is not None
-        and len(sharding.device_set) == 1
-        and not isinstance(table, jax.core.Tracer)
-    ):
+    elif sharding and len(sharding.device_set) == 1 and not isinstance(table, jax.core.Tracer):
         table = jax.device_put(table, sharding)
     return table, metadata
 
 
-def _spec_of(*axes: Any) -> Any:
+def _spec(*axes: Any) -> Any:
     return PartitionSpec(*axes)  # type: ignore[no-untyped-call]
-
-
-def _spec(axis: Any) -> Any:
-    return _spec_of(None, axis)
 
 
 def _along(spec: tuple[Any, ...], axes: tuple[int, ...]) -> Any:

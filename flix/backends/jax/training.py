@@ -13,11 +13,18 @@ import optax
 from flax import nnx
 from jax import Array
 
-from flix.backends.jax import optim
-from flix.backends.jax._routing import is_traced, narrowed
+from flix.backends.jax.adapt import require_adapted
 from flix.backends.jax.functional import touched
 from flix.backends.jax.layers import FlixParam
-from flix.backends.jax.model import require_adapted
+from flix.backends.jax.optimizers import (
+    leaf_specs,
+    mask_absent,
+    row_indices,
+    sparse_step,
+    specs_of,
+    take,
+)
+from flix.backends.jax.routing import in_force, is_traced
 from flix.core.features.routing import Routing, check_routing
 
 
@@ -73,13 +80,14 @@ def value_and_grad(
         present = touched(plain, len(config.registry))
         graphdef, params, rest = nnx.split(model, wrt, ...)  # type: ignore[misc]
         pure = nnx.as_pure(params)
-        rows = optim.rows_tree(pure, optim.leaf_specs(pure, optim.specs_of(model)), present)
+        specs = leaf_specs(pure, specs_of(model))
+        rows = take(row_indices(specs, present), pure)
         structure = jax.tree.structure(params)
 
         def of_rows(rows: Any) -> Any:
             values = jax.tree.unflatten(structure, jax.tree.leaves(rows))
             narrow = nnx.merge(graphdef, values, rest, copy=True)
-            with narrowed(present):
+            with in_force(present=present):
                 out = loss(narrow, ids, *args, **kwargs)
             value, aux = out if has_aux else (out, None)
             _, _, after = nnx.split(narrow, wrt, ...)  # type: ignore[misc]
@@ -122,19 +130,18 @@ class FlixOptimizer(nnx.Optimizer):  # type: ignore[type-arg]
             kwargs: of the optimizer's update; with nnx's gradients also ``flix_features=ids``, the batch's ids, without
                 which a feature counts as present if any gradient of it is not zero.
         """
-        specs = optim.specs_of(model)
         params = nnx.as_pure(nnx.state(model, self.wrt))
         state = nnx.as_pure(self.opt_state)
         extra = nnx.as_pure(kwargs)
         if isinstance(grads, SparseGrads):
             extra.pop("flix_features", None)
-            found = optim.leaf_specs(params, specs)
-            new_params, new_state = optim.sparse_step(
-                self.tx, grads.rows, state, params, found, grads.present, **extra
+            specs = leaf_specs(params, specs_of(model))
+            new_params, new_state = sparse_step(
+                self.tx, grads.rows, state, params, specs, grads.present, **extra
             )
         else:
             pure = nnx.as_pure(nnx.state(grads, self.wrt))
-            updates, new_state = optim._masked(self.tx, specs).update(pure, state, params, **extra)
+            updates, new_state = mask_absent(self.tx, model).update(pure, state, params, **extra)
             new_params = optax.apply_updates(params, updates)
         nnx.update(model, new_params)
         nnx.update(self.opt_state, nnx.state(new_state))

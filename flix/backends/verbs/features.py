@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 from flix.backends.verbs.files import Files
 from flix.core.adapter.adapter import Adapter, Rename
 from flix.core.adapter.changes import plan_growth, plan_joining, plan_removal, plan_renaming
-from flix.core.adapter.compatibility import check_fits
 from flix.core.adapter.files import load_adapter
 from flix.core.features.names import Feature
 from flix.core.files import Path_
@@ -129,7 +128,7 @@ class Features(Files):
         self.config_of("load_features", model)
         given = isinstance(source, Adapter)
         adapter = source.renamed(rename) if given else load_adapter(source, rename)  # type: ignore[union-attr, arg-type]
-        check_fits(adapter, self.adaptable(model))
+        self.check_fits(adapter, model)
         change = plan_joining(self.adapter_of(model), adapter, features, conflicts=conflicts)
         model = self.primitives.change(model, change)
         return self.primitives.set_frozen(model, tuple(change.kept)) if freeze_others else model

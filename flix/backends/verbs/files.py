@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from flix.backends.verbs.shared import Shared, by_layer, named
 from flix.core.adapter.adapter import Adapter, Rename
-from flix.core.adapter.compatibility import check_fits, check_same
+from flix.core.adapter.compatibility import check_same
 from flix.core.adapter.files import load_adapter, save_adapter
 from flix.core.adapter.sharing import select_features
 from flix.core.files import Path_
@@ -92,7 +92,7 @@ class Files(Shared):
         heads = self.heads()
         if heads is None:
             return self.load_into(model, adapter, strategy=strategy)
-        check_fits(adapter, self.adaptable(model))  # layers are named before heads are
+        self.check_fits(adapter, model)  # layers are named before heads are
         found = heads.read_heads(model, directory, rename)
         model = self.load_into(model, adapter, strategy=strategy)
         heads.put_heads(model, found)
@@ -104,12 +104,12 @@ class Files(Shared):
         config = self.primitives.adapted(model)
         if config is None:
             self.check_plain(model)
-            check_fits(adapter, self.adaptable(model))
+            self.check_fits(adapter, model)
             pairs = by_layer(adapter)
             return self.primitives.attach(
                 model, adapter.config, list(adapter.layers), strategy, lambda path, _: pairs[path]
             )
-        check_fits(adapter, self.adaptable(model))
+        self.check_fits(adapter, model)
         layouts = {path: config.layout(path) for path in self.primitives.shapes(model)}
         check_same(adapter, config, layouts)
         return self.primitives.write(model, by_layer(adapter))

@@ -53,7 +53,7 @@ class Models(Shared):
             raise ConfigError(f"adapt needs a FlixConfig, got {type(config).__name__}")
         check_strategy(strategy)
         self.check_plain(model)
-        infos = self.primitives.layers(model)
+        infos = self.primitives.layers(model) or ()
         chosen = select(infos, config.target_modules, config.exclude_modules)
 
         def values(path: str, shape: LayerShape) -> dict[Feature, Pair]:

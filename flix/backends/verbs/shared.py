@@ -17,6 +17,7 @@ from flix.backends.protocol import (
 )
 from flix.core.adapter.adapter import Adapter, LayerShape, tensor_name
 from flix.core.adapter.changes import Pair
+from flix.core.adapter.compatibility import check_fits
 from flix.core.adapter.composition import Composition, composition
 from flix.core.config.config import FlixConfig
 from flix.core.errors import TargetError
@@ -45,10 +46,14 @@ class Shared:
             raise messages.adapted_already()
         self.primitives.check_plain(model)
 
-    def adaptable(self, model: Any) -> dict[str, LayerShape]:
-        """Kind and sizes of every layer that is adapted or could be."""
-        infos = (info for info in self.primitives.layers(model) if info.kind)
-        return {info.path: LayerShape(info.d_in, info.d_out, info.kind) for info in infos}
+    def check_fits(self, adapter: Adapter, model: Any) -> None:
+        """Refuse an adapter whose layers are not among those that the model has, adapted or not."""
+        infos = self.primitives.layers(model)
+        if infos is None:  # any layer may join
+            layers = {**adapter.layers, **self.primitives.shapes(model)}
+        else:
+            layers = {i.path: LayerShape(i.d_in, i.d_out, i.kind) for i in infos if i.kind}
+        check_fits(adapter, layers)
 
     def adapter_of(
         self, model: Any, features: Collection[Feature] | None = None, copy: bool = False

@@ -29,7 +29,7 @@ from flix.backends.jax import (
     touched,
     value_and_grad,
 )
-from flix.backends.jax._fused import INTERPRET
+from flix.backends.jax.kernels.fused import INTERPRET
 from flix.backends.jax.sharding import partitioned
 from tests.helpers.jax import random_bank, randomize
 from tests.helpers.registry import config

@@ -19,72 +19,27 @@ from flix.backends.jax import (
     init,
     linear,
     linear_rows,
-    merge_kernels,
     scatter,
     touched,
 )
-from flix.core.adapter.initial import initial_a
 from tests.helpers.dense import dense
-from tests.helpers.jax import pairs_of, random_bank
+from tests.helpers.jax import (
+    D_IN,
+    D_OUT,
+    KERNEL,
+    check,
+    normal,
+    pairs_of,
+    random_bank,
+    value_and_pullback,
+)
 from tests.helpers.registry import IDS, WEIGHTS, config, registry
 from tests.helpers.tolerance import assert_close, same_bits
-
-D_IN, D_OUT = 5, 7
-RNG = np.random.default_rng(1)
-KERNEL = jnp.asarray(RNG.normal(size=(D_IN, D_OUT)), jnp.float32)
-BIAS = jnp.asarray(RNG.normal(size=D_OUT), jnp.float32)
-
-
-def normal(*shape: int) -> Any:
-    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="strategy")
 def run(x: Any, layer: Any, ids: Any, weights: Any = None, strategy: str = "auto") -> Any:
     return linear(x, KERNEL, layer, ids, weights, strategy=strategy)
-
-
-def value_and_pullback(call: Any, g: Any, *args: Any) -> Any:
-    """The value and the gradients under the cotangent g, compiled in one piece."""
-
-    def run(g: Any, *args: Any) -> Any:
-        y, back = jax.vjp(call, *args)
-        return y, back(g)
-
-    return jax.tree.map(np.asarray, jax.jit(run)(g, *args))
-
-
-def check(layer: Any, cfg: Any, x: Any, ids: Any, weights: Any, strategy: str, rows: bool) -> None:
-    """Forward and all gradients of one call against the oracle."""
-    x, ids = jnp.asarray(x), np.asarray(ids)
-    lead = ids.shape[:-1]
-    g = normal(*x.shape[:-1], D_OUT)
-    flat = (*lead, -1)
-    wanted = dense(
-        x.reshape(*flat, D_IN), ids, pairs_of(layer, cfg), weights, dy=g.reshape(*flat, D_OUT)
-    )
-    present = touched(ids, len(cfg.registry))
-
-    def call(x: Any, w: Any, layer: Any) -> Any:
-        if rows:
-            part = gather({"q": layer}, present)["q"]
-            return linear_rows(x, KERNEL, part, ids, present, w, bias=BIAS, strategy=strategy)
-        return linear(x, KERNEL, layer, ids, w, bias=BIAS, strategy=strategy)
-
-    w = None if weights is None else jnp.asarray(weights)
-    y, (dx, dw, dlayer) = value_and_pullback(call, g, x, w, layer)
-    base = np.asarray(x, np.float64) @ np.asarray(KERNEL, np.float64) + np.asarray(BIAS, np.float64)
-    assert_close(y, base + wanted.y.reshape(y.shape))
-    assert_close(
-        dx,
-        np.asarray(g, np.float64) @ np.asarray(KERNEL, np.float64).T + wanted.x.reshape(x.shape),
-    )
-    if weights is not None:
-        assert_close(dw, wanted.weights)
-    for i, feature in enumerate(cfg.registry.features):
-        a, b = dlayer.pair(*feature)
-        assert_close(a, wanted.A[i])
-        assert_close(b, wanted.B[i])
 
 
 @pytest.mark.covers("pytree", "mixed batch", backend="jax")
@@ -209,17 +164,6 @@ def test_dtypes() -> None:
         assert_close(y, dense(x64, IDS, pairs_of(layer, config()), WEIGHTS, kernel=k64.T).y)
 
 
-def test_initial_bytes() -> None:
-    cfg = config(seed=7)
-    bank = init(cfg, {"layers.0.q": (D_IN, D_OUT), "e": (9, D_OUT, "embedding")})
-    for path, d_in in (("layers.0.q", D_IN), ("e", 9)):
-        for (group, name), a, b in bank[path].pairs():
-            rank = cfg.rank(path, (group, name))
-            wanted = initial_a(seed=7, layer=path, group=group, feature=name, rank=rank, d_in=d_in)
-            assert same_bits(a, wanted)
-            assert same_bits(b, np.zeros((D_OUT, rank), np.float32))
-
-
 def test_absent_features_get_no_gradient_and_scatter_keeps_bits() -> None:
     bank = random_bank(config(), {"q": (D_IN, D_OUT)})
     x, ids = normal(2, 9, D_IN), np.array([[0, 4], [1, -1]])
@@ -289,63 +233,6 @@ def test_touched() -> None:
         touched(np.array([[3, 2]]), 6, size=1)
     with pytest.raises(flix.RoutingError, match="outside the compiled function"):
         jax.jit(lambda ids: touched(ids, 6, size=1))(np.array([[3, 2]]))
-
-
-@pytest.mark.covers("pytree", "merge", backend="jax")
-def test_merge_kernels_equals_forward() -> None:
-    cfg = config()
-    bank = random_bank(cfg, {"q": (D_IN, D_OUT)})
-    row = {"language": {"swa": 0.5, "zul": -2.0}, "task": "pos"}
-    merged = merge_kernels(cfg, bank, {"q": KERNEL, "other": BIAS}, row)
-    routing = cfg.registry.encode([row, row])
-    x = normal(2, 9, D_IN)
-    assert_close(x @ merged["q"], run(x, bank["q"], routing.ids, routing.weights))
-    assert merged["other"] is BIAS
-    with pytest.raises(flix.TargetError, match="'q' needs a kernel"):
-        merge_kernels(cfg, bank, {}, row)
-
-
-@pytest.mark.parametrize(
-    ("ids", "weights", "match"),
-    [
-        (np.full((5, 2), 9), None, "id 9 in row 0"),
-        (np.full((5, 2), -2), None, "id -2 in row 0"),
-        (np.zeros((5, 2)), None, "integer ids"),
-        (np.zeros((1, 5, 2, 2), np.int32), None, r"\[batch, width\]"),
-        (np.zeros(5, np.int32), None, r"\[batch, width\]"),
-        (np.zeros((4, 2), np.int32), None, r"leading shape \[5, 3\]"),
-        (IDS, WEIGHTS[:, :2], "shape of flix_features"),
-        (IDS, WEIGHTS.astype(np.int32), "floating point"),
-        (IDS, np.where(IDS == 5, np.nan, WEIGHTS), "row 1 for task:pos"),
-    ],
-)
-def test_bad_routing_is_named(ids: Any, weights: Any, match: str) -> None:
-    layer = random_bank(config(), {"q": (D_IN, D_OUT)})["q"]
-    with pytest.raises(flix.RoutingError, match=match):
-        linear(normal(5, 3, D_IN), KERNEL, layer, ids, weights)
-
-
-def test_traced_bad_routing() -> None:
-    layer = random_bank(config(), {"q": (D_IN, D_OUT)})["q"]
-    x = normal(5, 3, D_IN)
-    step = jax.jit(lambda ids, w: linear(x, KERNEL, layer, ids, w))
-    with pytest.raises(flix.RoutingError, match="integer ids"):
-        step(jnp.zeros((5, 2)), None)
-    with pytest.raises(flix.RoutingError, match="shape of flix_features"):
-        step(jnp.asarray(IDS), jnp.zeros((5, 2)))
-    with pytest.raises(flix.RoutingError, match="one composition for all"):
-        step(jnp.asarray(IDS[:, 0]), None)
-    # A traced id of no feature poisons its own row, and no other.
-    for strategy in ("gather", "masked"):
-        wrong = IDS.copy()
-        wrong[2, 0] = 6
-        odd = np.isnan(run(x, layer, wrong, strategy=strategy)).any((1, 2))
-        assert odd.tolist() == [False, False, True, False, False]
-        present = touched(np.array([0, 4]), 6)
-        part = jax.jit(gather)({"q": layer}, present)["q"]
-        rows = jax.jit(linear_rows, static_argnames="strategy")
-        odd = np.isnan(rows(x, KERNEL, part, IDS, present, strategy=strategy)).any((1, 2))
-        assert odd.tolist() == [False, True, True, False, True]
 
 
 def test_bad_sizes_and_names() -> None:

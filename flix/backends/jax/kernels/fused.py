@@ -10,6 +10,7 @@ them is x, the values in rank space and the batch's tables.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -77,13 +78,13 @@ def can_run() -> bool:
 
 def _kernels(target: Target) -> ModuleType:
     # Imported where used: Pallas takes its time, and a CPU needs none of it.
-    if target.kind == "tpu":
-        from flix.backends.jax import _kernels_tpu
+    return importlib.import_module(f"flix.backends.jax.kernels.{target.kind}")
 
-        return _kernels_tpu
-    from flix.backends.jax import _kernels_gpu
 
-    return _kernels_gpu
+def dot(a: Any, b: Any, contract: tuple[int, int], dtype: Any) -> Any:
+    """The product of two matrices over one axis of each, summed in a dtype: what the kernels' programs do."""
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
 
 
 def padded_rank(widest: int) -> int:

@@ -14,8 +14,8 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from flix.backends.jax import _fused
-from flix.backends.jax.bank import LayerSpec
+from flix.backends.jax.kernels import fused
+from flix.backends.jax.parameters import LayerSpec
 from flix.core.strategy.decide import Facts, decide
 
 _BATCH, _LENGTH = 16, 64
@@ -95,6 +95,16 @@ def _poison(scale: Array, bad: Array) -> Array:
     return jnp.where(bad.any(-1)[..., None], jnp.nan, scale)
 
 
+def _factors(
+    spec: LayerSpec, ids: Array, weights: Array | None, dtype: Any
+) -> tuple[Array, Array, Array]:
+    """(ids, ranks, factors w s) of each id, both 0 where it is no feature's; ids there are the number of features."""
+    known = jnp.where(ids < 0, len(spec.ranks), ids)
+    rank = jnp.take(spec.ranks, known, mode="fill", fill_value=0)
+    factor = jnp.take(spec.scales.astype(dtype), known, mode="fill", fill_value=0)
+    return known, rank, factor if weights is None else factor * weights.astype(dtype)
+
+
 def make_slots(
     spec: LayerSpec, ids: Array, weights: Array | None, present: Array | None, dtype: jnp.dtype
 ) -> Slots:
@@ -107,17 +117,13 @@ def make_slots(
         dtype: of the factors; a wide one.
     """
     place, bad = _misplaced(ids, spec, present)
-    known = jnp.where(ids < 0, len(spec.ranks), ids)
-    rank = jnp.take(spec.ranks, known, mode="fill", fill_value=0)
+    known, rank, factor = _factors(spec, ids, weights, dtype)
     if present is None:
         start = jnp.take(spec.starts, known, mode="fill", fill_value=0)
         end = spec.rows
     else:
         start = place * spec.widest
         end = present.shape[0] * spec.widest
-    factor = jnp.take(spec.scales.astype(dtype), known, mode="fill", fill_value=0)
-    if weights is not None:
-        factor = factor * weights
     width = ids.shape[-1]
     bound = int(np.sort(spec.ranks)[::-1][:width].sum())
     if bound <= 0.8 * width * spec.widest:
@@ -207,7 +213,7 @@ def strategy_for(
     count = count if isinstance(count, int) else _BATCH
     length = length if isinstance(length, int) else _LENGTH
     # One composition for all is two plain products, which XLA does best.
-    suits = accelerated and spec.widest <= _fused.WIDEST and count > 1
+    suits = accelerated and spec.widest <= fused.WIDEST and count > 1
     facts = Facts(
         examples=count,
         positions=length,
@@ -229,9 +235,9 @@ def add_fused(
     ids: Array,
     weights: Array | None,
     present: Array | None,
-    target: _fused.Target,
+    target: fused.Target,
 ) -> Array:
-    """y plus the routed sum of a linear layer, by the kernels of :mod:`_fused`: ``[N, S, d_out]``.
+    """y plus the routed sum of a linear layer, by the kernels of :mod:`fused`: ``[N, S, d_out]``.
 
     Args:
         y: ``[N, S, d_out]``.
@@ -245,21 +251,17 @@ def add_fused(
         # Features that no row activates cost room, not time; to leave them out pays where there are many.
         every = jnp.arange(features, dtype=jnp.int32)
         present = every if at_most(ids.size, features) == features else touched(ids, features)
-        index = row_index(spec, present, _fused.padded_rank(spec.widest))
+        index = row_index(spec, present, fused.padded_rank(spec.widest))
     else:
-        index = jnp.asarray(_placed_rows(spec, present.shape[0], _fused.padded_rank(spec.widest)))
+        index = jnp.asarray(_placed_rows(spec, present.shape[0], fused.padded_rank(spec.widest)))
     place, bad = _misplaced(ids, spec, present)
-    known = jnp.where(ids < 0, len(spec.ranks), ids)
-    used = jnp.take(spec.ranks, known, mode="fill", fill_value=0) > 0
-    place = jnp.where(used & ~bad, place, present.shape[0]).astype(jnp.int32)
-    factor = jnp.take(spec.scales.astype(space), known, mode="fill", fill_value=0)
-    if weights is not None:
-        factor = factor * weights.astype(space)
+    _, rank, factor = _factors(spec, ids, weights, space)
+    place = jnp.where((rank > 0) & ~bad, place, present.shape[0]).astype(jnp.int32)
     tables = [
         take_rows(table, index).reshape(present.shape[0] + 1, -1, table.shape[1])
         for table in (a, b)
     ]
-    total: Array = _fused.fused_sum(target, y, x, *tables, _poison(factor, bad), place)
+    total: Array = fused.fused_sum(target, y, x, *tables, _poison(factor, bad), place)
     return total
 
 
@@ -316,14 +318,11 @@ def routed_sum(
     b = b.astype(dtype)
     if spec.shape.kind == "embedding":
         h = _looked_up(a, x, rows if strategy != "masked" else None)
-    elif strategy == "gather":
-        h = jnp.einsum("nsd,nrd->nsr", x, a.astype(dtype), preferred_element_type=space)
     else:
-        h = jnp.einsum("nsd,rd->nsr", x, a.astype(dtype), preferred_element_type=space)
+        form = "nsd,nrd->nsr" if strategy == "gather" else "nsd,rd->nsr"
+        h = jnp.einsum(form, x, a.astype(dtype), preferred_element_type=space)
     h = (h.astype(space) * factor[:, None, :]).astype(dtype)
-    if strategy == "gather":
-        return jnp.einsum("nsr,nro->nso", h, b)
-    return jnp.einsum("nsr,ro->nso", h, b)
+    return jnp.einsum("nsr,nro->nso" if strategy == "gather" else "nsr,ro->nso", h, b)
 
 
 def _looked_up(a: Array, tokens: Array, rows: Array | None) -> Array:

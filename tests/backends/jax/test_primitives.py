@@ -1,4 +1,4 @@
-"""Features over a model's life: they leave, get other names, come from files, rest and are switched off."""
+"""Features over a model's life: they join, leave, get other names, come from files and rest."""
 
 from __future__ import annotations
 
@@ -19,32 +19,37 @@ from flix.backends.jax import (
     adamw,
     adapt,
     add_feature,
-    disable,
     freeze,
     import_peft,
     linear,
     load,
-    load_bank,
     load_features,
-    merge,
     named_pairs,
+    primitives,
     remove_feature,
     rename_feature,
     save,
+    summary,
     thaw,
     to_adapter,
     to_bank,
     value_and_grad,
 )
-from flix.backends.jax.model import flix_layers
+from flix.backends.jax.adapt import flix_layers
 from tests.helpers.jax import TOKENS, Net, adapted, random_bank, randomize
 from tests.helpers.loras import write_lora
 from tests.helpers.registry import IDS, WEIGHTS, config, registry
 from tests.helpers.tolerance import assert_all_close, assert_close, assert_far, same_bits
 
 LAYERS = {"q": (5, 7), "table": (9, 3, "embedding")}
+
+
 X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 5)), jnp.float32)
+
+
 KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(5, 7)), jnp.float32)
+
+
 FEW = ["embed", "back"]
 
 
@@ -76,8 +81,8 @@ FLOATS = np.random.default_rng(0).normal(size=(5, 4)).astype("f")
 
 
 @nnx.jit
-def forward(model: Any, ids: Any, weights: Any = None) -> Any:
-    return model(TOKENS, flix_features=ids, flix_weights=weights)
+def forward(model: Any, ids: Any, weights: Any = None, tokens: Any = TOKENS) -> Any:
+    return model(tokens, flix_features=ids, flix_weights=weights)
 
 
 def loss_of(model: Any, ids: Any) -> Any:
@@ -99,7 +104,7 @@ def test_removed_features_leave_the_rest_as_it_was() -> None:
     ids = np.where(IDS == 1, -1, IDS)  # without swa
     y = forward(model, ids, WEIGHTS)
     cfg, bank = remove_feature(source, "language", "swa")
-    assert remove_feature(model, "language", "swa") is None
+    assert remove_feature(model, "language", "swa") is model
     kept = without(before, "language.swa")
     assert bits(model) == bits((cfg, bank)) == kept
     assert bits(source) == before  # what was given is not changed
@@ -200,17 +205,6 @@ def test_frozen_features_stay_frozen_through_changes() -> None:
         freeze(model, [("task", "nope")])
 
 
-def test_banks_freeze_and_thaw() -> None:
-    bank = random_bank(config(), LAYERS)
-    frozen = freeze(freeze(bank, [("task", "ner")]), {"language": ["hau", "swa"]})
-    assert frozen["q"].spec.frozen == frozen["table"].spec.frozen == {0, 1, 4}
-    assert not bank["q"].spec.frozen
-    cfg, both = freeze((config(), bank), {"task": "ner"})
-    assert cfg == config() and both["q"].spec.frozen == {4}
-    assert thaw(frozen, {"task": "ner"})["q"].spec.frozen == {0, 1}
-    assert not thaw((cfg, both))[1]["q"].spec.frozen
-
-
 @pytest.mark.covers("nnx", "share a feature", backend="jax")
 def test_one_features_file_loads_into_another_model(tmp_path: Path) -> None:
     donor = adapted(seed=0, target_modules=["back", "o"])
@@ -222,7 +216,8 @@ def test_one_features_file_loads_into_another_model(tmp_path: Path) -> None:
     model.eval()
     before = bits(model)
     y = forward(model, IDS, WEIGHTS)
-    assert load_features(model, tmp_path) == (("language", "kin"),)
+    assert load_features(model, tmp_path) is model
+    assert ("language", "kin") in model.flix_config.registry.live
     after = bits(model)
     assert without(after, "language.kin") == before
     wanted = {n: v for n, v in bits(donor).items() if n.endswith("language.kin")}
@@ -239,29 +234,6 @@ def test_one_features_file_loads_into_another_model(tmp_path: Path) -> None:
     save(model, tmp_path / "all")
     again = load(Net(), tmp_path / "all")
     assert bits(again) == after
-
-
-@pytest.mark.covers("pytree", "share a feature", backend="jax")
-def test_conflicts_and_banks(tmp_path: Path) -> None:
-    ours = (config(), random_bank(config(), LAYERS))
-    theirs = (config(), random_bank(config(), {"q": (5, 7), "k": (4, 2)}, seed=1))
-    save(theirs, tmp_path)
-    with pytest.raises(flix.AdapterError, match=r"language:hau .*other values in A of layer 'q'"):
-        load_features(ours, tmp_path)
-    kept = load_features(ours, tmp_path, conflicts="keep")
-    assert bits(kept) == bits(ours)
-    cfg, bank = load_features(
-        ours, tmp_path, {"task": ["ner", "pos"]}, conflicts="replace", freeze_others=True
-    )
-    wanted = {n: v for n, v in bits(theirs).items() if ".task." in n}
-    assert bits((cfg, bank)) == {
-        **{n: v for n, v in bits(ours).items() if ".language." in n},
-        **wanted,
-    } | {n: v for n, v in bits(ours).items() if n.startswith("table") and ".language." in n}
-    assert bank["k"].spec.frozen == {0, 1, 2, 3}
-    everything = load_features(ours, tmp_path, conflicts="replace", freeze_others=True)
-    assert everything[1]["q"].spec.frozen == {2}  # of rank 0 on both sides: the same
-    assert bits(load_bank(tmp_path)) == bits(theirs)
 
 
 @pytest.mark.covers("nnx", "import from PEFT", backend="jax")
@@ -309,64 +281,6 @@ def test_import_peft(tmp_path: Path) -> None:
     assert bits(source) == {f"mlp.{name}": value for name, value in bits(model).items()}
 
 
-@pytest.mark.covers("nnx", "disable", backend="jax")
-def test_disabled_models_are_their_base_also_when_compiled() -> None:
-    model, base = two()
-    traces = []
-
-    @nnx.jit
-    def run(model: Any, ids: Any) -> Any:
-        traces.append(1)
-        return model(FLOATS, flix_features=ids)
-
-    wanted, plain = run(model, IDS), base(FLOATS)
-    graph = nnx.graphdef(model)
-    assert_far(wanted, plain)
-    with disable(model):
-        assert_close(model(FLOATS), plain)  # in training, without routing
-        assert_close(run(model, IDS), plain)
-        assert_close(model(FLOATS, flix_features=np.full((99, 1), 99)), plain)  # not looked at
-        with disable(model):
-            assert_close(model.up(FLOATS), base.up(FLOATS))
-        assert_close(run(model, IDS), plain)
-        assert_close(nnx.clone(model)(FLOATS), plain)
-        merged = merge(model, {"language": "hau"})
-    assert not any("flix" in name for name in vars(merged))
-    assert same_bits(run(model, IDS), wanted)
-    assert len(traces) == 2
-    assert nnx.graphdef(model) == graph
-    with pytest.raises(flix.RoutingError, match="in training"):
-        model(FLOATS)
-    with pytest.raises(ValueError, match="stop"), disable(model):
-        raise ValueError("stop")
-    assert same_bits(run(model, IDS), wanted)
-    with pytest.raises(flix.TargetError, match="disable needs an adapted model"), disable(base):
-        pass
-
-
-def test_every_kind_of_layer_can_be_disabled() -> None:
-    model = adapted()
-    plain = nnx.jit(lambda model: model(TOKENS))
-    with disable(model):
-        y = plain(model)
-    assert_close(y, plain(Net()))
-
-
-def test_disabled_inside_a_compiled_function() -> None:
-    """As distillation or a preference loss needs it: both answers in one step."""
-    model, base = two()
-
-    @nnx.jit
-    def both(model: Any, ids: Any) -> Any:
-        with disable(model):
-            reference = model(FLOATS)
-        return reference, model(FLOATS, flix_features=ids)
-
-    reference, y = both(model, IDS)
-    assert_close(reference, base(FLOATS))
-    assert_close(y, model(FLOATS, flix_features=IDS))
-
-
 def test_add_feature_on_a_mesh_keeps_the_banks_placement() -> None:
     mesh = jax.make_mesh((1,), ("model",))
     spec = jax.sharding.PartitionSpec(None, "model")
@@ -377,3 +291,83 @@ def test_add_feature_on_a_mesh_keeps_the_banks_placement() -> None:
         remove_feature((config(), bank), "language", "swa"),
     ):
         assert changed[1]["q"].A.sharding == placed
+
+
+@pytest.mark.covers("nnx", "add a feature", backend="jax")
+def test_add_feature() -> None:
+    model = adapted()
+    pairs = named_pairs(model)
+    y = forward(model, IDS, WEIGHTS)
+    add_feature(model, "language", "fra", rank=3)
+    add_feature(model, "language", "kin", init_from="swa", freeze_others=False)
+    assert model.flix_config.registry.id("language", "kin") == 7
+    grown = named_pairs(model)
+    assert all(same_bits(grown[name], value) for name, value in pairs.items())
+    assert_close(forward(model, IDS, WEIGHTS), y)
+    swa = {"language": "swa"}
+    fra, kin = {"language": "fra"}, {"language": "kin"}
+    routing = model.flix_config.registry.encode([swa, kin, fra, {}, {}], width=3)
+    y = forward(model, routing.ids, tokens=np.tile(TOKENS[:1], (5, 1)))
+    assert_close(y[1], y[0])
+    assert_close(y[2], y[3])  # a fresh feature starts at zero
+    assert_far(y[0], y[3])
+    with pytest.raises(flix.RankError, match="needs a rank"):
+        add_feature(model, "language", "zzz")
+    with pytest.raises(flix.FeatureError, match="no feature 'nope'"):
+        add_feature(model, "language", "zzz", init_from="nope")
+
+
+def test_summary() -> None:
+    model = adapt(Net(), config(target_modules=["back"]))
+    found = summary(model)
+    assert found.layers == ("layers.0.back",)
+    assert found.features["language", "swa"] == 3 * 12
+    assert found.trainable == 12 * 12
+    assert found.total == sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert "1 adapted layers; 144 trainable" in str(found)
+    add_feature(model, "task", "sum", rank=1)
+    assert summary(model).trainable == 12
+    thaw(model)
+    assert summary(model).trainable == 12 * 13
+
+
+def test_a_model_is_read_in_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = two()[0]
+    wanted = {path: layer.bank for path, layer in flix_layers(model)}
+    calls: list[Any] = []
+    get = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda tables: calls.append(1) or get(tables))
+    monkeypatch.delattr("flix.backends.jax.LayerBank.pair")
+    found = primitives.read(model)
+    some = primitives.read(model, [("task", "pos"), ("language", "yor")])
+    assert len(calls) == 2
+    for path, layer in wanted.items():
+        assert list(found[path]) == [f for f, _, _ in layer.pairs()]
+        for feature, a, b in layer.pairs():
+            assert same_bits(found[path][feature][0], a)
+            assert same_bits(found[path][feature][1], b)
+        assert list(some[path]) == [("task", "pos")]  # the other has rank 0
+
+
+def test_tables_whose_rows_all_stay_are_left_as_they_are() -> None:
+    model = two(rank_pattern={"up": {"language": 0}})[0]
+    held = model.up.flix_A, model.down.flix_A
+    values = held[0][...]
+    add_feature(model, "language", "fra", rank=2)
+    assert model.up.flix_A is held[0]
+    assert model.up.flix_A[...] is values
+    assert model.up.flix_spec.registry == model.flix_config.registry
+    assert model.down.flix_A is not held[1]
+
+
+def test_halves_are_read_as_float32_and_written_back_bit_for_bit() -> None:
+    bank = jax.tree.map(lambda t: t.astype(jnp.bfloat16), random_bank(config(), LAYERS))
+    source = (config(), bank)
+    assert {v.dtype for v in named_pairs(source).values()} == {np.dtype("float32")}
+    _, again = primitives.write(source, primitives.read(source))
+    _, grown = add_feature(source, "language", "fra", rank=2)
+    for path, layer in bank.items():
+        assert again[path].A.dtype == grown[path].A.dtype == jnp.bfloat16
+        assert same_bits(again[path].A, layer.A)
+        assert same_bits(again[path].B, layer.B)
+        assert same_bits(grown[path].pair("task", "pos")[0], layer.pair("task", "pos")[0])

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from flix.core.errors import ConfigError, RoutingError
+from flix.backends import messages
+from flix.core.errors import RoutingError
 from flix.core.features.registry import FeatureRegistry
 from flix.core.features.routing import Routing, check_routing
 from flix.core.strategy.union import first_unlike
@@ -58,11 +59,7 @@ def is_traced(value: Any) -> bool:
 
 
 def make_routing(
-    registry: FeatureRegistry,
-    features: Any,
-    weights: Any = None,
-    *,
-    present: Array | None = None,
+    registry: FeatureRegistry, features: Any, weights: Any = None, *, present: Array | None = None
 ) -> ActiveRouting:
     """Check routing and make it ready for a forward.
 
@@ -81,10 +78,7 @@ def make_routing(
     """
     if isinstance(features, Routing):
         if features.registry != registry:
-            raise RoutingError(
-                f"the routing was encoded by another registry ({features.registry}) than the "
-                f"layer's ({registry})"
-            )
+            raise messages.other_registry(features.registry, registry)
         weights = features.weights if weights is None else weights
         features = features.ids
     ids = _as_array(features, "flix_features")
@@ -120,42 +114,20 @@ def _as_array(value: Any, what: str) -> Any:
     try:
         return np.asarray(value)
     except (ValueError, TypeError) as error:
-        raise RoutingError(f"{what} must be an array [batch, width], got {value!r}") from error
+        raise messages.no_array(what, value) from error
 
 
 def _check_traced(ids: Any, weights: Any) -> None:
     if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise RoutingError(
-            f"flix_features must hold integer ids, got dtype {ids.dtype}; make them with "
-            "registry.encode(rows)"
-        )
+        raise messages.ids_not_integer(ids.dtype)
     if ids.ndim not in (1, 2, 3):
-        raise RoutingError(
-            "flix_features must have the shape [batch, width] or [batch, length, width], got "
-            f"{list(ids.shape)}"
-        )
+        raise messages.ids_shape(ids.shape)
     if weights is None:
         return
     if not jnp.issubdtype(weights.dtype, jnp.floating):
-        raise RoutingError(f"flix_weights must be floating point, got dtype {weights.dtype}")
+        raise messages.weights_not_float(weights.dtype)
     if weights.shape != ids.shape:
-        raise RoutingError(
-            f"flix_weights must have the shape of flix_features, {list(ids.shape)}, got "
-            f"{list(weights.shape)}"
-        )
-
-
-def check_single(routing: ActiveRouting, strategy: str) -> None:
-    """Refuse the strategy "single" for rows that are known to differ.
-
-    Raises:
-        ConfigError: they differ; the row is named.
-    """
-    if strategy == "single" and routing.unlike is not None:
-        raise ConfigError(
-            f"strategy 'single' needs one composition for all rows, but row {routing.unlike} differs "
-            "from row 0; use 'auto', 'gather' or 'masked'"
-        )
+        raise messages.weights_shape(weights.shape, ids.shape)
 
 
 def leading_shape(
@@ -187,37 +159,21 @@ def leading_shape(
     if given[: len(lead)] != lead:
         single = isinstance(lead[0], int) and lead[0] <= 1  # a symbolic size (jax.export) is any
         if given[:1] != (1,) or given[1 : len(lead)] != lead[1:] or single:
-            what = "[batch, length]" if len(lead) == 2 else "[batch]"
-            raise RoutingError(
-                f"layer {path!r} got an input of leading shape {list(given)}, but flix_features "
-                f"routes {what} = {list(lead)}; one row of ids is needed for each row of the batch "
-                "(and one for each position, where routing is per token)"
-            )
+            raise messages.other_lead(path, given, lead)
         # One row for all, as position ids have it: each row of the batch gets its own.
         given = (*lead, *given[len(lead) :])
     return given, math.prod(lead), math.prod(given[len(lead) :])
 
 
 @contextmanager
-def activated(routing: ActiveRouting | None) -> Iterator[None]:
-    """Run with this routing in force on this thread."""
-    previous = current.routing
-    current.routing = routing
+def in_force(**values: Any) -> Iterator[None]:
+    """Run with a ``routing`` in force on this thread, or with layers that hold the rows of the ``present`` features."""
+    previous = {name: getattr(current, name) for name in values}
+    vars(current).update(values)
     try:
         yield
     finally:
-        current.routing = previous
-
-
-@contextmanager
-def narrowed(present: Array) -> Iterator[None]:
-    """Run with layers that hold the rows of these features only."""
-    previous = current.present
-    current.present = present
-    try:
-        yield
-    finally:
-        current.present = previous
+        vars(current).update(previous)
 
 
 @contextmanager
@@ -232,5 +188,6 @@ def route(registry: FeatureRegistry, features: Any, weights: Any = None) -> Iter
     Raises:
         RoutingError: routing that breaks a rule.
     """
-    with activated(make_routing(registry, features, weights, present=current.present)):
+    routing = make_routing(registry, features, weights, present=current.present)
+    with in_force(routing=routing):
         yield

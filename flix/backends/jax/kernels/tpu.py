@@ -1,6 +1,6 @@
 """The three grouped products of the fused strategy as Pallas kernels for TPUs.
 
-The functions, their arguments and results are those of ``_kernels_gpu``.
+The functions, their arguments and results are those of :mod:`flix.backends.jax.kernels.gpu`.
 
 A TPU runs its grid in order, and fetches the block of a feature by an index known beforehand (scalar prefetch). So what
 a GPU program loops over is the grid's last dimension here, and sums grow in a block that is visited again and again.
@@ -20,15 +20,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 from jax.lax import div, rem
 
+from flix.backends.jax.kernels.fused import dot
+
 
 def columns(d: int) -> int:
     """Columns of one block: 128 to 512 where they divide d, else all."""
     return next((size for size in (512, 256, 128) if d % size == 0), d)
-
-
-def _dot(a: Any, b: Any, contract: tuple[int, int], dtype: Any) -> Any:
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
 
 
 def _shrink(place: Any, x: Any, table: Any, out: Any) -> None:
@@ -38,7 +35,7 @@ def _shrink(place: Any, x: Any, table: Any, out: Any) -> None:
     def _() -> None:
         out[...] = jnp.zeros(out.shape, out.dtype)
 
-    out[...] += _dot(x[...], table[...], (1, 1), out.dtype)
+    out[...] += dot(x[...], table[...], (1, 1), out.dtype)
 
 
 def shrink(x: Array, table: Array, place: Array, *, rows: int, wide: Any, interpret: bool) -> Array:
@@ -76,7 +73,7 @@ def _expand(place: Any, h: Any, table: Any, *rest: Any, width: int) -> None:
         zeros = jnp.zeros(total.shape, total.dtype)
         total[...] = base[0][...].astype(total.dtype) if base else zeros
 
-    total[...] += _dot(h[...], table[...], (1, 0), total.dtype)
+    total[...] += dot(h[...], table[...], (1, 0), total.dtype)
 
     @pl.when(slot == width - 1)
     def _() -> None:
@@ -128,7 +125,7 @@ def _outer(order: Any, place: Any, h: Any, x: Any, out: Any) -> None:
     def _() -> None:
         out[...] = jnp.zeros(out.shape, out.dtype)
 
-    out[...] += _dot(h[...], x[...], (0, 0), out.dtype)
+    out[...] += dot(h[...], x[...], (0, 0), out.dtype)
 
 
 def outer(

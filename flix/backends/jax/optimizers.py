@@ -16,10 +16,10 @@ import optax
 from flax import nnx
 from jax import Array
 
-from flix.backends.jax import _ops
-from flix.backends.jax.bank import Bank, LayerBank, LayerSpec, Rows
+from flix.backends.jax import sums
 from flix.backends.jax.functional import pick_rows, put_rows
 from flix.backends.jax.layers import FlixLayer
+from flix.backends.jax.parameters import Bank, LayerBank, LayerSpec, Rows
 from flix.backends.jax.sharding import left_to_compiler
 from flix.core.errors import ConfigError
 from flix.core.features.routing import Routing
@@ -37,10 +37,6 @@ def specs_of(model: nnx.Module) -> dict[str, LayerSpec]:
     }
 
 
-def _is_bank(node: Any) -> bool:
-    return isinstance(node, LayerBank)
-
-
 def leaf_specs(tree: Any, specs: Mapping[str, LayerSpec]) -> Any:
     """The tree with each table's LayerSpec in its place, and ``WHOLE`` for leaves that are no tables.
 
@@ -49,15 +45,18 @@ def leaf_specs(tree: Any, specs: Mapping[str, LayerSpec]) -> Any:
         specs: of an nnx model, see :func:`specs_of`.
     """
 
+    def is_bank(node: Any) -> bool:
+        return isinstance(node, LayerBank)
+
     def of(path: tuple[Any, ...], leaf: Any) -> Any:
-        if _is_bank(leaf):
+        if is_bank(leaf):
             return jax.tree.map(lambda _: leaf.spec, leaf)
         parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
         if parts and parts[-1] in ("flix_A", "flix_B"):
             return specs[".".join(parts[:-1])]
         return WHOLE
 
-    found = jax.tree_util.tree_map_with_path(of, tree, is_leaf=_is_bank)
+    found = jax.tree_util.tree_map_with_path(of, tree, is_leaf=is_bank)
     if not any(isinstance(leaf, LayerSpec) for leaf in jax.tree.leaves(found)):
         raise ConfigError(
             "no low-rank tables among the parameters; of an nnx model, give the adapted model: "
@@ -66,33 +65,30 @@ def leaf_specs(tree: Any, specs: Mapping[str, LayerSpec]) -> Any:
     return found
 
 
-def _present_by_gradient(grads: Any, specs: Any) -> Array:
-    """Which features got a gradient that is not zero, in any layer: bool ``[F]``."""
-    present: Any = None
-    for spec, grad in zip(jax.tree.leaves(specs), jax.tree.leaves(grads), strict=True):
-        if spec is not WHOLE:
+def _present(updates: Any, ids: Any, specs: Any) -> Array:
+    """Which features a batch activates, bool ``[F]``: those of ids, or any whose gradient in a layer is not zero."""
+    tables = [
+        (spec, grad)
+        for spec, grad in zip(jax.tree.leaves(specs), jax.tree.leaves(updates), strict=True)
+        if spec is not WHOLE
+    ]
+    count = len(tables[0][0].ranks)
+    if ids is not None:
+        ids = jnp.asarray(ids.ids if isinstance(ids, Routing) else ids)
+
+        def named(ids: Array) -> Array:
+            return jnp.zeros(count, bool).at[jnp.where(ids < 0, count, ids)].set(True, mode="drop")
+
+        return left_to_compiler(named, None, ids)  # type: ignore[no-any-return]
+    present: Any = False
+    for spec, grad in tables:
+
+        def hit(grad: Array, owners: Any = spec.owners) -> Array:
             rows = (grad != 0).any(axis=tuple(range(1, grad.ndim)))
-            owners, count = spec.owners, len(spec.ranks)
-            hit = left_to_compiler(
-                lambda rows, o=owners, n=count: jnp.zeros(n, bool).at[o].max(rows), None, rows
-            )
-            present = hit if present is None else present | hit
+            return jnp.zeros(count, bool).at[owners].max(rows)
+
+        present = present | left_to_compiler(hit, None, grad)
     return present  # type: ignore[no-any-return]
-
-
-def _present_by_ids(ids: Any, specs: Any) -> Array:
-    spec = next(leaf for leaf in jax.tree.leaves(specs) if leaf is not WHOLE)
-    count = len(spec.ranks)
-    ids = jnp.asarray(ids.ids if isinstance(ids, Routing) else ids)
-
-    def hit(ids: Array) -> Array:
-        return jnp.zeros(count, bool).at[jnp.where(ids < 0, count, ids)].set(True, mode="drop")
-
-    return left_to_compiler(hit, None, ids)  # type: ignore[no-any-return]
-
-
-def _expanded(mask: Array, like: Array) -> Array:
-    return mask.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def mask_absent(
@@ -113,40 +109,27 @@ def mask_absent(
         ConfigError: on use, parameters without tables, or a state of another shape.
     """
     specs = {} if model is None else specs_of(model)
-    return _masked(inner, specs)
-
-
-def _masked(
-    inner: optax.GradientTransformation, specs: Mapping[str, LayerSpec]
-) -> optax.GradientTransformationExtraArgs:
     inner = optax.with_extra_args_support(inner)
 
     def update(
         updates: Any, state: Any, params: Any = None, *, flix_features: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
         found = leaf_specs(updates, specs)
-        if flix_features is None:
-            present = _present_by_gradient(updates, found)
-        else:
-            present = _present_by_ids(flix_features, found)
-
-        def mask(spec: Any) -> Any:
-            return WHOLE if spec is WHOLE else (present & spec.trainable)[spec.owners]
-
-        masks = jax.tree.map(mask, found)
+        present = _present(updates, flix_features, found)
+        masks = jax.tree.map(
+            lambda s: WHOLE if s is WHOLE else (present & s.trainable)[s.owners], found
+        )
         changed, new_state = inner.update(updates, state, params, **extra)
 
         def choose(rows: Any, new: Any, old: Any) -> Any:
             if rows is WHOLE:
                 return new
             _check_rows(rows.shape[0], new)
-            return jnp.where(_expanded(rows, new), new, old)
+            return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
         # x + (-0.0) is x, bit by bit, for every x.
         still = jax.tree.map(
-            lambda rows, u: (
-                u if rows is WHOLE else jnp.where(_expanded(rows, u), u, -0.0 * jnp.ones_like(u))
-            ),
+            lambda rows, u: u if rows is WHOLE else choose(rows, u, -0.0 * jnp.ones_like(u)),
             masks,
             changed,
         )
@@ -183,26 +166,22 @@ def sparse_step(
 
     Args:
         tx: the optimizer.
-        grads: of the rows that :func:`rows_tree` takes, in the structure of ``params``.
+        grads: of the rows that :func:`take` takes, in the structure of ``params``.
         state: the optimizer's state for ``params``.
         params: the whole tables.
         specs: as :func:`leaf_specs` gives them.
         present: the features, as ``touched`` gives them.
     """
     tx = optax.with_extra_args_support(tx)
-    reads = jax.tree.map(lambda s: WHOLE if s is WHOLE else _ops.row_index(s, present), specs)
 
-    def writable(spec: Any) -> Any:
-        if spec is WHOLE or not spec.frozen:
-            return WHOLE if spec is WHOLE else _ops.row_index(spec, present)
+    def writable(spec: LayerSpec, index: Array) -> Array:
+        if not spec.frozen:
+            return index
         trains = jnp.take(spec.trainable, present, mode="fill", fill_value=False)
-        index = _ops.row_index(spec, present).reshape(-1, spec.widest)
-        return jnp.where(trains[:, None], index, spec.rows).reshape(-1)
+        return jnp.where(jnp.repeat(trains, spec.widest), index, spec.rows)
 
-    writes = jax.tree.map(writable, specs)
-
-    def take(index: Any, leaf: Any) -> Any:
-        return leaf if index is WHOLE else pick_rows(leaf, index)
+    reads = row_indices(specs, present)
+    writes = jax.tree.map(lambda s, i: i if s is WHOLE else writable(s, i), specs, reads)
 
     def put(index: Any, old: Any, new: Any) -> Any:
         return new if index is WHOLE else put_rows(old, index, new)
@@ -212,8 +191,7 @@ def sparse_step(
     ):
         if spec is not WHOLE:
             _check_rows(spec.rows, leaf)
-    small_state = jax.tree.map(take, _over_state(tx, state, reads), state)
-    small = jax.tree.map(take, reads, params)
+    small, small_state = take(reads, params), take(_over_state(tx, state, reads), state)
     updates, new_state = tx.update(grads, small_state, small, **extra)
     small = optax.apply_updates(small, updates)
     return (
@@ -314,19 +292,11 @@ def adamw(
     )
 
 
-def rows_tree(params: Any, specs: Any, present: Array) -> Any:
-    """The rows of some features, out of every table of a tree; other leaves whole."""
-    return jax.tree.map(
-        lambda s, t: t if s is WHOLE else pick_rows(t, _ops.row_index(s, present)),
-        specs,
-        params,
-    )
+def row_indices(specs: Any, present: Array) -> Any:
+    """Where the rows of some features stand in each table of a tree; ``WHOLE`` for other leaves."""
+    return jax.tree.map(lambda s: WHOLE if s is WHOLE else sums.row_index(s, present), specs)
 
 
-__all__ = [
-    "adamw",
-    "mask_absent",
-    "scale_by_feature_adam",
-    "sparse_update",
-    "specs_of",
-]
+def take(indices: Any, params: Any) -> Any:
+    """The rows at these indices, out of every table of a tree; other leaves whole."""
+    return jax.tree.map(lambda i, t: t if i is WHOLE else pick_rows(t, i), indices, params)

@@ -8,18 +8,20 @@ features are registered. Ranks, scales and names are metadata of the pytree: one
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Union
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 from numpy.typing import NDArray
 
 from flix.core.adapter.adapter import LayerShape
-from flix.core.adapter.initial import initial_a
+from flix.core.adapter.changes import Change
+from flix.core.adapter.initial import initial_pairs
 from flix.core.config.config import FlixConfig
 from flix.core.config.layout import LayerLayout
 from flix.core.errors import ConfigError, TargetError
@@ -112,6 +114,13 @@ class LayerSpec:
         i = self.registry.id(*feature)
         return slice(int(self.starts[i]), int(self.starts[i] + self.ranks[i]))
 
+    def row_ranges(self) -> Iterator[tuple[Feature, slice]]:
+        """The same of every feature with an update in this layer."""
+        starts, ranks = self.starts.tolist(), self.layout.ranks
+        for feature, start, rank in zip(self.registry.features, starts, ranks, strict=True):
+            if rank:
+                yield feature, slice(start, start + rank)
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["A", "B"], meta_fields=["spec"])
 @dataclass(frozen=True)
@@ -139,9 +148,8 @@ class LayerBank:
 
     def pairs(self) -> Iterator[tuple[Feature, Array, Array]]:
         """(feature, A_f, B_f) of every feature with an update in this layer."""
-        for feature, rank in zip(self.spec.registry.features, self.spec.layout.ranks, strict=True):
-            if rank:
-                yield feature, *self.pair(*feature)
+        for feature, rows in self.spec.row_ranges():
+            yield feature, self.A[rows], self.B[rows].T
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["A", "B"], meta_fields=["spec"])
@@ -164,11 +172,17 @@ Bank = dict[str, LayerBank]
 Rows = dict[str, LayerRows]
 
 
-def make_spec(
-    config: FlixConfig, path: str, shape: LayerShape, frozen: frozenset[int] = frozenset()
-) -> LayerSpec:
-    """The spec of one layer under a configuration."""
-    return LayerSpec(path, shape, config.layout(path), config.registry, frozen)
+def make_specs(
+    config: FlixConfig, shapes: Mapping[str, LayerShape], frozen: frozenset[int] = frozenset()
+) -> dict[str, LayerSpec]:
+    """The specs of layers under a configuration; equal layouts are one object."""
+    layouts: dict[LayerLayout, LayerLayout] = {}
+    specs = {}
+    for path, shape in shapes.items():
+        layout = config.layout(path)
+        layout = layouts.setdefault(layout, layout)
+        specs[path] = LayerSpec(path, shape, layout, config.registry, frozen)
+    return specs
 
 
 def layer_shape(path: str, sizes: Sizes) -> LayerShape:
@@ -191,25 +205,6 @@ def layer_shape(path: str, sizes: Sizes) -> LayerShape:
     )
 
 
-def initial_layer(spec: LayerSpec, seed: int, dtype: Any = jnp.float32) -> LayerBank:
-    """Initial values (:mod:`flix.core.adapter.initial`): A uniform, B zero; the same bytes in every backend."""
-    a = np.zeros((spec.rows, spec.shape.d_in), np.float32)
-    for (group, name), start, rank in zip(
-        spec.registry.features, spec.starts, spec.ranks, strict=True
-    ):
-        if rank:
-            a[start : start + rank] = initial_a(
-                seed=seed,
-                layer=spec.path,
-                group=group,
-                feature=name,
-                rank=int(rank),
-                d_in=spec.shape.d_in,
-            )
-    b = np.zeros((spec.rows, spec.shape.d_out), np.float32)
-    return LayerBank(jnp.asarray(a, dtype), jnp.asarray(b, dtype), spec)
-
-
 def init(config: FlixConfig, layers: Mapping[str, Sizes], *, dtype: Any = jnp.float32) -> Bank:
     """The bank of a model: initial pairs of every feature in every layer.
 
@@ -226,40 +221,70 @@ def init(config: FlixConfig, layers: Mapping[str, Sizes], *, dtype: Any = jnp.fl
     """
     if not isinstance(config, FlixConfig):
         raise ConfigError(f"init needs a FlixConfig, got {type(config).__name__}")
-    return {
-        path: initial_layer(
-            make_spec(config, path, layer_shape(path, sizes)), config.seed, jnp.dtype(dtype)
-        )
-        for path, sizes in layers.items()
-    }
+    bank = {}
+    shapes = {path: layer_shape(path, sizes) for path, sizes in layers.items()}
+    for path, spec in make_specs(config, shapes).items():
+        ranks = dict(zip(spec.registry.features, spec.layout.ranks, strict=True))
+        d_in, d_out = spec.shape.d_in, spec.shape.d_out
+        pairs = initial_pairs(seed=config.seed, layer=path, ranks=ranks, d_in=d_in, d_out=d_out)
+        bank[path] = pack(spec, pairs, dtype)
+    return bank
 
 
 def pack(
-    spec: LayerSpec, pairs: Mapping[Feature, tuple[Any, Any]], dtype: Any = jnp.float32
+    spec: LayerSpec,
+    pairs: Mapping[Feature, tuple[Any, Any]],
+    dtype: Any = jnp.float32,
+    before: LayerBank | None = None,
+    kept: Collection[int] = (),
 ) -> LayerBank:
-    """A bank of one layer from A_f ``[r, d_in]`` and B_f ``[d_out, r]`` of each feature with an update."""
-    features = [f for f, r in zip(spec.registry.features, spec.layout.ranks, strict=True) if r]
-    a = [np.asarray(pairs[f][0]) for f in features]
-    b = [np.asarray(pairs[f][1]).T for f in features]
-    empty_a, empty_b = np.zeros((0, spec.shape.d_in)), np.zeros((0, spec.shape.d_out))
-    return LayerBank(
-        jnp.asarray(np.concatenate([empty_a, *a]), dtype),
-        jnp.asarray(np.concatenate([empty_b, *b]), dtype),
-        spec,
-    )
+    """The tables of one layer, filled on the host: slices on a device would be compiled for every rank.
 
-
-def host_pairs(layer: LayerBank) -> dict[Feature, tuple[NDArray[Any], NDArray[Any]]]:
-    """A_f ``[r, d_in]`` and B_f ``[d_out, r]`` of every feature with an update, on the host.
-
-    Cut there, since slices on a device are compiled for every rank.
+    Args:
+        spec: the layer's.
+        pairs: A_f ``[r, d_in]`` and B_f ``[d_out, r]`` of each feature with an update that is not kept.
+        dtype: of the tables.
+        before: tables to take the kept features' rows from, and the mesh where they are on one.
+        kept: ids of features that keep their rows, bit for bit.
     """
-    a, b = np.asarray(layer.A), np.asarray(layer.B)
-    spec = layer.spec
-    return {
-        feature: (a[start : start + rank], b[start : start + rank].T)
-        for feature, start, rank in zip(
-            spec.registry.features, spec.starts, spec.ranks, strict=True
-        )
-        if rank
-    }
+    sizes = spec.shape.d_in, spec.shape.d_out
+    a, b = (np.empty((spec.rows, d), jnp.dtype(dtype)) for d in sizes)
+    ids = np.asarray([*kept], np.int32)
+    if before is not None and len(ids):
+        old, new = np.isin(before.spec.owners, ids), np.isin(spec.owners, ids)
+        a[new], b[new] = np.asarray(before.A)[old], np.asarray(before.B)[old]
+    stay = {*ids.tolist()}
+    for i, (feature, rows) in zip(
+        np.flatnonzero(spec.ranks).tolist(), spec.row_ranges(), strict=True
+    ):
+        if i not in stay:
+            a[rows], b[rows] = pairs[feature][0], np.asarray(pairs[feature][1]).T
+    if before is None:
+        return LayerBank(jnp.asarray(a), jnp.asarray(b), spec)
+    return LayerBank(_placed(a, before.A), _placed(b, before.B), spec)
+
+
+def _placed(table: NDArray[Any], like: Array) -> Array:
+    on_mesh = isinstance(like.sharding, NamedSharding)
+    placed: Array = jax.device_put(table, like.sharding) if on_mesh else jnp.asarray(table)
+    return placed
+
+
+def changed(bank: Bank, change: Change) -> Bank:
+    """A bank with the features that the change says; layers whose values all stay keep their arrays."""
+    # Ids do not change.
+    kept = frozenset(change.config.registry.id(*feature) for feature in change.kept)
+    shapes = {path: layer.spec.shape for path, layer in bank.items()}
+    first = next(iter(bank.values()), None)
+    result: Bank = {}
+    for path, spec in make_specs(change.config, {**shapes, **change.layers}).items():
+        layer, pairs = bank.get(path), change.pairs(path)
+        if (like := layer or first) and like.spec.frozen:
+            spec = replace(spec, frozen=like.spec.frozen & kept)
+        if layer is None:
+            result[path] = pack(spec, pairs, jnp.float32 if first is None else first.A.dtype)
+        elif not pairs and np.array_equal(spec.owners, layer.spec.owners):
+            result[path] = LayerBank(layer.A, layer.B, spec)
+        else:
+            result[path] = pack(spec, pairs, layer.A.dtype, layer, kept)
+    return result

@@ -1,7 +1,8 @@
-"""Adapter files: round trips, other frameworks' files, and refusals."""
+"""Banks without a model, and adapter files: round trips, other frameworks' files, refusals, merged kernels."""
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,91 @@ import flix
 from flix.backends.jax import (
     adapt,
     add_feature,
+    disable,
+    freeze,
     init,
     linear,
     load,
     load_bank,
+    load_features,
+    merge,
+    merge_kernels,
     named_pairs,
     save,
     summary,
+    thaw,
+    trainable_parameters,
 )
-from flix.backends.jax.model import flix_layers
-from tests.helpers.jax import TARGETS, TOKENS, Net, adapted, random_bank, randomize
+from flix.backends.jax.adapt import flix_layers
+from tests.helpers.jax import (
+    BIAS,
+    D_IN,
+    D_OUT,
+    KERNEL,
+    TARGETS,
+    TOKENS,
+    Net,
+    adapted,
+    normal,
+    random_bank,
+    randomize,
+)
 from tests.helpers.registry import IDS, WEIGHTS, config
-from tests.helpers.tolerance import assert_all_same_bits, assert_close, same_bits
+from tests.helpers.tolerance import (
+    assert_all_same_bits,
+    assert_close,
+    same_bits,
+)
+
+
+@pytest.mark.covers("pytree", "save and load", backend="jax")
+def test_bank_round_trip(tmp_path: Path) -> None:
+    cfg = config()
+    bank = random_bank(cfg, {"layers.0.q": (5, 7), "e": (9, 7, "embedding")})
+    save((cfg, bank), tmp_path)
+    found_cfg, found = load_bank(tmp_path, rename={"e": "embed"})
+    assert found_cfg == cfg
+    assert set(found) == {"layers.0.q", "embed"}
+    assert same_bits(found["layers.0.q"].A, bank["layers.0.q"].A)
+    assert same_bits(found["embed"].B, bank["e"].B)
+    assert jax.tree.structure(found["layers.0.q"]) == jax.tree.structure(bank["layers.0.q"])
+    assert summary((cfg, bank)).features["task", "pos"] == 4 * (12 + 16)
+    grown_cfg, grown = add_feature((cfg, bank), "language", "fra", init_from=["hau", "swa"])
+    assert len(grown_cfg.registry) == 7
+    assert grown["e"].spec.frozen == frozenset(range(6))
+
+
+LAYERS = {"q": (5, 7), "table": (9, 3, "embedding")}
+
+
+def test_banks_freeze_and_thaw() -> None:
+    bank = random_bank(config(), LAYERS)
+    frozen = freeze(freeze(bank, [("task", "ner")]), {"language": ["hau", "swa"]})
+    assert frozen["q"].spec.frozen == frozen["table"].spec.frozen == {0, 1, 4}
+    assert not bank["q"].spec.frozen
+    cfg, both = freeze((config(), bank), {"task": "ner"})
+    assert cfg == config() and both["q"].spec.frozen == {4}
+    assert thaw(frozen, {"task": "ner"})["q"].spec.frozen == {0, 1}
+    assert not thaw((cfg, both))[1]["q"].spec.frozen
+
+
+@functools.partial(jax.jit, static_argnames="strategy")
+def run(x: Any, layer: Any, ids: Any, weights: Any = None, strategy: str = "auto") -> Any:
+    return linear(x, KERNEL, layer, ids, weights, strategy=strategy)
+
+
+@pytest.mark.covers("pytree", "merge", backend="jax")
+def test_merge_kernels_equals_forward() -> None:
+    cfg = config()
+    bank = random_bank(cfg, {"q": (D_IN, D_OUT)})
+    row = {"language": {"swa": 0.5, "zul": -2.0}, "task": "pos"}
+    merged = merge_kernels(cfg, bank, {"q": KERNEL, "other": BIAS}, row)
+    routing = cfg.registry.encode([row, row])
+    x = normal(2, 9, D_IN)
+    assert_close(x @ merged["q"], run(x, bank["q"], routing.ids, routing.weights))
+    assert merged["other"] is BIAS
+    with pytest.raises(flix.TargetError, match="'q' needs a kernel"):
+        merge_kernels(cfg, bank, {}, row)
 
 
 @nnx.jit
@@ -50,23 +124,6 @@ def test_model_round_trip(tmp_path: Path) -> None:
     a, b = adapter.pair("layers.0.e", ("task", "pos"))
     assert (a.shape, b.shape) == ((4, 6), (6, 4))
     assert adapter.layers["embed"].kind == "embedding"
-
-
-@pytest.mark.covers("pytree", "save and load", backend="jax")
-def test_bank_round_trip(tmp_path: Path) -> None:
-    cfg = config()
-    bank = random_bank(cfg, {"layers.0.q": (5, 7), "e": (9, 7, "embedding")})
-    save((cfg, bank), tmp_path)
-    found_cfg, found = load_bank(tmp_path, rename={"e": "embed"})
-    assert found_cfg == cfg
-    assert set(found) == {"layers.0.q", "embed"}
-    assert same_bits(found["layers.0.q"].A, bank["layers.0.q"].A)
-    assert same_bits(found["embed"].B, bank["e"].B)
-    assert jax.tree.structure(found["layers.0.q"]) == jax.tree.structure(bank["layers.0.q"])
-    assert summary((cfg, bank)).features["task", "pos"] == 4 * (12 + 16)
-    grown_cfg, grown = add_feature((cfg, bank), "language", "fra", init_from=["hau", "swa"])
-    assert len(grown_cfg.registry) == 7
-    assert grown["e"].spec.frozen == frozenset(range(6))
 
 
 class Twin(nnx.Module):
@@ -107,7 +164,7 @@ def test_torch_and_jax_read_each_other(tmp_path: Path) -> None:
     ours.down.kernel[...] = jnp.asarray(base["fc2.weight"].T).reshape(8, 2, 3)
     flix_torch.adapt(theirs, cfg)
     with torch.no_grad():
-        for p in flix_torch.named_pairs(theirs).values():
+        for p in flix_torch.trainable_parameters(theirs):
             p.normal_(0, 0.3)
     flix_torch.save(theirs, tmp_path / "torch")
     load(ours, tmp_path / "torch", rename={"fc1": "up", "fc2": "down"})
@@ -137,10 +194,10 @@ def test_initial_values_are_torchs() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(5, 7))
     flix_torch.adapt(model, config(seed=11))
     bank = init(config(seed=11), {"0": (5, 7)})
-    theirs = flix_torch.named_pairs(model)
+    theirs = flix_torch.to_adapter(model).tensors
     ours = named_pairs((config(seed=11), bank))
     assert set(ours) == set(theirs)
-    assert all(same_bits(ours[name], theirs[name].detach().numpy()) for name in ours)
+    assert all(same_bits(ours[name], theirs[name]) for name in ours)
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -161,8 +218,10 @@ def test_refusals(tmp_path: Path) -> None:
         load(adapt(Net(), cfg), tmp_path / "good")
     with pytest.raises(flix.TargetError, match="needs an adapted model"):
         save(Net(), tmp_path / "bad")
-    with pytest.raises(flix.TargetError, match=r"\(config, bank\)"):
-        save({"q": 1}, tmp_path / "bad")  # type: ignore[arg-type]
+    with pytest.raises(flix.TargetError, match="this dict is not"):
+        save({"q": 1}, tmp_path / "bad")
+    with pytest.raises(flix.TargetError, match=r"give \(config, bank\)"):
+        save(init(config(), {"q": (5, 7)}), tmp_path / "bad")
     description = json.loads((tmp_path / "good" / "flix_config.json").read_text())
     assert "layers.0.o" in description["layers"]
 
@@ -179,3 +238,51 @@ def test_load_keeps_dtype_and_strategy(tmp_path: Path) -> None:
     y = linear(x, kernel, bank["layers.0.back"], IDS, bias=model.layers[0].back.bias[...])
     assert_close(model.layers[0].back(x, flix_features=IDS), y)
     assert cfg.registry == model.flix_config.registry
+
+
+def bits(source: Any) -> dict[str, bytes]:
+    return {name: np.asarray(value).tobytes() for name, value in named_pairs(source).items()}
+
+
+@pytest.mark.covers("pytree", "share a feature", backend="jax")
+def test_conflicts_and_banks(tmp_path: Path) -> None:
+    ours = (config(), random_bank(config(), LAYERS))
+    theirs = (config(), random_bank(config(), {"q": (5, 7), "k": (4, 2)}, seed=1))
+    save(theirs, tmp_path)
+    with pytest.raises(flix.AdapterError, match=r"language:hau .*other values in A of layer 'q'"):
+        load_features(ours, tmp_path)
+    kept = load_features(ours, tmp_path, conflicts="keep")
+    assert bits(kept) == bits(ours)
+    cfg, bank = load_features(
+        ours, tmp_path, {"task": ["ner", "pos"]}, conflicts="replace", freeze_others=True
+    )
+    wanted = {n: v for n, v in bits(theirs).items() if ".task." in n}
+    assert bits((cfg, bank)) == {
+        **{n: v for n, v in bits(ours).items() if ".language." in n},
+        **wanted,
+    } | {n: v for n, v in bits(ours).items() if n.startswith("table") and ".language." in n}
+    assert bank["k"].spec.frozen == {0, 1, 2, 3}
+    everything = load_features(ours, tmp_path, conflicts="replace", freeze_others=True)
+    assert everything[1]["q"].spec.frozen == {2}  # of rank 0 on both sides: the same
+    assert bits(load_bank(tmp_path)) == bits(theirs)
+
+
+def test_pairs_of_configuration_and_bank_take_every_verb_that_needs_no_call(tmp_path: Path) -> None:
+    ours = (config(), random_bank(config(), LAYERS))
+    theirs = (config(), random_bank(config(), LAYERS, seed=1))
+    save(theirs, tmp_path)
+    loaded = load(ours, tmp_path)
+    assert bits(loaded) == bits(theirs) != bits(ours)
+    assert trainable_parameters(loaded) is loaded[1]
+    with pytest.raises(flix.AdapterError, match="'q' is linear 5 -> 7 in the adapter"):
+        load((config(), random_bank(config(), {"q": (5, 6), "table": LAYERS["table"]})), tmp_path)
+    with pytest.raises(flix.AdapterError, match="is not adapted in the model"):
+        load((config(), random_bank(config(), {"q": (5, 7)})), tmp_path)
+    with pytest.raises(flix.TargetError, match="merge_kernels"):
+        merge(ours, {"language": "hau"})
+    with pytest.raises(flix.TargetError, match="disable needs a model"), disable(ours):
+        pass
+    with pytest.raises(flix.TargetError, match="adapted already"):
+        adapt(ours, config())
+    with pytest.raises(flix.TargetError, match=r"give \(config, bank\)"):
+        add_feature(ours[1], "language", "fra", rank=2)

@@ -12,8 +12,6 @@ import pytest
 from flax import nnx
 
 import flix
-from flix.backends.jax import _fused as fused
-from flix.backends.jax import _ops as ops
 from flix.backends.jax import (
     adapt,
     embed,
@@ -24,10 +22,18 @@ from flix.backends.jax import (
     touched,
     value_and_grad,
 )
-from flix.backends.jax.bank import make_spec
-from flix.core.adapter.adapter import LayerShape
-from tests.backends.jax.test_functional import D_IN, D_OUT, KERNEL, check, normal
-from tests.helpers.jax import TOKENS, Net, random_bank, randomize
+from flix.backends.jax.kernels import fused
+from tests.helpers.jax import (
+    D_IN,
+    D_OUT,
+    KERNEL,
+    TOKENS,
+    Net,
+    check,
+    normal,
+    random_bank,
+    randomize,
+)
 from tests.helpers.registry import IDS, WEIGHTS, config
 from tests.helpers.tolerance import assert_close, same_bits
 
@@ -253,22 +259,6 @@ def test_a_plain_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = random_bank(config(), {"e": (11, D_OUT, "embedding")})["e"]
     looked_up = [embed(tokens, table, bank, IDS, strategy=s) for s in ("fused", "gather")]
     assert same_bits(*looked_up)
-
-
-def test_what_auto_picks() -> None:
-    def pick(length: int, accelerated: bool, count: int = 8, rank: int = 8, **sizes: Any) -> str:
-        registry = flix.FeatureRegistry({"g": [f"f{i}" for i in range(sizes.pop("features", 25))]})
-        shape = LayerShape(768, 768, sizes.pop("kind", "linear"))
-        spec = make_spec(flix.FlixConfig(registry=registry, ranks=rank), "q", shape)
-        return ops.strategy_for("auto", spec, count, length, 2, accelerated)
-
-    assert [pick(s, False) for s in (1, 7, 8, 512)] == ["masked", "gather", "gather", "gather"]
-    # Kernels that nobody measured on a device are chosen by name alone.
-    assert [pick(s, True) for s in (1, 7, 8, 512)] == [pick(s, False) for s in (1, 7, 8, 512)]
-    assert pick(1, True, count=4096, features=2000) == "gather"
-    assert pick(64, True, count=1) == "single"
-    assert pick(64, True, rank=300) == "gather"
-    assert pick(64, True, kind="embedding") == "gather"
 
 
 def step(target: fused.Target, *args: Any) -> Any:

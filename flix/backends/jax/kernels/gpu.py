@@ -2,7 +2,7 @@
 
 A program reads the ids it needs from memory and slices the whole table by them: Triton has no scalar prefetch. It loops
 over what it sums, so every program writes a block of its own: no atomics, and two runs give the same bits. Every slice
-has power-of-two sizes of 16 or more, as Triton's products want; ``_fused`` pads for it.
+has power-of-two sizes of 16 or more, as Triton's products want; ``fused`` pads for it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+
+from flix.backends.jax.kernels.fused import dot
 
 # Chosen by what fits the shared memory and registers of current cards; not tuned on one.
 _PARAMS = triton.CompilerParams(num_warps=4, num_stages=2)
@@ -45,11 +47,6 @@ def _sum(steps: Any, step: Any, start: Any) -> Any:
     return jax.lax.fori_loop(jnp.int32(0), jnp.asarray(steps, jnp.int32), step, start)
 
 
-def _dot(a: Any, b: Any, contract: tuple[int, int], dtype: Any) -> Any:
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
-
-
 def _whole(array: Array) -> pl.BlockSpec:
     zeros = (0,) * array.ndim
     return pl.BlockSpec(array.shape, lambda *_: zeros)
@@ -60,7 +57,7 @@ def _shrink(place: Any, x: Any, table: Any, out: Any, *, blocks: int, size: int)
 
     def step(k: Any, total: Any) -> Any:
         part = pl.ds(k * size, size)
-        return total + _dot(x[:, part], table[feature, :, part], (1, 1), out.dtype)
+        return total + dot(x[:, part], table[feature, :, part], (1, 1), out.dtype)
 
     out[...] = _sum(x.shape[1] // size, step, jnp.zeros(out.shape, out.dtype))
 
@@ -102,7 +99,7 @@ def _expand(place: Any, h: Any, table: Any, *rest: Any, blocks: int, wide: Any) 
     part = pl.ds(pl.program_id(1) * size, size)
 
     def step(w: Any, total: Any) -> Any:
-        return total + _dot(h[w], table[place[example, w], :, part], (1, 0), wide)
+        return total + dot(h[w], table[place[example, w], :, part], (1, 0), wide)
 
     start = base[0][...].astype(wide) if base else jnp.zeros(out.shape, wide)
     out[...] = _sum(h.shape[0], step, start).astype(out.dtype)
@@ -162,7 +159,7 @@ def _outer(
         example, at = div(pair, width), pl.ds(rem(block, blocks) * rows, rows)
         left = h[example, rem(pair, width), at, :]
         right = x[example, at, pl.ds(part * size, size)]
-        return total + _dot(left, right, (0, 0), out.dtype)
+        return total + dot(left, right, (0, 0), out.dtype)
 
     steps = div(todo - mine + _SPLITS - 1, _SPLITS)
     out[...] = _sum(steps, step, jnp.zeros(out.shape, out.dtype))

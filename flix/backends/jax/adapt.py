@@ -1,0 +1,123 @@
+"""nnx models become adapted, in place: what they carry, their layers, the way there (docs/specification.md §5.3)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flax import nnx
+
+from flix.backends import messages
+from flix.backends.jax.layers import FlixLayer, adaptable, kernel_of, pair_dtype
+from flix.backends.jax.parameters import make_specs, pack
+from flix.backends.jax.patches.layers import become, revert
+from flix.backends.jax.patches.model import RoutedModel, route_calls, unrouted
+from flix.backends.protocol import Values
+from flix.core.config.config import FlixConfig
+from flix.core.config.targets import LayerInfo, is_head
+from flix.core.errors import TargetError
+
+
+@dataclass(frozen=True, eq=False)
+class FlixState:
+    """What an adapted model carries beside its tables, as a static attribute of the model and of its layers.
+
+    Compared by value and hashed once, since it is part of every key of ``nnx.jit``; never changed, but replaced.
+
+    Attributes:
+        config: the configuration.
+        disabled: how many ``disable`` contexts hold the model.
+    """
+
+    config: FlixConfig
+    disabled: int = 0
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FlixState) or self.disabled != other.disabled:
+            return False
+        if self.config is not other.config:
+            if self.config != other.config:
+                return False
+            # Every layer asks again, at every call of a compiled function: from now on the answer is quick.
+            object.__setattr__(self, "config", other.config)
+        return True
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.config.registry, self.config.scaling, self.config.seed, self.disabled))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __deepcopy__(self, memo: Any) -> FlixState:
+        return self
+
+    def __repr__(self) -> str:
+        return f"FlixState({self.config.registry!r}, disabled={self.disabled})"
+
+
+def flix_layers(model: nnx.Module) -> Iterator[tuple[str, FlixLayer]]:
+    """(path, layer) of every adapted layer, by the paths they were adapted under."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, FlixLayer):
+            yield module.flix_spec.path, module
+
+
+def modules_of(model: nnx.Module) -> dict[str, nnx.Module]:
+    """Every module below the model; a path is ``layers.0.q``."""
+    return {".".join(map(str, path)): m for path, m in nnx.iter_modules(model) if path}
+
+
+def layer_infos(model: nnx.Module) -> list[LayerInfo]:
+    """Every module of a model as the target rules see it."""
+    infos = []
+    for path, module in modules_of(model).items():
+        shape, reason = adaptable(module)
+        kind, d_in, d_out = (shape.kind, shape.d_in, shape.d_out) if shape else ("", 0, 0)
+        infos.append(LayerInfo(path, kind, d_in, d_out, is_head(path), reason))
+    return infos
+
+
+def attach(
+    model: Any, config: FlixConfig, paths: Sequence[str], strategy: str, values: Values
+) -> Any:
+    """See :meth:`flix.backends.protocol.Backend.attach`."""
+    modules, shapes = modules_of(model), {}
+    for path in paths:
+        shape, reason = adaptable(modules[path])
+        if shape is None:
+            raise TargetError(f"layer {path!r} cannot be adapted: {reason}")
+        shapes[path] = shape
+    state = FlixState(config)
+    for path, spec in make_specs(config, shapes).items():
+        bank = pack(spec, values(path, spec.shape), pair_dtype(kernel_of(modules[path])[...]))
+        become(modules[path], strategy, state, bank, training=True)
+    route_calls(model)
+    model.flix_state = state
+    return model
+
+
+def put_state(model: Any, state: FlixState) -> None:
+    """Set an adapted model's state, in all that carries it."""
+    for holder in (model, *(layer for _, layer in flix_layers(model))):
+        holder.flix_state = state
+
+
+def detach(model: nnx.Module) -> None:
+    """Turn an adapted model, in place, back into the plain model it was; its features are gone."""
+    for _, layer in list(flix_layers(model)):
+        revert(layer)
+    unrouted(model)
+
+
+def require_adapted(model: Any, what: str) -> FlixConfig:
+    """The configuration of an adapted model.
+
+    Raises:
+        TargetError: the model is not adapted.
+    """
+    if not isinstance(model, RoutedModel):
+        raise messages.not_adapted(what, model)
+    return model.flix_config

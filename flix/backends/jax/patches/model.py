@@ -1,0 +1,100 @@
+"""Patch: the model's class.
+
+What: an adapted model becomes an instance of a subclass of its own class, whose call takes ``flix_features`` and
+``flix_weights``: a subclass, not a function patched onto the instance, so that split, merge, clone and copies keep it.
+When: the model is adapted.
+Undone: :func:`unrouted`, on the copy that ``merge`` makes. Python itself knows a class's subclasses, weakly: no table
+of them is kept.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import types
+from typing import Any
+
+from flax import nnx
+
+from flix.backends import messages
+from flix.backends.jax.patches.layers import change_class, drop_attributes
+from flix.backends.jax.routing import route
+from flix.core.config.config import FlixConfig
+
+_making = threading.Lock()
+
+
+class RoutedModel:
+    """What adapted models have over their own class; ``isinstance(model, RoutedModel)`` tells them."""
+
+    __slots__ = ()  # so that instances keep their layout, and can change class
+
+    flix_state: Any
+
+    @property
+    def flix_config(self) -> FlixConfig:
+        """The configuration."""
+        return self.flix_state.config  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time; pickles name the model's own class instead.
+        state = self.__getstate__()  # type: ignore[misc]
+        return (_new_routed, (type(self).flix_plain,), state)  # type: ignore[attr-defined]
+
+
+def _new_routed(base: type[nnx.Module]) -> Any:
+    return object.__new__(routed_class(base))
+
+
+def routed_class(base: type[nnx.Module]) -> type[nnx.Module]:
+    """The subclass of ``base`` whose call takes ``flix_features`` and ``flix_weights``; the same one each time."""
+    with _making:
+        made = (cls for cls in base.__subclasses__() if vars(cls).get("flix_plain") is base)
+        return next(made, None) or _make_routed(base)
+
+
+def _make_routed(base: type[nnx.Module]) -> type[nnx.Module]:
+
+    def call(
+        self: Any, *args: Any, flix_features: Any = None, flix_weights: Any = None, **kwargs: Any
+    ) -> Any:
+        if self.flix_state.disabled or (flix_features is None and flix_weights is None):
+            return base.__call__(self, *args, **kwargs)
+        if flix_features is None:
+            raise messages.weights_alone()
+        with route(self.flix_config.registry, flix_features, flix_weights):
+            return base.__call__(self, *args, **kwargs)
+
+    def body(namespace: dict[str, Any]) -> None:
+        namespace.update(
+            __call__=call,
+            __module__=base.__module__,
+            __qualname__=base.__qualname__,
+            __doc__=base.__doc__,
+            flix_plain=base,
+        )
+
+    if callable(getattr(base, "__call__", None)):  # noqa: B004 - the class's, not the metaclass's
+        signature = inspect.signature(base.__call__)
+        old = list(signature.parameters.values())
+        tail = [p for p in old if p.kind is inspect.Parameter.VAR_KEYWORD]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+            for name in ("flix_features", "flix_weights")
+        ]
+        kept = [p for p in old if p not in tail]
+        call.__signature__ = signature.replace(parameters=[*kept, *added, *tail])  # type: ignore[attr-defined]
+        call.__doc__ = base.__call__.__doc__
+    keywords = {"pytree": base._pytree__is_pytree}
+    return types.new_class(base.__name__, (base, RoutedModel), keywords, body)
+
+
+def route_calls(model: nnx.Module) -> None:
+    """Let a plain model's call take routing."""
+    change_class(model, routed_class(type(model)))
+
+
+def unrouted(model: nnx.Module) -> None:
+    """Give a model its own class back."""
+    drop_attributes(model)
+    change_class(model, type(model).flix_plain)  # type: ignore[attr-defined]

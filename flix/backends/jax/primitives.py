@@ -1,0 +1,170 @@
+"""The seam (:mod:`flix.backends.protocol`): a model is an adapted nnx module, or a pair ``(config, bank)``.
+
+A module is changed in place; of a pair comes a new one. A layer's tables are read and written whole, on the host.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+from numpy.typing import NDArray
+
+from flix.backends import messages
+from flix.backends.jax.adapt import (
+    FlixState,
+    flix_layers,
+    layer_infos,
+    modules_of,
+    put_state,
+)
+from flix.backends.jax.adapt import attach as attach
+from flix.backends.jax.layers import FlixParam
+from flix.backends.jax.merging import merged as merged
+from flix.backends.jax.parameters import Bank, LayerBank, changed, pack
+from flix.backends.jax.patches.layers import become
+from flix.backends.jax.patches.model import RoutedModel
+from flix.backends.protocol import Counts, Pairs
+from flix.core.adapter.adapter import LayerShape
+from flix.core.adapter.changes import Change, Pair
+from flix.core.config.config import FlixConfig
+from flix.core.config.targets import LayerInfo
+from flix.core.errors import TargetError
+from flix.core.features.names import Feature
+
+M = TypeVar("M")
+_switching = threading.Lock()
+
+
+def is_bank(value: Any) -> bool:
+    """Whether this is a bank: layers by path."""
+    return isinstance(value, dict) and all(isinstance(x, LayerBank) for x in value.values())
+
+
+def bank_of(model: Any) -> Bank:
+    """The pairs of an adapted module, or of ``(config, bank)``."""
+    return model[1] if isinstance(model, tuple) else {p: x.bank for p, x in flix_layers(model)}
+
+
+def check_plain(model: Any) -> None:
+    if not isinstance(model, nnx.Module):
+        raise TargetError(
+            f"adapt needs a flax.nnx Module, got {type(model).__name__}; for other JAX programs use "
+            "init and linear"
+        )
+    if next(flix_layers(model), None) is not None:
+        raise messages.adapted_already()
+
+
+def layers(model: Any) -> Sequence[LayerInfo] | None:
+    return None if isinstance(model, tuple) else layer_infos(model)
+
+
+def adapted(model: Any) -> FlixConfig | None:
+    if isinstance(model, RoutedModel):
+        return model.flix_config
+    if is_bank(model) and model:
+        raise TargetError(
+            "a bank alone does not say under which configuration; give (config, bank)"
+        )
+    pair = isinstance(model, tuple) and len(model) == 2
+    return model[0] if pair and isinstance(model[0], FlixConfig) and is_bank(model[1]) else None
+
+
+def shapes(model: Any) -> dict[str, LayerShape]:
+    return {path: layer.spec.shape for path, layer in bank_of(model).items()}
+
+
+def read(model: Any, features: Collection[Feature] | None = None) -> Pairs:
+    bank = bank_of(model)
+    tables = jax.device_get({path: (layer.A, layer.B) for path, layer in bank.items()})
+    found: dict[str, dict[Feature, Pair]] = {}
+    for path, layer in bank.items():
+        a, b = map(_wide, tables[path])
+        ranges = layer.spec.row_ranges()
+        if features is not None:
+            ranges = ((f, r) for f in features if (r := layer.spec.row_range(f)).stop > r.start)  # type: ignore[assignment]
+        found[path] = {feature: (a[rows], b[rows].T) for feature, rows in ranges}
+    return found
+
+
+def _wide(table: NDArray[Any]) -> NDArray[Any]:
+    return table if table.dtype in (np.float32, np.float64) else table.astype(np.float32)
+
+
+def write(model: M, pairs: Pairs) -> M:
+    bank = {**bank_of(model)}
+    for path, own in pairs.items():
+        old, spec = bank[path], bank[path].spec
+        kept = {*np.flatnonzero(spec.ranks)} - {spec.registry.id(*feature) for feature in own}
+        bank[path] = pack(spec, own, old.A.dtype, old, kept)
+    if isinstance(model, tuple):
+        return model[0], bank  # type: ignore[return-value]
+    for path, layer in flix_layers(model):  # type: ignore[arg-type]
+        for variable, table in ((layer.flix_A, bank[path].A), (layer.flix_B, bank[path].B)):
+            if path in pairs:
+                variable[...] = jax.device_put(table, variable[...].sharding)
+    return model
+
+
+def change(model: M, change: Change) -> M:
+    before = bank_of(model)
+    bank = changed(before, change)
+    if isinstance(model, tuple):
+        return change.config, bank  # type: ignore[return-value]
+    first = next(layer for _, layer in flix_layers(model))  # type: ignore[arg-type]
+    modules = modules_of(model) if change.layers else {}  # type: ignore[arg-type]
+    for path in change.layers:
+        strategy, state, training = first.flix_strategy, first.flix_state, not first.deterministic
+        become(modules[path], strategy, state, bank[path], training)
+    for path, layer in flix_layers(model):  # type: ignore[arg-type]
+        if path in before:
+            if bank[path].A is before[path].A:
+                layer.flix_spec = bank[path].spec
+            else:
+                layer.put(bank[path])
+    put_state(model, replace(first.flix_state, config=change.config))
+    return model
+
+
+def frozen(model: Any) -> Collection[Feature]:
+    specs = [layer.spec for layer in bank_of(model).values()]
+    ids = frozenset[int]().union(*{spec.frozen for spec in specs})
+    return {specs[0].registry.features[i] for i in ids}
+
+
+def set_frozen(model: M, features: Collection[Feature]) -> M:
+    registry = adapted(model).registry  # type: ignore[union-attr]
+    ids = frozenset(registry.id(*feature) for feature in features)
+    if isinstance(model, tuple):
+        specs = {path: replace(layer.spec, frozen=ids) for path, layer in model[1].items()}
+        return model[0], {p: LayerBank(x.A, x.B, specs[p]) for p, x in model[1].items()}  # type: ignore[return-value]
+    for _, layer in flix_layers(model):  # type: ignore[arg-type]
+        layer.flix_spec = replace(layer.flix_spec, frozen=ids)
+    return model
+
+
+def parameters(model: Any) -> Any:
+    return model[1] if isinstance(model, tuple) else nnx.state(model, FlixParam)
+
+
+def count(model: Any) -> Counts:
+    if isinstance(model, tuple):
+        return Counts()
+    base = nnx.state(model, nnx.All(nnx.Param, nnx.Not(FlixParam)))
+    return Counts(total=sum(int(leaf.size) for leaf in jax.tree.leaves(base)))
+
+
+def switch(model: Any, by: int) -> None:
+    if isinstance(model, tuple):
+        raise TargetError(
+            "disable needs a model; a bank is never called: leave linear's update away"
+        )
+    with _switching:
+        state: FlixState = model.flix_state
+        put_state(model, replace(state, disabled=state.disabled + by))
