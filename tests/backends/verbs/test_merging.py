@@ -15,6 +15,7 @@ import flix
 from flix import FeatureError, TargetError
 from tests.helpers.example import ROW, adapted, folding, plain, same, tokens, values, verbs
 from tests.helpers.registry import ROWS
+from tests.helpers.tolerance import assert_close
 
 
 def test_merging_gives_a_plain_copy_with_the_answers_of_the_composition():
@@ -25,7 +26,7 @@ def test_merging_gives_a_plain_copy_with_the_answers_of_the_composition():
         assert flix_numpy.primitives.adapted(merged) is None and merged is not model
         routing = model.state.config.registry.encode([row] * 5)
         routed = model(tokens(), routing.ids, routing.weights)
-        np.testing.assert_allclose(merged(tokens()), routed, rtol=1e-4, atol=1e-4)
+        assert_close(merged(tokens()), routed)
         with pytest.raises(flix.RoutingError, match="merged model"):
             merged(tokens(), routing.ids)
     same(values(model), before)
@@ -73,6 +74,6 @@ def test_a_composition_becomes_a_lora_of_peft(tmp_path):
     again = verbs.import_peft(plain(), {"both": tmp_path / "lora"}, "lora")
     for path, merged in verbs.merge(model, ROW).items():
         found = verbs.merge(again, {"lora": "both"})[path].kernel
-        np.testing.assert_allclose(found, merged.kernel, rtol=1e-4, atol=1e-5)
+        assert_close(found, merged.kernel)
     cut = folding.export_peft(model, ROW, tmp_path / "cut", compress_to=2)
     assert cut.rank == 2 and 0.0 < cut.error < 1.0
