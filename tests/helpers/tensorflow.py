@@ -2,10 +2,12 @@
 
 import keras
 import numpy as np
+import tensorflow as tf
 
-from flix.backends.tensorflow import adapt
-from tests.helpers.dense import by_id
+from flix.backends.tensorflow import FlixDense, adapt
+from tests.helpers.dense import by_id, dense
 from tests.helpers.registry import config
+from tests.helpers.tolerance import assert_close
 
 
 def randomize(layers, seed=0):
@@ -25,8 +27,6 @@ def pairs_of(layer):
 
 def table_grads(layer, grad, part):
     """A table's gradient (slices or dense) as {id: dA or dB}, and the rows that it speaks of."""
-    import tensorflow as tf
-
     rows = set(np.asarray(grad.indices).tolist()) if isinstance(grad, tf.IndexedSlices) else None
     dense = np.asarray(tf.convert_to_tensor(grad), np.float64)
     assert not dense[0].any()
@@ -134,3 +134,58 @@ def adapted(kind="functional", **changes):
     model, x, targets = made(kind)
     model = adapt(model, config(**{"target_modules": targets, **changes}))
     return model, {"inputs": x, "flix_features": IDS}
+
+
+STRATEGIES = ["gather", "masked", "auto", "fused"]
+D_IN, D_OUT = 5, 4
+
+
+def flix_dense(strategy="auto", dtype="float64", **kwargs):
+    layer = FlixDense(D_OUT, config=config(), name="q", strategy=strategy, dtype=dtype, **kwargs)
+    layer.build((None, D_IN))
+    randomize([layer])
+    return layer
+
+
+def gradients(layer, x, ids, weights, dy):
+    """y and the gradients to x, A, B and the weights."""
+    x = tf.constant(x)
+    w = None if weights is None else tf.constant(weights)
+    with tf.GradientTape() as tape:
+        tape.watch([t for t in (x, w) if t is not None])
+        y = layer(x, flix_features=ids, flix_weights=w)
+    sources = [x, layer.flix_A, layer.flix_B] + ([w] if w is not None else [])
+    return y, tape.gradient(y, sources, tf.constant(dy))
+
+
+def check(layer, kernel, x, ids, weights):
+    """Forward and every gradient, as the oracle has them; gradients speak only of features in use."""
+    dy = np.random.default_rng(3).normal(size=(*x.shape[:-1], kernel.shape[1]))
+    wanted = dense(x, ids, pairs_of(layer), weights, kernel=kernel.T, dy=dy)
+    y, (dx, da, db, *dw) = gradients(layer, x, ids, weights, dy)
+    assert_close(y, wanted.y)
+    assert_close(dx, wanted.x)
+    used = {1 + r for i in np.unique(ids) if i >= 0 for r in rows_of(layer, i)}
+    for part, grad in (("A", da), ("B", db)):
+        found, rows = table_grads(layer, grad, part)
+        for i, value in getattr(wanted, part).items():
+            assert_close(found[i], value)
+        if rows is not None:
+            assert rows - {0} == used
+    if weights is not None:
+        assert_close(dw[0], wanted.weights)
+
+
+def rows_of(layer, feature):
+    ranks = layer.flix_layout.ranks
+    return range(sum(ranks[:feature]), sum(ranks[: feature + 1]))
+
+
+ROUTINGS = {
+    "plain": [[0, 4], [1, 5], [3, 5]],
+    "padding": [[0, -1], [-1, -1], [-1, 5]],
+    "duplicates": [[1, 1], [4, 4], [0, 4]],
+    "rank 0 alone": [[2, -1], [2, 4], [2, 2]],
+    "nothing": [[-1, -1], [-1, -1], [-1, -1]],
+    "wide": [[0, 1, 2, 3, 4, 5], [-1] * 6, [5, 4, -1, -1, 0, 0]],
+}

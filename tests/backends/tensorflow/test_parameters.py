@@ -2,12 +2,17 @@
 
 import keras
 import numpy as np
+import pytest
+import tensorflow as tf
 
 from flix.backends.tensorflow import FlixDense, primitives
 from flix.backends.tensorflow.parameters import places_of
 from flix.backends.tensorflow.paths import flix_layers
+from flix.core.adapter.initial import initial_a
+from tests.helpers.dense import dense
 from tests.helpers.registry import config
-from tests.helpers.tensorflow import adapted, randomize
+from tests.helpers.tensorflow import D_IN, D_OUT, ROUTINGS, adapted, flix_dense, pairs_of, randomize
+from tests.helpers.tolerance import assert_close
 
 
 def test_features_stand_in_the_table_by_id():
@@ -47,3 +52,24 @@ def test_pairs_are_set_without_moving_others():
             np.testing.assert_array_equal(found, wanted)
     assert variables[0] is layer.flix_A and variables[1] is layer.flix_B
     assert not layer.flix_A.numpy()[0].any()
+
+
+def test_initial_values_are_the_cores_bytes():
+    layer = FlixDense(D_OUT, config=config(seed=7), name="q")
+    layer.build((None, D_IN))
+    for (group, feature), a, b in layer.pairs():
+        wanted = initial_a(seed=7, layer="q", group=group, feature=feature, rank=len(a), d_in=D_IN)
+        assert a.dtype == np.float32 and a.tobytes() == wanted.tobytes() and not b.any()
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16", "float32"])
+def test_half_precision_keeps_pairs_in_float32(policy):
+    layer = flix_dense("gather", dtype=policy)
+    assert layer.flix_A.dtype == layer.flix_B.dtype == "float32"
+    x, ids = (
+        np.random.default_rng(0).normal(size=(3, 9, D_IN)),
+        np.array(ROUTINGS["plain"], np.int32),
+    )
+    y = layer(x, flix_features=ids)
+    assert y.dtype == layer.compute_dtype
+    assert_close(y, dense(x, ids, pairs_of(layer), kernel=tf.transpose(layer.kernel)).y, times=2)

@@ -1,8 +1,17 @@
 """Rematerialised blocks run under their routing in the backward, too."""
 
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
 from keras.src.backend.common import remat as rematerialising
 
+from flix.backends.tensorflow import adapt
 from flix.backends.tensorflow.patches import remat
+from flix.backends.tensorflow.paths import flix_layers
+from tests.helpers.registry import config
+from tests.helpers.tensorflow import IDS, Block, randomize
+from tests.helpers.tolerance import assert_close
 
 
 def test_keras_gets_its_own_function_back():
@@ -18,3 +27,27 @@ def test_keras_gets_its_own_function_back():
     finally:
         remat.install()
     assert rematerialising.remat.flix_wrapped is wrapped.flix_wrapped
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_rematerialised_blocks_give_the_plain_gradients(eager):
+    x = np.random.default_rng(0).normal(size=(6, 9, 6)).astype("f")
+    found = []
+    for mode in ("full", None):
+        keras.utils.set_random_seed(0)
+        with keras.RematScope(mode=mode):
+            block = Block(6, name="block")
+        inputs = keras.Input((9, 6), name="inputs")
+        model = adapt(keras.Model(inputs, block(inputs)), config(target_modules=["up", "down"]))
+        randomize(layer for _, layer in flix_layers(model.base))
+
+        def gradients(model=model):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(model({"inputs": x, "flix_features": IDS}, training=True) ** 2)
+            grads = tape.gradient(loss, model.trainable_variables)
+            return [tf.convert_to_tensor(grad) for grad in grads]
+
+        found.append((gradients if eager else tf.function(gradients))())
+    for again, plain in zip(*found, strict=True):
+        assert np.abs(plain).max() > 0
+        assert_close(again, plain)

@@ -19,14 +19,18 @@ from flix.backends.tensorflow import (
     remove_feature,
     rename_feature,
     save,
+    summary,
     thaw,
     to_adapter,
 )
 from flix.backends.tensorflow.paths import flix_layers
+from flix.core.adapter.files import load_adapter
+from tests.helpers import tensorflow as models
+from tests.helpers.claims import over
 from tests.helpers.loras import write_lora
 from tests.helpers.registry import config
 from tests.helpers.tensorflow import randomize
-from tests.helpers.tolerance import assert_all_close, assert_close
+from tests.helpers.tolerance import assert_all_close, assert_all_same_bits, assert_close
 
 X = np.random.default_rng(0).normal(size=(6, 4)).astype("f")
 # hau swa yor zul | ner pos
@@ -303,3 +307,79 @@ def test_changes_need_an_adapted_model():
     ):
         with pytest.raises(flix.TargetError, match="needs an adapted model"):
             call(plain())
+
+
+@pytest.mark.covers("functional", "add a feature", backend="tensorflow")
+@pytest.mark.parametrize("freeze", [True, False])
+def test_new_feature_joins_without_moving_the_others(freeze, tmp_path):
+    model, given = models.adapted()
+    randomize(layer for _, layer in flix_layers(model.base))
+    before, output = named_pairs(model), model(given).numpy()
+    model.compile("adam", "mse", run_eagerly=True)
+    model.fit(given, np.ones((6, 3)), epochs=0)
+    add_feature(model, "language", "ibo", rank=3, init_from="swa", freeze_others=freeze)
+    after = named_pairs(model)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value)
+    assert_close(model(given), output)
+    new, swa = np.array([[6, 4]] * 6), np.array([[1, 4]] * 6)
+    copied = model({"inputs": models.X, "flix_features": swa}).numpy()
+    assert_close(model({"inputs": models.X, "flix_features": new}), copied)
+    with pytest.raises(ValueError, match="compile"):
+        model.fit(given, np.ones((6, 3)), verbose=0)
+    model.compile(keras.optimizers.AdamW(1e-2, weight_decay=0.1), "mse", run_eagerly=True)
+    mixed = np.array([[6, 4], [0, 4], [6, 5], [1, 5], [3, 5], [6, 4]], np.int32)
+    model.fit({"inputs": models.X, "flix_features": mixed}, np.ones((6, 3)), epochs=2, verbose=0)
+    moved = {
+        name for name, value in named_pairs(model).items() if not np.array_equal(value, after[name])
+    }
+    assert any(".ibo" in name for name in moved)
+    assert all(".ibo" in name for name in moved) == freeze
+    model.save(tmp_path / "m.keras")
+    again = keras.models.load_model(tmp_path / "m.keras")
+    given = {"inputs": models.X, "flix_features": new}
+    assert_close(again(given), model(given))
+    trained = sum(
+        summary(model).features[f] for f in summary(model).features if not freeze or f[1] == "ibo"
+    )
+    assert summary(again).trainable == trained
+    with pytest.raises(flix.FeatureError, match="ibo"):
+        add_feature(model, "language", "ibo", rank=1)
+    with pytest.raises(flix.RankError, match="rank"):
+        add_feature(model, "language", "xho")
+
+
+def test_frozen_features_get_no_gradient():
+    model, _ = models.adapted("sequential")
+    add_feature(model, "language", "ibo", rank=2)
+    randomize(layer for _, layer in flix_layers(model.base))
+    ids = np.array([[6, 4], [0, 4], [6, 5], [1, 5], [3, 5], [-1, 4]], np.int32)
+    x = np.random.default_rng(0).normal(size=(6, 6)).astype("f")
+    with tf.GradientTape() as tape:
+        y = model({"inputs": x, "flix_features": ids}, training=True)
+    (a, *_) = tape.gradient(y, model.trainable_variables)
+    rows = np.asarray(a.indices)
+    assert set(rows.tolist()) == {0, 13, 14} and not np.asarray(a.values)[rows == 0].any()
+
+
+@over(["functional", "subclassed"], "save and load", backend="tensorflow", argument="kind")
+def test_adapter_folder_round_trip(kind, tmp_path):
+    model, given = models.adapted(kind)
+    randomize(layer for _, layer in flix_layers(model.base))
+    save(model, tmp_path / "a")
+    again = load(models.made(kind)[0], tmp_path / "a")
+    assert_all_same_bits(named_pairs(again), named_pairs(model))
+    assert_close(again(given), model(given))
+    other, _ = models.adapted(kind)
+    load(other, tmp_path / "a")
+    assert_all_same_bits(named_pairs(other), named_pairs(model))
+    assert_close(other(given), model(given))
+    adapter = load_adapter(tmp_path / "a")
+    path, layer = next(flix_layers(model.base))
+    assert adapter.layers[path].d_in == layer.d_in
+    with pytest.raises(flix.AdapterError, match="another architecture"):
+        load(models.sequential(8), tmp_path / "a")
+    with pytest.raises(flix.AdapterError, match="rank"):
+        load(models.adapted(kind, ranks=2)[0], tmp_path / "a")
+    with pytest.raises(flix.AdapterError, match="scale"):
+        load(models.adapted(kind, alpha=1.0)[0], tmp_path / "a")

@@ -4,8 +4,12 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 
+import keras
 import pytest
+
+from flix.backends import tensorflow as backend
 
 
 def run(code, **environment):
@@ -89,3 +93,11 @@ def test_several_devices_give_the_single_device_numbers_and_no_other_framework_i
         print("same")
         """)
     assert out.strip().endswith("same")
+
+
+def test_public_names():
+    for name in backend.__all__:
+        assert getattr(backend, name) is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert issubclass(backend.FlixModel, keras.Model)
