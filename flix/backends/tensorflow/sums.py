@@ -55,12 +55,11 @@ def _shared_rows(placed: Placed, strategy: str, scale: Any) -> tuple[Any, Any]:
     return placed.union[0], tf.cast(placed.mask, scale.dtype)[:, None, :]
 
 
-def _product(h: Any, b: Any, transposed: bool = False) -> Any:
-    """h ``[N, S, k]`` times b ``[k, m]`` (or its transpose ``[m, k]``), as one wide product."""
-    n, s = tf.shape(h)[0], tf.shape(h)[1]
-    flat = tf.reshape(h, [n * s, tf.shape(b)[1 if transposed else 0]])
-    y = tf.matmul(flat, b, transpose_b=transposed)
-    return tf.reshape(y, [n, s, tf.shape(y)[1]])
+def _summed(base: Any, h: Any, rows: Any, b: Any) -> Any:
+    """base ``[N, S, d_out]`` plus h ``[N, S, U]`` times b ``[U, d_out]``, as one wide product."""
+    shape = tf.shape(base)
+    y = tf.matmul(tf.reshape(h, [shape[0] * shape[1], tf.size(rows)]), b)
+    return base + tf.reshape(y, shape)
 
 
 def routed_linear(
@@ -85,7 +84,10 @@ def routed_linear(
         return (_compiled_sum if strategy == "fused" else _gathered_sum)(x, base, a, b, scale)
     rows, factor = _shared_rows(placed, strategy, scale)
     a, b = (fetch(table, rows, live, x.dtype) for table in tables)
-    return base + _product(_product(x, a, transposed=True) * factor, b)
+    shape = tf.shape(base)
+    h = tf.matmul(tf.reshape(x, [shape[0] * shape[1], x.shape[2]]), a, transpose_b=True)
+    h = tf.reshape(h, [shape[0], shape[1], tf.size(rows)]) * factor
+    return _summed(base, h, rows, b)
 
 
 def routed_embedding(
@@ -106,7 +108,7 @@ def routed_embedding(
     columns = tf.transpose(fetch(tables[0], rows, live, dtype))  # [vocabulary, U]
     h = tf.gather(columns, tokens)  # [N, S, U]
     if not gather:
-        return base + _product(h * factor, fetch(tables[1], rows, live, dtype))
+        return _summed(base, h * factor, rows, fetch(tables[1], rows, live, dtype))
     sizes, used = tf.shape(tokens), tf.size(rows)
     h = tf.reshape(tf.transpose(h, [0, 2, 1]), [sizes[0] * used, sizes[1]])
     h = tf.gather(h, tf.range(sizes[0])[:, None] * used + placed.union[1])  # [N, R, S]
