@@ -188,5 +188,8 @@ def weights_alone(draw: Draw, backend: Backend) -> None:
 @check("two backends refuse weights without features in the same words", examples=1, pair=True)
 def cross_refusals(draw: Draw, first: Backend, second: Backend) -> None:
     stack = two_layers(draw)
-    mine, theirs = _refusals(first, stack), _refusals(second, stack)
-    assert mine == theirs, f"{first.name} says {mine}, {second.name} says {theirs}"
+    for mine, theirs in zip(_refusals(first, stack), _refusals(second, stack), strict=True):
+        # Frameworks may add words of their own around (Keras does).
+        assert mine in theirs or theirs in mine, (
+            f"{first.name} says {mine!r}, {second.name} says {theirs!r}"
+        )
