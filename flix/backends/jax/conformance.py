@@ -1,192 +1,92 @@
-"""What the JAX backend shows the conformance kit (``flix_conformance``): numpy in, numpy out.
+"""What the JAX backend shows the conformance kit (``flix_conformance``) beside its verbs: numpy in, numpy out.
 
-Outputs and gradients come from the compiled functional core; training, merging and files from an adapted nnx model.
+Gradients come from the pure functions on a layer's bank, outputs and training from the adapted nnx model.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
 from numpy.typing import NDArray
 
-from flix.backends.jax import (
-    FlixOptimizer,
-    LayerBank,
-    adamw,
-    adapt,
-    add_feature,
-    embed,
-    linear,
-    load,
-    load_features,
-    merge,
-    remove_feature,
-    rename_feature,
-    save,
-    value_and_grad,
-)
+from flix.backends.jax import FlixOptimizer, LayerBank, adamw, embed, linear, value_and_grad
 from flix.backends.jax.kernels.fused import can_run
-from flix.backends.jax.layers import FlixLayer, kernel_of
-from flix.backends.jax.parameters import make_specs, pack
-from flix.core.adapter.adapter import LayerShape
+from flix.backends.jax.layers import kernel_of
 
 if TYPE_CHECKING:
-    from flix_conformance import AdamW, Batch, Case, Pairs  # type: ignore[import-not-found]
-
-F = TypeVar("F", bound=Callable[..., Any])
+    from flix_conformance import AdamW, Batch, Layer  # type: ignore[import-not-found]
 
 
 class _Model(nnx.Module):
-    """A model that is one layer at a path."""
+    """Layers, one after another."""
 
-    def __init__(self, path: str, layer: nnx.Module) -> None:
-        self.path = path
-        setattr(self, path, layer)
+    def __init__(self, layers: dict[str, nnx.Module]) -> None:
+        self.paths = tuple(layers)
+        for path, layer in layers.items():
+            setattr(self, path, layer)
 
-    def __call__(self, x: Array) -> Array:
-        return getattr(self, self.path)(x)  # type: ignore[no-any-return]
-
-
-def _widened(method: F) -> F:
-    """Run a method with 64-bit types where its case has them."""
-
-    @functools.wraps(method)
-    def run(self: Any, case: Case, *args: Any, **kwargs: Any) -> Any:
-        with jax.enable_x64(case.dtype == "float64"):
-            return method(self, case, *args, **kwargs)
-
-    return run  # type: ignore[return-value]
+    def __call__(self, x: Any) -> Any:
+        for path in self.paths:
+            x = getattr(self, path)(x)
+        return x
 
 
-def _array(values: NDArray[Any] | None, dtype: str) -> Array | None:
-    return None if values is None else jnp.asarray(values, dtype)
+def _plain(layer: Layer) -> nnx.Module:
+    dtype, zeros = jnp.dtype(layer.dtype), nnx.initializers.zeros_init()
+    given: dict[str, Any] = {"param_dtype": dtype, "dtype": dtype, "rngs": nnx.Rngs(0)}
+    made: Any
+    if layer.kind == "embedding":
+        made = nnx.Embed(*layer.kernel.shape, embedding_init=zeros, **given)
+    else:
+        bias = layer.bias is not None
+        made = nnx.Linear(*layer.kernel.shape, use_bias=bias, kernel_init=zeros, **given)
+        if bias:
+            made.bias[...] = jnp.asarray(layer.bias, dtype)
+    kernel_of(made)[...] = jnp.asarray(layer.kernel, dtype)
+    return made  # type: ignore[no-any-return]
 
 
-def _bank(case: Case) -> LayerBank:
-    if case.model is not None:
-        return _layer(case.model, case).bank
-    shape = LayerShape(case.d_in, case.d_out, case.kind)
-    spec = make_specs(case.config, {case.path: shape})[case.path]
-    features = case.registry.live
-    empty = np.zeros((0, case.d_in)), np.zeros((case.d_out, 0))
-    pairs = {f: case.pairs.get(f, empty) for f in features}
-    return pack(spec, pairs, "float64" if case.dtype == "float64" else "float32")
+def _x(batch: Batch) -> Any:
+    return jnp.asarray(batch.x, "int32" if batch.x.dtype.kind == "i" else batch.dtype)
 
 
-def _x(case: Case, values: NDArray[Any]) -> Array:
-    return jnp.asarray(values, "int32" if case.kind == "embedding" else case.dtype)
+def _routing(batch: Batch) -> dict[str, Any]:
+    given = {"flix_features": batch.ids, "flix_weights": batch.weights}
+    return {name: value for name, value in given.items() if value is not None}
 
 
-def _apply(
-    x: Array, kernel: Array, bias: Any, layer: LayerBank, ids: Any, weights: Any, strategy: str
-) -> Array:
-    if layer.spec.shape.kind == "embedding":
-        return embed(x, kernel, layer, ids, weights, strategy=strategy)
-    return linear(x, kernel, layer, ids, weights, bias=bias, strategy=strategy)
-
-
-_forward = jax.jit(_apply, static_argnames="strategy")
+@nnx.jit
+def _call(module: Any, x: Any, routing: dict[str, Any]) -> Any:
+    return module(x, **routing)
 
 
 @functools.partial(jax.jit, static_argnames="strategy")
 def _gradients(
-    x: Array,
-    kernel: Array,
-    bias: Any,
-    layer: LayerBank,
-    ids: Any,
-    weights: Any,
-    strategy: str,
-    dy: Array,
-) -> tuple[Any, LayerBank, Any]:
-    tokens = x if layer.spec.shape.kind == "embedding" else None
+    x: Any, kernel: Any, bias: Any, bank: LayerBank, ids: Any, weights: Any, dy: Any, strategy: str
+) -> Any:
+    tokens = bank.spec.shape.kind == "embedding"
 
-    def of(x: Any, layer: LayerBank, weights: Any) -> Array:
-        given = tokens if tokens is not None else x
-        return _apply(given, kernel, bias, layer, ids, weights, strategy)
+    def of(given: Any, bank: LayerBank, weights: Any) -> Any:
+        if tokens:
+            return embed(x, kernel, bank, ids, weights, strategy=strategy)
+        return linear(given, kernel, bank, ids, weights, bias=bias, strategy=strategy)
 
-    _, back = jax.vjp(of, None if tokens is not None else x, layer, weights)
-    return back(dy)  # type: ignore[no-any-return]
+    return jax.vjp(of, None if tokens else x, bank, weights)[1](dy)
 
 
-def _arguments(case: Case) -> tuple[Any, ...]:
-    return (
-        _x(case, case.x),
-        _array(case.kernel, case.dtype),
-        _array(case.bias, case.dtype),
-        _bank(case),
-        case.ids,
-        case.weights,
-        case.strategy,
-    )
-
-
-def _plain(case: Case) -> _Model:
-    zeros = nnx.initializers.zeros_init()
-    dtype, rngs = jnp.dtype(case.dtype), nnx.Rngs(0)
-    layer: Any
-    if case.kind == "embedding":
-        layer = nnx.Embed(
-            case.d_in, case.d_out, param_dtype=dtype, dtype=dtype, embedding_init=zeros, rngs=rngs
-        )
-        layer.embedding[...] = _array(case.kernel, case.dtype)
-    else:
-        layer = nnx.Linear(
-            case.d_in,
-            case.d_out,
-            use_bias=case.bias is not None,
-            param_dtype=dtype,
-            dtype=dtype,
-            kernel_init=zeros,
-            rngs=rngs,
-        )
-        layer.kernel[...] = _array(case.kernel, case.dtype)
-        if case.bias is not None:
-            layer.bias[...] = _array(case.bias, case.dtype)
-    return _Model(case.path, layer)
-
-
-def _layer(model: Any, case: Case) -> FlixLayer:
-    layer = getattr(model, case.path)
-    assert isinstance(layer, FlixLayer)
-    return layer
-
-
-def _model(case: Case) -> _Model:
-    if case.model is not None:
-        return case.model  # type: ignore[no-any-return]
-    model = adapt(_plain(case), case.config, strategy=case.strategy)
-    layer, bank = _layer(model, case), _bank(case)
-    layer.flix_A[...], layer.flix_B[...] = bank.A, bank.B
-    return model
-
-
-def _pairs(layer: LayerBank) -> Pairs:
-    # Cut on the host: slices on the device would be compiled for every rank.
-    a, b = np.asarray(layer.A), np.asarray(layer.B)
-    return {
-        feature: (a[rows].copy(), b[rows].T.copy())
-        for feature in layer.spec.registry.live
-        if (rows := layer.spec.row_range(feature)).stop > rows.start
-    }
-
-
-def _loss(model: Any, ids: Any, weights: Any, x: Array, target: Array) -> Array:
+def _loss(model: Any, ids: Any, weights: Any, x: Any, target: Any) -> Any:
     y = model(x, flix_features=ids, flix_weights=weights)
-    return ((y - target) ** 2).sum() / (2 * x.shape[0])  # type: ignore[no-any-return]
+    return ((y - target) ** 2).sum() / (2 * x.shape[0])
 
 
 @nnx.jit
-def _step(model: Any, optimizer: Any, ids: Any, weights: Any, x: Array, target: Array) -> None:
+def _step(model: Any, optimizer: Any, ids: Any, weights: Any, x: Any, target: Any) -> None:
     _, gradients = value_and_grad(_loss)(model, ids, weights, x, target)
     optimizer.update(model, gradients)
 
@@ -198,88 +98,55 @@ class JaxHarness:
     strategies = ("auto", "gather", "masked", "single", *(("fused",) if can_run() else ()))
     kinds = ("linear", "embedding")
 
-    @_widened
-    def forward(self, case: Case) -> tuple[NDArray[Any], str]:
-        x, kernel, bias, bank, ids, weights, strategy = _arguments(case)
-        y = _forward(x, kernel, bias, bank, ids, weights, strategy=strategy)
+    def within(self, dtype: str) -> Any:
+        return jax.enable_x64(dtype == "float64")
+
+    def plain(self, layers: Sequence[Layer], x: NDArray[Any]) -> _Model:
+        return _Model({layer.path: _plain(layer) for layer in layers})
+
+    def call(self, model: Any, batch: Batch, path: str | None = None) -> tuple[NDArray[Any], str]:
+        module = model if path is None else getattr(model, path)
+        y = _call(module, _x(batch), _routing(batch))
         return np.asarray(y).astype(np.float64), str(y.dtype)
 
-    @_widened
-    def refuse(self, case: Case) -> None:
+    def refuse(self, model: Any, batch: Batch) -> None:
         """Outside of compiled functions, where ids are known."""
-        _apply(*_arguments(case))
+        model(_x(batch), **_routing(batch))
 
-    @_widened
-    def gradients(self, case: Case, dy: NDArray[Any]) -> dict[str, Any]:
-        *arguments, strategy = _arguments(case)
-        dx, bank, weights = _gradients(*arguments, strategy=strategy, dy=_array(dy, case.dtype))
+    def gradients(self, model: Any, batch: Batch, dy: NDArray[Any]) -> dict[str, Any]:
+        layer = getattr(model, model.paths[0])
+        kernel, bias = kernel_of(layer)[...], getattr(layer, "bias", None)
+        dx, bank, weights = _gradients(
+            _x(batch),
+            kernel,
+            None if bias is None else bias[...],
+            layer.bank,
+            batch.ids,
+            batch.weights,
+            jnp.asarray(dy, batch.dtype),
+            layer.flix_strategy,
+        )
+        a, b = np.asarray(bank.A), np.asarray(bank.B)
         return {
             "x": None if dx is None else np.asarray(dx).astype(np.float64),
             "weights": None if weights is None else np.asarray(weights),
-            "pairs": _pairs(bank),
+            "pairs": {feature: (a[rows], b[rows].T) for feature, rows in bank.spec.row_ranges()},
             "base": None,  # not differentiated: the gradient is with respect to the bank
         }
 
-    def train(self, case: Case, batches: Sequence[Batch], optimizer: AdamW) -> dict[str, Any]:
-        model = _model(case)
-        model.train()  # type: ignore[no-untyped-call]
-        tx = adamw(optimizer.lr, optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.decay)
-        flix_optimizer = FlixOptimizer(model, tx)
-        trajectory = []
-        for batch in batches:
-            x, target = _x(case, batch.x), jnp.asarray(batch.target)
-            _step(model, flix_optimizer, jnp.asarray(batch.ids), batch.weights, x, target)
-            trajectory.append(_pairs(_layer(model, case).bank))
-        kernel = kernel_of(_layer(model, case))
-        return {"pairs": trajectory, "base": np.asarray(kernel[...])}
+    def trainer(self, model: Any, settings: AdamW) -> Callable[[Batch], None]:
+        model.train()
+        s = settings
+        optimizer = FlixOptimizer(model, adamw(s.lr, s.beta1, s.beta2, s.eps, s.decay))
 
-    @_widened
-    def merge(self, case: Case, row: Mapping[str, Any]) -> NDArray[Any]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # merged embeddings warn of attend()
-            merged = getattr(merge(_model(case), row), case.path)
-        kernel = merged.embedding if case.kind == "embedding" else merged.kernel
-        return np.asarray(kernel[...]).astype(np.float64)
+        def step(batch: Batch) -> None:
+            ids, target = jnp.asarray(batch.ids), jnp.asarray(batch.target)
+            _step(model, optimizer, ids, batch.weights, _x(batch), target)
 
-    @_widened
-    def initial(self, case: Case) -> Pairs:
-        return _pairs(_layer(adapt(_plain(case), case.config), case).bank)
+        return step
 
-    @_widened
-    def save(self, case: Case, folder: Path) -> None:
-        save(_model(case), folder)
-
-    @_widened
-    def load(self, case: Case, folder: Path) -> Pairs:
-        return _pairs(_layer(load(_plain(case), folder), case).bank)
-
-    def adapted(self, case: Case) -> _Model:
-        return _model(case)
-
-    def state(self, model: Any) -> tuple[dict[tuple[str, str], int], Pairs]:
-        registry = model.flix_config.registry
-        return {f: registry.id(*f) for f in registry.live}, _pairs(getattr(model, model.path).bank)
-
-    def add_feature(
-        self, model: _Model, group: str, name: str, rank: int, init_from: Sequence[str]
-    ) -> None:
-        add_feature(model, group, name, rank, init_from=init_from)
-
-    def remove_feature(self, model: _Model, group: str, name: str) -> None:
-        remove_feature(model, group, name)
-
-    def rename_feature(self, model: _Model, group: str, name: str, new: str) -> None:
-        rename_feature(model, group, name, new)
-
-    def save_features(
-        self, model: _Model, folder: Path, features: Sequence[tuple[str, str]]
-    ) -> None:
-        save(model, folder, features)
-
-    def load_features(self, model: _Model, folder: Path) -> None:
-        load_features(model, folder)
+    def kernel(self, model: Any, path: str) -> NDArray[Any]:
+        return np.asarray(kernel_of(getattr(model, path))[...])
 
 
-def harness() -> JaxHarness:
-    """The harness."""
-    return JaxHarness()
+harness = JaxHarness
