@@ -37,8 +37,8 @@ from benchmarks.memory import peak_bytes
 from benchmarks.model import torch_models as models
 from benchmarks.model.problem import LORA_RANK, MixedBatch
 from benchmarks.model.torch_generation import generation, tolerance
-from benchmarks.torch_gradients import pair_gradients
-from flix.backends.torch import named_pairs, trainable_parameters
+from benchmarks.torch_gradients import adapted_layers, model_pairs, pair_gradients
+from flix.backends.torch import trainable_parameters
 
 PACKAGES = ("torch", "transformers", "peft", "numpy")
 NAMES = {"t5": "T5-small", "gpt2": "GPT-2-small"}
@@ -75,7 +75,7 @@ def _train_arm(
 
 
 def _flix_gradients(model: nn.Module) -> dict[str, Any]:
-    found = pair_gradients(named_pairs(model), model.parameters())
+    found = pair_gradients(model_pairs(model), model.parameters())
     return {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
@@ -124,7 +124,7 @@ def training_arms(
     frozen, flix_model = models.frozen_model(make), models.flix_model(make, batch)
     single = models.peft_single(make)
     built: dict[str, Any] = {FROZEN: frozen, FLIX: flix_model, SINGLE: single}
-    paths = models.adapted_paths(flix_model)
+    paths = [path for path, _ in adapted_layers(flix_model)]
     adapted = [n for n, m in single.base_model.model.named_modules() if hasattr(m, "lora_A")]
     if paths != adapted:
         raise AssertionError("flix and PEFT adapt different layers")

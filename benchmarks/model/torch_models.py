@@ -10,7 +10,8 @@ from torch import nn
 
 from benchmarks.layer.problem import RANK, Feature
 from benchmarks.model.problem import LORA_RANK, MixedBatch, randomized
-from flix.backends.torch import adapt, load_into, named_pairs, to_adapter
+from benchmarks.torch_gradients import adapted_layers
+from flix.backends.torch import adapt, load_into, to_adapter
 
 Make = Callable[[], nn.Module]
 
@@ -52,11 +53,6 @@ def flix_model(make: Make, batch: MixedBatch) -> nn.Module:
     """The model adapted by flix, with updates that are not zero."""
     model = adapt(make(), batch.config)
     return load_into(model, randomized(to_adapter(model)))
-
-
-def adapted_paths(model: nn.Module) -> list[str]:
-    """The paths of a model's layers that flix has adapted."""
-    return list(dict.fromkeys(name.rsplit(".", 3)[0] for name in named_pairs(model)))
 
 
 def frozen_model(make: Make) -> nn.Module:
@@ -117,13 +113,12 @@ def peft_features(make: Make, batch: MixedBatch, like: nn.Module | None = None) 
     for name in others:
         model.add_adapter(name, _config(RANK, task_type=kind))
     if like is not None:
-        pairs = named_pairs(like)
         with torch.no_grad():
-            for path in adapted_paths(like):
+            for path, layer in adapted_layers(like):
                 twin = model.base_model.model.get_submodule(path)
-                for (group, feature), name in names.items():
-                    twin.lora_A[name].weight.copy_(pairs[f"{path}.A.{group}.{feature}"])
-                    twin.lora_B[name].weight.copy_(pairs[f"{path}.B.{group}.{feature}"])
+                for feature, name in names.items():
+                    twin.lora_A[name].weight.copy_(layer.flix_A[feature])
+                    twin.lora_B[name].weight.copy_(layer.flix_B[feature])
     return model
 
 

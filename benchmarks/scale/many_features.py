@@ -46,8 +46,8 @@ from benchmarks.common import (
 )
 from benchmarks.guards import GuardError, Pair, check_values, reference
 from benchmarks.layer.problem import make_registry
-from benchmarks.torch_gradients import pair_gradients
-from flix.backends.torch import adapt, load, named_pairs, save, trainable_parameters
+from benchmarks.torch_gradients import model_pairs, other_gradients, pair_gradients
+from flix.backends.torch import adapt, load, save, to_adapter, trainable_parameters
 
 COUNTS = (100, 500, 1000)
 PARTS = ("forward", "backward", "clip", "AdamW", "zero_grad")
@@ -151,17 +151,13 @@ class Candidate:
         features = self.registry.features
         rows = [[features[i] for i in row] for row in ids.tolist()]
         used = {f for row in rows for f in row}
-        pairs = named_pairs(self.model)
-        wanted = self._expected(rows, used, pairs)
-        found = pair_gradients(pairs, self.parameters)
-        absent = [name for name in pairs if tuple(name.split(".")[-2:]) not in used]
-        check_values(
-            f"{self.count} features",
-            {"y": y.detach().numpy(), "dx": x.grad.numpy(), **found},
-            wanted,
-            1e-3,
-            absent,
-        )
+        pairs = model_pairs(self.model, used)
+        found = {"y": y.detach().numpy(), "dx": x.grad.numpy()}
+        found |= pair_gradients(pairs, self.parameters)
+        name = f"{self.count} features"
+        check_values(name, found, self._expected(rows, used, pairs), 1e-3)
+        if others := other_gradients(pairs, self.parameters):
+            raise GuardError(f"{name}: {others} parameters that no row uses have gradients")
         self.optimizer.zero_grad()
 
     def _expected(
@@ -220,9 +216,9 @@ class Candidate:
                 "state, MiB": state.stat().st_size / 2**20,
                 "adapter, MiB": whole / 2**20,
             }
-            values = named_pairs(loaded)
-            for name, value in named_pairs(self.model).items():
-                if not torch.equal(value, values[name]):
+            values = to_adapter(loaded).tensors
+            for name, value in to_adapter(self.model).tensors.items():
+                if not np.array_equal(value, values[name]):
                     raise GuardError(
                         f"{self.count} features: {name} was not loaded as it was saved"
                     )
