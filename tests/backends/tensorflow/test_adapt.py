@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import flix
-from flix.backends.tensorflow import adapt, named_pairs, summary
+from flix.backends.tensorflow import FlixModel, adapt, freeze, named_pairs, summary
 from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.claims import over
 from tests.helpers.dense import dense
@@ -162,3 +162,17 @@ def test_saved_model_serves_with_routing_as_an_input(kind, tmp_path):
     weighted = tf.saved_model.load(str(tmp_path / "weighted"))
     weights = np.ones(IDS.shape, "f")
     assert_close(weighted.serve({**given, "flix_weights": weights}), wanted)
+
+
+def test_files_that_list_frozen_features_by_layer_are_read():
+    model, _ = adapted("sequential")
+    freeze(model, {"task": "pos"})
+    config = model.get_config()
+    assert config["frozen"] == [5]
+    again = FlixModel.from_config({**config, "frozen": [[5], [5]]})
+    assert again.flix_state.frozen == model.flix_state.frozen == (5,)
+    for (_, layer), (_, other) in zip(
+        flix_layers(again.base), flix_layers(model.base), strict=True
+    ):
+        np.testing.assert_array_equal(layer.flix_live, other.flix_live)
+        assert not layer.flix_live[layer.span(5)].any() and layer.flix_live.sum() == 9
