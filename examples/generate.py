@@ -5,7 +5,7 @@ import torch
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 import flix
-from flix.backends.torch import adapt, merge, named_pairs, routed
+from flix.backends.torch import adapt, merge, routed, trainable_parameters
 
 torch.manual_seed(0)
 tokenizer = ByT5Tokenizer(padding_side="left")
@@ -19,10 +19,9 @@ base = GPT2LMHeadModel(
 registry = flix.FeatureRegistry({"language": ["hau", "swa", "yor"], "task": ["ner", "news"]})
 config = flix.FlixConfig(registry=registry, ranks=flix.ranks.by_group(language=4, task=8))
 model = adapt(base.double(), config).eval()
-with torch.no_grad():  # stands for training: B starts at zero
-    for name, parameter in named_pairs(model).items():
-        if ".B." in name:
-            parameter.normal_(std=0.1)
+with torch.no_grad():
+    for parameter in trainable_parameters(model):  # stands for training: updates start at zero
+        parameter.normal_(std=0.1)
 
 texts = ["Ina kwana", "Habari za asubuhi", "Bawo ni"]
 rows = [

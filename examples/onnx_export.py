@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 import flix
-from flix.backends.torch import adapt, merge, named_pairs
+from flix.backends.torch import adapt, merge, trainable_parameters
 
 torch.manual_seed(0)
 base = BertForSequenceClassification(
@@ -20,7 +20,7 @@ model = adapt(
     base, flix.FlixConfig(registry=registry, ranks=flix.ranks.by_group(language=2, task=4))
 )
 with torch.no_grad():
-    for parameter in named_pairs(model).values():  # stands for training
+    for parameter in trainable_parameters(model):  # stands for training
         parameter.normal_(std=0.2)
 
 row = {"language": "swa", "task": "topic"}

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import flix
-from flix.backends.torch import adapt, export_peft, import_peft, merge, named_pairs
+from flix.backends.torch import adapt, export_peft, import_peft, merge, trainable_parameters
 
 torch.manual_seed(0)
 work = tempfile.TemporaryDirectory()
@@ -22,7 +22,7 @@ registry = flix.FeatureRegistry({"language": ["hau", "swa"], "task": ["ner", "po
 config = flix.FlixConfig(registry=registry, ranks=flix.ranks.by_group(language=4, task=8))
 model = adapt(AutoModelForCausalLM.from_pretrained(base), config).eval()
 with torch.no_grad():
-    for parameter in named_pairs(model).values():  # stands for training
+    for parameter in trainable_parameters(model):  # stands for training
         parameter.normal_(std=0.1)
 
 tokens = torch.randint(1, 300, (3, 10))

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import flix
 from benchmarks.common import Arm, Result, Table, environment, interleave, median_ms, over
 from benchmarks.guards import GuardError
-from flix.backends.torch import adapt, named_pairs, page, trainable_parameters
+from flix.backends.torch import adapt, page, trainable_parameters
 
 ROWS, VOCABULARY = 8, 512
 
@@ -70,7 +70,7 @@ def suite(smoke: bool = False) -> Result:
     torch.set_num_threads(1)
     size, layers, features, length = (16, 1, 100, 8) if smoke else (256, 6, 200, 64)
     plain = _model(size, layers, features)
-    total = sum(p.nbytes for p in named_pairs(plain).values())
+    total = sum(p.nbytes for p in trainable_parameters(plain))
     batch, arms, pagers = _batches(features, length), [], {}
     for name, share, ahead in (
         ("all on the device", None, False),

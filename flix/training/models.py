@@ -74,13 +74,13 @@ def model_layers(
     """
     import torch
 
-    from flix.backends.torch.model import layer_infos
+    from flix.backends.torch import primitives
 
     maker, config = _maker(name, kind), _config(name)
     build = getattr(maker, "from_config", None) or maker._from_config
     with torch.device("meta"):
         model = _loaded(lambda: build(config), f"the base model {name!r} cannot be built")
-    chosen = select(layer_infos(model), targets, excluded)
+    chosen = select(primitives.layers(model), targets, excluded)
     return {i.path: LayerShape(d_in=i.d_in, d_out=i.d_out, kind=i.kind) for i in chosen}
 
 

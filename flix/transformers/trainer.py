@@ -16,8 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from flix.backends.torch import load, named_pairs, save
-from flix.backends.torch.model import RoutedModel, require_adapted
+from flix.backends.torch import RoutedModel, load, save, verbs
 from flix.core.errors import ConfigError
 from flix.data.callback import TellEpoch
 from flix.transformers.checkpoints import last_checkpoint
@@ -71,13 +70,13 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
         self.loss_by_feature = loss_by_feature
         given = args[0] if args else kwargs.get("model")
         if given is not None:
-            require_adapted(given, type(self).__name__)
+            verbs.config_of(type(self).__name__, given)
         arguments = args[1] if len(args) > 1 else kwargs.get("args")
         if arguments is not None:
             _settle(arguments)
         super().__init__(*args, **kwargs)
         if given is None:
-            require_adapted(self.model, type(self).__name__)
+            verbs.config_of(type(self).__name__, self.model)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ConfigError(_SHARDING.format("FSDP" if self.is_fsdp_enabled else "DeepSpeed"))
         settings: Any = getattr(self.model, "config", None)
@@ -91,7 +90,7 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
     def call_model_init(self, trial: Any = None) -> Any:
         """The model of ``model_init``, which must be adapted."""
         model = super().call_model_init(trial)
-        require_adapted(model, type(self).__name__)
+        verbs.config_of(type(self).__name__, model)
         return model
 
     # Data
@@ -178,7 +177,7 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Names of the parameters that weight decay acts on: the Trainer's choice, and every feature's."""
         adapted: Any = self.model if isinstance(self.model, RoutedModel) else model
-        pairs = {id(parameter) for parameter in named_pairs(adapted).values()}
+        pairs = {id(parameter) for parameter in adapted.flix_bank.parameters()}
         usual = {*super().get_decay_parameter_names(model)}
         return [name for name, p in model.named_parameters() if name in usual or id(p) in pairs]
 

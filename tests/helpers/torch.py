@@ -11,8 +11,9 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
-from flix.backends.torch import named_pairs  # noqa: E402
-from flix.backends.torch.model import flix_layers  # noqa: E402
+from flix.backends.torch.layer import flix_layers  # noqa: E402
+from flix.backends.torch.parameters import whole  # noqa: E402
+from flix.core.adapter.adapter import tensor_name  # noqa: E402
 from tests.helpers.registry import ROWS, registry  # noqa: E402
 from tests.helpers.zoo import build  # noqa: E402
 
@@ -24,10 +25,44 @@ def routing(rows: list[Any] = ROWS) -> tuple[Any, Any]:
     return torch.from_numpy(encoded.ids), torch.from_numpy(encoded.weights)
 
 
+def live_pairs(model: nn.Module) -> dict[str, Any]:
+    """The pairs under the names of adapter files, as :func:`layer_pairs` gives them."""
+    return {
+        tensor_name(path, part, feature): value
+        for path, layer in flix_layers(model)
+        for feature, pair in layer_pairs(layer).items()
+        for part, value in zip("AB", pair, strict=True)
+    }
+
+
+def layer_pairs(layer: Any) -> dict[tuple[str, str], tuple[Any, Any]]:
+    """A layer's pairs by feature, as tensors that are the model's own memory.
+
+    Their ``grad`` is the matching part of the feature's gradient at the time of the call, or None.
+    """
+    found, bank, place = {}, layer.flix_state.bank, layer.flix_place
+    for feature, a, b in layer.pairs():
+        parameter = bank.parameter(feature)
+        pair = tuple(side.detach().requires_grad_(parameter.requires_grad) for side in (a, b))
+        if parameter.grad is not None:
+            grad, i = whole(parameter.grad), bank.features.index(feature)
+            start, middle, end = bank.layout.starts[i][2 * place : 2 * place + 3]
+            pair[0].grad = grad[start:middle].view(a.shape)
+            pair[1].grad = grad[middle:end].view(b.t().shape).t()
+        found[feature] = pair
+    return found
+
+
+def parameters_of(model: nn.Module) -> dict[tuple[str, str], nn.Parameter]:
+    """The features' parameters."""
+    bank = model.flix_bank
+    return {bank.features[i]: parameter for i, parameter in bank.held().items()}
+
+
 def randomize(model: nn.Module, seed: int = 0, std: float = 0.1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in named_pairs(model).values():
+        for parameter in live_pairs(model).values():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(noise * std)
 
@@ -69,7 +104,7 @@ def dense_model(
     Returns the output, the leaves that stand for the pairs, and the leaf that stands for the weights.
     """
     settings = adapted.flix_config
-    pairs = {n: p.detach().clone().requires_grad_() for n, p in named_pairs(adapted).items()}
+    pairs = {n: p.detach().clone().requires_grad_() for n, p in live_pairs(adapted).items()}
     weights = weights.to(next(iter(pairs.values())).dtype).clone().requires_grad_()
     kinds = {path: type(layer).__name__ for path, layer in flix_layers(adapted)}
     plain = dict(base.named_parameters())
@@ -110,7 +145,7 @@ def updated(base: nn.Module, adapted: nn.Module, ids: Any, weights: Any) -> Iter
         weights: float ``[B, T, W]``.
     """
     settings = adapted.flix_config
-    pairs = named_pairs(adapted)
+    pairs = live_pairs(adapted)
     handles = []
     for path, layer in flix_layers(adapted):
 

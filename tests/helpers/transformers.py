@@ -12,10 +12,11 @@ transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 
 import flix  # noqa: E402
-from flix.backends.torch import adapt, named_pairs  # noqa: E402
+from flix.backends.torch import adapt  # noqa: E402
 from flix.backends.torch.heads import trained_heads  # noqa: E402
 from flix.transformers import FlixCollator, FlixTrainer  # noqa: E402
 from tests.helpers.registry import LANGUAGES, TASKS, registry  # noqa: E402
+from tests.helpers.torch import live_pairs  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -182,7 +183,7 @@ def trainer(
 def state(made: Any) -> dict[str, Any]:
     """Every trained value and every tensor of the optimizer, by name."""
     model = made.model
-    found = {**named_pairs(model), **trained_heads(model)}
+    found = {**live_pairs(model), **trained_heads(model)}
     held = made.optimizer.state_dict()["state"]
     found.update({f"{i}.{name}": v for i, s in held.items() for name, v in s.items()})
     return {name: torch.as_tensor(value).detach().clone() for name, value in found.items()}

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from flix.backends.torch import named_pairs
 from flix.transformers import FlixCollator, numbered
+from tests.helpers.torch import live_pairs
 from tests.helpers.transformers import classifier, dataset, rows, trainer
 
 
@@ -36,9 +36,7 @@ def with_trainer(folder: Path) -> dict[str, Any]:
         "processes": made.accelerator.num_processes,
         "seen": [ids.tolist() for ids in made.seen],
         "log": made.state.log_history,
-        "sum": sum(
-            float(p.detach().double().abs().sum()) for p in named_pairs(made.model).values()
-        ),
+        "sum": sum(float(p.detach().double().abs().sum()) for p in live_pairs(made.model).values()),
     }
 
 

@@ -18,9 +18,10 @@ pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
 import flix  # noqa: E402
-from flix.backends.torch import load, named_pairs, save, trainable_parameters  # noqa: E402
+from flix.backends.torch import load, save, trainable_parameters  # noqa: E402
 from flix.transformers import FlixCollator, numbered  # noqa: E402
 from tests.helpers.registry import TASKS, registry  # noqa: E402
+from tests.helpers.torch import live_pairs  # noqa: E402
 from tests.helpers.transformers import classifier, dataset, rows, trainer  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def loop(steps: int, folder: Path, resume: int = 0, precision: str = "no") -> di
         if step == steps:
             break
     return {
-        "pairs": {n: p.detach().clone() for n, p in named_pairs(plain).items()},
+        "pairs": {n: p.detach().clone() for n, p in live_pairs(plain).items()},
         "head": plain.classifier.weight.detach().clone(),
         "ids": ids,
     }

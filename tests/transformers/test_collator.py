@@ -237,8 +237,7 @@ def test_packed_logits_are_those_of_the_rows(attention: str) -> None:
 
 def test_packed_gradients_are_those_of_the_rows() -> None:
     """The summed loss of packed rows has the gradients of the rows' summed losses."""
-    from flix.backends.torch import named_pairs
-    from tests.helpers.torch import randomize
+    from tests.helpers.torch import live_pairs, randomize
 
     rows = packed_rows()
 
@@ -248,7 +247,7 @@ def test_packed_gradients_are_those_of_the_rows() -> None:
         randomize(model)
         for batch in batches:
             model(**batch, num_items_in_batch=torch.tensor(1)).loss.backward()
-        return {n: p.grad for n, p in named_pairs(model).items() if p.grad is not None}
+        return {n: p.grad for n, p in live_pairs(model).items() if p.grad is not None}
 
     single = FlixCollator(registry())
     apart = gradients([single([{**r, "labels": r["input_ids"]}]) for r in rows])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from flix.data import Mixture
+from tests.helpers.torch import live_pairs
 from tests.helpers.transformers import (
     FlixCollator,
     FlixTrainer,
     classifier,
     datasets,
-    named_pairs,
     rows,
     torch,
 )
@@ -43,7 +43,7 @@ def run(folder, resume=None):
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     wanted = [sorted(mixture.epoch(epoch)["input_ids"][:], key=str) for epoch in range(3)]
-    return trainer, {n: p.detach().clone() for n, p in named_pairs(model).items()}, wanted
+    return trainer, {n: p.detach().clone() for n, p in live_pairs(model).items()}, wanted
 
 
 def test_every_epoch_is_the_mixtures_own_and_resuming_goes_on_in_it(tmp_path):

@@ -11,8 +11,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import flix  # noqa: E402
-from flix.backends.torch import adapt, load, named_pairs, save  # noqa: E402
-from flix.backends.torch.heads import HEADS_FILE, load_heads, save_heads, trained_heads  # noqa: E402
+from flix.backends.torch import adapt, load, save  # noqa: E402
+from flix.backends.torch.heads import HEADS_FILE, put_heads, read_heads, save_heads, trained_heads  # noqa: E402
+from tests.helpers.torch import parameters_of  # noqa: E402
 from tests.helpers.transformers import classifier, config, llama  # noqa: E402
 
 HEAD = {"classifier.weight", "classifier.bias"}
@@ -38,7 +39,7 @@ def test_round_trip(tmp_path: Path) -> None:
     for name, parameter in trained_heads(model).items():
         assert torch.equal(trained_heads(loaded)[name], parameter)
         assert trained_heads(loaded)[name].requires_grad
-    pairs = {id(p) for p in named_pairs(loaded).values()}
+    pairs = {id(p) for p in parameters_of(loaded).values()}
     trainable = {n for n, p in loaded.named_parameters() if p.requires_grad and id(p) not in pairs}
     assert trainable == HEAD
     assert (tmp_path / HEADS_FILE).stat().st_mode & 0o777 == 0o644
@@ -91,7 +92,7 @@ def test_dtypes_are_kept(tmp_path: Path) -> None:
     other.classifier.to(torch.bfloat16)
     with torch.no_grad():
         other.classifier.weight.zero_()
-    load_heads(other, tmp_path)
+    put_heads(other, read_heads(other, tmp_path, None))
     assert torch.equal(other.classifier.weight, model.classifier.weight)
     assert other.classifier.weight.dtype == torch.bfloat16
 
@@ -117,7 +118,7 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(flix.AdapterError, match=r"'classifier\.(weight|bias)'.*did you mean 'classifer\."):  # fmt: skip
         load(other, tmp_path)
     # Nothing was changed before the mistake was found.
-    assert "flix_config" not in vars(other) and all(p.requires_grad for p in other.parameters())
+    assert "flix_state" not in vars(other) and all(p.requires_grad for p in other.parameters())
     # What is wrong with the layers is said before what is wrong with the heads.
     settings = fresh().config
     settings.hidden_size = 32

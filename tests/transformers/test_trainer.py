@@ -15,11 +15,12 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import flix  # noqa: E402
-from flix.backends.torch import load, named_pairs  # noqa: E402
+from flix.backends.torch import load  # noqa: E402
 from flix.backends.torch.heads import trained_heads  # noqa: E402
 from flix.transformers import FlixCollator, FlixTrainer  # noqa: E402
 from tests.helpers.registry import registry  # noqa: E402
 from tests.helpers.tolerance import assert_close  # noqa: E402
+from tests.helpers.torch import live_pairs, parameters_of  # noqa: E402
 from tests.helpers.transformers import (  # noqa: E402
     arguments,
     classifier,
@@ -117,7 +118,7 @@ def test_checkpoints_hold_no_base(tmp_path: Path) -> None:
         "flix_config.json", "flix.safetensors", "trained.safetensors", "optimizer.pt", "scheduler.pt",
         "rng_state.pth", "trainer_state.json",
     }  # fmt: skip
-    pairs, heads = named_pairs(made.model), trained_heads(made.model)
+    pairs, heads = live_pairs(made.model), trained_heads(made.model)
     trained = {**pairs, **heads}
     for name, wanted in (("flix.safetensors", pairs), ("trained.safetensors", heads)):
         sizes = sum(4 * parameter.numel() for parameter in wanted.values())
@@ -127,7 +128,8 @@ def test_checkpoints_hold_no_base(tmp_path: Path) -> None:
     held = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
     moments = sum(v.numel() for s in held.values() for k, v in s.items() if k != "step")
     assert 0 < moments <= 2 * numbers
-    kinds = {n for n, p in made.model.named_parameters() if id(p) not in {id(t) for t in trained.values()}}  # fmt: skip
+    known = {id(p) for p in (*heads.values(), *parameters_of(made.model).values())}
+    kinds = {n for n, p in made.model.named_parameters() if id(p) not in known}
     for path in folder.iterdir():
         text = path.read_bytes()
         assert not any(name.encode() in text for name in kinds), path.name
@@ -160,7 +162,7 @@ def test_best_model_comes_back(tmp_path: Path) -> None:
         def on_step_end(
             self, args: Any, now: Any, control: Any, model: Any = None, **_: Any
         ) -> None:
-            held = {**named_pairs(model), **trained_heads(model)}
+            held = {**live_pairs(model), **trained_heads(model)}
             kept[now.global_step] = {n: p.detach().clone() for n, p in held.items()}
 
     made = trainer(
@@ -179,7 +181,7 @@ def test_best_model_comes_back(tmp_path: Path) -> None:
     )
     made.train()
     assert made.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
-    now = {**named_pairs(made.model), **trained_heads(made.model)}
+    now = {**live_pairs(made.model), **trained_heads(made.model)}
     assert same(now, kept[4]) and not same(now, kept[6])
     assert not torch.equal(kept[4]["classifier.weight"], kept[6]["classifier.weight"])
 
@@ -212,11 +214,11 @@ def test_modes_train_alike(tmp_path: Path, changes: dict[str, Any]) -> None:
     for one, two in zip(losses(plain), losses(other), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=tolerance)
     for (name, one), two in zip(
-        named_pairs(plain.model).items(), named_pairs(other.model).values(), strict=True
+        live_pairs(plain.model).items(), live_pairs(other.model).values(), strict=True
     ):
         if "bf16" not in changes:
             assert_close(two, one, times=100, name=name)
-    moved = [{n for n, p in named_pairs(m.model).items() if ".B." in n and p.abs().max() > 0} for m in (plain, other)]  # fmt: skip
+    moved = [{n for n, p in live_pairs(m.model).items() if ".B." in n and p.abs().max() > 0} for m in (plain, other)]  # fmt: skip
     assert moved[0] == moved[1] and len(moved[0]) >= 16
 
 
@@ -225,9 +227,9 @@ def test_absent_features_stay(tmp_path: Path) -> None:
     for changes in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         data = dataset().filter(lambda row: row["language"] != "zul")
         model = classifier(feature_dropout=None, target_modules=["query", "value"])
-        before = {n: p.detach().clone() for n, p in named_pairs(model).items()}
+        before = {n: p.detach().clone() for n, p in live_pairs(model).items()}
         trainer(tmp_path, model, data, max_steps=4, **changes).train()
-        for name, parameter in named_pairs(model).items():
+        for name, parameter in live_pairs(model).items():
             assert torch.equal(parameter, before[name]) == name.endswith("language.zul"), name
 
 
@@ -237,21 +239,16 @@ def test_all_features_decay_alike(tmp_path: Path) -> None:
     model = classifier(registry=odd, ranks=2, feature_dropout=None)
     made = trainer(tmp_path, model)
     decayed = set(made.get_decay_parameter_names(model))
-    pairs = {n for n, p in model.named_parameters() if id(p) in {id(q) for q in named_pairs(model).values()}}  # fmt: skip
-    assert len(pairs) == 2 * 4 * len(list(flix_paths(model))) and pairs <= decayed
+    known = {id(p) for p in parameters_of(model).values()}
+    pairs = {n for n, p in model.named_parameters() if id(p) in known}
+    assert len(pairs) == 4 and pairs <= decayed
     assert "classifier.weight" in decayed and "classifier.bias" not in decayed
     optimizer = made.create_optimizer()
     assert optimizer.defaults["fused"] is True
-    assert {id(p) for p in optimizer.param_groups[0]["params"]} >= {id(p) for p in named_pairs(model).values()}  # fmt: skip
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} >= known
 
 
 TASKS_ODD = ["rmsnorm", "x.bias"]
-
-
-def flix_paths(model: Any) -> Any:
-    from flix.backends.torch.model import flix_layers
-
-    return [path for path, _ in flix_layers(model)]
 
 
 def test_predict(tmp_path: Path) -> None:

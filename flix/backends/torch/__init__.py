@@ -12,30 +12,29 @@ try:
 except ImportError as _error:  # pragma: no cover - exercised in a subprocess
     raise _missing("torch", "PyTorch", _error) from _error
 
-from flix.backends.torch._context import route
-from flix.backends.torch._routed import routed
-from flix.backends.torch.files import load, load_into, save, to_adapter
-from flix.backends.torch.inspection import named_pairs, summary, trainable_parameters
+from flix.backends.torch import primitives
 from flix.backends.torch.layers import FlixConv1D, FlixEmbedding, FlixLinear
-from flix.backends.torch.lifecycle import (
-    add_feature,
-    import_peft,
-    load_features,
-    remove_feature,
-    rename_feature,
-)
-from flix.backends.torch.merging import export_peft, merge
-from flix.backends.torch.model import RoutedModel, adapt
+from flix.backends.torch.merging import share_base
+from flix.backends.torch.optimizers import parameter_groups
 from flix.backends.torch.paging import Pager, page, unpage
-from flix.backends.torch.switching import (
-    disable,
-    freeze,
-    merge_in_place,
-    share_base,
-    thaw,
-    unmerge,
-)
+from flix.backends.torch.patches.models import RoutedModel
+from flix.backends.torch.routed import routed
+from flix.backends.torch.routing import route
+from flix.backends.verbs import Verbs
 from flix.core.adapter.summary import Summary
+
+verbs = Verbs(primitives)
+adapt, trainable_parameters, summary = verbs.adapt, verbs.trainable_parameters, verbs.summary
+add_feature, remove_feature, rename_feature = (
+    verbs.add_feature,
+    verbs.remove_feature,
+    verbs.rename_feature,
+)
+save, load, load_into, to_adapter = verbs.save, verbs.load, verbs.load_into, verbs.to_adapter
+load_features, import_peft, named_pairs = verbs.load_features, verbs.import_peft, verbs.named_pairs
+freeze, thaw, disable = verbs.freeze, verbs.thaw, verbs.disable
+merge, merge_in_place, unmerge = verbs.merge, verbs.merge_in_place, verbs.unmerge
+export_peft = verbs.export_peft
 
 __all__ = [
     "FlixConv1D",
@@ -57,6 +56,8 @@ __all__ = [
     "merge_in_place",
     "named_pairs",
     "page",
+    "parameter_groups",
+    "primitives",
     "remove_feature",
     "rename_feature",
     "route",

@@ -22,8 +22,8 @@ from flix.backends.torch import (
     save,
     trainable_parameters,
 )
-from flix.backends.torch._layer import FlixLayer
 from flix.backends.torch.kernels.choice import INTERPRETED
+from flix.backends.torch.layer import FlixLayer
 
 if TYPE_CHECKING:
     from flix_conformance import AdamW, Batch, Case, Pairs  # type: ignore[import-not-found]
@@ -128,14 +128,15 @@ class TorchHarness:
         if y.requires_grad:
             y.backward(_tensor(dy, case.dtype))
         layer = _layer(model, case.path)
-        base = layer.weight.grad
+        base, bank = layer.weight.grad, layer.flix_state.bank
+        vectors = {i: _gradient(p) for i, p in bank.held().items() if p.grad is not None}
         return {
             "x": None if x.grad is None else x.grad.double().numpy(),
             "weights": _gradient(weights),
             "pairs": {
-                feature: (_gradient(a), _gradient(b))
-                for feature, a, b in layer.pairs()
-                if a.grad is not None
+                bank.features[i]: bank.layout.views(vector, i, layer.flix_place)
+                for i, vector in vectors.items()
+                if vector is not None
             },
             "base": None if base is None else _kernel(case, base),  # type: ignore[arg-type]
         }

@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flix.backends.torch._layer import FeatureParameters
-from flix.backends.torch.model import require_adapted
+from flix.backends import messages
+from flix.backends.torch.layer import flix_layers
+from flix.backends.torch.parameters import BANK, whole
+from flix.backends.torch.patches.models import RoutedModel
 from flix.core.adapter.adapter import Rename
 from flix.core.errors import AdapterError, near
 from flix.core.files import Path_, write_file
@@ -23,7 +27,7 @@ HEADS_FILE = "trained.safetensors"
 
 
 def trained_heads(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The base's parameters that belong to the adapter, by name.
+    """The base's parameters that belong to an adapted model's adapter, by name.
 
     Those that require gradients, and those that did when the model was last saved or loaded: a head that is frozen
     while a new language is added stays part of the adapter. A parameter that several modules share has one name, the
@@ -32,23 +36,23 @@ def trained_heads(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         TargetError: the model is not adapted.
     """
-    require_adapted(model, "trained_heads")
-    known = set(vars(model).get("flix_trained", ()))
+    if not isinstance(model, RoutedModel):
+        raise messages.not_adapted("trained_heads", model)
+    known = set(model.flix_state.heads)
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
-    for name, parameter in _base_parameters(model):
+    for name, parameter in base_parameters(model):
         if id(parameter) not in seen and (parameter.requires_grad or name in known):
             found[name] = parameter
         seen.add(id(parameter))
     return found
 
 
-def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter but the features', under every name that it has; features may be many, and are not visited."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FeatureParameters):
-            continue
-        yield from module.named_parameters(path, recurse=False, remove_duplicate=False)
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter but the features', under every name that it has."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not name.startswith(BANK + "."):
+            yield name, parameter
 
 
 def remove_heads(folder: Path_) -> None:
@@ -65,27 +69,22 @@ def save_heads(model: nn.Module, folder: Path_) -> None:
     Args:
         model: an adapted model.
         folder: the adapter's folder; made if it does not exist.
-
-    Raises:
-        TargetError: the model is not adapted.
     """
     from safetensors.torch import save
 
     heads = trained_heads(model)
-    model.flix_trained = tuple(heads)  # type: ignore[assignment]
+    model.flix_state.heads = tuple(heads)  # type: ignore[union-attr]
     place = Path(folder)
     if not heads:
         remove_heads(folder)
         return
     place.mkdir(parents=True, exist_ok=True)
-    data = save({name: _whole(p) for name, p in heads.items()}, metadata={"format": "pt"})
+    data = save({name: on_host(p) for name, p in heads.items()}, metadata={"format": "pt"})
     write_file(place / HEADS_FILE, data)
 
 
-def load_heads(model: nn.Module, folder: Path_, rename: Rename = None) -> None:
-    """Put the trained heads of an adapter's folder into a model; a folder without them changes nothing.
-
-    The parameters get the file's values and require gradients, as they did when they were saved.
+def read_heads(model: nn.Module, folder: Path_, rename: Rename) -> dict[str, Tensor]:
+    """The trained heads of an adapter's folder, checked against a model, which is not changed.
 
     Args:
         model: a plain or adapted model.
@@ -94,15 +93,6 @@ def load_heads(model: nn.Module, folder: Path_, rename: Rename = None) -> None:
 
     Raises:
         AdapterError: a damaged file, or a parameter that the model does not have, or has in another shape.
-    """
-    put_heads(model, read_heads(model, folder, rename))
-
-
-def read_heads(model: nn.Module, folder: Path_, rename: Rename = None) -> dict[str, Tensor]:
-    """The trained heads of an adapter's folder, checked against a model, which is not changed.
-
-    Raises:
-        AdapterError: as :func:`load_heads`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -114,7 +104,7 @@ def read_heads(model: nn.Module, folder: Path_, rename: Rename = None) -> dict[s
         found = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{str(path)!r} is damaged (truncated or altered): {error}") from error
-    parameters = dict(_base_parameters(model))
+    parameters = dict(base_parameters(model))
     heads = {}
     for old, value in found.items():
         name = _renamed(old, rename)
@@ -137,15 +127,15 @@ def put_heads(model: nn.Module, heads: dict[str, Tensor]) -> None:
     """Give parameters the values of :func:`read_heads` and let them train."""
     if not heads:
         return
-    parameters = dict(_base_parameters(model))
+    parameters = dict(base_parameters(model))
     with torch.no_grad():
         for name, value in heads.items():
             parameters[name].copy_(value)
             parameters[name].requires_grad_(True)
     put = {id(parameters[name]) for name in heads}
-    known = set(vars(model).get("flix_trained", ()))
+    state = model.flix_state
     names = (name for name, p in parameters.items() if id(p) in put)
-    model.flix_trained = tuple(known.union(names))  # type: ignore[assignment]
+    state.heads = tuple({*state.heads, *names})  # type: ignore[union-attr, misc]
 
 
 def _renamed(name: str, rename: Rename) -> str:
@@ -156,9 +146,55 @@ def _renamed(name: str, rename: Rename) -> str:
     return f"{rename(module) if callable(rename) else rename.get(module, module)}.{own}"
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    """A parameter's values on the host, gathered if it is sharded."""
-    value = parameter.detach()
-    if hasattr(value, "full_tensor"):
-        value = value.full_tensor()
-    return value.cpu().clone().contiguous()
+def on_host(parameter: Tensor) -> Tensor:
+    """A copy of a parameter's values on the host, gathered if it is sharded."""
+    return whole(parameter.detach()).cpu().clone().contiguous()
+
+
+def whole_modules(model: nn.Module) -> dict[str, dict[str, NDArray[np.float32]]]:
+    """The modules that hold a model's trained heads, and all that is in them, as PEFT has them (``modules_to_save``).
+
+    A module as far up as all its parameters are trained, as users name heads (``classifier``).
+
+    Returns:
+        The values of each module's state, by the module's path and by their names inside it.
+
+    Raises:
+        AdapterError: a trained parameter that no such module holds: it belongs to the model itself or to an adapted
+            layer, or other modules share it.
+    """
+    heads = trained_heads(model)
+    owners: dict[int, set[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(path)
+    adapted = [path for path, _ in flix_layers(model)]
+    found: dict[str, dict[str, NDArray[np.float32]]] = {}
+    for name, parameter in heads.items():
+        path = _module_of(model, name, set(heads))
+        inside = path + "."
+        if not path:
+            why = "it belongs to no module but the model"
+        elif any(layer == path or layer.startswith(inside) for layer in adapted):
+            why = f"its module {path!r} is adapted"
+        elif any(p != path and not p.startswith(inside) for p in owners[id(parameter)]):
+            why = "other modules share it"
+        else:
+            state = model.get_submodule(path).state_dict()
+            found[path] = {key: on_host(value).float().numpy() for key, value in state.items()}
+            continue
+        raise AdapterError(
+            f"PEFT's format cannot hold the trained parameter {name!r}: {why}; merge the composition instead"
+        )
+    return found
+
+
+def _module_of(model: nn.Module, name: str, heads: set[str]) -> str:
+    path = name.rpartition(".")[0]
+    while above := path.rpartition(".")[0]:
+        inside = model.get_submodule(above).named_parameters()
+        if any(f"{above}.{own}" not in heads for own, _ in inside):
+            break
+        path = above
+    return path

@@ -9,17 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flix.backends.torch._context import ActiveRouting, AnyRouting, DevicePlan, TracedRouting
-from flix.backends.torch._layer import FlixLayer, with_grad
-from flix.backends.torch._ops import RoutedLinear, routed_forward, stack, traced_linear
-from flix.backends.torch._scaled import is_scaled_embedding, scaled
-from flix.backends.torch.kernels.choice import strategy_for
+from flix.backends.torch.kernels.choice import require_triton, strategy_for
 from flix.backends.torch.kernels.operators import routed_linear
 from flix.backends.torch.kernels.routes import routes
-from flix.core.adapter.adapter import Adapter
+from flix.backends.torch.layer import FlixLayer, with_grad
+from flix.backends.torch.parameters import BANK, Bank, Values, packed
+from flix.backends.torch.placing import Placed
+from flix.backends.torch.routing import ActiveRouting, AnyRouting, TracedRouting
+from flix.backends.torch.scaled import is_scaled_embedding, scaled
+from flix.backends.torch.state import FlixState
+from flix.backends.torch.sums import RoutedLinear, routed_forward, stack, traced_linear
+from flix.core.adapter.adapter import LayerShape
+from flix.core.adapter.flat import flat_layout
+from flix.core.adapter.initial import initial_pairs
 from flix.core.config.config import FlixConfig
-from flix.core.config.layout import LayerLayout
 from flix.core.errors import TargetError
+from flix.core.strategy.decide import check_strategy
 
 
 class FlixLinear(FlixLayer, nn.Linear):
@@ -60,7 +65,7 @@ class FlixLinear(FlixLayer, nn.Linear):
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self.flix_base = nn.Linear
-        self.attach(config, name, strategy)
+        _hold_bank(self, config, name, strategy)
 
     @property
     def d_in(self) -> int:
@@ -120,37 +125,35 @@ class FlixLinear(FlixLayer, nn.Linear):
     def _eager(
         self, x: Tensor, kernel: Tensor, bias: Tensor | None, routing: ActiveRouting
     ) -> Tensor:
-        """``[N, S, d_out]`` from x ``[N, S, d_in]``, by a plan made on the host."""
+        """``[N, S, d_out]`` from x ``[N, S, d_in]``, with ids that are known on the host."""
         count, length, _ = x.shape
-        plan = self._device_plan(x, routing)
+        placed = self._placed(x, routing)
         # A token of a generation: the union stays stacked until the next.
         token = length == 1 and not torch.is_grad_enabled()
         strategy = strategy_for(
-            self.flix_strategy, x, rows=plan.rows.shape[1], union=plan.union, stacked=token
+            self.flix_strategy, x, rows=placed.rows.shape[1], union=placed.union, stacked=token
         )
         self._check_single(routing, strategy)
-        if not plan.active or count == 0:
+        if not placed.active or count == 0:
             return with_grad(self._base(x, kernel, bias), self.training)
-        params = self._params(plan.active, routing, x.device)
+        values, carrier = self._values(placed, routing, x.device)
         straight = kernel if self.flix_transposed else kernel.t()
         if strategy == "fused":
-            half = len(params) // 2
             y: Tensor = routed_linear(
                 x,
                 straight,
                 bias,
-                plan.scale,
-                *plan.grouped(),
-                params[:half],
-                params[half:],
+                placed.scale,
+                *placed.grouped(),
+                *self._pairs_of(values, carrier),
                 strategy,
             )[0]
             return y
-        scale = plan.scale.to(x.dtype)
+        scale = placed.scale.to(x.dtype)
         if strategy == "masked" and token:
-            return self._step(x, straight, bias, scale, plan, params)
+            return self._step(x, straight, bias, scale, placed, values, routing)
         return RoutedLinear.apply(  # type: ignore[no-any-return, no-untyped-call]
-            x, straight, bias, scale, plan, strategy, *params
+            x, straight, bias, scale, carrier, placed, strategy, values
         )
 
     def _step(
@@ -159,16 +162,17 @@ class FlixLinear(FlixLayer, nn.Linear):
         kernel: Tensor,
         bias: Tensor | None,
         scale: Tensor,
-        plan: DevicePlan,
-        params: list[Tensor],
+        placed: Placed,
+        values: Values,
+        routing: ActiveRouting,
     ) -> Tensor:
-        """One token of a generation: the same plan and parameters as at the last one, stacked already."""
-        union = None
-        if not any(p.is_inference() for p in params):  # those do not say when they change
-            union = plan.stack(self, x.dtype, params, lambda: stack(params, x.dtype))
-        factor = plan.mask(x.dtype)
+        """One token of a generation, with the union that was stacked at the first."""
+        kept, key = routing.in_force(self.flix_state).kept, (self.flix_place, x.dtype)
+        if key not in kept:
+            kept[key] = stack(values, self.d_in, self.d_out, x.dtype)
+        factor = placed.mask(x.dtype)
         y, _ = routed_forward(
-            x, kernel, bias, scale, plan.rows, "masked", params, factor=factor, union=union
+            x, kernel, bias, scale, placed.rows, "masked", values, factor=factor, union=kept[key]
         )
         return y
 
@@ -176,20 +180,17 @@ class FlixLinear(FlixLayer, nn.Linear):
         self, x: Tensor, kernel: Tensor, bias: Tensor | None, routing: TracedRouting
     ) -> Tensor:
         """The same inside a compiled graph, where ids are known to the running graph alone."""
-        params = [(a, b) for _, a, b in self.pairs()]
-        width = routing.flat.shape[1]
-        if not params or width == 0:
+        layout, width = self.flix_layout, routing.flat.shape[1]
+        if not any(layout.ranks) or width == 0:
             return self._base(x, kernel, bias)
-        layout = self.flix_layout
         most = width * max(layout.ranks)
         strategy = strategy_for(self.flix_strategy, x, rows=most, union=None)
-        a: list[Tensor] = [a for a, _ in params]
-        b: list[Tensor] = [b for _, b in params]
+        a, b = self._traced_pairs(routing)
         if strategy != "fused" and x.device.type != "cpu":
             # No kernels here, and reading the ids on the host would stall the device.
-            rows, scale = self._traced_plan(x, routing)
-            bank_a, bank_b = torch.cat(a).to(x.dtype), torch.cat([p.t() for p in b]).to(x.dtype)
+            rows, scale = self._traced_rows(x, routing)
             base = self._base(x, kernel, bias)
+            bank_a, bank_b = torch.cat(a).to(x.dtype), torch.cat(b).to(x.dtype)
             return traced_linear(x, base, scale.to(x.dtype), rows, bank_a, bank_b, strategy)
         grouped = strategy == "fused" and torch.is_grad_enabled()
         rows, slots, scale, order, starts = routes(
@@ -243,7 +244,7 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
                 "an embedding with max_norm rewrites its kernel; it cannot be adapted"
             )
         self.flix_base = nn.Embedding
-        self.attach(config, name, strategy)
+        _hold_bank(self, config, name, strategy)
 
     @property
     def d_in(self) -> int:
@@ -263,43 +264,40 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
         tokens = x.reshape(count, length)
         if isinstance(routing, TracedRouting):
             return self._scaled(base + self._traced(tokens, routing, base.dtype).view_as(base))
-        plan = self._device_plan(x, routing)
+        placed = self._placed(x, routing)
         self._check_single(routing, self.flix_strategy)
-        if not plan.active or count == 0:
+        if not placed.active or count == 0:
             return with_grad(self._scaled(base), self.training)
-        params = self._params(plan.active, routing, base.device)
-        return self._scaled(base + self._sum(tokens, plan, params, base.dtype).view_as(base))
+        pairs = self._pairs_of(*self._values(placed, routing, base.device))
+        return self._scaled(base + self._sum(tokens, placed, pairs, base.dtype).view_as(base))
 
     def _scaled(self, y: Tensor) -> Tensor:
         """What transformers' scaled embeddings do to the looked-up row; the update is scaled with its kernel."""
         return scaled(self, y)
 
-    def _sum(
-        self, tokens: Tensor, plan: DevicePlan, params: list[Tensor], dtype: torch.dtype
-    ) -> Tensor:
+    def _sum(self, tokens: Tensor, placed: Placed, pairs: Values, dtype: torch.dtype) -> Tensor:
         """Feature by feature, over the rows that use it: A is as wide as the vocabulary, too large to stack."""
         total = tokens.new_zeros(*tokens.shape, self.d_out, dtype=dtype)
-        start, half = 0, len(plan.active)
-        for a, b in zip(params[:half], params[half:], strict=True):
+        start = 0
+        for a, b in zip(*pairs, strict=True):
             # The factor of a feature stands at the slots that hold the first row of its A.
-            first = (plan.rows == start) & (plan.scale.detach() != 0)
-            if plan.scale.requires_grad:
-                first = plan.rows == start  # a weight of 0 may still want its gradient
-            factor = torch.where(first, plan.scale, torch.zeros_like(plan.scale)).sum(1)
+            first = (placed.rows == start) & (placed.scale.detach() != 0)
+            if placed.scale.requires_grad:
+                first = placed.rows == start  # a weight of 0 may still want its gradient
+            factor = torch.where(first, placed.scale, torch.zeros_like(placed.scale)).sum(1)
             users = first.any(1).nonzero().squeeze(1)
             start += a.shape[0]
             h = F.embedding(tokens[users], a.t()).to(dtype)
-            part = (h * factor[users, None, None].to(dtype)) @ b.t().to(dtype)
+            part = (h * factor[users, None, None].to(dtype)) @ b.to(dtype)
             total = total.index_add(0, users, part)
         return total
 
     def _traced(self, tokens: Tensor, routing: TracedRouting, dtype: torch.dtype) -> Tensor:
-        params = [(a, b) for _, a, b in self.pairs()]
-        if not params:
+        pairs = self._traced_pairs(routing)
+        if not pairs[0]:
             return tokens.new_zeros(*tokens.shape, self.d_out, dtype=dtype)
-        rows, scale = self._traced_plan(self.weight, routing)
-        a = torch.cat([a for a, _ in params]).to(dtype)
-        b = torch.cat([b.t() for _, b in params]).to(dtype)
+        rows, scale = self._traced_rows(self.weight, routing)
+        a, b = torch.cat(pairs[0]).to(dtype), torch.cat(pairs[1]).to(dtype)
         mask = torch.zeros(scale.shape[0], a.shape[0], dtype=scale.dtype, device=scale.device)
         mask = mask.scatter_add(1, rows, scale).to(dtype)
         h = F.embedding(tokens, a.t()) * mask[:, None, :]
@@ -334,23 +332,53 @@ def adaptable(module: nn.Module) -> tuple[type[FlixLayer] | None, str]:
     return None, ""
 
 
-def become(
-    module: nn.Module,
-    config: FlixConfig,
-    name: str,
-    strategy: str,
-    layout: LayerLayout,
-    adapter: Adapter | None = None,
-) -> None:
-    """Turn a plain layer into its adapted class, in place: references, hooks and sharing stay as they are."""
+def become(module: nn.Module, name: str, place: int, state: FlixState) -> FlixLayer:
+    """Turn a plain layer into its adapted class, in place: references, hooks and sharing stay as they are.
+
+    Raises:
+        TargetError: it cannot be adapted.
+    """
     target, reason = adaptable(module)
     if target is None:
         raise TargetError(f"layer {name!r} cannot be adapted: {reason or type(module).__name__}")
     base = type(module)
     module.__class__ = target  # type: ignore[assignment]
     assert isinstance(module, FlixLayer)
-    module.flix_base = base
-    module.attach(config, name, strategy, layout, adapter)
+    _carry(module, name, place, state, base)
+    return module
+
+
+def _carry(
+    layer: FlixLayer, name: str, place: int, state: FlixState, base: type[nn.Module]
+) -> None:
+    vars(layer).update(
+        flix_name=name,
+        flix_place=place,
+        flix_state=state,
+        flix_strategy=state.strategy,
+        flix_base=base,
+    )
+
+
+def _hold_bank(layer: FlixLayer, config: FlixConfig, name: str, strategy: str) -> None:
+    """Give a layer that is used by hand features of its own, with their initial values, and freeze its base."""
+    check_strategy(strategy)
+    require_triton(strategy)
+    layer.requires_grad_(False)
+    kernel: Tensor = layer.weight  # type: ignore[assignment]
+    shape = LayerShape(layer.d_in, layer.d_out, layer.flix_kind)
+    layout, registry = flat_layout(config, {name: shape}), config.registry
+    bank = Bank(registry.features, layout).to(kernel.device)
+    ranks = {feature: config.rank(name, feature) for feature in registry.live}
+    pairs = initial_pairs(
+        seed=config.seed, layer=name, ranks=ranks, d_in=shape.d_in, d_out=shape.d_out
+    )
+    dtype = torch.float64 if kernel.dtype == torch.float64 else torch.float32
+    vectors = packed(layout, registry.features, [(name, pairs)], registry.live, dtype)
+    for feature, vector in vectors.items():
+        bank.hold(feature, nn.Parameter(torch.from_numpy(vector).to(kernel.device)))
+    _carry(layer, name, 0, FlixState(config, bank, strategy), layer.flix_base)
+    layer._modules[BANK] = bank
 
 
 def revert(module: FlixLayer) -> None:
@@ -358,8 +386,6 @@ def revert(module: FlixLayer) -> None:
     base = module.flix_base
     if "flix_kernel" in vars(module):  # merged in place: the base's own kernel comes back
         module.weight = vars(module)["flix_kernel"]
-    for name in ("flix_A", "flix_B"):
-        delattr(module, name)
     for name in [key for key in vars(module) if key.startswith("flix_")]:
         delattr(module, name)
     module.__class__ = base  # type: ignore[assignment]

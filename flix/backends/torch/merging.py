@@ -1,69 +1,72 @@
-"""One composition folded into a plain model, or written as one LoRA for PEFT and vLLM."""
+"""One composition in a plain model's kernels, for good or for a while, and what PEFT's files say of a model."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from flix.backends.torch._whole import whole_modules
-from flix.backends.torch.files import to_adapter
+from flix.backends import messages
+from flix.backends.protocol import Updates
+from flix.backends.torch.adapt import unadapt
+from flix.backends.torch.heads import whole_modules
+from flix.backends.torch.layer import FlixLayer, flix_layers
 from flix.backends.torch.layers import FlixConv1D
-from flix.backends.torch.model import RoutedModel, flix_layers, require_adapted, unadapt
-from flix.core.adapter.composition import Composition, composition, delta
-from flix.core.errors import RoutingError
-from flix.core.features.encoding import Row
-from flix.core.files import Path_
-from flix.core.peft.exporting import PeftExport, as_peft, cut_to_rank, with_modules, write_peft
+from flix.backends.torch.patches.models import RoutedModel
+from flix.core.adapter.composition import Composition
+from flix.core.peft.exporting import PeftFacts
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model")
+Torch = TypeVar("Torch", bound=nn.Module)
 
 
-def merge(model: Model, row: Row) -> Model:
-    """A plain copy of the model with one composition folded into its kernels; no flix layer is left.
+def merged(model: Model, active: Composition, update: Updates) -> Model:
+    """A plain copy of the model with an update added to each adapted layer's kernel.
 
     A kernel that other modules share (an embedding tied to the head) is untied where its layer is adapted, since
-    only that layer's kernel changes; the copy's configuration then says so.
-
-    The copy refuses ``flix_features``, which transformers' models would take for one of their many keywords, with a
-    :class:`flix.RoutingError` (a forward pre-hook does, see ``_forward_pre_hooks``; files do not hold it).
-
-    Args:
-        model: an adapted model; it is not changed.
-        row: the composition, ``{group: name | [names] | {name: weight}}``.
-
-    Raises:
-        FeatureError, RoutingError: a row that cannot be encoded, or that activates nothing.
-        TargetError: the model is not adapted.
+    only that layer's kernel changes; the copy's configuration then says so. The copy refuses ``flix_features``, which
+    transformers' models would take for one of their many keywords (a forward pre-hook does; files do not hold it).
     """
-    config = require_adapted(model, "merge")
-    active = composition(config, row)
-    adapter = to_adapter(model)
-    merged = copy.deepcopy(model)
-    transposed = {path: isinstance(layer, FlixConv1D) for path, layer in flix_layers(merged)}
-    unadapt(merged)
+    copied: Any = _copied(model)
+    straight = {path: _is_straight(layer) for path, layer in flix_layers(copied)}
+    unadapt(copied)
     users: dict[int, int] = {}
-    for module in merged.modules():
+    for module in copied.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 users[id(parameter)] = users.get(id(parameter), 0) + 1
-    for path, straight in transposed.items():
-        module = merged.get_submodule(path)
-        update = torch.from_numpy(delta(adapter, path, active))  # [d_out, d_in]
-        if straight or adapter.layers[path].kind == "embedding":
-            update = update.t()
+    for path in straight:
+        module = copied.get_submodule(path)
         weight: nn.Parameter = module.weight  # type: ignore[assignment]
+        value = _folded(weight, update(path), straight[path])
         with torch.no_grad():
-            value = (weight.double().cpu() + update).to(device=weight.device, dtype=weight.dtype)
             if users[id(weight)] == 1:
                 weight.copy_(value)
                 continue
             module.weight = nn.Parameter(value, requires_grad=weight.requires_grad)
-            _untie(getattr(merged, "config", None))
-    Merged.mark(merged, active)
-    return merged
+            _untie(getattr(copied, "config", None))
+    Merged.mark(copied, active)
+    return copied  # type: ignore[no-any-return]
+
+
+def _copied(model: Any) -> Any:
+    """A copy without the features' values, of which a composition needs few."""
+    return copy.deepcopy(model, {id(p): p for p in model.flix_bank.parameters()})
+
+
+def _is_straight(layer: FlixLayer) -> bool:
+    """Whether a layer's kernel is stored ``[d_in, d_out]``."""
+    return isinstance(layer, FlixConv1D) or layer.flix_kind == "embedding"
+
+
+def _folded(kernel: nn.Parameter, update: Any, straight: bool) -> torch.Tensor:
+    """A kernel plus an update ``[d_out, d_in]``, summed in float64, on its device and in its dtype."""
+    change = torch.from_numpy(update)
+    total = kernel.detach().double().cpu() + (change.t() if straight else change)
+    return torch.empty_like(kernel.detach()).copy_(total)
 
 
 class Merged:
@@ -96,10 +99,7 @@ class Merged:
         given = kwargs.get("flix_features") is not None or kwargs.get("flix_weights") is not None
         if isinstance(module, RoutedModel) or not given:
             return
-        raise RoutingError(
-            f"flix_features was given to a merged model; it holds the composition {self}, for all "
-            "rows. Call it without, or call the adapted model that it was merged from"
-        )
+        raise messages.merged(self)
 
     def __str__(self) -> str:
         parts = []
@@ -122,52 +122,57 @@ def _untie(settings: Any) -> None:
         settings.tie_word_embeddings = False
 
 
-def export_peft(
-    model: nn.Module, row: Row, directory: Path_, *, compress_to: int | None = None
-) -> PeftExport:
-    """Write one composition as a PEFT LoRA: exact, opened by PEFT and vLLM.
+def share_base(model: Torch) -> Torch:
+    """A plain model over the same base: every base parameter and buffer is the other model's own, not a copy.
 
-    Heads that were trained with the features go with it as whole modules (PEFT's ``modules_to_save``), which PEFT
-    opens and vLLM does not.
+    Adapted anew, it stands beside the first; two adapters then cost one base in memory::
+
+        other = load(share_base(model), "another adapter")
 
     Args:
-        model: an adapted model; it is not changed.
-        row: the composition.
-        directory: the folder to write; vLLM's flags call the LoRA by its name.
-        compress_to: cut the composition to this rank where it has a larger one, and say what that costs. Default:
-            never cut. (vLLM serves ranks up to 512.)
-
-    Returns:
-        The LoRA's rank, its error if it was cut, and whether vLLM serves it with which flags; print its ``message``.
-
-    Raises:
-        FeatureError, RoutingError: a row that cannot be encoded, or that activates nothing.
-        AdapterError: the composition has no update anywhere, or a trained parameter has no place in PEFT's format.
-        ConfigError: an ill-formed ``compress_to``.
-        TargetError: the model is not adapted.
+        model: a plain or adapted model; it is not changed.
     """
-    active = composition(require_adapted(model, "export_peft"), row)
-    adapter = to_adapter(model)
+    shared: dict[int, Any] = {id(value): value for value in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    if isinstance(twin, RoutedModel):
+        trainable = [p.requires_grad for p in model.parameters()]
+        unadapt(twin)
+        # The twin's parameters are the first's: unadapting must not unfreeze those.
+        for parameter, flag in zip(model.parameters(), trainable, strict=True):
+            parameter.requires_grad_(flag)
+    return twin
+
+
+def fold(model: nn.Module, row: Mapping[str, Any], update: Updates) -> None:
+    """Add an update to each adapted layer's kernel; the model then takes no routing."""
+    for path, layer in flix_layers(model):
+        kernel: nn.Parameter = layer.weight  # type: ignore[assignment]
+        # Another parameter, not other values: kernels that are tied to this one stay the base's.
+        vars(layer)["flix_kernel"] = kernel
+        value = _folded(kernel, update(path), _is_straight(layer))
+        layer.weight = nn.Parameter(value, requires_grad=False)
+    model.flix_state.folded = dict(row)  # type: ignore[union-attr]
+
+
+def unfold(model: nn.Module) -> None:
+    """Give every kernel its own bits back."""
+    for _, layer in flix_layers(model):
+        kernel, device = vars(layer).pop("flix_kernel"), layer.weight.device
+        kernel.data = kernel.data.to(device)  # the model may have been moved meanwhile
+        layer.weight = kernel
+    model.flix_state.folded = None  # type: ignore[union-attr]
+
+
+def peft_facts(model: nn.Module) -> PeftFacts:
+    """What PEFT's and vLLM's files say of an adapted model."""
     settings = getattr(model, "config", None)
-    conv = any(isinstance(layer, FlixConv1D) for _, layer in flix_layers(model))
-    config, tensors = as_peft(
-        adapter,
-        active,
+    return PeftFacts(
         target_modules=_suffixes(model),
-        fan_in_fan_out=conv,
+        architecture=type(model).__name__,
+        modules=whole_modules(model),
+        fan_in_fan_out=any(isinstance(layer, FlixConv1D) for _, layer in flix_layers(model)),
         base_model=getattr(settings, "name_or_path", None) or None,
         task_type=_task_type(model),
-    )
-    error = 0.0
-    if compress_to is not None:
-        config, tensors, error = cut_to_rank(config, tensors, compress_to)
-    config, tensors = with_modules(config, tensors, whole_modules(model))
-    return write_peft(
-        directory,
-        config,
-        tensors,
-        error=error,
-        architecture=type(model).__name__,
         encoder_decoder=bool(getattr(settings, "is_encoder_decoder", False)),
         vocabulary=getattr(settings, "vocab_size", None),
     )

@@ -4,49 +4,38 @@ With thousands of features a bank can outgrow the device, though a batch uses a 
 features' parameters (and so the optimizer's state) stay in host memory; a batch's features are copied to the device and
 kept there for the batches to come while they fit a budget, the least recently used going first. Routing is known before
 the step, so the coming batch's copies can be started early: ``pager.prefetch(next_routing)``. Gradients return to the
-host with the backward. The numbers are those of an unpaged model, bit for bit.
+host with the backward, a copy a feature. The numbers are those of an unpaged model, bit for bit.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from flix.backends.torch._context import ActiveRouting, host_ids
-from flix.backends.torch.model import flix_layers, require_adapted
+from flix.backends import messages
+from flix.backends.torch.layer import flix_layers
+from flix.backends.torch.parameters import Bank
+from flix.backends.torch.patches.models import RoutedModel
+from flix.backends.torch.routing import host_ids
+from flix.backends.torch.state import FlixState
 from flix.core.errors import ConfigError, listed
-from flix.core.features.registry import Feature
 from flix.core.features.routing import Routing
 
 
 @dataclass
 class _Page:
-    """One feature on the device: its pairs by layer, and the state of the host's parameters that they are copies of."""
+    """One feature's vector on the device, and the version of the host's that it is a copy of."""
 
-    values: dict[str, tuple[Tensor, Tensor]]
-    versions: tuple[int, ...]
-    size: int
-    stepped: bool = False  # whether an optimizer may have changed the host's parameters since
-    ready: Any = None  # the event after which the copies are there, on CUDA
-
-
-_pagers: weakref.WeakSet[Pager] = weakref.WeakSet()
-
-
-def _after_step(*_: Any) -> None:
-    for pager in _pagers:
-        pager.after_step()
-
-
-register_optimizer_step_post_hook(_after_step)
+    value: Tensor
+    version: int
+    stepped: bool = False  # whether an optimizer may have changed the host's since
+    ready: Any = None  # the event after which the copy is there, on CUDA
 
 
 class Pager:
@@ -60,18 +49,12 @@ class Pager:
         copied: bytes copied to the device in all.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, budget: int) -> None:
+    def __init__(self, bank: Bank, device: torch.device, budget: int) -> None:
         self.device, self.budget = device, budget
         self.resident = self.peak = self.copied = 0
         self._pages: OrderedDict[int, _Page] = OrderedDict()
-        self._model = model
-        self._layers = [layer for _, layer in flix_layers(model)]
-        _pagers.add(self)
+        self._bank = bank
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Copies of a model are not paged: their features are fetched layer by layer until they are."""
-        return None
 
     def prefetch(self, features: Any) -> None:
         """Start copying a coming batch's features to the device; the step that uses them then need not wait.
@@ -85,109 +68,72 @@ class Pager:
         ids = features.ids if isinstance(features, Routing) else host_ids(features)
         self._load(np.unique(ids[ids >= 0]).tolist())
 
-    def load(self, routing: ActiveRouting) -> None:
-        """Have a forward's features on the device.
+    def vectors(self, wanted: Mapping[int, Any]) -> dict[int, Tensor]:
+        """The vectors of some features on the device.
 
         Raises:
             ConfigError: they take more than the budget.
         """
-        ids = routing.flat
-        self._load({*np.unique(ids[ids >= 0]).tolist(), *routing.touched})
-
-    def values(self, layer: str, active: Iterable[int]) -> list[Tensor]:
-        """A of each active feature in a layer, then B of each, on the device."""
-        pages = [self._pages.get(i) for i in active]
-        if any(found is None for found in pages):
-            # Recomputation, after batches in between have taken the place.
-            self._load(set(active))
-            pages = [self._pages[i] for i in active]
+        self._load(wanted)
+        pages = {i: self._pages[i] for i in wanted}
         if self._stream is not None:
-            self._await([found for found in pages if found is not None])
-        pairs = [found.values[layer] for found in pages if found is not None]
-        return [*(a for a, _ in pairs), *(b for _, b in pairs)]
+            now = torch.cuda.current_stream(self.device)
+            for found in pages.values():
+                if found.ready is not None:
+                    now.wait_event(found.ready)
+                    found.value.record_stream(now)
+                    found.ready = None
+        return {i: found.value for i, found in pages.items()}
 
-    def _await(self, pages: list[_Page]) -> None:
-        now = torch.cuda.current_stream(self.device)
-        for found in pages:
-            if found.ready is not None:
-                now.wait_event(found.ready)
-                for pair in found.values.values():
-                    for tensor in pair:
-                        tensor.record_stream(now)
-                found.ready = None
-
-    def _load(self, wanted: Iterable[int]) -> None:
-        wanted = sorted(wanted)
-        parameters = {i: self._parameters(i) for i in wanted}
-        sizes = {i: sum(p.nbytes for _, p in parameters[i]) for i in wanted}
-        need = sum(sizes.values())
+    def _load(self, ids: Iterable[int]) -> None:
+        wanted = {i: p for i in sorted(ids) if (p := self._bank.parameter(i)) is not None}
+        need = sum(p.nbytes for p in wanted.values())
         if need > self.budget:
-            names = [":".join(self._features[i]) for i in wanted]
+            names = [":".join(self._bank.features[i]) for i in wanted]
             raise ConfigError(
                 f"the batch's {len(wanted)} features ({listed(names, 5)}) take {need:,} bytes on "
                 f"{self.device}, but the budget of page() is {self.budget:,}; raise the budget, or mix "
                 "fewer features in a batch"
             )
         missing = []
-        for i in wanted:
-            versions = tuple(p._version for _, p in parameters[i])
+        for i, parameter in wanted.items():
             known = self._pages.get(i)
-            if known is not None and known.versions == versions and not known.stepped:
+            if known is not None and known.version == parameter._version and not known.stepped:
                 self._pages.move_to_end(i)
                 continue
             if known is not None:
                 self._drop(i)
-            missing.append((i, versions))
-        kept = set(wanted)
-        for i in [i for i in self._pages if i not in kept]:
-            if self.resident + sum(sizes[j] for j, _ in missing) <= self.budget:
+            missing.append(i)
+        for i in [i for i in self._pages if i not in wanted]:
+            if self.resident + sum(wanted[j].nbytes for j in missing) <= self.budget:
                 break
             self._drop(i)
-        for i, versions in missing:
-            self._pages[i] = self._copied(parameters[i], versions, sizes[i])
-            self.resident += sizes[i]
-            self.copied += sizes[i]
+        for i in missing:
+            self._pages[i] = found = self._copied(wanted[i])
+            self.resident += found.value.nbytes
+            self.copied += found.value.nbytes
         self.peak = max(self.peak, self.resident)
 
     def forget(self) -> None:
-        """Drop every page: the model's features or layers have changed."""
+        """Drop every page: the model's features have changed."""
         self._pages.clear()
         self.resident = 0
-        self._layers = [layer for _, layer in flix_layers(self._model)]
 
     def after_step(self) -> None:
         """An optimizer has stepped: what has a gradient may have moved, and fused optimizers leave no other trace."""
         for i, found in self._pages.items():
-            if any(p.grad is not None for _, p in self._parameters(i)):
+            parameter = self._bank.parameter(i)
+            if parameter is None or parameter.grad is not None:
                 found.stepped = True
 
     def _drop(self, i: int) -> None:
-        self.resident -= self._pages.pop(i).size
+        self.resident -= self._pages.pop(i).value.nbytes
 
-    def _copied(
-        self, parameters: list[tuple[str, Tensor]], versions: tuple[int, ...], size: int
-    ) -> _Page:
-        values: dict[str, tuple[Tensor, Tensor]] = {}
+    def _copied(self, parameter: Tensor) -> _Page:
         with torch.no_grad(), torch.cuda.stream(self._stream):
-            copies = [p.to(self.device, non_blocking=True, copy=True) for _, p in parameters]
+            copy = parameter.to(self.device, non_blocking=True, copy=True)
             ready = self._stream.record_event() if self._stream is not None else None
-        for (layer, _), a, b in zip(parameters[::2], copies[::2], copies[1::2], strict=True):
-            values[layer] = a, b
-        return _Page(values, versions, size, ready=ready)
-
-    def _parameters(self, i: int) -> list[tuple[str, Tensor]]:
-        """(layer, A), (layer, B) of a feature in each layer where it has an update, on the host."""
-        feature = self._features[i]
-        return [
-            (layer.flix_name, bank[feature])
-            for layer in self._layers
-            if feature in layer.flix_A
-            for bank in (layer.flix_A, layer.flix_B)
-        ]
-
-    @property
-    def _features(self) -> tuple[Feature, ...]:
-        return self._model.flix_config.registry.features  # type: ignore[union-attr,return-value]
+        return _Page(copy, parameter._version, ready=ready)
 
 
 def page(model: nn.Module, budget: int, *, device: Any = None) -> Pager:
@@ -208,21 +154,17 @@ def page(model: nn.Module, budget: int, *, device: Any = None) -> Pager:
         TargetError: the model is not adapted.
         ConfigError: a budget below 1, or parameters that are sharded.
     """
-    require_adapted(model, "page")
+    state = _state(model, "page")
     if budget < 1:
         raise ConfigError(f"page() needs a budget of at least one byte, got {budget}")
-    layers = list(flix_layers(model))
-    where = torch.device(device) if device is not None else layers[0][1].weight.device  # type: ignore[arg-type]
-    assert isinstance(where, torch.device)
-    for path, layer in layers:
-        for _, *pair in layer.pairs():
-            for parameter in pair:
-                if hasattr(parameter, "device_mesh"):
-                    raise ConfigError(f"layer {path!r} is sharded; a sharded bank cannot be paged")
-                host = parameter.detach().cpu()
-                parameter.data = host.pin_memory() if where.type == "cuda" else host
-    pager = Pager(model, where, budget)
-    vars(model)["flix_pager"] = pager
+    where = _base_device(model) if device is None else torch.device(device)
+    for i, parameter in state.bank.held().items():
+        if hasattr(parameter, "device_mesh"):
+            name = ":".join(state.bank.features[i])
+            raise ConfigError(f"the parameter of {name} is sharded; a sharded bank cannot be paged")
+        host = parameter.detach().cpu()
+        parameter.data = host.pin_memory() if where.type == "cuda" else host
+    pager = state.pager = Pager(state.bank, where, budget)
     return pager
 
 
@@ -232,9 +174,17 @@ def unpage(model: nn.Module) -> None:
     Raises:
         TargetError: the model is not adapted.
     """
-    require_adapted(model, "unpage")
-    vars(model).pop("flix_pager", None)
-    for _, layer in flix_layers(model):
-        for _, *pair in layer.pairs():
-            for parameter in pair:
-                parameter.data = parameter.data.to(layer.weight.device)  # type: ignore[arg-type]
+    state = _state(model, "unpage")
+    state.pager = None
+    for parameter in state.bank.parameters():
+        parameter.data = parameter.data.to(_base_device(model))
+
+
+def _state(model: nn.Module, verb: str) -> FlixState:
+    if not isinstance(model, RoutedModel):
+        raise messages.not_adapted(verb, model)
+    return model.flix_state
+
+
+def _base_device(model: nn.Module) -> torch.device:
+    return next(layer.weight.device for _, layer in flix_layers(model))  # type: ignore[return-value]

@@ -12,10 +12,10 @@ import sys
 import torch
 import torch.distributed as dist
 
-from flix.backends.torch import adapt, named_pairs
+from flix.backends.torch import adapt
 from tests.helpers.registry import ROWS, config
 from tests.helpers.tolerance import assert_close
-from tests.helpers.torch import batch, make, output, randomize, routing
+from tests.helpers.torch import batch, live_pairs, make, output, randomize, routing
 
 
 def main(kind: str, rank: int, port: str) -> None:
@@ -25,7 +25,7 @@ def main(kind: str, rank: int, port: str) -> None:
     model = adapt(make("llama", torch.float32), config()).train()
     randomize(model)
     reference = copy.deepcopy(model)
-    start = {n: p.detach().clone() for n, p in named_pairs(model).items()}
+    start = {n: p.detach().clone() for n, p in live_pairs(model).items()}
     if kind == "ddp":
         runner = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     else:
@@ -56,8 +56,8 @@ def main(kind: str, rank: int, port: str) -> None:
             result.square().mean().backward()
             optimizer.step()
 
-    own = named_pairs(model)
-    for name, expected in named_pairs(reference).items():
+    own = live_pairs(model)
+    for name, expected in live_pairs(reference).items():
         found = own[name].detach()
         if hasattr(found, "full_tensor"):
             found = found.full_tensor()

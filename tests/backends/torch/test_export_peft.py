@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 import flix  # noqa: E402
 from flix import ConfigError  # noqa: E402
 from flix.backends.torch import adapt, export_peft, merge, remove_feature  # noqa: E402
-from flix.backends.torch.model import flix_layers  # noqa: E402
+from flix.backends.torch.layer import flix_layers  # noqa: E402
 from tests.helpers.peft import answer  # noqa: E402
 from tests.helpers.registry import config, registry  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far, relative  # noqa: E402

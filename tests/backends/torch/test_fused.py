@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from flix import ConfigError  # noqa: E402
-from flix.backends.torch import FlixConv1D, FlixLinear, adapt, named_pairs  # noqa: E402
+from flix.backends.torch import FlixConv1D, FlixLinear, adapt  # noqa: E402
 from flix.backends.torch.kernels.operators import (  # noqa: E402
     routed_linear,
     routed_linear_backward,
@@ -23,7 +23,7 @@ from flix.backends.torch.kernels.operators import (  # noqa: E402
 from flix.backends.torch.kernels.routes import group, routes  # noqa: E402
 from tests.helpers.registry import ROWS, config  # noqa: E402
 from tests.helpers.tolerance import assert_all_close  # noqa: E402
-from tests.helpers.torch import randomize, routing  # noqa: E402
+from tests.helpers.torch import layer_pairs, live_pairs, randomize, routing  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -47,16 +47,16 @@ def _layer(strategy, d_in, d_out, dtype=torch.float32, settings=None, bias=True)
     return layer.to(DEVICE)
 
 
-def _run(layer, shape, ids, weights, dtype=torch.float32):
+def _run(layer, shape, ids, weights, dtype=torch.float32, call=None):
     """Everything a step gives: the output and all gradients."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     x.requires_grad_()
     weights = weights.to(DEVICE).clone().requires_grad_()
-    y = layer(x, flix_features=ids, flix_weights=weights)
+    y = (call or layer)(x, flix_features=ids, flix_weights=weights)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
     y.backward(dy.to(DEVICE, y.dtype))
     found = {"y": y.detach(), "x": x.grad, "weights": weights.grad}
-    for feature, *pair in layer.pairs():
+    for feature, pair in layer_pairs(layer).items():
         for side, parameter in zip("AB", pair, strict=True):
             if parameter.grad is not None:
                 found[f"{side} {feature}"] = parameter.grad
@@ -151,7 +151,7 @@ def test_transposed_kernels_and_a_trained_base():
 def test_absent_features_get_no_gradient_in_eager_mode():
     layer = _layer("fused", 12, 9)
     _run(layer, (4, 6, 12), *routing([{"language": "hau", "task": "ner"}] * 4))
-    trained = {feature for feature, a, _ in layer.pairs() if a.grad is not None}
+    trained = {feature for feature, (a, _) in layer_pairs(layer).items() if a.grad is not None}
     assert trained == {("language", "hau"), ("task", "ner")}
 
 
@@ -187,7 +187,7 @@ def test_activation_checkpointing(reentrant):
         ids, weights = routing()
         model(x, flix_features=ids, flix_weights=weights.to(DEVICE)).sum().backward()
         gradients.append(
-            {n: p.grad.cpu() for n, p in named_pairs(model).items() if p.grad is not None}
+            {n: p.grad.cpu() for n, p in live_pairs(model).items() if p.grad is not None}
         )
     _agree(*gradients)
 
@@ -210,24 +210,11 @@ def test_compiled_whole_graph_gives_the_plain_result(dynamic):
         results = []
         for model, call in zip(models, (compiled, models[1]), strict=True):
             model.zero_grad()
-            found = _run(_Called(call, model), (count, length, 24), ids.to(DEVICE), weights)
+            found = _run(model[0], (count, length, 24), ids.to(DEVICE), weights, call=call)
             results.append(found)
         absent = {n for n in results[0] if n not in results[1]}
         assert all(not results[0].pop(n).any() for n in absent)
         _agree(*results)
-
-
-class _Called:
-    """A compiled model as ``_run`` takes it."""
-
-    def __init__(self, call, model):
-        self.call, self.model = call, model
-
-    def __call__(self, *args, **kwargs):
-        return self.call(*args, **kwargs)
-
-    def pairs(self):
-        return self.model[0].pairs()
 
 
 @pytest.mark.parametrize("length", [1, 5])
@@ -252,7 +239,7 @@ def _operands(strategy, length=5, dtype=torch.float32):
     ids = torch.tensor([[0, 1], [2, -1], [1, 2]], device=DEVICE)
     rows, _, factor, order, starts = routes(ids, (2, 1, 3), (1.0, 0.5, 2.0), False, True)
     a = [random(r, 7) for r in (2, 1, 3)]
-    b = [random(6, r) for r in (2, 1, 3)]
+    b = [random(r, 6) for r in (2, 1, 3)]
     return [
         random(3, length, 7),
         random(7, 6),

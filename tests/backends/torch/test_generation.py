@@ -51,12 +51,12 @@ def test_routing_may_be_a_routing_an_array_or_a_list(beams):
 
 def test_the_plan_of_a_generation_is_made_once(monkeypatch):
     """Also with weights; changing them in place, or the ids, makes another."""
-    from flix.backends.torch import _context
+    from flix.backends.torch import routing as routings
 
     calls = []
-    plan_union = _context.plan_union
+    plan_union = routings.plan_union
     monkeypatch.setattr(
-        _context, "plan_union", lambda *args: calls.append(args) or plan_union(*args)
+        routings, "plan_union", lambda *args: calls.append(args) or plan_union(*args)
     )
     model = _model("llama")
     ids, weights = routing()

@@ -18,14 +18,13 @@ from flix.backends.torch import (  # noqa: E402
     export_peft,
     import_peft,
     load,
-    named_pairs,
     save,
 )
-from flix.backends.torch.model import flix_layers  # noqa: E402
+from flix.backends.torch.layer import flix_layers  # noqa: E402
 from tests.helpers.peft import answer, fill, make_lora  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
-from tests.helpers.torch import ask, batch, make, output, randomize  # noqa: E402
+from tests.helpers.torch import ask, batch, live_pairs, make, output, randomize  # noqa: E402
 
 # Models are in float64 here, and their LoRAs stored in float32.
 
@@ -122,13 +121,13 @@ def test_into_an_adapted_model_that_lacks_their_layers(tmp_path):
     randomize(model)
     row = {"language": "swa", "task": "pos"}
     before = ask(model, "llama", [row] * 4)
-    values = {name: p.detach().clone() for name, p in named_pairs(model).items()}
+    values = {name: p.detach().clone() for name, p in live_pairs(model).items()}
     adapted = {path for path, _ in flix_layers(model)}
     import_peft(model, folders, "lora")
     registry = model.flix_config.registry
     assert registry.id("language", "swa") == 1 and registry.groups == ("language", "task", "lora")
     assert {path for path, _ in flix_layers(model)} > adapted
-    assert all(torch.equal(named_pairs(model)[name], value) for name, value in values.items())
+    assert all(torch.equal(live_pairs(model)[name], value) for name, value in values.items())
     found = ask(model, "llama", [row, {"lora": "ner"}, {"lora": "pos"}, {"lora": "topic"}])
     assert_close(found[0], before[0])
     for position, name in enumerate(THREE, start=1):
@@ -152,13 +151,13 @@ def test_what_was_imported_trains_on_and_is_exported_anew(tmp_path):
     model = import_peft(make("llama"), folders, "task").train()
     registry = model.flix_config.registry
     ids = torch.from_numpy(registry.encode([{"task": "ner"}] * 4).ids)
-    before = {name: p.detach().clone() for name, p in named_pairs(model).items()}
+    before = {name: p.detach().clone() for name, p in live_pairs(model).items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
     for _ in range(3):
         optimizer.zero_grad()
         output(model(**batch("llama"), flix_features=ids)).square().mean().backward()
         optimizer.step()
-    for name, value in named_pairs(model).items():
+    for name, value in live_pairs(model).items():
         assert torch.equal(value, before[name]) == (not name.endswith(".ner")), name
     trained = ask(model, "llama", [{"task": "ner"}] * 4)
     assert_far(trained, wanted["ner"], at_least=1e-2)

@@ -13,11 +13,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from flix import ConfigError  # noqa: E402
-from flix.backends.torch import FlixLinear, adapt, named_pairs  # noqa: E402
+from flix.backends.torch import FlixLinear, adapt  # noqa: E402
 from flix.backends.torch.kernels import choice  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
 from tests.helpers.tolerance import assert_close  # noqa: E402
-from tests.helpers.torch import randomize, routing  # noqa: E402
+from tests.helpers.torch import live_pairs, randomize, routing  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -121,14 +121,14 @@ def test_compiled_models_do_not_touch_absent_features(strategy):
     model, compiled = _compiled(strategy)
     ids, weights = routing([{"language": "hau", "task": "pos"}, {"task": "pos"}])
     with torch.no_grad():
-        for name, parameter in named_pairs(model).items():
+        for name, parameter in live_pairs(model).items():
             if not name.endswith((".hau", ".pos")):
                 parameter.fill_(float("nan"))
     x = torch.randn(2, 9, 6)
     y = compiled(x, flix_features=ids, flix_weights=weights)
     assert_close(y, model(x, flix_features=ids, flix_weights=weights), dtype="float32")
     y.sum().backward()
-    for name, parameter in named_pairs(model).items():
+    for name, parameter in live_pairs(model).items():
         assert parameter.grad.isfinite().all()
         assert bool(parameter.grad.any()) == name.endswith((".hau", ".pos")), name
 

@@ -69,7 +69,7 @@ def test_gradcheck_of_every_input(strategy):
     weights = weights.double().requires_grad_()
     x = torch.randn(3, 4, 6, dtype=torch.float64, requires_grad=True)
     layer.requires_grad_(True)
-    used = [layer.flix_A[("task", "pos")], layer.flix_B[("task", "pos")], layer.weight, layer.bias]
+    used = [layer.flix_bank.parameter(("task", "pos")), layer.weight, layer.bias]
 
     def run(x, w, *params):
         return layer(x, flix_features=ids, flix_weights=w)

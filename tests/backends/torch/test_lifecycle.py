@@ -18,15 +18,14 @@ from flix.backends.torch import (  # noqa: E402
     export_peft,
     load,
     merge,
-    named_pairs,
     save,
     summary,
     trainable_parameters,
 )
-from flix.backends.torch.model import flix_layers  # noqa: E402
+from flix.backends.torch.layer import flix_layers  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
-from tests.helpers.torch import batch, make, output, randomize, routing  # noqa: E402
+from tests.helpers.torch import batch, live_pairs, make, output, randomize, routing  # noqa: E402
 
 ROW = {"language": "swa", "task": "pos"}
 
@@ -115,7 +114,7 @@ def test_add_feature_trains_alone_and_keeps_the_rest():
     ids, weights = routing()
     inputs = batch("llama")
     before_out = output(model(**inputs, flix_features=ids, flix_weights=weights))
-    before = {n: p.detach().clone() for n, p in named_pairs(model).items()}
+    before = {n: p.detach().clone() for n, p in live_pairs(model).items()}
     add_feature(model, "language", "ibo", rank=3)
     same = output(model(**inputs, flix_features=ids, flix_weights=weights))
     assert_close(same, before_out)
@@ -128,7 +127,7 @@ def test_add_feature_trains_alone_and_keeps_the_rest():
         opt.zero_grad()
         output(model(**inputs, flix_features=new_ids)).sum().backward()
         opt.step()
-    after = named_pairs(model)
+    after = live_pairs(model)
     assert all(torch.equal(after[n], p) for n, p in before.items())
     assert all(after[n].any() for n in after if n.endswith(".ibo"))
 
@@ -219,8 +218,8 @@ def test_rename_translates_layer_paths(tmp_path):
 
     for rename in ({"0": "a", "1": "b"}, lambda path: "ab"[int(path)]):
         net = load(Net(), tmp_path, rename=rename)
-        values = named_pairs(net)
-        for name, value in named_pairs(source).items():
+        values = live_pairs(net)
+        for name, value in live_pairs(source).items():
             path, rest = name.split(".", 1)
             assert torch.equal(values[f"{'ab'[int(path)]}.{rest}"], value)
 
@@ -230,7 +229,7 @@ def test_a_file_reads_without_torch(tmp_path):
     save(model, tmp_path)
     adapter = flix.load_adapter(tmp_path)
     a, b = adapter.pair("model.layers.0.mlp.up_proj", ("task", "pos"))
-    np.testing.assert_array_equal(a, named_pairs(model)["model.layers.0.mlp.up_proj.A.task.pos"].detach())  # fmt: skip
+    np.testing.assert_array_equal(a, live_pairs(model)["model.layers.0.mlp.up_proj.A.task.pos"].detach())  # fmt: skip
     assert a.shape == (4, 16) and b.shape == (24, 4)
 
 

@@ -9,11 +9,20 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from flix.backends.torch import adapt, named_pairs  # noqa: E402
-from flix.backends.torch.model import flix_layers  # noqa: E402
+from flix.backends.torch import adapt  # noqa: E402
+from flix.backends.torch.layer import flix_layers  # noqa: E402
 from tests.helpers.registry import ROWS, config  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
-from tests.helpers.torch import MODELS, batch, dense_model, make, output, randomize, routing  # noqa: E402
+from tests.helpers.torch import (  # noqa: E402
+    MODELS,
+    batch,
+    dense_model,
+    live_pairs,
+    make,
+    output,
+    randomize,
+    routing,
+)
 
 TARGETS = {
     "linear": {},
@@ -53,7 +62,7 @@ def test_mixed_batch_equals_dense_rows(name, dtype, kind, strategy):
     project = torch.randn(found.shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
     (found * project).sum().backward()
     (expected * project).sum().backward()
-    for pair_name, parameter in named_pairs(adapted).items():
+    for pair_name, parameter in live_pairs(adapted).items():
         leaf = leaves[pair_name]
         if ".zul" in pair_name:
             assert parameter.grad is None, f"{pair_name} is absent from the batch"
@@ -74,14 +83,14 @@ def test_single_equals_the_others_and_refuses_mixed_rows(name):
     gathered = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
     project = torch.randn(gathered.shape, dtype=torch.float64)
     (gathered * project).sum().backward()
-    grads = {n: p.grad.clone() for n, p in named_pairs(adapted).items() if p.grad is not None}
+    grads = {n: p.grad.clone() for n, p in live_pairs(adapted).items() if p.grad is not None}
     adapted.zero_grad()
     for _, layer in flix_layers(adapted):
         layer.flix_strategy = "single"
     single = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
     assert_close(single, gathered)
     (single * project).sum().backward()
-    for n, p in named_pairs(adapted).items():
+    for n, p in live_pairs(adapted).items():
         assert (p.grad is None) == (n not in grads)
         if n in grads:
             assert_close(p.grad, grads[n])

@@ -12,14 +12,13 @@ from flix.backends.torch import (  # noqa: E402
     adapt,
     add_feature,
     merge,
-    named_pairs,
     page,
     save,
     trainable_parameters,
     unpage,
 )
 from tests.helpers.tolerance import assert_close, assert_same_bits  # noqa: E402
-from tests.helpers.torch import llama, randomize, t5  # noqa: E402
+from tests.helpers.torch import live_pairs, llama, randomize, t5  # noqa: E402
 
 LANGUAGES = [f"l{i}" for i in range(60)]
 REGISTRY = flix.FeatureRegistry({"language": LANGUAGES, "task": ["ner", "pos"]})
@@ -34,7 +33,7 @@ def adapted(base=llama, **changes):
 
 
 def total(model):
-    return sum(p.nbytes for p in named_pairs(model).values())
+    return sum(p.nbytes for p in live_pairs(model).values())
 
 
 def batches(count, rows=3, seed=0):
@@ -72,10 +71,10 @@ def test_training_ten_times_the_budget_is_bit_identical(base, checkpointing, fus
     if checkpointing:
         for model in (plain, paged):
             model.gradient_checkpointing_enable()
-    before = {name: p.detach().clone() for name, p in named_pairs(paged).items()}
+    before = {name: p.detach().clone() for name, p in live_pairs(paged).items()}
     losses = train(paged, pager, fused=fused), train(plain, fused=fused)
     assert_same_bits(*losses)
-    after, wanted = named_pairs(paged), named_pairs(plain)
+    after, wanted = live_pairs(paged), live_pairs(plain)
     moved = 0
     for name, value in wanted.items():
         assert torch.equal(after[name], value), name
@@ -110,7 +109,7 @@ def test_prefetched_pages_are_not_copied_again_and_stale_ones_are():
     with torch.no_grad():
         first = model(input_ids=tokens, flix_features=ids).logits
         assert pager.copied == copied
-        for parameter in named_pairs(model).values():
+        for parameter in live_pairs(model).values():
             parameter.mul_(2.0)
         second = model(input_ids=tokens, flix_features=ids).logits
     assert pager.copied == 2 * copied and not torch.equal(first, second)
@@ -205,7 +204,7 @@ def test_compiling_a_paged_model_is_refused():
 def test_on_a_card_the_features_stay_on_the_host():
     plain, paged = adapted().cuda(), adapted().cuda()
     pager = page(paged, total(paged) // 10)
-    assert all(p.device.type == "cpu" and p.is_pinned() for p in named_pairs(paged).values())
+    assert all(p.device.type == "cpu" and p.is_pinned() for p in live_pairs(paged).values())
     made = [(t.cuda(), i.cuda()) for t, i in batches(4)]
     for tokens, ids in made:
         pager.prefetch(ids)
@@ -215,8 +214,8 @@ def test_on_a_card_the_features_stay_on_the_host():
             loss.backward()
             losses.append(loss.detach())
         assert torch.equal(*losses)
-    for name, parameter in named_pairs(paged).items():
-        other = named_pairs(plain)[name]
+    for name, parameter in live_pairs(paged).items():
+        other = live_pairs(plain)[name]
         assert (parameter.grad is None) == (other.grad is None)
         if other.grad is not None:
             assert torch.equal(parameter.grad, other.grad.cpu())

@@ -20,7 +20,6 @@ from flix.backends.torch import (  # noqa: E402
     load_features,
     merge,
     merge_in_place,
-    named_pairs,
     page,
     remove_feature,
     rename_feature,
@@ -31,11 +30,11 @@ from flix.backends.torch import (  # noqa: E402
     trainable_parameters,
     unmerge,
 )
-from flix.backends.torch.model import flix_layers  # noqa: E402
+from flix.backends.torch.layer import flix_layers  # noqa: E402
 from tests.helpers.claims import over  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
-from tests.helpers.torch import batch, make, output, randomize, routing  # noqa: E402
+from tests.helpers.torch import batch, live_pairs, make, output, parameters_of, randomize, routing  # noqa: E402
 from tests.helpers.zoo import RELATIVES, ZOO, inputs_of  # noqa: E402
 
 ROW = {"language": "swa", "task": "pos"}
@@ -56,7 +55,7 @@ def run(model, name="llama", rows=None):
 
 
 def values(model):
-    return {name: p.detach().clone() for name, p in named_pairs(model).items()}
+    return {name: p.detach().clone() for name, p in live_pairs(model).items()}
 
 
 # Leaving and other names
@@ -64,14 +63,16 @@ def values(model):
 
 def test_removal_takes_a_features_update_and_nothing_else():
     model = adapted()
-    before, kept = values(model), dict(named_pairs(model))
+    before, kept = values(model), parameters_of(model)
     wanted = run(model, rows=[{"language": "swa"}, {"task": "ner"}])
     remove_feature(model, "language", "hau")
-    after = named_pairs(model)
+    after = live_pairs(model)
     assert (
         {n for n in before if n not in after} == {n for n in before if n.endswith(".hau")} != set()
     )
-    assert all(after[n] is kept[n] for n in after)  # an optimizer's state stays with them
+    # An optimizer's state stays with the parameters.
+    assert parameters_of(model).keys() == kept.keys() - {("language", "hau")}
+    assert all(p is kept[f] for f, p in parameters_of(model).items())
     assert_close(run(model, rows=[{"language": "swa"}, {"task": "ner"}]), wanted)
     with pytest.raises(FeatureError, match="no feature 'hau'"):
         run(model, rows=[{"language": "hau"}])
@@ -89,15 +90,18 @@ def test_a_removed_feature_comes_back_afresh_under_its_id(tmp_path):
     assert again.flix_config.registry.id("language", "swa") == 1
     fresh = adapt(make("llama"), config(ranks={**config().ranks, ("language", "swa"): 2}))
     name = "model.layers.0.self_attn.q_proj.A.language.swa"
-    assert torch.equal(named_pairs(again)[name], named_pairs(fresh)[name])
+    assert torch.equal(live_pairs(again)[name], live_pairs(fresh)[name])
 
 
 def test_renaming_keeps_ids_parameters_and_outputs():
     model = adapted()
-    before, wanted = dict(named_pairs(model)), run(model)
+    kept, before, wanted = parameters_of(model), values(model), run(model)
     rename_feature(model, "language", "swa", "swh")
-    after = named_pairs(model)
-    assert all(after[n.replace(".swa", ".swh")] is p for n, p in before.items())
+    names = {("language", "swa"): ("language", "swh")}
+    after = parameters_of(model)
+    assert len(after) == len(kept) and all(after[names.get(f, f)] is p for f, p in kept.items())
+    now = values(model)
+    assert all(torch.equal(now[n.replace(".swa", ".swh")], p) for n, p in before.items())
     found = run(
         model,
         rows=[{**ROW, "language": "swh"}, {"language": "hau", "task": "ner"}, {"task": "pos"}],
@@ -139,11 +143,13 @@ def test_one_language_is_shared_without_the_rest(name, tmp_path):
     share = flix.load_adapter(tmp_path)
     assert share.config.registry.features == (("language", "kin"),)
     before = values(taker)
-    assert load_features(taker, tmp_path) == (("language", "kin"),)
-    after = named_pairs(taker)
+    features = taker.flix_config.registry.features
+    assert load_features(taker, tmp_path) is taker
+    assert taker.flix_config.registry.features == (*features, ("language", "kin"))
+    after = live_pairs(taker)
     assert all(torch.equal(after[n], p) for n, p in before.items())
     new = [n for n in after if n not in before]
-    assert new and all(torch.equal(after[n], named_pairs(giver)[n]) for n in new)
+    assert new and all(torch.equal(after[n], live_pairs(giver)[n]) for n in new)
     rows = [{"language": "kin"}]
     assert_close(run(taker, name, rows), run(giver, name, rows))
 
@@ -157,14 +163,12 @@ def test_conflicts_with_the_models_own_features(tmp_path):
         match=r"5 feature\(s\) differ .*language:hau \(the model and the adapter: other",
     ):
         load_features(taker, tmp_path)
-    assert load_features(taker, tmp_path, {"language": "swa"}, conflicts="keep") == ()
-    assert all(torch.equal(p, before[n]) for n, p in named_pairs(taker).items())
-    replaced = load_features(
-        taker, tmp_path, {"language": "swa", "task": "pos"}, conflicts="replace"
-    )
-    assert replaced == (("language", "swa"), ("task", "pos"))
+    load_features(taker, tmp_path, {"language": "swa"}, conflicts="keep")
+    assert all(torch.equal(p, before[n]) for n, p in live_pairs(taker).items())
+    load_features(taker, tmp_path, {"language": "swa", "task": "pos"}, conflicts="replace")
+    assert taker.flix_config.registry == giver.flix_config.registry
     assert_close(run(taker, rows=[ROW]), wanted)
-    assert torch.equal(named_pairs(taker)["model.layers.0.self_attn.q_proj.A.task.ner"],
+    assert torch.equal(live_pairs(taker)["model.layers.0.self_attn.q_proj.A.task.ner"],
                        before["model.layers.0.self_attn.q_proj.A.task.ner"])  # fmt: skip
 
 
@@ -172,7 +176,7 @@ def test_every_feature_may_be_replaced_at_once():
     taker = adapted(seed=1)
     load_features(taker, to_adapter(adapted()), conflicts="replace", freeze_others=True)
     assert_close(run(taker), run(adapted()))
-    assert all(p.requires_grad for p in named_pairs(taker).values())
+    assert all(p.requires_grad for p in live_pairs(taker).values())
 
 
 def test_features_bring_layers_that_were_not_adapted():
@@ -289,7 +293,7 @@ def test_a_merged_model_saves_its_features(tmp_path):
     merge_in_place(model, ROW)
     save(model, tmp_path)
     again = load(make("llama"), tmp_path)
-    assert all(torch.equal(p, before[n]) for n, p in named_pairs(again).items())
+    assert all(torch.equal(p, before[n]) for n, p in live_pairs(again).items())
 
 
 # Two adapters, one base

@@ -10,10 +10,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from flix import RoutingError  # noqa: E402
-from flix.backends.torch import adapt, named_pairs, trainable_parameters  # noqa: E402
+from flix.backends.torch import adapt, trainable_parameters  # noqa: E402
 from tests.helpers.registry import ROWS, config  # noqa: E402
 from tests.helpers.tolerance import assert_close  # noqa: E402
-from tests.helpers.torch import MODELS, batch, make, output, randomize, routing  # noqa: E402
+from tests.helpers.torch import MODELS, batch, live_pairs, make, output, randomize, routing  # noqa: E402
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
@@ -40,10 +40,10 @@ def test_absent_features_are_bit_identical_under_any_optimizer(optimizer):
     inputs = batch("llama", rows=2)
     # swa and pos get momentum first, and are then absent.
     _step(model, opt, [{"language": "swa", "task": "pos"}] * 2, inputs)
-    before = {name: p.detach().clone() for name, p in named_pairs(model).items()}
+    before = {name: p.detach().clone() for name, p in live_pairs(model).items()}
     for _ in range(3):
         _step(model, opt, [{"language": "hau", "task": "ner"}, {"language": "hau"}], inputs)
-    moved = {n for n, p in named_pairs(model).items() if not torch.equal(p, before[n])}
+    moved = {n for n, p in live_pairs(model).items() if not torch.equal(p, before[n])}
     assert moved == {n for n in before if n.endswith((".language.hau", ".task.ner"))}
 
 
@@ -63,7 +63,7 @@ def _gradients(model, inputs, ids, weights):
     result = output(model(**inputs, flix_features=ids, flix_weights=weights))
     project = torch.randn(result.shape, generator=torch.Generator().manual_seed(3))
     (result * project.to(result.dtype)).sum().backward()
-    return {n: p.grad.clone() for n, p in named_pairs(model).items() if p.grad is not None}
+    return {n: p.grad.clone() for n, p in live_pairs(model).items() if p.grad is not None}
 
 
 def _enable(model, reentrant: bool) -> None:
@@ -116,7 +116,7 @@ def test_checkpointing_keeps_two_pending_forwards_apart(reentrant):
         total = total + (result * project.to(result.dtype)).sum()
     total.backward()
     for name, gradient in expected.items():
-        assert_close(dict(named_pairs(model))[name].grad, gradient, name=name)
+        assert_close(dict(live_pairs(model))[name].grad, gradient, name=name)
 
 
 def test_checkpointing_in_a_users_own_model_and_on_another_thread():
@@ -142,7 +142,7 @@ def test_checkpointing_in_a_users_own_model_and_on_another_thread():
     ids, weights = routing()
     x = torch.randn(4, 5, 8, dtype=torch.float64)
     model(x, flix_features=ids, flix_weights=weights).sum().backward()
-    expected = {n: p.grad.clone() for n, p in named_pairs(model).items() if p.grad is not None}
+    expected = {n: p.grad.clone() for n, p in live_pairs(model).items() if p.grad is not None}
     for reentrant in (True, False):
         model.reentrant = reentrant
         model.zero_grad()
@@ -150,7 +150,7 @@ def test_checkpointing_in_a_users_own_model_and_on_another_thread():
         thread = threading.Thread(target=loss.backward)
         thread.start()
         thread.join()
-        found = {n: p.grad for n, p in named_pairs(model).items() if p.grad is not None}
+        found = {n: p.grad for n, p in live_pairs(model).items() if p.grad is not None}
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             assert_close(found[name], gradient)
@@ -174,7 +174,7 @@ def _sum_gradients(model, inputs, ids, weights, slices):
         some = {name: value[part] for name, value in inputs.items()}
         result = output(model(**some, flix_features=ids[part], flix_weights=weights[part]))
         (result * torch.linspace(-1, 1, result.shape[-1], dtype=result.dtype)).sum().backward()
-    return {n: p.grad.clone() for n, p in named_pairs(model).items() if p.grad is not None}
+    return {n: p.grad.clone() for n, p in live_pairs(model).items() if p.grad is not None}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -188,7 +188,7 @@ def test_autocast_is_close_to_float32_and_trains_float32_pairs(name):
         mixed = output(model(**inputs, flix_features=ids, flix_weights=weights))
     assert_close(mixed, plain, dtype="bfloat16", times=3)
     mixed.float().sum().backward()
-    gradients = [p.grad for p in named_pairs(model).values() if p.grad is not None]
+    gradients = [p.grad for p in live_pairs(model).values() if p.grad is not None]
     assert gradients and all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
 
 
@@ -196,7 +196,7 @@ def test_a_half_precision_base_keeps_float32_pairs():
     model = adapt(make("llama", torch.bfloat16), config()).train()
     randomize(model)
     ids, weights = routing()
-    assert {p.dtype for p in named_pairs(model).values()} == {torch.float32}
+    assert {p.dtype for p in live_pairs(model).values()} == {torch.float32}
     result = output(model(**batch("llama"), flix_features=ids, flix_weights=weights))
     assert result.dtype == torch.bfloat16
     result.float().sum().backward()
@@ -221,9 +221,11 @@ def test_an_empty_batch_passes():
 
 def test_training_without_routing_is_an_error():
     model = adapt(make("llama"), config()).train()
-    with pytest.raises(RoutingError, match="in training without routing"):
+    with pytest.raises(RoutingError, match="called without routing"):
         model(**batch("llama"))
-    with pytest.raises(RoutingError, match=r"'model\.layers\.0\.self_attn\.q_proj'.*in training"):
+    with pytest.raises(
+        RoutingError, match=r"'model\.layers\.0\.self_attn\.q_proj'.*no routing is in force"
+    ):
         model.model(**batch("llama"))
     model.eval()
     with pytest.warns(UserWarning, match="base model answers alone"):
@@ -260,10 +262,10 @@ def test_compiled_whole_graph_gives_the_plain_result(backend, strategy):
                 optimizer.step()
                 results.append(result)
             assert_close(results[0], results[1], times=10)
-    for name, parameter in named_pairs(reference).items():
-        assert_close(named_pairs(model)[name], parameter, name=name, times=100)
-    untouched = [n for n in named_pairs(model) if n.endswith(".zul")]
+    for name, parameter in live_pairs(reference).items():
+        assert_close(live_pairs(model)[name], parameter, name=name, times=100)
+    untouched = [n for n in live_pairs(model) if n.endswith(".zul")]
     fresh = adapt(make("llama", torch.float32), config())
     randomize(fresh)
     for name in untouched:
-        assert torch.equal(named_pairs(model)[name], named_pairs(fresh)[name])
+        assert torch.equal(live_pairs(model)[name], live_pairs(fresh)[name])

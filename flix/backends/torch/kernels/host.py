@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flix.backends.torch._ops import routed_backward, routed_forward
-from flix.core.errors import ConfigError
+from flix.backends import messages
+from flix.backends.torch.sums import routed_backward, routed_forward
 
 
 class _Used:
@@ -29,10 +29,7 @@ class _Used:
         host = host[:, : self.width].astype(np.int64)
         if strategy == "single" and len(host) and (host != host[0]).any():
             row = int(np.argmax((host != host[0]).any(axis=1)))
-            raise ConfigError(
-                f"strategy 'single' needs one composition for all rows, but row {row} differs from "
-                "row 0; use 'auto', 'gather' or 'masked'"
-            )
+            raise messages.rows_differ(row)
         ranks = np.asarray([p.shape[0] for p in a])
         ends = np.cumsum(ranks)
         used = host >= 0
@@ -43,8 +40,8 @@ class _Used:
         shift[self.features] = np.cumsum(mine) - ends[self.features]
         self.rows = torch.from_numpy(np.where(used, host + shift[owner], 0))
 
-    def params(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-        return [*(a[i] for i in self.features), *(b[i] for i in self.features)]
+    def values(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return [a[i] for i in self.features], [b[i] for i in self.features]
 
 
 _SMALL = 1 << 16
@@ -79,7 +76,7 @@ def forward(
         y = flat @ kernel if bias is None else torch.addmm(bias, flat, kernel)
         return y.view(count, length, -1), h
     factor = scale[:, : used.width].to(x.dtype)
-    y, ranks = routed_forward(x, kernel, bias, factor, used.rows, strategy, used.params(a, b))
+    y, ranks = routed_forward(x, kernel, bias, factor, used.rows, strategy, used.values(a, b))
     if strategy != "masked":
         h[..., : used.width] = ranks
     return y, h
@@ -103,19 +100,18 @@ def backward(
     d_in, d_out = x.shape[2], dy.shape[2]
     bank = sum(p.shape[0] for p in a)
     d_a = _zeros(bank * d_in, a[0].dtype).view(bank, d_in)
-    d_b = _zeros(bank * d_out, a[0].dtype)
+    d_b = _zeros(bank * d_out, a[0].dtype).view(bank, d_out)
     d_scale = scale.new_zeros(scale.shape if need_scale else 0)
     used = _Used(rows, a, strategy)
     if used.width == 0 or x.numel() == 0:
         plain = (dy.flatten(0, 1) @ kernel.t()).view_as(x) if need_x else torch.empty_like(x)
         return plain, d_scale, d_a, d_b
-    params = used.params(a, b)
+    values = used.values(a, b)
     factor = scale[:, : used.width].to(x.dtype)
     ranks = h[..., : used.width].to(x.dtype)
     if strategy == "masked":
-        stacked = torch.cat(params[: len(params) // 2]).to(x.dtype)
-        ranks = torch.matmul(x, stacked.t())
-    dx, d_factor, da, db = routed_backward(
+        ranks = torch.matmul(x, torch.cat(values[0]).to(x.dtype).t())
+    dx, d_factor, d_pairs = routed_backward(
         dy.contiguous(),
         x,
         kernel,
@@ -123,18 +119,17 @@ def backward(
         used.rows,
         ranks,
         strategy,
-        params,
+        values,
         need_x=need_x,
         need_scale=need_scale,
     )
+    assert d_pairs is not None
     if d_factor is not None:
         d_scale[:, : used.width] = d_factor
-    starts = np.cumsum([0, *(p.shape[0] for p in a)])
-    place = 0
-    for i in used.features:
-        start, end = int(starts[i]), int(starts[i + 1])
-        rank = end - start
-        d_a[start:end] = da[place : place + rank]
-        d_b[start * d_out : end * d_out].view(d_out, rank).copy_(db[place : place + rank].t())
-        place += rank
+    counts = np.asarray([p.shape[0] for p in a])
+    mine = np.isin(np.repeat(np.arange(len(a)), counts), used.features)
+    index = torch.from_numpy(np.flatnonzero(mine))
+    total = len(index) * d_in
+    d_a[index] = d_pairs[:total].view(-1, d_in).to(d_a.dtype)
+    d_b[index] = d_pairs[total:].view(-1, d_out).to(d_b.dtype)
     return (torch.empty_like(x) if dx is None else dx), d_scale, d_a, d_b

@@ -71,7 +71,6 @@ def _down(
     kernels.down[(count * blocks.pieces, blocks.chunks, blocks.blocks)](
         v,
         table.at_a if side == "a" else table.at_b,
-        table.step,
         rows,
         scale,
         z if h is None else h,
@@ -83,7 +82,6 @@ def _down(
         blocks.pieces,
         slots,
         size,
-        unit=side == "a",
         source=_SOURCES[table.dtype],
         grad=h is not None,
         **_products(v),
@@ -122,7 +120,6 @@ def _up(
     kernels.up[(count * blocks.pieces, blocks.chunks)](
         z,
         table.at_a if side == "a" else table.at_b,
-        table.step,
         rows,
         scale,
         out if bias is None else bias,
@@ -138,7 +135,6 @@ def _up(
         size,
         chunks=z.shape[0],
         blocks=blocks.blocks,
-        unit=side == "a",
         source=_SOURCES[table.dtype],
         biased=bias is not None,
         keep=h is not None,
@@ -170,14 +166,11 @@ def _single(
     shares = max(1, min(4, PROGRAMS_GRAD // max(1, tokens)))
     block = max(16, min(512, 8192 // block_s))
     span = parts(parts(size_out, shares), block) * block
-    a, b = (table.at_a, True), (table.at_b, False)
-    (at_in, unit_in), (at_out, unit_out) = (a, b) if into == "a" else (b, a)
+    at_in, at_out = (table.at_a, table.at_b) if into == "a" else (table.at_b, table.at_a)
     kernels.single_tokens[(tokens, parts(size_out, span))](
         v,
         at_in,
-        table.step,
         at_out,
-        table.step,
         rows,
         scale,
         out if bias is None else bias,
@@ -188,8 +181,6 @@ def _single(
         size_in,
         size_out,
         span,
-        unit_in=unit_in,
-        unit_out=unit_out,
         source=_SOURCES[table.dtype],
         biased=bias is not None,
         block_i=min(block, max(16, power(size_in))),
@@ -217,8 +208,6 @@ def _gather_parts(
     kernels.gather_parts[(table.rows, chunks_a + chunks_b)](
         part_a,
         part_b,
-        table.step,
-        table.first,
         order,
         starts,
         d_a,
@@ -239,7 +228,6 @@ def _gather_tokens(
     coefficient: Tensor,
     scale: Tensor,
     table: Table,
-    side: str,
     order: Tensor,
     starts: Tensor,
     out: Tensor,
@@ -252,7 +240,7 @@ def _gather_tokens(
         v,
         coefficient,
         scale,
-        table.step,
+        table.ranks,
         table.first,
         order,
         starts,
@@ -260,7 +248,6 @@ def _gather_tokens(
         length,
         scale.shape[1],
         size,
-        unit=side == "a",
         **_products(v),
         block_t=32,
         block_c=block_c,
@@ -316,7 +303,7 @@ def backward(
     need_x: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, scale, A ``[bank rows, d_in]`` and B (features' ``[d_out, r]``, one after the other, flat).
+    """Gradients of x, scale, A ``[bank rows, d_in]`` and B transposed ``[bank rows, d_out]``.
 
     What is not needed is empty.
     """
@@ -326,7 +313,7 @@ def backward(
     bank = sum(p.shape[0] for p in a)
     dx = torch.empty_like(x)
     d_a = torch.empty((bank, d_in), dtype=a[0].dtype, device=x.device)
-    d_b = torch.empty(bank * d_out, dtype=a[0].dtype, device=x.device)
+    d_b = torch.empty((bank, d_out), dtype=a[0].dtype, device=x.device)
     d_scale = scale.new_zeros(scale.shape if need_scale else 0)
     if x.numel() == 0 or dy.numel() == 0:
         return dx.zero_(), d_scale, d_a.zero_(), d_b.zero_()
@@ -348,8 +335,8 @@ def backward(
             if need_scale or not partial:
                 dz = z.sum(0)
         if not partial:
-            _gather_tokens(x, dz, scale, table, "a", order, starts, d_a)
-            _gather_tokens(dy, h, scale, table, "b", order, starts, d_b)
+            _gather_tokens(x, dz, scale, table, order, starts, d_a)
+            _gather_tokens(dy, h, scale, table, order, starts, d_b)
     if need_scale:
         d_scale = (dz * h).sum(1)
     if need_x:

@@ -43,8 +43,8 @@ def routed_linear(
             consecutive slots.
         order, starts: the slots of each bank row, as ``routes`` gives them; may be empty where no gradient is
             wanted, and for strategies other than ``"fused"``.
-        a, b: the bank: A ``[r, d_in]`` and B ``[d_out, r]`` of its features. What no row uses costs nothing in the
-            forward; the backward gives zeros for it.
+        a, b: the bank: A ``[r, d_in]`` and B transposed ``[r, d_out]`` of its features. What no row uses costs nothing
+            in the forward; the backward gives zeros for it.
         strategy: ``"fused"``; on a CPU also ``"gather"``, ``"masked"`` or ``"single"``.
 
     Returns:
@@ -94,7 +94,7 @@ def routed_linear_backward(
     need_x: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, of the scale, of A ``[bank rows, d_in]`` and of B, flat: ``[d_out, r]`` after ``[d_out, r]``.
+    """Gradients of x, of the scale, of A ``[bank rows, d_in]`` and of B transposed ``[bank rows, d_out]``.
 
     What is not needed has no meaning.
     """
@@ -153,7 +153,7 @@ def _(
         x.new_empty(x.shape),
         scale.new_empty(scale.shape if need_scale else 0),
         x.new_empty((bank, x.shape[2]), dtype=dtype),
-        x.new_empty(bank * kernel.shape[1], dtype=dtype),
+        x.new_empty((bank, kernel.shape[1]), dtype=dtype),
     )
 
 
@@ -189,8 +189,6 @@ def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
     )
     flat, flat_dy = x.reshape(-1, x.shape[2]), dy.reshape(-1, dy.shape[2])
     ranks = [p.shape[0] for p in a]
-    d_out = dy.shape[2]
-    parts = torch.split(d_b, [rank * d_out for rank in ranks])
     return (
         dx if needs[0] else None,
         flat.t() @ flat_dy if needs[1] else None,
@@ -200,7 +198,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
         None,
         None,
         list(torch.split(d_a, ranks)),
-        [part.view(d_out, rank) for part, rank in zip(parts, ranks, strict=True)],
+        list(torch.split(d_b, ranks)),
         None,
     )
 

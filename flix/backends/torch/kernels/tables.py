@@ -23,9 +23,8 @@ class Table:
     """A layer's bank for kernels: int64 tensors by bank row u.
 
     Attributes:
-        at_a: address of row u of A; its elements are contiguous.
-        at_b: address of row u of B transposed; its elements are ``step[u]`` apart.
-        step: the rank of u's feature.
+        at_a, at_b: addresses of row u of A and of B transposed.
+        ranks: the rank of u's feature.
         first: the first row of u's feature.
         rows: the number of bank rows.
         dtype: of the tensors.
@@ -35,7 +34,7 @@ class Table:
 
     at_a: Tensor
     at_b: Tensor
-    step: Tensor
+    ranks: Tensor
     first: Tensor
     rows: int
     dtype: torch.dtype
@@ -56,7 +55,11 @@ def upload(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
 
 
 def _table(
-    addresses: Sequence[int], ranks: Sequence[int], d_in: int, dtype: torch.dtype, device: Any
+    addresses: Sequence[int],
+    ranks: Sequence[int],
+    sizes: tuple[int, int],
+    dtype: torch.dtype,
+    device: Any,
 ) -> Table:
     half = len(ranks)
     counts = np.asarray(ranks, dtype=np.int64)
@@ -64,11 +67,10 @@ def _table(
     start = np.cumsum(counts) - counts
     first = np.repeat(start, counts)
     within = np.arange(int(counts.sum()), dtype=np.int64) - first
-    size = dtype.itemsize
     values = np.stack(
         [
-            np.repeat(places[:half], counts) + within * d_in * size,
-            np.repeat(places[half:], counts) + within * size,
+            np.repeat(places[:half], counts) + within * sizes[0] * dtype.itemsize,
+            np.repeat(places[half:], counts) + within * sizes[1] * dtype.itemsize,
             np.repeat(counts, counts),
             first,
         ]
@@ -78,12 +80,12 @@ def _table(
     if device.type == "cuda":
         host = host.pin_memory()
     table = host.to(device, non_blocking=True)
-    at_a, at_b, step, starts = table.unbind(0)
-    return Table(at_a, at_b, step, starts, len(first), dtype, max(ranks), host)
+    at_a, at_b, own, starts = table.unbind(0)
+    return Table(at_a, at_b, own, starts, len(first), dtype, max(ranks), host)
 
 
 def bank_table(a: Sequence[Tensor], b: Sequence[Tensor], device: torch.device) -> Table:
-    """The table of a bank: A ``[r, d_in]`` and B ``[d_out, r]`` of each feature.
+    """The table of a bank: A ``[r, d_in]`` and B transposed ``[r, d_out]`` of each feature.
 
     Tensors that are not contiguous, or of another dtype than the first, are copied for the time of the call.
     """
@@ -93,14 +95,14 @@ def bank_table(a: Sequence[Tensor], b: Sequence[Tensor], device: torch.device) -
     ]
     addresses = tuple(p.data_ptr() for p in params)
     ranks = tuple(p.shape[0] for p in a)
-    d_in = a[0].shape[1]
-    key = (device, dtype, d_in, addresses, ranks)
+    sizes = a[0].shape[1], b[0].shape[1]
+    key = (device, dtype, sizes, addresses, ranks)
     found = _tables.get(key)
     if any(p is not q for p, q in zip(params, (*a, *b), strict=True)):
-        made = _table(addresses, ranks, d_in, dtype, device)
+        made = _table(addresses, ranks, sizes, dtype, device)
         found = replace(made, held=(made.held, params))
     elif found is None:
-        found = _tables[key] = _table(addresses, ranks, d_in, dtype, device)
+        found = _tables[key] = _table(addresses, ranks, sizes, dtype, device)
         while len(_tables) > _KEPT:
             _tables.popitem(last=False)
     else:

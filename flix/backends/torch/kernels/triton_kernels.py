@@ -3,11 +3,10 @@
 
 Common names: tokens are numbered m = n * length + position, with n the row of the routing; a row has ``slots`` slots;
 ``rows[n, slot]`` is the slot's row in the layer's bank, -1 where the slot is unused. The bank is reached through
-tables of addresses (``at[u]``, elements ``step[u]`` apart), since every feature has tensors of its own: row u of A
-lies contiguous, row u of B transposed is a column of its feature's B. A program reads its part of the bank once and
-then streams tokens. Products accumulate in float32. No program adds to what another writes, and sums run in a fixed
-order, so results are the same bits in every run. Sizes that change between batches are not specialised on: other
-lengths compile nothing.
+tables of addresses, since every feature's vector is a tensor of its own: at ``at[u]`` begins row u of A, or of B
+transposed. A program reads its part of the bank once and then streams tokens. Products accumulate in float32. No
+program adds to what another writes, and sums run in a fixed order, so results are the same bits in every run. Sizes
+that change between batches are not specialised on: other lengths compile nothing.
 """
 
 import triton
@@ -15,15 +14,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _bank(at, step, u, cols, size, unit: tl.constexpr, source: tl.constexpr):
+def _bank(at, u, cols, size, source: tl.constexpr):
     """Bank values ``[cols, u]``; 0 for unused slots and beyond the size."""
     used = u >= 0
     base = tl.load(at + u, mask=used, other=0).to(tl.pointer_type(source))
     inside = (cols < size)[:, None] & used[None, :]
-    if unit:
-        return tl.load(base[None, :] + cols[:, None], mask=inside, other=0.0)
-    apart = tl.load(step + u, mask=used, other=0)
-    return tl.load(base[None, :] + cols[:, None] * apart[None, :], mask=inside, other=0.0)
+    return tl.load(base[None, :] + cols[:, None], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -39,7 +35,6 @@ def _dot(a, b, acc, precision: tl.constexpr, widen: tl.constexpr):
 def down(
     v,
     at,
-    step,
     rows,
     scale,
     h,
@@ -51,7 +46,6 @@ def down(
     pieces,
     slots,
     size,
-    unit: tl.constexpr,
     source: tl.constexpr,
     grad: tl.constexpr,
     precision: tl.constexpr,
@@ -76,7 +70,7 @@ def down(
     u = tl.load(rows + n * slots + slot, mask=live, other=-1)
     cols = chunk * block_c + tl.arange(0, block_c)
     inside = cols < size
-    w = _bank(at, step, u, cols, size, unit, source).to(v.dtype.element_ty)
+    w = _bank(at, u, cols, size, source).to(v.dtype.element_ty)
     if grad:
         factor = tl.load(scale + n * slots + slot, mask=live, other=0.0)
         acc = tl.zeros([block_s, block_c], dtype=tl.float32)
@@ -109,7 +103,6 @@ def down(
 def up(
     z,
     at,
-    step,
     rows,
     scale,
     bias,
@@ -125,7 +118,6 @@ def up(
     size,
     chunks: tl.constexpr,
     blocks: tl.constexpr,
-    unit: tl.constexpr,
     source: tl.constexpr,
     biased: tl.constexpr,
     keep: tl.constexpr,
@@ -154,7 +146,7 @@ def up(
     first = tl.arange(0, block_s)
     if blocks == 1:
         u = tl.load(rows + n * slots + first, mask=first < slots, other=-1)
-        w = tl.trans(_bank(at, step, u, cols, size, unit, source).to(dtype))
+        w = tl.trans(_bank(at, u, cols, size, source).to(dtype))
         factor = tl.load(scale + n * slots + first, mask=first < slots, other=0.0)
     if biased:
         shift = tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
@@ -172,7 +164,7 @@ def up(
             live = slot < slots
             if blocks > 1:
                 u = tl.load(rows + n * slots + slot, mask=live, other=-1)
-                w = tl.trans(_bank(at, step, u, cols, size, unit, source).to(dtype))
+                w = tl.trans(_bank(at, u, cols, size, source).to(dtype))
                 factor = tl.load(scale + n * slots + slot, mask=live, other=0.0)
             z_in = here[:, None] & live[None, :]
             c = tl.zeros([block_t, block_s], dtype=tl.float32)
@@ -232,8 +224,6 @@ def _reduced(
 def gather_parts(
     part_a,
     part_b,
-    step,
-    first,
     order,
     starts,
     d_a,
@@ -250,7 +240,7 @@ def gather_parts(
     """Partial gradients of pieces summed to the bank's rows; rows that no slot uses get zeros.
 
     ``order[starts[u]:starts[u + 1]]`` are the entries (n * slots + slot) of bank row u.
-    d_a is ``[bank rows, size_a]``; d_b holds every feature's ``[size_b, r]``, one after the other.
+    d_a is ``[bank rows, size_a]``, d_b ``[bank rows, size_b]``.
     Grid: (bank rows, chunks of A's columns, then chunks of B's).
     """
     u = tl.program_id(0)
@@ -269,8 +259,7 @@ def gather_parts(
         acc = _reduced(
             part_b, order, begin, entries, pieces_b, slots, cols, size_b, block_e, block_c
         )
-        start = tl.load(first + u)
-        at = start * size_b + cols * tl.load(step + u) + (u - start)
+        at = u.to(tl.int64) * size_b + cols
         tl.store(d_b + at, acc.to(d_b.dtype.element_ty), mask=cols < size_b)
 
 
@@ -279,7 +268,7 @@ def gather_tokens(
     v,
     coefficient,
     scale,
-    step,
+    ranks,
     first,
     order,
     starts,
@@ -287,7 +276,6 @@ def gather_tokens(
     length,
     slots,
     size,
-    unit: tl.constexpr,
     precision: tl.constexpr,
     widen: tl.constexpr,
     block_t: tl.constexpr,
@@ -296,13 +284,12 @@ def gather_tokens(
 ):
     """A feature's gradient straight from its tokens, for rows too short to make partial sums worth their memory.
 
-    out[u, col] = Σ over entries and their tokens of scale · coefficient[m, slot] · v[m, col]; the layout of ``out``
-    is d_a's of ``gather_parts`` (unit) or d_b's. Grid: (bank rows, of which a feature's first works for all of its
-    rows; chunks of columns; blocks of ranks).
+    out[u, col] = Σ over entries and their tokens of scale · coefficient[m, slot] · v[m, col].
+    Grid: (bank rows, of which a feature's first works for all of its rows; chunks of columns; blocks of ranks).
     """
     u = tl.program_id(0)
     start = tl.load(first + u)
-    rank = tl.load(step + u)
+    rank = tl.load(ranks + u)
     block = tl.program_id(2) * block_s
     if (start == u) & (block < rank):
         j = block + tl.arange(0, block_s)
@@ -327,10 +314,7 @@ def gather_tokens(
                 other=0.0,
             )
             acc = _dot(tl.trans(c.to(tile.dtype)), tile, acc, precision, widen)
-        if unit:
-            at = (start + j)[:, None] * size + cols[None, :]
-        else:
-            at = start * size + cols[None, :] * rank + j[:, None]
+        at = (start + j)[:, None] * size + cols[None, :]
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=(j < rank)[:, None] & inside[None, :])
 
 
@@ -338,9 +322,7 @@ def gather_tokens(
 def single_tokens(
     v,
     at_in,
-    step_in,
     at_out,
-    step_out,
     rows,
     scale,
     bias,
@@ -351,8 +333,6 @@ def single_tokens(
     size_in,
     size_out,
     span,
-    unit_in: tl.constexpr,
-    unit_out: tl.constexpr,
     source: tl.constexpr,
     biased: tl.constexpr,
     block_i: tl.constexpr,
@@ -374,7 +354,7 @@ def single_tokens(
     for k in range(0, size_in, block_i):
         cols = k + tl.arange(0, block_i)
         x = tl.load(v + m * size_in + cols, mask=cols < size_in, other=0.0).to(tl.float32)
-        w = _bank(at_in, step_in, u, cols, size_in, unit_in, source).to(tl.float32)
+        w = _bank(at_in, u, cols, size_in, source).to(tl.float32)
         total += tl.sum(w * x[:, None], axis=0)
     if part == 0:
         tl.store(h + m * slots + slot, total, mask=live)
@@ -383,7 +363,7 @@ def single_tokens(
     end = tl.minimum(begin + span, size_out)
     for k in range(begin, end, block_o):
         cols = k + tl.arange(0, block_o)
-        w = _bank(at_out, step_out, u, cols, size_out, unit_out, source).to(tl.float32)
+        w = _bank(at_out, u, cols, size_out, source).to(tl.float32)
         y = tl.sum(w * c[None, :], axis=1)
         if biased:
             y += tl.load(bias + cols, mask=cols < size_out, other=0.0).to(tl.float32)

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 import flix  # noqa: E402
 from flix import AdapterError, FeatureError, RoutingError, TargetError  # noqa: E402
 from flix.backends.torch import adapt, load, merge, save  # noqa: E402
-from flix.backends.torch.model import flix_layers  # noqa: E402
+from flix.backends.torch.layer import flix_layers  # noqa: E402
 from tests.helpers.registry import ROWS, config, registry  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
 from tests.helpers.torch import output, randomize, routing  # noqa: E402

@@ -11,12 +11,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from flix.backends.torch import adapt, export_peft, load, merge, named_pairs, save  # noqa: E402
-from flix.backends.torch.model import flix_layers  # noqa: E402
+from flix.backends.torch import adapt, export_peft, load, merge, save  # noqa: E402
+from flix.backends.torch.layer import flix_layers  # noqa: E402
 from tests.helpers.claims import over  # noqa: E402
 from tests.helpers.registry import ROWS, config  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
-from tests.helpers.torch import output, randomize, routing  # noqa: E402
+from tests.helpers.torch import live_pairs, output, randomize, routing  # noqa: E402
 from tests.helpers.zoo import RELATIVES, ZOO, class_of, inputs_of, pretrained, weights_of  # noqa: E402
 
 ROW = {"language": "swa", "task": "pos"}
@@ -47,7 +47,7 @@ def test_an_adapter_loads_into_a_fresh_model(name, tmp_path):
     save(adapted, tmp_path / "adapter")
     fresh = load(pretrained(name), tmp_path / "adapter").eval()
     assert fresh.flix_config == adapted.flix_config
-    ours, theirs = named_pairs(fresh), named_pairs(adapted)
+    ours, theirs = live_pairs(fresh), live_pairs(adapted)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[pair], value) for pair, value in theirs.items())
     assert_close(_routed(fresh, name), _routed(adapted, name))

@@ -10,12 +10,20 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from flix import RoutingError  # noqa: E402
-from flix.backends.torch import adapt, merge, named_pairs, routed  # noqa: E402
-from flix.backends.torch.model import flix_layers  # noqa: E402
+from flix.backends.torch import adapt, merge, routed  # noqa: E402
+from flix.backends.torch.layer import flix_layers  # noqa: E402
 from tests.helpers.claims import over  # noqa: E402
 from tests.helpers.registry import ROWS, config  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
-from tests.helpers.torch import dense_model, output, project_back, randomize, routing, updated  # noqa: E402
+from tests.helpers.torch import (  # noqa: E402
+    dense_model,
+    live_pairs,
+    output,
+    project_back,
+    randomize,
+    routing,
+    updated,
+)
 from tests.helpers.zoo import DECODERS, ENCODERS, ZOO, inputs_of, pretrained, weights_of  # noqa: E402
 
 TINY = [name for name in ZOO if name != "minilm"]
@@ -43,7 +51,7 @@ def held_to_dense_rows(name, **changes):
     assert_far(found, output(base(**inputs)))
     project_back(found)
     project_back(expected)
-    for pair, parameter in named_pairs(adapted).items():
+    for pair, parameter in live_pairs(adapted).items():
         leaf = leaves[pair]
         if ".zul" in pair:
             assert parameter.grad is None, f"{pair} is absent from the batch"
@@ -64,7 +72,7 @@ def test_mixed_batch_equals_dense_rows(name):
 @over(ZOO, "embeddings", slow=["minilm"])
 def test_adapted_embeddings_equal_dense_rows(name):
     adapted = held_to_dense_rows(name, target_modules=list(ZOO[name].embeddings))
-    moved = [n for n, p in named_pairs(adapted).items() if p.grad is not None and p.grad.any()]
+    moved = [n for n, p in live_pairs(adapted).items() if p.grad is not None and p.grad.any()]
     for target in ZOO[name].embeddings:
         assert any(target in n for n in moved), f"{target} must train"
 
@@ -80,7 +88,7 @@ def test_per_token_routing_equals_a_sum_at_every_position(name):
     ids, weights = ids[order], weights[order].double()  # [B, T, W]
     found = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
     project_back(found)
-    gradients = {n: p.grad.clone() for n, p in named_pairs(adapted).items() if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in live_pairs(adapted).items() if p.grad is not None}
     adapted.zero_grad()
     with updated(base, adapted, ids, weights):
         expected = output(base(**inputs))
@@ -89,7 +97,7 @@ def test_per_token_routing_equals_a_sum_at_every_position(name):
     assert_far(by_row, expected)
     project_back(expected)
     for pair, gradient in gradients.items():
-        assert_close(gradient, named_pairs(adapted)[pair].grad, name=pair)
+        assert_close(gradient, live_pairs(adapted)[pair].grad, name=pair)
 
 
 def _enable_checkpointing(model, reentrant):
@@ -113,7 +121,7 @@ def test_activation_checkpointing_gives_the_plain_gradients(name, reentrant):
     def gradients():
         model.zero_grad()
         project_back(output(model(**inputs, flix_features=ids, flix_weights=weights)))
-        return {n: p.grad.clone() for n, p in named_pairs(model).items() if p.grad is not None}
+        return {n: p.grad.clone() for n, p in live_pairs(model).items() if p.grad is not None}
 
     plain = gradients()
     assert len(calls) == 1
@@ -133,14 +141,14 @@ def test_a_whole_compiled_graph_gives_the_plain_result(name):
     ids, weights = routing()
     expected = output(model(**inputs, flix_features=ids, flix_weights=weights))
     project_back(expected)
-    gradients = {n: p.grad.clone() for n, p in named_pairs(model).items() if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in live_pairs(model).items() if p.grad is not None}
     model.zero_grad()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     found = output(compiled(**inputs, flix_features=ids, flix_weights=weights))
     assert_close(found, expected)
     project_back(found)
     for pair, gradient in gradients.items():
-        assert_close(named_pairs(model)[pair].grad, gradient, name=pair)
+        assert_close(live_pairs(model)[pair].grad, gradient, name=pair)
     with torch._dynamo.config.patch(error_on_recompile=True):
         other, theirs = routing(ROWS[::-1])
         found = output(compiled(**inputs, flix_features=other, flix_weights=theirs))

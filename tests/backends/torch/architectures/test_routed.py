@@ -17,7 +17,6 @@ from flix.backends.torch import (  # noqa: E402
     adapt,
     add_feature,
     merge_in_place,
-    named_pairs,
     page,
     routed,
     unmerge,
@@ -25,7 +24,7 @@ from flix.backends.torch import (  # noqa: E402
 from tests.helpers.claims import over  # noqa: E402
 from tests.helpers.registry import ROWS, config, registry  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
-from tests.helpers.torch import output, project_back, randomize, routing  # noqa: E402
+from tests.helpers.torch import live_pairs, output, project_back, randomize, routing  # noqa: E402
 from tests.helpers.zoo import ZOO, inputs_of, pretrained, weights_of  # noqa: E402
 
 ROW = ROWS[1]
@@ -53,7 +52,7 @@ def _explicit(model, row, name="llama", rows=4):
 def _gradients(model, result):
     model.zero_grad()
     project_back(result)
-    return {n: p.grad.clone() for n, p in named_pairs(model).items() if p.grad is not None}
+    return {n: p.grad.clone() for n, p in live_pairs(model).items() if p.grad is not None}
 
 
 @over(ZOO, "routed")
@@ -183,7 +182,7 @@ def test_a_feature_added_and_parameters_changed_meanwhile_are_seen():
         before = output(model(**inputs_of("llama")))
         add_feature(model, "language", "ibo", rank=3)
         assert_close(output(model(**inputs_of("llama"))), before)
-        for parameter in named_pairs(model).values():
+        for parameter in live_pairs(model).values():
             parameter.mul_(2.0)
         after = output(model(**inputs_of("llama")))
     assert_close(after, _explicit(model, ROWS[0]))

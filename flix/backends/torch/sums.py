@@ -14,22 +14,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flix.backends.torch._context import DevicePlan
+from flix.backends.torch.parameters import Values
+from flix.backends.torch.placing import Placed
 
 # Copying pair by pair costs about a microsecond for each, whatever its size.
 _MOST_BLOCKS = 512
 
 
 Stack = tuple[Tensor, Tensor]
-"""A of a batch's union ``[U, d_in]``, and B of it ``[d_out, U]``."""
+"""A of a batch's union ``[U, d_in]``, and B of it transposed ``[U, d_out]``."""
 
 
-def stack(params: Sequence[Tensor], dtype: torch.dtype) -> Stack:
-    """The union of a batch's features: A of each, then B of each, side by side."""
-    half = len(params) // 2
-    a = torch.cat(tuple(params[:half]))
-    b = torch.cat(tuple(params[half:]), dim=1)
-    return a.to(dtype), b.to(dtype)
+def stack(values: Values, d_in: int, d_out: int, dtype: torch.dtype) -> Stack:
+    """The union of a batch's features."""
+    a, b = values
+    return torch.cat(a).view(-1, d_in).to(dtype), torch.cat(b).view(-1, d_out).to(dtype)
 
 
 def mask(scale: Tensor, rows: Tensor, union: int) -> Tensor:
@@ -37,40 +36,32 @@ def mask(scale: Tensor, rows: Tensor, union: int) -> Tensor:
     return scale.new_zeros(scale.shape[0], union).scatter_add_(1, rows, scale)
 
 
-def _own_a(
-    params: Sequence[Tensor], rows: Tensor, blocks: Sequence[int] | None, dtype: torch.dtype
+def _own(
+    parts: Sequence[Tensor],
+    size: int,
+    rows: Tensor,
+    blocks: Sequence[int] | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """A of each example's slots, ``[N, R, d_in]``.
+    """One side of each example's slots, ``[N, R, size]``.
 
     Args:
+        parts: of each feature of the union.
         rows: ``[N, R]``: rows of the union.
-        blocks: the same pair by pair (see ``UnionPlan``), where it is known: each pair is then copied once, straight
+        blocks: the same pair by pair (see ``UnionPlan``), where it is known: each part is then copied once, straight
             to its place, not first to the union.
     """
-    own, first = params[: len(params) // 2], params[0]
     if blocks is None or len(blocks) > _MOST_BLOCKS:
-        a = torch.cat(tuple(own)).to(dtype).index_select(0, rows.reshape(-1))
-    else:
-        pads = (first.new_zeros(-i, first.shape[1]) if i < 0 else own[i] for i in blocks)
-        a = torch.cat(tuple(pads)).to(dtype)
-    return a.view(*rows.shape, first.shape[1])
+        union = torch.cat(tuple(parts)).view(-1, size).to(dtype)
+        return union.index_select(0, rows.reshape(-1)).view(*rows.shape, size)
+    own = [parts[i] if i >= 0 else parts[0].new_zeros(-i * size) for i in blocks]
+    return torch.cat(own).to(dtype).view(*rows.shape, size)
 
 
-def _own_b(
-    params: Sequence[Tensor], rows: Tensor, blocks: Sequence[int] | None, dtype: torch.dtype
-) -> Tensor:
-    """B of each example's slots, transposed, ``[N, R, d_out]`` (strided); otherwise as :func:`_own_a`."""
-    own = params[len(params) // 2 :]
-    if blocks is None or len(blocks) > _MOST_BLOCKS:
-        b = torch.cat(tuple(own), dim=1).to(dtype).t().contiguous()
-        return b.index_select(0, rows.reshape(-1)).view(*rows.shape, own[0].shape[0])
-    pads = (own[0].new_zeros(own[0].shape[0], -i) if i < 0 else own[i] for i in blocks)
-    b = torch.cat(tuple(pads), dim=1).to(dtype)
-    return b.view(own[0].shape[0], *rows.shape).permute(1, 2, 0)
-
-
-def _whole(
-    params: Sequence[Tensor],
+def _shared(
+    values: Values,
+    d_in: int,
+    d_out: int,
     scale: Tensor,
     rows: Tensor,
     strategy: str,
@@ -78,10 +69,10 @@ def _whole(
     union: Stack | None,
     factor: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A ``[K, d_in]``, B ``[d_out, K]`` and factors ``[N, K]`` of what all examples are multiplied with."""
-    a, b = stack(params, dtype) if union is None else union
+    """A ``[K, d_in]``, B ``[K, d_out]`` and factors ``[N, K]`` of what all examples are multiplied with."""
+    a, b = stack(values, d_in, d_out, dtype) if union is None else union
     if strategy == "single":
-        return a.index_select(0, rows[0]), b.index_select(1, rows[0]), scale
+        return a.index_select(0, rows[0]), b.index_select(0, rows[0]), scale
     return a, b, mask(scale, rows, a.shape[0]) if factor is None else factor
 
 
@@ -92,7 +83,7 @@ def routed_forward(
     scale: Tensor,
     rows: Tensor,
     strategy: str,
-    params: Sequence[Tensor],
+    values: Values,
     *,
     blocks: Sequence[int] | None = None,
     factor: Tensor | None = None,
@@ -101,7 +92,7 @@ def routed_forward(
     """The output ``[N, S, d_out]`` and the rank-space activations, for the inputs of :class:`RoutedLinear`.
 
     Args:
-        x, kernel, bias, scale, rows, strategy, params: see :class:`RoutedLinear`.
+        x, kernel, bias, scale, rows, strategy, values: see :class:`RoutedLinear`.
         blocks: the rows pair by pair, if they are known.
         factor: :func:`mask`, if it was made before.
         union: :func:`stack`, if it was made before.
@@ -109,15 +100,16 @@ def routed_forward(
     count, length, d_in = x.shape
     flat = x.reshape(count * length, d_in)
     y = torch.mm(flat, kernel) if bias is None else torch.addmm(bias, flat, kernel)
+    d_out = y.shape[1]
     if strategy == "gather":
-        h = torch.bmm(x, _own_a(params, rows, blocks, x.dtype).transpose(1, 2))
-        b = _own_b(params, rows, blocks, x.dtype)
-        y.view(count, length, y.shape[1]).baddbmm_(h * scale[:, None, :], b)
+        h = torch.bmm(x, _own(values[0], d_in, rows, blocks, x.dtype).transpose(1, 2))
+        b = _own(values[1], d_out, rows, blocks, x.dtype)
+        y.view(count, length, d_out).baddbmm_(h * scale[:, None, :], b)
     else:
-        a, b, factor = _whole(params, scale, rows, strategy, x.dtype, union, factor)
+        a, b, factor = _shared(values, d_in, d_out, scale, rows, strategy, x.dtype, union, factor)
         h = torch.mm(flat, a.t()).view(count, length, a.shape[0])
-        y.addmm_((h * factor[:, None, :]).flatten(0, 1), b.t())
-    return y.view(count, length, y.shape[1]), h
+        y.addmm_((h * factor[:, None, :]).flatten(0, 1), b)
+    return y.view(count, length, d_out), h
 
 
 def routed_backward(
@@ -128,63 +120,73 @@ def routed_backward(
     rows: Tensor,
     h: Tensor,
     strategy: str,
-    params: Sequence[Tensor],
+    values: Values,
     *,
     need_x: bool,
     need_scale: bool,
+    need_pairs: bool = True,
     blocks: Sequence[int] | None = None,
     factor: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Gradients of x, of the scale, of A ``[U, d_in]`` and of B transposed ``[U, d_out]``.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, of the scale, and of the pairs: A of the union ``[U, d_in]`` and then B ``[U, d_out]``, flat.
 
     Args:
         grad: of the output, ``[N, S, d_out]``, contiguous.
         h: what the forward gave.
-        need_x, need_scale: which of the first two are wanted; None stands for the others.
+        need_x, need_scale, need_pairs: which are wanted; None stands for the others.
         blocks, factor: as for :func:`routed_forward`.
     """
     count, length, d_in = x.shape
     flat, dy = x.reshape(count * length, d_in), grad.flatten(0, 1)
-    total = sum(p.shape[0] for p in params[: len(params) // 2])
-    d_scale = dx = None
+    d_out = dy.shape[1]
+    d_scale = dx = d_pairs = None
+    if need_pairs:
+        d_pairs = x.new_zeros(sum(part.numel() for side in values for part in side))
+        total = d_pairs.numel() // (d_in + d_out)
+        da, db = d_pairs[: total * d_in].view(-1, d_in), d_pairs[total * d_in :].view(-1, d_out)
     if strategy == "gather":
         index = rows.reshape(-1)
         # One copy of the rows at a time, and the largest tensor, dx, last: this is where memory peaks.
-        dh = torch.bmm(grad, _own_b(params, rows, blocks, x.dtype).transpose(1, 2))
+        dh = torch.bmm(grad, _own(values[1], d_out, rows, blocks, x.dtype).transpose(1, 2))
         if need_scale:
             d_scale = (dh * h).sum(1)
-        each = torch.bmm((h * scale[:, None, :]).transpose(1, 2), grad).view(-1, dy.shape[1])
-        db = each.new_zeros(total, dy.shape[1]).index_add_(0, index, each)
+        if need_pairs:
+            each = torch.bmm((h * scale[:, None, :]).transpose(1, 2), grad)
+            db.index_add_(0, index, each.view(-1, d_out))
+            del each
         dh = dh * scale[:, None, :]
-        each = torch.bmm(dh.transpose(1, 2), x).view(-1, d_in)
-        da = each.new_zeros(total, d_in).index_add_(0, index, each)
-        del each
+        if need_pairs:
+            each = torch.bmm(dh.transpose(1, 2), x)
+            da.index_add_(0, index, each.view(-1, d_in))
+            del each
         if need_x:
             dx = torch.mm(dy, kernel.t()).view_as(x)
-            dx.baddbmm_(dh, _own_a(params, rows, blocks, x.dtype))
-        return dx, d_scale, da, db
-    a, b, factor = _whole(params, scale, rows, strategy, x.dtype, None, factor)
-    dh = torch.mm(dy, b).view(count, length, b.shape[1])
+            dx.baddbmm_(dh, _own(values[0], d_in, rows, blocks, x.dtype))
+        return dx, d_scale, d_pairs
+    a, b, factor = _shared(values, d_in, d_out, scale, rows, strategy, x.dtype, None, factor)
+    dh = torch.mm(dy, b.t()).view(count, length, b.shape[0])
     if need_scale:
         d_factor = (dh * h).sum(1)
         d_scale = d_factor if strategy == "single" else d_factor.gather(1, rows)
-    db = torch.mm((h * factor[:, None, :]).flatten(0, 1).t(), dy)
+    flat_h = (h * factor[:, None, :]).flatten(0, 1)
     flat_dh = (dh * factor[:, None, :]).flatten(0, 1)
-    da = torch.mm(flat_dh.t(), flat)
+    if need_pairs and strategy == "single":
+        da.index_add_(0, rows[0], torch.mm(flat_dh.t(), flat))
+        db.index_add_(0, rows[0], torch.mm(flat_h.t(), dy))
+    elif need_pairs:
+        torch.mm(flat_dh.t(), flat, out=da)
+        torch.mm(flat_h.t(), dy, out=db)
     if need_x:
         dx = torch.mm(dy, kernel.t()).addmm_(flat_dh, a).view_as(x)
-    if strategy == "single":
-        da = da.new_zeros(total, d_in).index_add_(0, rows[0], da)
-        db = db.new_zeros(total, dy.shape[1]).index_add_(0, rows[0], db)
-    return dx, d_scale, da, db
+    return dx, d_scale, d_pairs
 
 
 class RoutedLinear(torch.autograd.Function):
     """y = x W + b + Σ_slots scale · B_slot (A_slot x), with a slot for every active rank of an example.
 
     Inputs: x ``[N, S, d_in]``; kernel ``[d_in, d_out]``; bias ``[d_out]`` or None; scale ``[N, R]`` (weight times
-    s_f, 0 where a slot is unused); the plan of the batch, which has the slots' rows in the union; the strategy; then A
-    ``[r, d_in]`` of each active feature, then B ``[d_out, r]`` of each.
+    s_f, 0 where a slot is unused); the layer's carrier (see ``parameters``) or None; the batch's placing, which has
+    the slots' rows in the union; the strategy; and the parts of A and B of each active feature.
     """
 
     @staticmethod
@@ -194,59 +196,54 @@ class RoutedLinear(torch.autograd.Function):
         kernel: Tensor,
         bias: Tensor | None,
         scale: Tensor,
-        plan: DevicePlan,
+        carrier: Tensor | None,
+        placed: Placed,
         strategy: str,
-        *params: Tensor,
+        values: Values,
     ) -> Tensor:
         y, h = routed_forward(
             x,
             kernel,
             bias,
             scale,
-            plan.rows,
+            placed.rows,
             strategy,
-            params,
-            blocks=plan.host.blocks,
-            factor=plan.mask(x.dtype) if strategy == "masked" else None,
+            values,
+            blocks=placed.host.blocks,
+            factor=placed.mask(x.dtype) if strategy == "masked" else None,
         )
-        ctx.save_for_backward(x, kernel, scale, h, *params)
-        ctx.strategy, ctx.plan = strategy, plan
+        ctx.save_for_backward(x, kernel, scale, h)
+        ctx.strategy, ctx.placed, ctx.values = strategy, placed, values
+        ctx.like = None if carrier is None else (carrier.device, carrier.dtype)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, kernel, scale, h, *params = ctx.saved_tensors
-        needs, plan = ctx.needs_input_grad, ctx.plan
+        x, kernel, scale, h = ctx.saved_tensors
+        needs, placed = ctx.needs_input_grad, ctx.placed
         grad = grad.contiguous()
-        dx, d_scale, da, db = routed_backward(
+        dx, d_scale, d_pairs = routed_backward(
             grad,
             x,
             kernel,
             scale,
-            plan.rows,
+            placed.rows,
             h,
             ctx.strategy,
-            params,
+            ctx.values,
             need_x=needs[0],
             need_scale=needs[3],
-            blocks=plan.host.blocks,
-            factor=plan.mask(x.dtype) if ctx.strategy == "masked" else None,
+            need_pairs=needs[4],
+            blocks=placed.host.blocks,
+            factor=placed.mask(x.dtype) if ctx.strategy == "masked" else None,
         )
         flat, dy = x.reshape(-1, x.shape[-1]), grad.flatten(0, 1)
         d_kernel = torch.mm(flat.t(), dy) if needs[1] else None
         d_bias = dy.sum(0) if needs[2] else None
-        # One dtype for all pairs of a layer, so that one conversion and one split serve them.
-        ranks = [p.shape[0] for p in params[: len(params) // 2]]
-        da, db = da.to(params[0].dtype), db.to(params[0].dtype)
-        d_a = torch.split(da, ranks)
-        if len(set(ranks)) == 1:
-            # In the layout of the parameters, or each would be copied once more when it is accumulated.
-            whole = db.view(len(ranks), ranks[0], db.shape[1]).transpose(1, 2).contiguous()
-            d_b = whole.unbind(0)
-        else:
-            d_b = torch.split(db.t(), ranks, dim=1)
-        return (dx, d_kernel, d_bias, d_scale, None, None, *d_a, *d_b)
+        if d_pairs is not None:
+            d_pairs = d_pairs.to(*ctx.like)
+        return dx, d_kernel, d_bias, d_scale, d_pairs, None, None, None
 
 
 def traced_linear(

@@ -1,7 +1,7 @@
 """The routing of the forward that is running, per thread.
 
 A model's forward keyword puts it here, the adapted layers read it. A thread-local (not a context variable) since
-compilers trace it; recomputation under activation checkpointing re-enters it (see ``_checkpoint``).
+compilers trace it; recomputation under activation checkpointing re-enters it (see ``patches.checkpoint``).
 """
 
 from __future__ import annotations
@@ -9,20 +9,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flix.backends.torch._versions import state
+from flix.backends import messages
 from flix.backends.torch.kernels.tables import upload
+from flix.backends.torch.parameters import Bank, InForce, whole
+from flix.backends.torch.placing import Placed
 from flix.core.config.layout import LayerLayout
-from flix.core.errors import RoutingError
 from flix.core.features.registry import FeatureRegistry
 from flix.core.features.routing import Routing, check_routing
-from flix.core.strategy.union import UnionPlan, first_unlike, plan_union
+from flix.core.strategy.union import first_unlike, plan_union
+
+if TYPE_CHECKING:
+    from flix.backends.torch.state import FlixState
 
 
 class _Current(threading.local):
@@ -45,73 +48,8 @@ class _Current(threading.local):
 current = _Current()
 
 
-@dataclass
-class DevicePlan:
-    """A batch's routing in one layout, as tensors on one device.
-
-    Attributes:
-        active: ids of the features whose parameters take part, ascending.
-        union: the number of their rows, U.
-        rows: int64 ``[N, R]``.
-        scale: ``[N, R]``, weight times s_f; it carries gradient where the weights do.
-        host: the plan on the host.
-    """
-
-    active: tuple[int, ...]
-    union: int
-    rows: Tensor
-    scale: Tensor
-    host: UnionPlan
-    _grouped: tuple[Tensor, Tensor, Tensor] | None = None
-    _masks: dict[torch.dtype, Tensor] = field(default_factory=dict)
-    _stacks: dict[Any, tuple[list[Tensor], tuple[int, ...], Any]] = field(default_factory=dict)
-
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """Each example's factor for every row of the union, ``[N, U]``; made once for all layers, without gradient."""
-        found = self._masks.get(dtype)
-        if found is None:
-            scale = self.scale.detach().to(dtype)
-            zeros = scale.new_zeros(scale.shape[0], self.union)
-            found = self._masks[dtype] = zeros.scatter_add_(1, self.rows, scale)
-        return found
-
-    def stack(
-        self, layer: object, dtype: torch.dtype, params: list[Tensor], make: Callable[[], Any]
-    ) -> Any:
-        """A layer's stacked union, kept while its parameters stay as they are: generation asks at every token."""
-        versions = state(params)
-        key = (id(layer), dtype)
-        kept = self._stacks.get(key)
-        same = kept is not None and all(p is q for p, q in zip(kept[0], params, strict=True))
-        if kept is None or not same or kept[1] != versions:
-            kept = self._stacks[key] = (params, versions, make())
-        return kept[2]
-
-    def grouped(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the kernels need: int32 rows, -1 where unused, and the slots of each union row (order, starts)."""
-        if self._grouped is None:
-            used = self.host.scales != 0
-            rows = np.where(used, self.host.rows, -1).astype(np.int32)
-            flat = np.where(used, self.host.rows, self.union).ravel()
-            order = np.argsort(flat, kind="stable")
-            starts = np.searchsorted(flat[order], np.arange(self.union + 1))
-            # One upload for the three of them, each aligned alike, as kernels are compiled for.
-            arrays = [rows.ravel(), order.astype(np.int32), starts.astype(np.int32)]
-            sizes = [array.size for array in arrays]
-            whole = np.concatenate([np.pad(array, (0, -array.size % 4)) for array in arrays])
-            moved = upload(whole, self.rows.device)
-            first, second, third = (
-                part[:size]
-                for part, size in zip(
-                    torch.split(moved, [size + -size % 4 for size in sizes]), sizes, strict=True
-                )
-            )
-            self._grouped = (first.view(rows.shape), second, third)
-        return self._grouped
-
-
 class ActiveRouting:
-    """Checked routing of one forward, with its plans, made once and shared by all layers of a layout.
+    """Checked routing of one forward, with what its layers need of it, made once for all of them.
 
     Args:
         ids: integer ``[B, W]`` or ``[B, T, W]``, on the host, checked.
@@ -136,9 +74,10 @@ class ActiveRouting:
         self.registry = registry
         self.length = length
         self.touched = touched
-        self.pager: Any = None  # the model's paging.Pager, if its features are paged
-        self._plans: dict[Any, DevicePlan] = {}
+        self._placed: dict[Any, Placed] = {}
         self._unlike: int | None = -1
+        self._entered: FlixState | None = None
+        self._in_force: dict[FlixState, InForce] = {}
 
     @property
     def per_token(self) -> bool:
@@ -153,10 +92,11 @@ class ActiveRouting:
             self._unlike = first_unlike(self.flat, weights)
         return self._unlike
 
-    def plan(self, layout: LayerLayout, device: torch.device, dtype: torch.dtype) -> DevicePlan:
+    def placed(self, layout: LayerLayout, device: torch.device, dtype: torch.dtype) -> Placed:
+        """The rows on the ranks of one layout."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         key = (layout, device, wide)
-        found = self._plans.get(key)
+        found = self._placed.get(key)
         if found is None:
             union = plan_union(self.flat, layout, self.touched)
             scale = upload(union.scales, device).to(wide)
@@ -164,14 +104,43 @@ class ActiveRouting:
                 weights = self.weights.reshape(self.flat.shape).to(device=device, dtype=wide)
                 scale = weights.gather(1, upload(union.slots, device)) * scale
             rows = upload(union.rows, device)
-            found = self._plans[key] = DevicePlan(union.active, union.union, rows, scale, union)
+            found = self._placed[key] = Placed(union.active, union.union, rows, scale, union)
         return found
+
+    def enter(self, state: FlixState) -> ActiveRouting:
+        """Begin a forward of a model: until the next, its layers take the features' values to be as they are now."""
+        self._entered = None
+        if torch.is_grad_enabled():
+            self._in_force.pop(state, None)  # its graph belongs to the forward before
+        self.in_force(state)
+        self._entered = state
+        return self
+
+    def in_force(self, state: FlixState) -> InForce:
+        """The vectors of this routing's features in a bank."""
+        found, grad = self._in_force.get(state), torch.is_grad_enabled()
+        if found is None or grad > found.grad or (self._entered is not state and not found.fresh()):
+            found = InForce(state.bank, self.features(), state.pager, grad)
+            self._in_force[state] = found
+        return found
+
+    def features(self) -> list[int]:
+        """The ids of all features that take part, ascending."""
+        ids = np.unique(self.flat)
+        return sorted({*ids[ids >= 0].tolist(), *self.touched})
 
 
 class TracedRouting:
-    """Routing inside a compiled graph: ids and weights stay tensors, and nothing depends on their values."""
+    """Routing inside a compiled graph: ids and weights stay tensors, and nothing depends on their values.
 
-    def __init__(self, ids: Tensor, weights: Tensor | None, length: int | None) -> None:
+    Attributes:
+        parts: of every feature of the bank, by id: its vector, split for the layers.
+    """
+
+    def __init__(self, bank: Bank, ids: Tensor, weights: Tensor | None, length: int | None) -> None:
+        sizes = bank.layout.sizes
+        held = bank.held()
+        self.parts = {i: whole(p).split_with_sizes(sizes[i]) for i, p in held.items()}
         self.lead = tuple(ids.shape[:-1])
         self.flat = ids.reshape(-1, ids.shape[-1])
         self.weights = None if weights is None else weights.reshape(self.flat.shape)
@@ -201,9 +170,9 @@ class Uniform:
         """The routing, without leading dimensions: a layer takes all that it is given for one row."""
         return ActiveRouting(self.ids.numpy(), self.weights, self.registry, touched=touched)
 
-    def traced(self) -> TracedRouting:
+    def traced(self, bank: Bank) -> TracedRouting:
         """The same inside a compiled graph."""
-        return TracedRouting(self.ids, self.weights, None)
+        return TracedRouting(bank, self.ids, self.weights, None)
 
 
 def host_ids(features: Any) -> np.ndarray[Any, Any]:
@@ -217,9 +186,7 @@ def host_ids(features: Any) -> np.ndarray[Any, Any]:
     try:
         return np.asarray(features)
     except ValueError as error:
-        raise RoutingError(
-            f"flix_features must be an integer array [batch, width], got {features!r}"
-        ) from error
+        raise messages.no_array("flix_features", features) from error
 
 
 def weight_tensor(weights: Any) -> Tensor | None:
@@ -253,10 +220,7 @@ def make_routing(
     """
     if isinstance(features, Routing):
         if features.registry != registry:
-            raise RoutingError(
-                f"the routing was encoded by another registry ({features.registry}) than the "
-                f"model's ({registry})"
-            )
+            raise messages.other_registry(features.registry, registry)
         if weights is None:
             weights = features.weights
         features = features.ids

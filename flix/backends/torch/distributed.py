@@ -7,6 +7,7 @@ gradients. Without sharded parameters nothing is exchanged (DDP finds unused par
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,28 +16,33 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from flix.backends.torch._layer import FlixLayer
+from flix.backends.torch.parameters import Bank
+from flix.backends.torch.state import FlixState
 
 
-def _is_sharded(model: nn.Module) -> bool:
-    """Whether the adapted parameters are sharded tensors, as ``fully_shard`` makes them."""
-    for module in model.modules():
-        if isinstance(module, FlixLayer):
-            for _, a, _ in module.pairs():
-                return hasattr(a, "device_mesh")
-    return False
+def _sharded(model: nn.Module, bank: Bank) -> bool:
+    """Whether the features' parameters are sharded tensors, as ``fully_shard`` makes them.
+
+    While a module's forward runs, those that it holds itself are whole; the module then is one of FSDP's.
+    """
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    if isinstance(model, fsdp) or isinstance(bank, fsdp):
+        return True
+    return any(hasattr(parameter, "device_mesh") for parameter in bank.parameters())
 
 
-def touched_by_all(model: nn.Module) -> Callable[[np.ndarray[Any, Any]], tuple[int, ...]] | None:
+def touched_by_all(
+    model: nn.Module, state: FlixState
+) -> Callable[[np.ndarray[Any, Any]], tuple[int, ...]] | None:
     """A function that gives the ids that any process activates; None where processes need not agree."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    if not model.training or not _is_sharded(model):
+    if not model.training or not _sharded(model, state.bank):
         return None
     device = torch.device("cpu")
     if "gloo" not in dist.get_backend():
         device = next(model.parameters()).device
-    count = len(model.flix_config.registry)  # type: ignore[union-attr, arg-type]
+    count = len(state.config.registry)
 
     def touched(ids: np.ndarray[Any, Any]) -> tuple[int, ...]:
         seen = torch.zeros(count, dtype=torch.int32, device=device)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint as checkpointing
 
-from flix.backends.torch._context import activated, current
+from flix.backends.torch.routing import activated, current
 
 _GENERATOR = "_checkpoint_without_reentrant_generator"
 _REENTRANT = "CheckpointFunction"

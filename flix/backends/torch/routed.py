@@ -8,9 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from flix.backends.torch._context import Uniform, current
-from flix.backends.torch._routing import refuse_merged
-from flix.backends.torch.model import RoutedModel
+from flix.backends import messages
+from flix.backends.torch.adapt import routed_models
+from flix.backends.torch.calls import refuse_folded
+from flix.backends.torch.patches.models import RoutedModel
+from flix.backends.torch.routing import Uniform, current
 from flix.core.errors import RoutingError, TargetError
 from flix.core.features.encoding import Row
 from flix.core.features.routing import Routing
@@ -40,14 +42,14 @@ def routed(model: nn.Module, features: Row | Routing) -> Iterator[None]:
             place.
         TargetError: no adapted model.
     """
-    members = [module for module in model.modules() if isinstance(module, RoutedModel)]
+    members = list(routed_models(model))
     if not members:
         raise TargetError(
             f"routed needs an adapted model, but this {type(model).__name__} is not, and holds none; "
             "adapt(model, config) or load(model, folder) first"
         )
     for member in members:
-        refuse_merged(member)
+        refuse_folded(member.flix_state)
     defaults = {id(member): _uniform(member, features) for member in members}
     previous = current.defaults
     current.defaults = {**previous, **defaults}
@@ -62,10 +64,7 @@ def _uniform(model: RoutedModel, features: Row | Routing) -> Uniform:
     if isinstance(features, Routing):
         routing = features
         if routing.registry != config.registry:
-            raise RoutingError(
-                f"the routing was encoded by another registry ({routing.registry}) than the model's "
-                f"({config.registry})"
-            )
+            raise messages.other_registry(routing.registry, config.registry)
         if routing.ids.ndim != 2 or len(routing) != 1:
             raise RoutingError(
                 "routed takes one composition for all rows, but the routing has the shape "

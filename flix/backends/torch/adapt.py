@@ -1,0 +1,167 @@
+"""Plain models become adapted ones, and plain again (docs/specification.md §5.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from flix.backends.protocol import Values
+from flix.backends.torch.kernels.choice import require_triton
+from flix.backends.torch.layer import FlixLayer, flix_layers
+from flix.backends.torch.layers import adaptable, become, revert
+from flix.backends.torch.parameters import BANK, Bank, packed
+from flix.backends.torch.patches import checkpoint
+from flix.backends.torch.patches.models import RoutedModel, plain_class, routed_class
+from flix.backends.torch.scaled import same_scale
+from flix.backends.torch.state import FlixState
+from flix.core.adapter.adapter import LayerShape
+from flix.core.adapter.flat import flat_layout
+from flix.core.config.config import FlixConfig
+from flix.core.config.targets import LayerInfo, is_head
+from flix.core.errors import TargetError
+
+
+def layer_infos(model: nn.Module) -> list[LayerInfo]:
+    """Every module of a model as the target rules see it."""
+    head = None
+    if hasattr(model, "get_output_embeddings"):
+        try:
+            head = model.get_output_embeddings()  # type: ignore[operator]
+        except (NotImplementedError, AttributeError):
+            head = None
+    inside_attention = {
+        id(child)
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for child in module.modules()
+        if child is not module
+    }
+    infos = []
+    for path, module in model.named_modules():
+        if not path:
+            continue
+        if isinstance(module, FlixLayer):
+            kind, reason, sizes = module.flix_kind, "", (module.d_in, module.d_out)
+        else:
+            target, reason = adaptable(module)
+            if id(module) in inside_attention and isinstance(module, nn.Linear):
+                target, reason = (
+                    None,
+                    "nn.MultiheadAttention reads its kernel and skips its forward",
+                )
+            kind = target.flix_kind if target is not None else ""
+            sizes = (0, 0)
+            if target is not None:
+                first, second = module.weight.shape
+                straight = target.flix_kind == "embedding" or getattr(
+                    target, "flix_transposed", False
+                )
+                sizes = (first, second) if straight else (second, first)
+        told = module is head or is_head(path)
+        infos.append(LayerInfo(path, kind, int(sizes[0]), int(sizes[1]), told, reason))
+    return infos
+
+
+def shape_of(layer: FlixLayer) -> LayerShape:
+    """An adapted layer's kind and sizes."""
+    return LayerShape(d_in=layer.d_in, d_out=layer.d_out, kind=layer.flix_kind)
+
+
+def attach(
+    model: nn.Module, config: FlixConfig, paths: Sequence[str], strategy: str, values: Values
+) -> None:
+    """Adapt the layers at these paths, whatever the configuration's patterns say, and freeze the base."""
+    require_triton(strategy)
+    trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+    modules = dict(model.named_modules())
+    for path in paths:
+        _refuse_unadaptable(path, modules[path])
+    model.requires_grad_(False)
+    state = FlixState(config, empty_bank(config), strategy, trained)
+    shapes = become_layers(model, state, paths)
+    layout, features = flat_layout(config, shapes), config.registry.features
+    state.bank.arrange(features, layout)
+    device: torch.device = modules[paths[0]].weight.device  # type: ignore[union-attr, assignment]
+    wide = any(modules[path].weight.dtype == torch.float64 for path in paths)
+    # Pairs of a half-precision base are kept in float32, where small updates do not round away.
+    dtype = torch.float64 if wide else torch.float32
+    pairs = ((path, values(path, shape)) for path, shape in shapes.items())
+    for feature, vector in packed(layout, features, pairs, config.registry.live, dtype).items():
+        state.bank.hold(feature, nn.Parameter(torch.from_numpy(vector).to(device)))
+    state.bank.to(device)
+    checkpoint.install()
+    for module in (model, *_encoders(model)):
+        if not isinstance(module, RoutedModel):
+            module.__class__ = routed_class(type(module))
+        vars(module)["flix_state"] = state
+    model._modules[BANK] = state.bank
+
+
+def empty_bank(config: FlixConfig) -> Bank:
+    """A bank without layers."""
+    return Bank(config.registry.features, flat_layout(config, {}))
+
+
+def become_layers(
+    model: nn.Module, state: FlixState, paths: Sequence[str], start: int = 0
+) -> dict[str, LayerShape]:
+    """Turn the layers at these paths into adapted ones, with places from ``start`` on; their kinds and sizes."""
+    modules, shapes = dict(model.named_modules()), {}
+    for place, path in enumerate(paths, start):
+        layer = become(modules[path], path, place, state)
+        shapes[path] = shape_of(layer)
+        if isinstance(layer, nn.Embedding):
+            _relink(model, modules, path, set(paths))
+    return shapes
+
+
+def _refuse_unadaptable(path: str, module: nn.Module) -> None:
+    target, reason = adaptable(module)
+    if target is None:
+        raise TargetError(f"layer {path!r} cannot be adapted: {reason or type(module).__name__}")
+
+
+def _relink(model: nn.Module, modules: dict[str, nn.Module], path: str, targets: set[str]) -> None:
+    """Let embeddings that share an adapted one's kernel, and are no targets themselves, be that one.
+
+    transformers 5 gives T5's encoder and decoder embedding modules of their own, tied by their kernel to ``shared``,
+    which is itself never run: adapted alone, it would silently do nothing.
+    """
+    adapted = modules[path]
+    assert isinstance(adapted, FlixLayer)
+    for other, module in modules.items():
+        if other in targets or module is adapted or type(module) is not adapted.flix_base:
+            continue
+        if module.weight is adapted.weight and same_scale(module, adapted):
+            parent, _, name = other.rpartition(".")
+            setattr(model.get_submodule(parent), name, adapted)
+
+
+def _encoders(model: nn.Module) -> list[nn.Module]:
+    """The encoder of an encoder-decoder model: generation calls it past the model's own forward."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
+        return []
+    encoder = model.get_encoder()  # type: ignore[operator]
+    return [encoder] if isinstance(encoder, nn.Module) and encoder is not model else []
+
+
+def unadapt(model: nn.Module) -> None:
+    """Turn an adapted model, in place, back into the plain model it was; its features are gone."""
+    trained = set(model.flix_state.trained)  # type: ignore[union-attr, arg-type]
+    for _, layer in list(flix_layers(model)):
+        revert(layer)
+    model._modules.pop(BANK)
+    for module in list(model.modules()):
+        if isinstance(module, RoutedModel):
+            vars(module).pop("flix_state")
+            module.__class__ = plain_class(type(module))  # type: ignore[assignment]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def routed_models(model: nn.Module) -> Iterator[RoutedModel]:
+    """The adapted models in a module: it, or those that it holds."""
+    return (module for module in model.modules() if isinstance(module, RoutedModel))

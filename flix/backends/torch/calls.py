@@ -1,0 +1,206 @@
+"""From the keywords of a model's call to the routing that its layers run under."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flix.backends import messages
+from flix.backends.torch.distributed import touched_by_all
+from flix.backends.torch.routing import (
+    AnyRouting,
+    TracedRouting,
+    Uniform,
+    current,
+    make_routing,
+)
+from flix.backends.torch.state import FlixState
+from flix.core.errors import ConfigError
+
+_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+_PROMPTS = ("inputs", "input_ids", "inputs_embeds", "encoder_outputs")
+
+
+CALL = "model(**inputs, flix_features=ids)"
+"""How adapted models are called, as messages say it."""
+
+
+def routing_of(
+    model: Any, features: Any, weights: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> AnyRouting | None:
+    """The routing that a call of an adapted model puts in force; None for the base alone.
+
+    Raises:
+        RoutingError: routing that breaks a rule, or none in training.
+    """
+    state: FlixState = model.flix_state
+    if state.disabled:
+        return None
+    if features is None:
+        return _unrouted(model, state, weights)
+    refuse_folded(state)
+    batch, length = _input_shape(args, kwargs)
+    if torch.compiler.is_compiling() and isinstance(features, Tensor):
+        return _traced(state, features, weights, batch, length)
+    per_token = getattr(features, "ndim", 0) == 3
+    if per_token and length is not None and not model.training and features.shape[1] > length:
+        # Generation: with a cache only the newest positions are run, under the last ids given.
+        features = features[:, -length:]
+        weights = None if weights is None else weights[:, -length:]
+    # Generation calls with the same tensors at every step.
+    keep = (
+        not model.training
+        and isinstance(features, Tensor)
+        and (weights is None or (isinstance(weights, Tensor) and not weights.requires_grad))
+    )
+    made_of: tuple[Any, ...] = (features, weights, None, None, length)
+    if keep:
+        versions = (_version(features), None if weights is None else _version(weights))
+        made_of = (features, weights, *versions, length)
+        known = state.last
+        if (
+            known is not None
+            and all(a is b or (type(a) is int and a == b) for a, b in zip(known, made_of))  # noqa: B905
+            and batch in (None, features.shape[0])
+        ):
+            return known[-1].enter(state)  # type: ignore[no-any-return]
+    routing = make_routing(
+        state.config.registry,
+        features,
+        weights,
+        batch=batch,
+        length=length,
+        touched=touched_by_all(model, state) if torch.is_grad_enabled() else None,
+    )
+    if keep:
+        state.last = (*made_of, routing)
+    return routing.enter(state)
+
+
+def _unrouted(model: Any, state: FlixState, weights: Any) -> AnyRouting | None:
+    """The routing of a forward that was given none.
+
+    That of the forward around it, or of :func:`routed`; else an error in training, and otherwise None, the base (and a
+    warning).
+    """
+    if weights is not None:
+        raise messages.weights_alone()
+    if current.routing is not None or state.folded is not None:
+        return current.routing
+    default = current.defaults.get(id(model))
+    if default is not None:
+        return _uniform(model, state, default)
+    if model.training:
+        raise messages.unrouted_model(CALL)
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            messages.base_alone(CALL)
+            + "; where a keyword cannot be passed, use routed(model, row)",
+            stacklevel=4,
+        )
+    return None
+
+
+def _uniform(model: Any, state: FlixState, default: Uniform) -> AnyRouting:
+    if torch.compiler.is_compiling():
+        _refuse_paged(state)
+        _mark(state, default.ids)
+        return default.traced(state.bank)
+    others = touched_by_all(model, state) if torch.is_grad_enabled() else None
+    touched = others(default.ids.numpy()[None]) if others is not None else ()
+    known = state.last
+    if known is not None and known[0] is default and not touched and not model.training:
+        return known[-1].enter(state)  # type: ignore[no-any-return]
+    routing = default.active(touched)
+    if not model.training:
+        state.last = (default, routing)
+    return routing.enter(state)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed, as far as it counts; inference tensors do not."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def generation_routing(
+    model: Any, features: Any, weights: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Routing for ``generate()``, which repeats rows for beams and samples only where they are tensors.
+
+    Raises:
+        RoutingError: routing that breaks a rule, or that has another number of rows than the prompts.
+    """
+    given = [kwargs.get(name) for name in _PROMPTS] + [args[0] if args else None]
+    prompts = next((value for value in given if value is not None), None)
+    if prompts is not None and not isinstance(prompts, Tensor):  # an encoder's output
+        prompts = prompts[0] if isinstance(prompts, tuple) else prompts["last_hidden_state"]
+    batch = prompts.shape[0] if isinstance(prompts, Tensor) else None
+    registry = model.flix_state.config.registry
+    if isinstance(features, Tensor) and (weights is None or isinstance(weights, Tensor)):
+        make_routing(registry, features, weights, batch=batch)
+        return {"flix_features": features, "flix_weights": weights}
+    checked = make_routing(registry, features, weights, batch=batch)
+    ids = torch.from_numpy(checked.flat.reshape(*checked.lead, -1))
+    found = checked.weights
+    if found is not None and bool((found.detach().cpu()[ids >= 0] == 1).all()):
+        found = None
+    return {"flix_features": ids, "flix_weights": found}
+
+
+def _traced(
+    state: FlixState, ids: Tensor, weights: Any, batch: int | None, length: int | None
+) -> TracedRouting:
+    """Inside a compiler: what shapes and dtypes tell is checked, values are not."""
+    _refuse_paged(state)
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise messages.ids_not_integer(ids.dtype)
+    if ids.dim() not in (2, 3):
+        raise messages.ids_shape(list(ids.shape))
+    if batch is not None and ids.shape[0] != batch:
+        raise messages.other_batch(ids.shape[0], batch)
+    if weights is not None and weights.shape != ids.shape:
+        raise messages.weights_shape(list(weights.shape), list(ids.shape))
+    registry = state.config.registry
+    if registry.removed:
+        # As ids of no feature, which the layers make NaN: nothing can be raised in a graph.
+        gone = torch.tensor(registry.removed_ids, device=ids.device, dtype=ids.dtype)
+        ids = torch.where((ids[..., None] == gone).any(-1), len(registry), ids)
+    _mark(state, ids)
+    return TracedRouting(state.bank, ids, weights, length)
+
+
+def refuse_folded(state: FlixState) -> None:
+    """A model that is merged in place has one composition in its kernels."""
+    if state.folded is not None:
+        raise messages.folded_in(state.folded)
+
+
+def _refuse_paged(state: FlixState) -> None:
+    if state.pager is not None:
+        raise ConfigError(
+            "a paged model cannot be compiled: which features a batch needs is only known when it "
+            "runs; compile a model without page()"
+        )
+
+
+def _mark(state: FlixState, ids: Tensor) -> None:
+    """Note which features a compiled step sees; ids of no feature go where padding goes."""
+    if torch.is_grad_enabled():
+        count = len(state.config.registry)
+        place = torch.where((ids < 0) | (ids >= count), count, ids).reshape(-1)
+        state.bank.present.index_fill_(0, place.to(torch.int64), True)
+        state.traced = True
+
+
+def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Batch size and length of the input, where it is named as transformers names it."""
+    for name in _INPUTS:
+        value = kwargs.get(name)
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            return value.shape[0], value.shape[1]
+    if args and isinstance(args[0], Tensor) and args[0].dim() >= 2:
+        return None, args[0].shape[1]
+    return None, None

@@ -1,0 +1,236 @@
+"""What all adapted layers share: the features' pairs, and how routing reaches a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flix.backends import messages
+from flix.backends.torch.calls import CALL, refuse_folded
+from flix.backends.torch.parameters import Carried, Values
+from flix.backends.torch.placing import Placed
+from flix.backends.torch.routing import (
+    ActiveRouting,
+    AnyRouting,
+    TracedRouting,
+    current,
+    make_routing,
+)
+from flix.backends.torch.state import FlixState
+from flix.core.config.config import FlixConfig
+from flix.core.config.layout import LayerLayout
+from flix.core.features.names import Feature
+
+
+class Views:
+    """One side of a layer's pairs, by feature: ``layer.flix_A["language", "hau"]``.
+
+    The values are views of the feature's parameter: they carry its gradient, and may be changed in place under
+    ``torch.no_grad()``.
+    """
+
+    def __init__(self, layer: FlixLayer, side: int) -> None:
+        self._layer, self._side = layer, side
+
+    def __getitem__(self, feature: Feature) -> Tensor:
+        return self._layer.flix_state.bank.view(feature, self._layer.flix_place)[self._side]
+
+    def __contains__(self, feature: Feature) -> bool:
+        config = self._layer.flix_config
+        return feature in config.registry and config.rank(self._layer.flix_name, feature) > 0
+
+
+class FlixLayer(nn.Module):
+    """What all adapted layers share: the pairs of the features, and the way routing reaches them.
+
+    Attributes:
+        flix_name: the layer's path in its model.
+        flix_place: its place among the model's adapted layers.
+        flix_state: what it carries, with all adapted layers of its model.
+        flix_strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
+        flix_base: the class of the plain layer.
+    """
+
+    flix_kind = "linear"
+    flix_name: str
+    flix_place: int
+    flix_state: FlixState
+    flix_strategy: str
+    flix_base: type[nn.Module]
+
+    @property
+    def d_in(self) -> int:
+        """Input size; of an embedding, the vocabulary's."""
+        raise TypeError("an adapted layer's class gives its sizes")
+
+    @property
+    def d_out(self) -> int:
+        """Output size."""
+        raise TypeError("an adapted layer's class gives its sizes")
+
+    @property
+    def flix_config(self) -> FlixConfig:
+        """The configuration."""
+        return self.flix_state.config
+
+    @property
+    def flix_layout(self) -> LayerLayout:
+        """Ranks and scales of the features in this layer."""
+        return self.flix_state.bank.layout.layouts[self.flix_place]
+
+    @property
+    def flix_A(self) -> Views:  # noqa: N802
+        """A_f ``[r, d_in]`` of each feature."""
+        return Views(self, 0)
+
+    @property
+    def flix_B(self) -> Views:  # noqa: N802
+        """B_f ``[d_out, r]`` of each feature."""
+        return Views(self, 1)
+
+    def pairs(self) -> Iterator[tuple[Feature, Tensor, Tensor]]:
+        """(feature, A, B) of every feature with an update in this layer, as views."""
+        bank = self.flix_state.bank
+        for feature in self.flix_config.registry.live:
+            if bank.layout.rank(self.flix_config.registry.id(*feature), self.flix_place):
+                yield (feature, *bank.view(feature, self.flix_place))
+
+    def _routing(self, features: Any, weights: Any) -> AnyRouting | None:
+        """The routing to run under: the one given, or the one in force; None to run the base alone."""
+        state = self.flix_state
+        if state.disabled:
+            return None
+        if features is not None:
+            refuse_folded(state)
+            return make_routing(state.config.registry, features, weights)
+        if weights is not None:
+            raise messages.weights_alone()
+        if state.folded is not None:
+            return None
+        routing = current.routing
+        if routing is None and self.training:
+            raise messages.unrouted_layer(self.flix_name, CALL)
+        return routing
+
+    def _values(
+        self, placed: Placed, routing: ActiveRouting, device: torch.device
+    ) -> tuple[Values, Tensor | None]:
+        """The parts of the batch's features, and the carrier of their gradient where one is recorded."""
+        found = routing.in_force(self.flix_state)
+        values = found.values(placed.active, self.flix_place, device)
+        grad = torch.is_grad_enabled() and found.carriers is not None
+        return values, found.carriers[self.flix_place] if grad else None  # type: ignore[index]
+
+    def _pairs_of(
+        self, values: Values, carrier: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Parts as A ``[r, d_in]`` and B transposed ``[r, d_out]`` of each feature, for differentiable operations."""
+        if carrier is not None:
+            parts = Carried.apply(carrier, *values)  # type: ignore[no-untyped-call]
+            values = parts[: len(values[0])], parts[len(values[0]) :]
+        sides = zip(values, (self.d_in, self.d_out), strict=True)
+        return tuple([part.view(-1, size) for part in parts] for parts, size in sides)  # type: ignore[return-value]
+
+    def _traced_pairs(self, routing: TracedRouting) -> tuple[list[Tensor], list[Tensor]]:
+        """A and B transposed of every feature with an update here, in a compiled graph."""
+        side = 2 * self.flix_place
+        held = [routing.parts[i] for i, rank in enumerate(self.flix_layout.ranks) if rank]
+        return (
+            [parts[side].view(-1, self.d_in) for parts in held],
+            [parts[side + 1].view(-1, self.d_out) for parts in held],
+        )
+
+    def _grouped(self, x: Tensor, routing: AnyRouting, trailing: int) -> tuple[Tensor, int, int]:
+        """x with its leading dimensions fitted to the routing's rows; (x, rows N, positions S a row).
+
+        Args:
+            x: ``[..., d_in]`` (trailing 1), or token ids ``[...]`` (trailing 0).
+            routing: the routing in force.
+            trailing: the number of dimensions of x that are no positions.
+
+        Raises:
+            RoutingError: the leading dimensions are not the routing's.
+        """
+        lead, given = routing.lead, tuple(x.shape[: x.dim() - trailing])
+        count = 1
+        for size in lead:
+            count *= size
+        total = 1
+        for size in given:
+            total *= size
+        fits = given[: len(lead)] == lead
+        if not fits and given[:1] == (1,) and given[1 : len(lead)] == lead[1:] and lead[0] > 1:
+            # One row for all, as position ids have it: each row of the batch gets its own.
+            x = x.expand(lead[0], *x.shape[1:])
+            total, fits = total * lead[0], True
+        if not fits and len(given) == 1:
+            # Models that flatten [B, S, d] to [B * S, d] before a layer.
+            flattened = count if routing.per_token else lead[0] * (routing.length or -1)
+            fits = given[0] == flattened
+        if not fits:
+            raise messages.other_lead(self.flix_name, list(given), list(lead))
+        return x, count, total // count if count else 0
+
+    def _placed(self, x: Tensor, routing: ActiveRouting) -> Placed:
+        dtype = x.dtype if x.is_floating_point() else self.weight.dtype
+        return routing.placed(self.flix_layout, x.device, dtype)  # type: ignore[arg-type]
+
+    def _check_single(self, routing: ActiveRouting, strategy: str) -> None:
+        if strategy == "single" and (row := routing.unlike()) is not None:
+            raise messages.rows_differ(row)
+
+    def _bank_tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """For traced models: rows ``[F + 2, r]`` of each feature in the whole bank, and its factors.
+
+        The last but one stands for padding, the last for ids of no feature: their rows become NaN, never
+        silently the base's, since nothing can be raised in a graph.
+        """
+        ranks = self.flix_layout.ranks
+        widest = max(1, max(ranks, default=1))
+        table = [[0] * widest for _ in range(len(ranks) + 2)]
+        factor = [[0.0] * widest for _ in range(len(ranks) + 2)]
+        factor[-1] = [math.nan] * widest
+        start = 0
+        for i, rank in enumerate(ranks):
+            for j in range(rank):
+                table[i][j], factor[i][j] = start + j, self.flix_layout.scales[i]
+            start += rank
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return (
+            torch.tensor(table, dtype=torch.int64, device=like.device),
+            torch.tensor(factor, dtype=wide, device=like.device),
+        )
+
+    def _traced_rows(self, like: Tensor, routing: TracedRouting) -> tuple[Tensor, Tensor]:
+        table, factor = self._bank_tables(like)
+        count = routing.flat.shape[0]
+        ids = routing.flat.to(torch.int64)
+        features = len(self.flix_layout.ranks)
+        ids = torch.where((ids < -1) | (ids >= features), features + 1, ids)
+        ids = torch.where(ids == -1, features, ids)
+        scale = factor[ids]
+        if routing.weights is not None:
+            scale = scale * routing.weights.to(scale.dtype)[:, :, None]
+        return table[ids].reshape(count, -1), scale.reshape(count, -1)
+
+
+def with_grad(y: Tensor, training: bool) -> Tensor:
+    """The base output of a batch that activates nothing here; in training it may still be differentiated.
+
+    A batch whose every feature was dropped has no parameter to train; without this, its backward would be an
+    error where the plain meaning is "no gradient".
+    """
+    if training and torch.is_grad_enabled() and not y.requires_grad and y.is_floating_point():
+        return y.requires_grad_(True) if y.is_leaf else y
+    return y
+
+
+def flix_layers(model: nn.Module) -> Iterator[tuple[str, FlixLayer]]:
+    """(path, layer) of every adapted layer, in the model's order."""
+    for path, module in model.named_modules():
+        if isinstance(module, FlixLayer):
+            yield path, module

@@ -1,0 +1,268 @@
+"""A feature is one parameter: the bank of them, and how a batch's reach its layers (docs/specification.md §5.2).
+
+A feature's pairs of all layers are one vector (see :mod:`flix.core.adapter.flat`), so that optimizers, clipping, DDP,
+FSDP2 and paging see as many tensors as there are features. When a batch's routing is put in force, the vectors of its
+features are split for all layers at once. Layers read the parts as they are; what passes through autograd is one
+*carrier* a layer, whose gradient is that of all the layer's pairs, and one node that makes of the carriers' gradients
+each feature's. A slice for each layer would make a whole zero vector for each in the backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from flix.backends.torch.patches import optimizers
+from flix.core.adapter.changes import Pair
+from flix.core.adapter.flat import FlatLayout
+from flix.core.errors import listed
+from flix.core.features.names import Feature
+
+BANK = "flix_bank"
+"""The name under which a model, or a layer that is used by hand, holds its bank."""
+
+Values = tuple[list[Tensor], list[Tensor]]
+"""A layer's parts of some features: of A, each ``[r * d_in]``, and of B transposed, each ``[r * d_out]``."""
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def parameter_key(feature: Feature) -> str:
+    """A feature's name among a model's parameters.
+
+    torch refuses "." in the names of parameters, and ":" parts group from name: names that hold them are escaped.
+    """
+    escaped = (part.replace("%", "%25").replace(".", "%2E").replace(":", "%3A") for part in feature)
+    return ":".join(escaped)
+
+
+class Bank(nn.Module):
+    """The features' parameters, by name ``<group>:<name>``; features of rank 0 everywhere have none.
+
+    A model holds it as ``flix_bank``, a layer that is used by hand, too. It is no step of a model's computation: run
+    by a parent that calls its children in turn, it gives back what it was given.
+
+    Attributes:
+        features: the registry's features, by id.
+        keys: their names here.
+        layout: where pairs lie in the vectors.
+        present: buffer: which features a compiled forward has seen since the last optimizer step.
+    """
+
+    features: tuple[Feature, ...]
+    keys: tuple[str, ...]
+    layout: FlatLayout
+    present: Tensor
+
+    def __init__(self, features: Sequence[Feature], layout: FlatLayout) -> None:
+        super().__init__()
+        self.register_buffer("present", torch.zeros(len(features) + 1, dtype=torch.bool), False)
+        self.arrange(features, layout)
+
+    def arrange(self, features: Sequence[Feature], layout: FlatLayout) -> None:
+        """Set the features and the layout; parameters are kept as they are."""
+        self.features, self.layout = tuple(features), layout
+        self.keys = tuple(parameter_key(feature) for feature in features)
+        self.present = self.present.new_zeros(len(features) + 1)
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+    def hold(self, feature: Feature, parameter: nn.Parameter) -> None:
+        """Set a feature's parameter."""
+        self._parameters[parameter_key(feature)] = parameter
+
+    def parameter(self, feature: int | Feature) -> nn.Parameter | None:
+        """A feature's parameter, by id or name; None where it has rank 0 everywhere."""
+        key = self.keys[feature] if isinstance(feature, int) else parameter_key(feature)
+        return self._parameters.get(key)
+
+    def held(self) -> dict[int, nn.Parameter]:
+        """Every parameter by its feature's id."""
+        found = self._parameters
+        return {i: found[key] for i, key in enumerate(self.keys) if key in found}  # type: ignore[misc]
+
+    def view(self, feature: Feature, place: int) -> tuple[Tensor, Tensor]:
+        """A ``[r, d_in]`` and B ``[d_out, r]`` of a feature in a layer: views of its parameter, with their gradient.
+
+        Raises:
+            KeyError: the feature has no update in the layer.
+        """
+        i = self.features.index(feature) if feature in self.features else -1
+        rank = self.layout.rank(i, place) if i >= 0 else 0
+        if not rank:
+            raise KeyError(feature)
+        value = whole(self._parameters[parameter_key(feature)])  # type: ignore[arg-type]
+        start, middle, end = self.layout.starts[i][2 * place : 2 * place + 3]
+        return value[start:middle].view(rank, -1), value[middle:end].view(rank, -1).t()
+
+    def array(self, feature: Feature) -> NDArray[Any]:
+        """A feature's vector on the host, gathered if it is sharded; halves as float32."""
+        value = whole(self._parameters[parameter_key(feature)].detach())  # type: ignore[union-attr]
+        return (value.float() if value.dtype.itemsize < 4 else value).cpu().numpy()  # type: ignore[no-any-return]
+
+    def fill(self, feature: Feature, vector: NDArray[Any]) -> None:
+        """Set a feature's values."""
+        with torch.no_grad():
+            self._parameters[parameter_key(feature)].copy_(torch.from_numpy(vector))  # type: ignore[union-attr]
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor gathered, if it is sharded."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def packed(
+    layout: FlatLayout,
+    features: Sequence[Feature],
+    pairs: Iterable[tuple[str, Mapping[Feature, Pair]]],
+    chosen: Iterable[Feature],
+    dtype: torch.dtype,
+) -> dict[Feature, NDArray[Any]]:
+    """The vectors of some features, of pairs by layer and feature; those without an update anywhere are left out."""
+    ids = {feature: i for i, feature in enumerate(features)}
+    wide = np.float64 if dtype == torch.float64 else np.float32
+    made = {f: np.empty(layout.length(ids[f]), wide) for f in chosen if layout.length(ids[f])}
+    for path, layer in pairs:
+        for feature, pair in layer.items():
+            if feature in made:
+                layout.put(made[feature], ids[feature], path, pair)
+    return made
+
+
+class InForce:
+    """The vectors of a batch's features, split for the layers of a bank.
+
+    Attributes:
+        parts: of each feature, by id: of A and B transposed of each layer in turn.
+        carriers: of each layer, by place: where the gradient of its pairs goes; None where nothing trains.
+        grad: whether it was made where gradients are recorded.
+        kept: what layers keep between calls while no value changes, by their own keys.
+    """
+
+    def __init__(self, bank: Bank, ids: Iterable[int], pager: Any, grad: bool) -> None:
+        self.bank, self.grad = bank, grad
+        self._held = {i: p for i in ids if (p := bank.parameter(i)) is not None}
+        self._seen = _seen(self._held.values())
+        self.kept: dict[Any, Any] = {}
+        vectors = {i: whole(parameter) for i, parameter in self._held.items()}
+        values = vectors if pager is None else pager.vectors(self._held)
+        sizes = bank.layout.sizes
+        self.parts = {i: value.detach().split_with_sizes(sizes[i]) for i, value in values.items()}
+        self.carriers: tuple[Tensor, ...] | None = None
+        if grad and any(vector.requires_grad for vector in vectors.values()):
+            where = next(iter(values.values())).device
+            self.carriers = Spread.apply(bank, self._held, where, *vectors.values())  # type: ignore[no-untyped-call]
+
+    def fresh(self) -> bool:
+        """Whether the parameters are what they were."""
+        now = [self.bank.parameter(i) for i in self._held]
+        return self._seen is not None and self._seen == _seen(now)
+
+    def values(self, active: Sequence[int], place: int, device: torch.device) -> Values:
+        """A layer's parts of some features, on a device."""
+        side, parts = 2 * place, self.parts
+        a, b = [parts[i][side] for i in active], [parts[i][side + 1] for i in active]
+        if a[0].device != device:  # layers of one model may lie on several devices
+            a, b = [part.to(device) for part in a], [part.to(device) for part in b]
+        return a, b
+
+
+def _seen(held: Iterable[Any]) -> tuple[Any, ...] | None:
+    """What differs after any of some parameters has changed; None where that cannot be told.
+
+    A tensor counts its changes, but not those that fused optimizers make; so optimizers' steps count, too.
+    """
+    parameters = list(held)
+    if any(p is None or p.is_inference() or hasattr(p, "device_mesh") for p in parameters):
+        return None
+    found = [(id(p), p._version, p.requires_grad, p.data_ptr()) for p in parameters]
+    return (optimizers.steps, *found)
+
+
+class Spread(torch.autograd.Function):
+    """From the vectors of a batch's features to a carrier for each layer, and from their gradients the way back.
+
+    A carrier has the size of its layer's pairs, ``[A of each feature, B transposed of each]``, and no memory of its
+    own. Nothing is saved for the backward, so that reentrant checkpoints can come here once for each of their pieces.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, bank: Bank, held: Mapping[int, Tensor], where: torch.device, *vectors: Tensor
+    ) -> tuple[Tensor, ...]:
+        sizes = [bank.layout.sizes[i] for i in held]
+        ctx.bank, ctx.held, ctx.sizes = bank, held, sizes
+        ctx.devices = [vector.device for vector in vectors]
+        ctx.versions = [None if p.is_inference() else p._version for p in held.values()]
+        ctx.set_materialize_grads(False)
+        one = torch.zeros(1, dtype=vectors[0].dtype, device=where)
+        totals = map(sum, zip(*sizes, strict=True))
+        return tuple(one.expand(a + b) for a, b in zip(totals, totals, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        _refuse_changed(ctx)
+        pieces: list[list[Tensor | int]] = [[] for _ in ctx.sizes]
+        for place, grad in enumerate(grads):
+            side = 2 * place
+            if grad is None:
+                for mine, sizes in zip(pieces, ctx.sizes, strict=True):
+                    mine.append(sizes[side] + sizes[side + 1])
+                continue
+            parts = grad.split_with_sizes([s[k] for k in (side, side + 1) for s in ctx.sizes])
+            for mine, a, b in zip(pieces, parts, parts[len(pieces) :], strict=False):
+                mine += (a, b)
+        found = (
+            _joined(mine).to(device) if needed else None
+            for mine, device, needed in zip(
+                pieces, ctx.devices, ctx.needs_input_grad[3:], strict=True
+            )
+        )
+        return (None, None, None, *found)
+
+
+def _joined(pieces: Sequence[Tensor | int]) -> Tensor:
+    """One tensor of many; numbers stand for that many zeros."""
+    like = next(piece for piece in pieces if not isinstance(piece, int))
+    made: list[Tensor] = []
+    for missing, group in itertools.groupby(pieces, lambda piece: isinstance(piece, int)):
+        some: list[Any] = list(group)
+        made += [like.new_zeros(sum(some))] if missing else some
+    return torch.cat(made)
+
+
+def _refuse_changed(ctx: Any) -> None:
+    held = ctx.held.items()
+    changed = [
+        ":".join(ctx.bank.features[i])
+        for (i, p), version in zip(held, ctx.versions, strict=True)
+        if version is not None and p._version != version
+    ]
+    if changed:
+        raise RuntimeError(
+            f"the values of {listed(changed)} were changed between a forward and its backward, whose gradients would "
+            "be wrong; change them after the backward"
+        )
+
+
+class Carried(torch.autograd.Function):
+    """A layer's parts as tensors with a gradient, which goes to the layer's carrier: for plain operations on them."""
+
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, a: list[Tensor], b: list[Tensor]) -> tuple[Tensor, ...]:
+        ctx.device = carrier.device
+        return tuple(part.view_as(part) for part in (*a, *b))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return torch.cat(grads).to(ctx.device), None, None

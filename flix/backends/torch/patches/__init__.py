@@ -1,0 +1,1 @@
+"""What flix changes in torch and in users' models; each file says what, when, and how it is undone."""

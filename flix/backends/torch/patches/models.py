@@ -1,0 +1,133 @@
+"""The classes of users' models, whose calls take routing.
+
+What: an adapted model (and an encoder that generation calls by itself) becomes an instance of a subclass of its own
+class, with ``flix_features`` and ``flix_weights`` among its call's keywords. When: by ``adapt`` and ``load``. Undone:
+``merge`` and ``share_base`` give the copy its own class back. A subclass, not a function patched onto the instance, so
+that copies of a model run their own weights. A class keeps its subclass.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import inspect
+from typing import Any
+
+from torch import nn
+
+from flix.backends import messages
+from flix.backends.torch.calls import generation_routing, routing_of
+from flix.backends.torch.parameters import BANK
+from flix.backends.torch.routing import current
+from flix.backends.torch.state import FlixState
+from flix.core.config.config import FlixConfig
+from flix.core.errors import RoutingError
+
+_KEPT = "_flix_routed"  # the class's own attribute that holds its subclass
+
+
+class RoutedModel:
+    """What adapted models have over their own class; ``isinstance(model, RoutedModel)`` tells them.
+
+    Attributes:
+        flix_state: what the model carries.
+        flix_config: the configuration.
+    """
+
+    flix_state: FlixState
+
+    @property
+    def flix_config(self) -> FlixConfig:
+        return self.flix_state.config
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time; copies and pickles name the model's own class instead.
+        made = super().__reduce_ex__(protocol)
+        if isinstance(made, tuple) and made[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+            made = (_new_routed, (plain_class(type(self)), *made[1][1:]), *made[2:])
+        return made
+
+
+def _new_routed(base: type[nn.Module], *args: Any) -> Any:
+    cls = routed_class(base)
+    return cls.__new__(cls, *args)
+
+
+def plain_class(cls: type[Any]) -> type[nn.Module]:
+    """The model's own class behind a routed one."""
+    return cls.flix_plain if issubclass(cls, RoutedModel) else cls  # type: ignore[attr-defined,no-any-return]
+
+
+def routed_class(base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of ``base`` whose forward takes ``flix_features`` and ``flix_weights``."""
+    if _KEPT in vars(base):
+        return vars(base)[_KEPT]  # type: ignore[no-any-return]
+
+    def forward(
+        self: Any, *args: Any, flix_features: Any = None, flix_weights: Any = None, **kwargs: Any
+    ) -> Any:
+        previous = current.routing
+        current.routing = routing_of(self, flix_features, flix_weights, args, kwargs)
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            current.routing = previous
+
+    signature = inspect.signature(base.forward)
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in ("flix_features", "flix_weights")
+    ]
+    old = list(signature.parameters.values())
+    tail = [p for p in old if p.kind is inspect.Parameter.VAR_KEYWORD]
+    parameters = [p for p in old if p not in tail] + added + tail
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    forward.__doc__ = base.forward.__doc__
+    members = {
+        "forward": forward,
+        "flix_plain": base,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    if callable(getattr(base, "generate", None)):
+        members["generate"] = _generate_of(base)
+    if hasattr(base, "init_continuous_batching"):
+        members["init_continuous_batching"] = _refuse_continuous_batching
+    if issubclass(base, nn.Sequential):
+        members |= {"__len__": _len_of_sequential, "__iter__": _iter_of_sequential}
+    made = type(base.__name__, (RoutedModel, base), members)
+    setattr(base, _KEPT, made)
+    return made
+
+
+def _len_of_sequential(self: Any) -> int:
+    return len(self._modules) - (BANK in self._modules)  # it comes last, and is no step
+
+
+def _iter_of_sequential(self: Any) -> Any:
+    return iter([module for name, module in self._modules.items() if name != BANK])
+
+
+def _generate_of(base: Any) -> Any:
+    """The ``generate`` of a model class, with routing that is checked, and in a form that beams and samples repeat."""
+
+    @functools.wraps(base.generate)
+    def generate(
+        self: Any, *args: Any, flix_features: Any = None, flix_weights: Any = None, **kwargs: Any
+    ) -> Any:
+        if flix_features is not None and not self.flix_state.disabled:
+            kwargs |= generation_routing(self, flix_features, flix_weights, args, kwargs)
+        elif flix_weights is not None and not self.flix_state.disabled:
+            raise messages.weights_alone()
+        return base.generate(self, *args, **kwargs)
+
+    return generate
+
+
+def _refuse_continuous_batching(self: Any, *_: Any, **__: Any) -> Any:
+    """What transformers' ``generate_batch`` begins with: requests packed into one row, run on another thread."""
+    raise RoutingError(
+        "continuous batching (generate_batch) gives the model no routing, so the base would answer alone; "
+        "call generate() with flix_features, or merge(model, row) and serve the plain model"
+    )

@@ -1,0 +1,184 @@
+"""What the torch backend gives (docs/specification.md §5.1): see :mod:`flix.backends.protocol` for each function."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from flix.backends.protocol import Counts, Pairs, Values
+from flix.backends.torch.adapt import attach as attach_features
+from flix.backends.torch.adapt import become_layers, shape_of
+from flix.backends.torch.adapt import layer_infos as layers
+from flix.backends.torch.heads import (
+    base_parameters,
+    put_heads,
+    read_heads,
+    remove_heads,
+    save_heads,
+)
+from flix.backends.torch.layer import flix_layers
+from flix.backends.torch.merging import fold, merged, peft_facts, unfold
+from flix.backends.torch.parameters import Bank, packed
+from flix.backends.torch.patches.models import RoutedModel
+from flix.backends.torch.state import FlixState
+from flix.core.adapter.adapter import LayerShape
+from flix.core.adapter.changes import Change
+from flix.core.adapter.flat import flat_layout
+from flix.core.config.config import FlixConfig
+from flix.core.errors import TargetError
+from flix.core.features.names import Feature
+
+M = TypeVar("M")
+
+
+def check_plain(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"adapt needs a torch nn.Module, got {type(model).__name__}")
+    if "forward" in vars(model):
+        raise TargetError(
+            "the model's forward is patched on the instance (as accelerate's dispatch does); adapt it "
+            "before it is dispatched or prepared"
+        )
+    if (found := next(flix_layers(model), None)) is not None:
+        raise TargetError(
+            f"layer {found[0]!r} is adapted already; adapt a model of plain layers, or run the adapted ones by hand"
+        )
+
+
+def attach(model: M, config: FlixConfig, paths: Sequence[str], strategy: str, values: Values) -> M:
+    attach_features(model, config, paths, strategy, values)  # type: ignore[arg-type]
+    return model
+
+
+def adapted(model: Any) -> FlixConfig | None:
+    return model.flix_state.config if isinstance(model, RoutedModel) else None
+
+
+def shapes(model: Any) -> Mapping[str, LayerShape]:
+    return {path: shape_of(layer) for path, layer in flix_layers(model)}
+
+
+def read(model: Any, features: Collection[Feature] | None = None) -> Pairs:
+    bank, registry = _bank(model), _state(model).config.registry
+    found: dict[str, dict[Feature, Any]] = {path: {} for path, _ in flix_layers(model)}
+    for feature in registry.live if features is None else features:
+        if bank.parameter(feature) is not None:
+            vector = bank.array(feature)
+            for path, pair in bank.layout.pairs(vector, registry.id(*feature)).items():
+                found[path][feature] = pair
+    return found
+
+
+def write(model: M, pairs: Pairs) -> M:
+    bank, registry = _bank(model), _state(model).config.registry
+    by_feature: dict[Feature, dict[str, Any]] = {}
+    for path, layer in pairs.items():
+        for feature, pair in layer.items():
+            by_feature.setdefault(feature, {})[path] = pair
+    for feature, layers_ in by_feature.items():
+        vector = bank.array(feature).copy()
+        for path, pair in layers_.items():
+            bank.layout.put(vector, registry.id(*feature), path, pair)
+        bank.fill(feature, vector)
+    return model
+
+
+def change(model: M, change: Change) -> M:
+    """Give the model the configuration and the features that a change says.
+
+    The parameters of kept features stay the objects they are, so that an optimizer's state stays with them.
+    """
+    state, bank = _state(model), _bank(model)
+    kept = {f: p for f, old in change.kept.items() if (p := bank.parameter(old)) is not None}
+    like = next(bank.parameters(), None)
+    sizes = dict(zip(bank.layout.places, bank.layout.shapes, strict=True))
+    sizes |= become_layers(model, state, list(change.layers), len(sizes))  # type: ignore[arg-type]
+    features = change.config.registry.features
+    bank.arrange(features, flat_layout(change.config, sizes))
+    bank._parameters.clear()
+    for feature, parameter in kept.items():
+        bank.hold(feature, parameter)
+    dtype = torch.float32 if like is None else like.dtype
+    arriving: dict[str, dict[Feature, Any]] = {}
+    for feature, pairs in change.arriving.items():
+        for path, pair in pairs.items():
+            arriving.setdefault(path, {})[feature] = pair
+    for feature, vector in packed(
+        bank.layout, features, arriving.items(), change.arriving, dtype
+    ).items():
+        value = torch.from_numpy(vector).to(
+            device=None if like is None else like.device, dtype=dtype
+        )
+        bank.hold(feature, nn.Parameter(value))
+    state.config = change.config
+    state.forget()
+    return model
+
+
+def frozen(model: Any) -> Collection[Feature]:
+    bank = _bank(model)
+    return [bank.features[i] for i, p in bank.held().items() if not p.requires_grad]
+
+
+def set_frozen(model: M, features: Collection[Feature]) -> M:
+    bank, chosen = _bank(model), set(features)
+    for i, parameter in bank.held().items():
+        parameter.requires_grad_(bank.features[i] not in chosen)
+    return model
+
+
+def parameters(model: Any) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def count(model: Any) -> Counts:
+    base = {id(p): p for _, p in base_parameters(model)}.values()
+    return Counts(
+        total=sum(p.numel() for p in base),
+        trainable=sum(p.numel() for p in base if p.requires_grad),
+    )
+
+
+def switch(model: Any, by: int) -> None:
+    _state(model).disabled += by
+
+
+def folded(model: Any) -> Mapping[str, Any] | None:
+    return _state(model).folded
+
+
+def _state(model: Any) -> FlixState:
+    return model.flix_state  # type: ignore[no-any-return]
+
+
+def _bank(model: Any) -> Bank:
+    return model.flix_state.bank  # type: ignore[no-any-return]
+
+
+__all__ = [
+    "adapted",
+    "attach",
+    "change",
+    "check_plain",
+    "count",
+    "fold",
+    "folded",
+    "frozen",
+    "layers",
+    "merged",
+    "parameters",
+    "peft_facts",
+    "put_heads",
+    "read",
+    "read_heads",
+    "remove_heads",
+    "save_heads",
+    "set_frozen",
+    "shapes",
+    "switch",
+    "unfold",
+    "write",
+]

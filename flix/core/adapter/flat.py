@@ -1,0 +1,99 @@
+"""Where a feature's pairs lie when all of them are one vector (docs/specification.md §5.2): the arithmetic of it.
+
+A feature's vector holds, for one layer after the other, its A ``[r, d_in]`` and then its B transposed, ``[r, d_out]``,
+both row by row. A layer in which the feature has rank 0 takes nothing. So a rank's row of A and its row of B are each
+contiguous, and layers that join later come after the others: the vectors of features that have no rank in them stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flix.core.adapter.adapter import LayerShape
+from flix.core.adapter.changes import Pair
+from flix.core.config.config import FlixConfig
+from flix.core.config.layout import LayerLayout
+
+
+@dataclass(frozen=True, eq=False)
+class FlatLayout:
+    """The vectors of all features of some layers.
+
+    Attributes:
+        places: the layers' places, by path.
+        shapes: their sizes, by place.
+        layouts: their ranks and scales, by place; equal ones are one object.
+    """
+
+    places: Mapping[str, int]
+    shapes: tuple[LayerShape, ...]
+    layouts: tuple[LayerLayout, ...]
+
+    @cached_property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """How each feature's vector is split, by id: the sizes of A and B of each layer in turn; 0 at rank 0."""
+        known: dict[tuple[int, ...], tuple[int, ...]] = {}
+        kinds = list(dict.fromkeys(self.layouts))
+        which = [kinds.index(layout) for layout in self.layouts]
+        found = []
+        for ranks in zip(*(kind.ranks for kind in kinds), strict=True):
+            if ranks not in known:
+                sides = ((s.d_in, s.d_out) for s in self.shapes)
+                known[ranks] = tuple(
+                    ranks[kind] * d for kind, pair in zip(which, sides, strict=True) for d in pair
+                )
+            found.append(known[ranks])
+        return tuple(found)
+
+    @cached_property
+    def starts(self) -> tuple[tuple[int, ...], ...]:
+        """Where the parts of :attr:`sizes` begin, by id; the last entry is the vector's length."""
+        known: dict[int, tuple[int, ...]] = {}
+        for sizes in self.sizes:
+            if id(sizes) not in known:
+                known[id(sizes)] = tuple(accumulate(sizes, initial=0))
+        return tuple(known[id(sizes)] for sizes in self.sizes)
+
+    def length(self, feature: int) -> int:
+        """The length of a feature's vector; 0 where it has no update in any layer."""
+        return self.starts[feature][-1]
+
+    def rank(self, feature: int, place: int) -> int:
+        """A feature's rank in a layer."""
+        return self.layouts[place].ranks[feature]
+
+    def put(self, vector: NDArray[np.generic], feature: int, path: str, pair: Pair) -> None:
+        """Write a feature's pair of a layer into its vector."""
+        a, b = self.views(vector, feature, self.places[path])
+        a[...], b[...] = pair
+
+    def views(self, vector: NDArray[np.generic], feature: int, place: int) -> Pair:
+        """A ``[r, d_in]`` and B ``[d_out, r]`` of a layer, as views of a feature's vector."""
+        rank, shape = self.rank(feature, place), self.shapes[place]
+        start, middle, end = self.starts[feature][2 * place : 2 * place + 3]
+        return (
+            vector[start:middle].reshape(rank, shape.d_in),
+            vector[middle:end].reshape(rank, shape.d_out).T,
+        )
+
+    def pairs(self, vector: NDArray[np.generic], feature: int) -> dict[str, Pair]:
+        """All pairs of a feature by layer, as views of its vector; without those of rank 0."""
+        return {
+            path: self.views(vector, feature, place)
+            for path, place in self.places.items()
+            if self.rank(feature, place)
+        }
+
+
+def flat_layout(config: FlixConfig, shapes: Mapping[str, LayerShape]) -> FlatLayout:
+    """The layout of the features of a configuration in some layers, in their order."""
+    known: dict[LayerLayout, LayerLayout] = {}
+    layouts = [known.setdefault(found, found) for found in map(config.layout, shapes)]
+    places = {path: place for place, path in enumerate(shapes)}
+    return FlatLayout(places, tuple(shapes.values()), tuple(layouts))
