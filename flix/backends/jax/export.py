@@ -29,7 +29,7 @@ def export_fn(model: nnx.Module) -> tuple[Callable[..., Any], Params]:
 
     The function runs a copy of the model in evaluation mode (no dropout, statistics as they are); it can be compiled,
     differentiated and mapped like any other. Values of ids are not known when it is compiled: a row with an id that is
-    no feature's, or a removed one's, gives NaN. Random streams of the model are no parameters.
+    no feature's, or a removed one's, gives NaN. Random streams of the model are not parameters.
 
     Args:
         model: an adapted model; it is not changed.

@@ -96,7 +96,7 @@ class Equation:
 
 
 def parse_equation(text: str) -> tuple[Equation | None, str]:
-    """The parts of an einsum, or why the layer is no linear map with one kernel matrix."""
+    """The parts of an einsum, or why the layer is not a linear map with one kernel matrix."""
     operands, output = text.replace(" ", "").split("->")
     given, kernel = operands.split(",")
     if "..." in kernel:

@@ -25,7 +25,7 @@ from flix.core.errors import ConfigError
 from flix.core.features.routing import Routing
 
 WHOLE = object()
-"""Stands for a leaf that is no table of pairs."""
+"""Stands for a leaf that is not a table of pairs."""
 
 
 def specs_of(model: nnx.Module) -> dict[str, LayerSpec]:
@@ -38,7 +38,7 @@ def specs_of(model: nnx.Module) -> dict[str, LayerSpec]:
 
 
 def leaf_specs(tree: Any, specs: Mapping[str, LayerSpec]) -> Any:
-    """The tree with each table's LayerSpec in its place, and ``WHOLE`` for leaves that are no tables.
+    """The tree with each table's LayerSpec in its place, and ``WHOLE`` for leaves that are not tables.
 
     Args:
         tree: a pytree that holds LayerBanks, or the pure state of an nnx model.
@@ -98,7 +98,7 @@ def mask_absent(
 
     A feature is present if the update is told so, ``update(grads, state, params, flix_features=ids)`` (through
     ``nnx.Optimizer``: ``optimizer.update(model, grads, flix_features=ids)``), or else if any gradient of it is not
-    zero. State that is no parameter's own, such as Adam's step count or a schedule's, goes on with every step.
+    zero. State that belongs to no one parameter, such as Adam's step count or a schedule's, goes on with every step.
 
     Args:
         inner: the optimizer; its state for a parameter must have the parameter's leading axis (Adam, SGD, Lion and

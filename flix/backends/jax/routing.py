@@ -63,7 +63,7 @@ def make_routing(
 ) -> ActiveRouting:
     """Check routing and make it ready for a forward.
 
-    Known ids are checked in full. Of traced ids the shape and dtype are checked; a traced id that is no feature's gives
+    Known ids are checked in full. Of traced ids the shape and dtype are checked; a traced id of no feature gives
     NaN in its row.
 
     Args:
@@ -138,7 +138,7 @@ def leading_shape(
     Args:
         x: ``[..., d_in]`` (trailing 1), or token ids ``[...]`` (trailing 0).
         routing: the routing in force.
-        trailing: the number of dimensions of x that are no positions.
+        trailing: the number of dimensions of x that are not positions.
         path: the layer's, for the message.
 
     Returns:

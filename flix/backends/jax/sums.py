@@ -80,7 +80,7 @@ def _misplaced(ids: Array, spec: LayerSpec, present: Array | None) -> tuple[Arra
 
 
 def poisoned(y: Array, spec: LayerSpec, ids: Array, present: Array | None) -> Array:
-    """The output of a layer without rows: NaN for an example with an id that is no feature's, or a removed one's.
+    """The output of a layer without rows: NaN for an example with an id of no feature, or of a removed one.
 
     Args:
         y: ``[N, ..., d_out]``.
@@ -98,7 +98,7 @@ def _poison(scale: Array, bad: Array) -> Array:
 def _factors(
     spec: LayerSpec, ids: Array, weights: Array | None, dtype: Any
 ) -> tuple[Array, Array, Array]:
-    """(ids, ranks, factors w s) of each id, both 0 where it is no feature's; ids there are the number of features."""
+    """(ids, ranks, factors w s) of each id, both 0 where it is of no feature; ids there are the number of features."""
     known = jnp.where(ids < 0, len(spec.ranks), ids)
     rank = jnp.take(spec.ranks, known, mode="fill", fill_value=0)
     factor = jnp.take(spec.scales.astype(dtype), known, mode="fill", fill_value=0)

@@ -124,7 +124,7 @@ def _refuse_unadaptable(path: str, module: nn.Module) -> None:
 
 
 def _relink(model: nn.Module, modules: dict[str, nn.Module], path: str, targets: set[str]) -> None:
-    """Let embeddings that share an adapted one's kernel, and are no targets themselves, be that one.
+    """Let embeddings that share an adapted one's kernel, and are not targets themselves, be that one.
 
     transformers 5 gives T5's encoder and decoder embedding modules of their own, tied by their kernel to ``shared``,
     which is itself never run: adapted alone, it would silently do nothing.

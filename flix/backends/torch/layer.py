@@ -150,7 +150,7 @@ class FlixLayer(nn.Module):
         Args:
             x: ``[..., d_in]`` (trailing 1), or token ids ``[...]`` (trailing 0).
             routing: the routing in force.
-            trailing: the number of dimensions of x that are no positions.
+            trailing: the number of dimensions of x that are not positions.
 
         Raises:
             RoutingError: the leading dimensions are not the routing's.

@@ -46,7 +46,7 @@ def parameter_key(feature: Feature) -> str:
 class Bank(nn.Module):
     """The features' parameters, by name ``<group>:<name>``; features of rank 0 everywhere have none.
 
-    A model holds it as ``flix_bank``, a layer that is used by hand, too. It is no step of a model's computation: run
+    A model holds it as ``flix_bank``, a layer that is used by hand, too. It is not a step of a model's computation: run
     by a parent that calls its children in turn, it gives back what it was given.
 
     Attributes:

@@ -179,7 +179,7 @@ def host_ids(features: Any) -> np.ndarray[Any, Any]:
     """Feature ids as a numpy array on the host.
 
     Raises:
-        RoutingError: what was given is no array of ids.
+        RoutingError: what was given is not an array of ids.
     """
     if isinstance(features, Tensor):
         return features.detach().cpu().numpy()

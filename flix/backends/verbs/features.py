@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from flix.backends.verbs.files import Files
 from flix.core.adapter.adapter import Adapter, Rename
-from flix.core.adapter.changes import plan_growth, plan_joining, plan_removal, plan_renaming
+from flix.core.adapter.changes import growing, joining, removing, renaming
 from flix.core.adapter.files import load_adapter
 from flix.core.features.names import Feature
 from flix.core.files import Path_
@@ -56,7 +56,7 @@ class Features(Files):
             TargetError: the model is not adapted.
         """
         config = self.config_of("add_feature", model)
-        growth = plan_growth(
+        growth = growing(
             config, group, name, rank, init_from=init_from, alpha=alpha, implies=implies
         )
         origins = self.primitives.read(model, growth.origins) if growth.origins else {}
@@ -78,7 +78,7 @@ class Features(Files):
             TargetError: the model is not adapted.
         """
         config = self.config_of("remove_feature", model)
-        return self.primitives.change(model, plan_removal(config, group, name))
+        return self.primitives.change(model, removing(config, group, name))
 
     def rename_feature(self, model: M, group: str, name: str, new: str) -> M:
         """Give one feature of an adapted model another name; its id, values and training state stay.
@@ -91,7 +91,7 @@ class Features(Files):
             TargetError: the model is not adapted.
         """
         config = self.config_of("rename_feature", model)
-        return self.primitives.change(model, plan_renaming(config, group, name, new))
+        return self.primitives.change(model, renaming(config, group, name, new))
 
     def load_features(
         self,
@@ -129,7 +129,7 @@ class Features(Files):
         given = isinstance(source, Adapter)
         adapter = source.renamed(rename) if given else load_adapter(source, rename)  # type: ignore[union-attr, arg-type]
         self.check_fits(adapter, model)
-        change = plan_joining(self.adapter_of(model), adapter, features, conflicts=conflicts)
+        change = joining(self.adapter_of(model), adapter, features, conflicts=conflicts)
         model = self.primitives.change(model, change)
         return self.primitives.set_frozen(model, tuple(change.kept)) if freeze_others else model
 

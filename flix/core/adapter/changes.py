@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from flix.core.adapter.adapter import Adapter, LayerShape
 from flix.core.adapter.initial import initial_a, initial_b
 from flix.core.adapter.lowrank import resized_mean
-from flix.core.adapter.sharing import chosen_features, plan_combination, select_features
+from flix.core.adapter.sharing import chosen_features, combining, select_features
 from flix.core.config.config import FlixConfig
 from flix.core.errors import RankError
 from flix.core.features.names import Feature
@@ -104,7 +104,7 @@ class Growth:
         )
 
 
-def plan_growth(
+def growing(
     config: FlixConfig,
     group: str,
     name: str,
@@ -141,7 +141,7 @@ def plan_growth(
     return Growth(grown, (group, name), origins)
 
 
-def plan_removal(config: FlixConfig, group: str, name: str) -> Change:
+def removing(config: FlixConfig, group: str, name: str) -> Change:
     """One feature less; its id stays reserved.
 
     Raises:
@@ -151,7 +151,7 @@ def plan_removal(config: FlixConfig, group: str, name: str) -> Change:
     return Change(after, {f: f for f in after.registry.live})
 
 
-def plan_renaming(config: FlixConfig, group: str, name: str, new: str) -> Change:
+def renaming(config: FlixConfig, group: str, name: str, new: str) -> Change:
     """Another name for one feature; its id and values stay.
 
     Raises:
@@ -162,7 +162,7 @@ def plan_renaming(config: FlixConfig, group: str, name: str, new: str) -> Change
     return Change(after, {f: old for f, old in before if f in after.registry})
 
 
-def plan_joining(
+def joining(
     present: Adapter, arriving: Adapter, features: object = None, *, conflicts: str = "error"
 ) -> Change:
     """Features of another adapter join a model's.
@@ -179,14 +179,14 @@ def plan_joining(
     """
     if features is not None:
         arriving = select_features(arriving, chosen_features(arriving.config.registry, features))
-    plan = plan_combination({"the model": present, "the adapter": arriving}, conflicts)
-    come = [feature for feature, owner in plan.owners.items() if owner == 1]
+    both = combining({"the model": present, "the adapter": arriving}, conflicts)
+    come = [feature for feature, owner in both.owners.items() if owner == 1]
     return Change(
-        config=plan.config,
-        kept={feature: feature for feature, owner in plan.owners.items() if owner == 0},
+        config=both.config,
+        kept={feature: feature for feature, owner in both.owners.items() if owner == 0},
         arriving={
             f: {p: arriving.pair(p, f) for p in arriving.layers if arriving.config.rank(p, f)}
             for f in come
         },
-        layers={path: s for path, s in plan.layers.items() if path not in present.layers},
+        layers={path: s for path, s in both.layers.items() if path not in present.layers},
     )

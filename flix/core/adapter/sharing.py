@@ -127,16 +127,16 @@ def combine_adapters(
         ConfigError: an unknown policy.
     """
     named = _named(adapters)
-    plan = plan_combination(named, conflicts)
+    together = combining(named, conflicts)
     sources = list(named.values())
     tensors: dict[str, NDArray[Any]] = {}
-    for path in plan.layers:
-        for feature, owner in plan.owners.items():
-            if plan.config.rank(path, feature):
+    for path in together.layers:
+        for feature, owner in together.owners.items():
+            if together.config.rank(path, feature):
                 for part in "AB":
                     name = tensor_name(path, part, feature)
                     tensors[name] = sources[owner].tensors[name]
-    return Adapter(plan.config, plan.layers, tensors)
+    return Adapter(together.config, together.layers, tensors)
 
 
 def _named(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> dict[str, Adapter]:
@@ -149,7 +149,7 @@ def _named(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> dict[str, Ada
     return named
 
 
-def plan_combination(named: Mapping[str, Adapter], conflicts: str = "error") -> Combination:
+def combining(named: Mapping[str, Adapter], conflicts: str = "error") -> Combination:
     """How adapters come together: see :func:`combine_adapters`."""
     if conflicts not in CONFLICTS:
         raise ConfigError(f"conflicts must be one of {', '.join(CONFLICTS)}; got {conflicts!r}")

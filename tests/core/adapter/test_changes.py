@@ -7,7 +7,7 @@ import numpy as np
 import flix
 from flix import Adapter, FeatureRegistry, FlixConfig
 from flix.core.adapter.adapter import LayerShape, expected_tensors
-from flix.core.adapter.changes import plan_joining, plan_removal, plan_renaming
+from flix.core.adapter.changes import joining, removing, renaming
 
 LAYERS = {"a.q": LayerShape(5, 3), "a.b.q": LayerShape(4, 2), "emb": LayerShape(7, 4, "embedding")}
 RULES = {("task", "*"): [("shared", "all")]}
@@ -28,20 +28,18 @@ def adapter(seed: int = 0, groups=None, layers=LAYERS, implies=RULES, **changes)
 
 def test_changes_say_what_stays_and_what_comes():
     whole = adapter()
-    removal = plan_removal(whole.config, "language", "hau")
+    removal = removing(whole.config, "language", "hau")
     assert ("language", "hau") not in removal.kept and not removal.arriving
-    renaming = plan_renaming(whole.config, "language", "hau", "ha")
-    assert renaming.kept["language", "ha"] == ("language", "hau") and not renaming.arriving
+    renamed = renaming(whole.config, "language", "hau", "ha")
+    assert renamed.kept["language", "ha"] == ("language", "hau") and not renamed.arriving
     other = adapter(1, {"task": ["topic"], "domain": ["news"]}, {"new": LayerShape(2, 2)}, None)
-    joining = plan_joining(whole, other, {"domain": "news"})
-    assert tuple(joining.arriving) == (("domain", "news"),)
-    assert (
-        list(joining.layers or {}) == ["new"] and joining.config.rank("new", ("task", "ner")) == 0
-    )
-    assert joining.pair("a.q", ("domain", "news")) is None
-    pair = joining.pair("new", ("domain", "news"))
+    joined = joining(whole, other, {"domain": "news"})
+    assert tuple(joined.arriving) == (("domain", "news"),)
+    assert list(joined.layers or {}) == ["new"] and joined.config.rank("new", ("task", "ner")) == 0
+    assert joined.pair("a.q", ("domain", "news")) is None
+    pair = joined.pair("new", ("domain", "news"))
     assert pair is not None and np.array_equal(pair[0], other.pair("new", ("domain", "news"))[0])
     gone = flix.remove_feature(whole, "task", "pos")
-    back = plan_joining(gone, flix.select_features(whole, {"task": "pos"}))
+    back = joining(gone, flix.select_features(whole, {"task": "pos"}))
     assert tuple(back.arriving) == (("task", "pos"),)
     assert back.config.registry.id("task", "pos") == whole.config.registry.id("task", "pos")

@@ -102,7 +102,7 @@ def routed_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _len_of_sequential(self: Any) -> int:
-    return len(self._modules) - (BANK in self._modules)  # it comes last, and is no step
+    return len(self._modules) - (BANK in self._modules)  # it comes last, and is not a step
 
 
 def _iter_of_sequential(self: Any) -> Any:
