@@ -95,10 +95,15 @@ def routed_step(problem: Problem, strategy: str, jit: bool, optimizer: Any = Non
     layer = FlixDense(problem.d, config=problem.config, name="q", strategy=strategy)
     _set_base(layer, problem)
     tables = [layer.flix_A, layer.flix_B]
-    layer.set_pairs(
-        {feature: pair.a for feature, pair in problem.pairs.items()},
-        {feature: pair.b for feature, pair in problem.pairs.items()},
-    )
+    for table, side in zip(tables, "ab", strict=True):
+        whole = (
+            table.numpy().copy()
+        )  # rows of A and of B transposed, by feature; row 0 stands for unused slots
+        for feature, pair in problem.pairs.items():
+            start = 1 + problem.registry.id(*feature) * problem.rank
+            value = getattr(pair, side)
+            whole[start : start + problem.rank] = value if side == "a" else value.T
+        table.assign(whole)
     if optimizer is not None:
         optimizer.build(tables)
 
