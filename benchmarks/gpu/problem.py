@@ -201,7 +201,8 @@ def dense(
 
 def distance(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over that of what was expected; infinite where something is not finite."""
-    found, expected = found.detach().double().cpu(), expected.double().cpu()
+    expected = expected.double()
+    found = found.detach().to(expected.device).double()
     if not bool(found.isfinite().all()):
         return float("inf")
     size = float(expected.norm())
