@@ -34,12 +34,7 @@ def to_bank(adapter: Adapter, *, dtype: Any = jnp.float32) -> tuple[FlixConfig, 
 def load_bank(
     directory: Path_, rename: Rename = None, *, dtype: Any = jnp.float32
 ) -> tuple[FlixConfig, Bank]:
-    """Read an adapter's folder as ``(config, bank)``, for the functional core.
-
-    Args:
-        directory: the adapter's folder.
-        rename: translates the file's layer paths.
-        dtype: of the pairs.
+    """An adapter's folder as ``(config, bank)``, for the functional core; ``rename`` translates layer paths.
 
     Raises:
         AdapterError: a damaged file.

@@ -47,8 +47,9 @@ def export_fn(model: nnx.Module) -> tuple[Callable[..., Any], Params]:
     copy.eval()  # type: ignore[no-untyped-call]
     graph, random, state = nnx.split(copy, nnx.RngState, ...)  # type: ignore[misc]
     values, structure = jax.tree.flatten_with_path(state)
+    value = jax.tree_util.GetAttrKey  # the step of a path from a Variable to its value
     names = [
-        ".".join(str(getattr(key, "key", key)) for key in path if not _is_value(key))
+        ".".join(str(getattr(key, "key", key)) for key in path if not isinstance(key, value))
         for path, _ in values
     ]
 
@@ -60,8 +61,3 @@ def export_fn(model: nnx.Module) -> tuple[Callable[..., Any], Params]:
         return merged(*positional, **keywords, flix_features=ids, flix_weights=weights)
 
     return function, {name: value for name, (_, value) in zip(names, values, strict=True)}
-
-
-def _is_value(key: Any) -> bool:
-    """Whether a step of a path leads from a Variable to its value."""
-    return isinstance(key, jax.tree_util.GetAttrKey)

@@ -6,18 +6,15 @@ the kernel's order and row-major, are d_in; its other axes, in the kernel's orde
 
 from __future__ import annotations
 
+import math
 import string
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Union
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -36,11 +33,11 @@ class Form:
 
     @property
     def d_in(self) -> int:
-        return _size(tuple(self.shape[i] for i in self.contracted))
+        return math.prod(self.shape[i] for i in self.contracted)
 
     @property
     def d_out(self) -> int:
-        return _size(tuple(self.shape[i] for i in self.free))
+        return math.prod(self.shape[i] for i in self.free)
 
     def unflatten(self, matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """``[d_in, d_out]`` in the kernel's own shape."""
@@ -49,22 +46,27 @@ class Form:
         return np.transpose(split, np.argsort(order))
 
 
-def linear_form(layer: nnx.Linear | nnx.Embed, kernel: Array) -> tuple[Form | None, str]:
-    """The form of a Linear's kernel ``[d_in, d_out]``, or an Embed's table ``[vocabulary, d_out]``."""
-    if kernel.ndim != 2:
+Found = tuple[Union[Form, None], str]
+"""A form, or why there is none."""
+
+
+def _found(kernel: Array, contracted: tuple[int, ...], free: tuple[int, ...]) -> Found:
+    if kernel.ndim != len(contracted) + len(free):
         return None, f"its kernel has the shape {list(kernel.shape)} (layers stacked for scan?)"
-    return Form((0,), (1,), tuple(kernel.shape)), ""
+    return Form(contracted, free, tuple(kernel.shape)), ""
 
 
-def general_form(layer: nnx.LinearGeneral, kernel: Array) -> tuple[Form | None, str]:
+def linear_form(layer: nnx.Linear | nnx.Embed, kernel: Array) -> Found:
+    """The form of a Linear's kernel ``[d_in, d_out]``, or an Embed's table ``[vocabulary, d_out]``."""
+    return _found(kernel, (0,), (1,))
+
+
+def general_form(layer: nnx.LinearGeneral, kernel: Array) -> Found:
     """The form of a LinearGeneral's kernel ``[*in, *out]``."""
     if layer.batch_axis:
         return None, "its batch_axis gives every batch entry a kernel of its own"
     inputs, outputs = len(layer.in_features), len(layer.out_features)
-    if kernel.ndim != inputs + outputs:
-        return None, f"its kernel has the shape {list(kernel.shape)} (layers stacked for scan?)"
-    axes = tuple(range(inputs + outputs))
-    return Form(axes[:inputs], axes[inputs:], tuple(kernel.shape)), ""
+    return _found(kernel, tuple(range(inputs)), tuple(range(inputs, inputs + outputs)))
 
 
 def general_input(layer: nnx.LinearGeneral, x: Array) -> Array:
@@ -82,9 +84,7 @@ class Equation:
         kept: the input's letters that the output keeps, in the input's order (``...`` included).
         contracted: letters of input and kernel that the output lacks, in the kernel's order.
         free: the kernel's letters that the output has, in the kernel's order.
-        given: the input's letters.
-        output: the output's letters.
-        kernel: the kernel's letters.
+        given, output, kernel: the letters of input, output and kernel.
     """
 
     kept: str
@@ -121,30 +121,23 @@ def parse_equation(text: str) -> tuple[Equation | None, str]:
     return Equation(kept, contracted, free, given, output, kernel), ""
 
 
-def einsum_form(layer: nnx.Einsum, kernel: Array) -> tuple[Form | None, str]:
+def einsum_form(layer: nnx.Einsum, kernel: Array) -> Found:
     """The form of an Einsum's kernel."""
     if layer.einsum_str is None:
         return None, "its einsum is given only when it is called"
     equation, reason = parse_equation(layer.einsum_str)
     if equation is None:
         return None, reason
-    if kernel.ndim != len(equation.kernel):
-        return None, f"its kernel has the shape {list(kernel.shape)} (layers stacked for scan?)"
     places = {letter: i for i, letter in enumerate(equation.kernel)}
-    return (
-        Form(
-            tuple(places[c] for c in equation.contracted),
-            tuple(places[c] for c in equation.free),
-            tuple(kernel.shape),
-        ),
-        "",
-    )
+    contracted, free = (tuple(places[c] for c in x) for x in (equation.contracted, equation.free))
+    return _found(kernel, contracted, free)
 
 
 def einsum_input(equation: Equation, x: Array) -> Array:
     """An Einsum's input as ``[*kept, d_in]``."""
-    letters, kept = _spelled(equation, x.ndim)
-    x = jnp.einsum(f"{letters}->{kept}{equation.contracted}", x)
+    extra = _extra(equation, x.ndim - len(equation.given.replace(".", "")))
+    given, kept = equation.given.replace(".", extra), equation.kept.replace(".", extra)
+    x = jnp.einsum(f"{given}->{kept}{equation.contracted}", x)
     return x.reshape(*x.shape[: len(kept)], -1)
 
 
@@ -171,8 +164,3 @@ def _extra(equation: Equation, count: int) -> str:
     """Letters for the ellipsis."""
     taken = {*equation.given, *equation.kernel, *equation.output}
     return "".join([c for c in string.ascii_letters if c not in taken][:count])
-
-
-def _spelled(equation: Equation, ndim: int) -> tuple[str, str]:
-    extra = _extra(equation, ndim - len(equation.given.replace(".", "")))
-    return equation.given.replace(".", extra), equation.kept.replace(".", extra)

@@ -180,16 +180,8 @@ def add_update(
     y = jnp.broadcast_to(y, (*given, y.shape[-1]))
     if 0 in x.shape or 0 in given or width == 0:
         return y
-    if spec.rows == 0:
-        if not is_traced(routing.ids):
-            return y  # known ids were checked when they became a routing
-
-        def poison(y: Array, ids: Array, present: Any) -> Array:
-            flat = y.reshape(count, length, y.shape[-1])
-            return sums.poisoned(flat, spec, ids.reshape(count, width), present).reshape(y.shape)
-
-        return left_to_compiler(poison, y, y, routing.ids, routing.present)  # type: ignore[no-any-return]
-
+    if spec.rows == 0 and not is_traced(routing.ids):
+        return y  # known ids were checked when they became a routing
     platform = fused.platform_of(x)
     accelerated = (
         platform in fused.PLATFORMS and y.dtype != jnp.float64 and not partitioned(y, x, a, b)
@@ -206,7 +198,9 @@ def add_update(
         flat = y.reshape(count, length, y.shape[-1])
         ids = ids.reshape(count, width)
         weights = None if weights is None else weights.reshape(count, width)
-        if target is not None:
+        if spec.rows == 0:
+            total = sums.poisoned(flat, spec, ids, present)
+        elif target is not None:
             total = sums.add_fused(spec, flat, x, a, b, ids, weights, present, target)
         else:
             total = flat + sums.routed_sum(spec, x, a, b, ids, weights, present, strategy, y.dtype)

@@ -45,18 +45,17 @@ def leaf_specs(tree: Any, specs: Mapping[str, LayerSpec]) -> Any:
         specs: of an nnx model, see :func:`specs_of`.
     """
 
-    def is_bank(node: Any) -> bool:
-        return isinstance(node, LayerBank)
-
     def of(path: tuple[Any, ...], leaf: Any) -> Any:
-        if is_bank(leaf):
+        if isinstance(leaf, LayerBank):
             return jax.tree.map(lambda _: leaf.spec, leaf)
         parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
         if parts and parts[-1] in ("flix_A", "flix_B"):
             return specs[".".join(parts[:-1])]
         return WHOLE
 
-    found = jax.tree_util.tree_map_with_path(of, tree, is_leaf=is_bank)
+    found = jax.tree_util.tree_map_with_path(
+        of, tree, is_leaf=lambda node: isinstance(node, LayerBank)
+    )
     if not any(isinstance(leaf, LayerSpec) for leaf in jax.tree.leaves(found)):
         raise ConfigError(
             "no low-rank tables among the parameters; of an nnx model, give the adapted model: "
@@ -162,15 +161,9 @@ def sparse_step(
     present: Array,
     **extra: Any,
 ) -> tuple[Any, Any]:
-    """One optimizer step on some rows of the tables in a tree; (new params, new state).
+    """:func:`sparse_update` for any tree of tables ``params``, with its :func:`leaf_specs`: (new params, new state).
 
-    Args:
-        tx: the optimizer.
-        grads: of the rows that :func:`take` takes, in the structure of ``params``.
-        state: the optimizer's state for ``params``.
-        params: the whole tables.
-        specs: as :func:`leaf_specs` gives them.
-        present: the features, as ``touched`` gives them.
+    The gradients are those of the rows that :func:`take` takes, in the structure of ``params``.
     """
     tx = optax.with_extra_args_support(tx)
 

@@ -186,11 +186,7 @@ def make_specs(
 
 
 def layer_shape(path: str, sizes: Sizes) -> LayerShape:
-    """Sizes as users give them, ``(d_in, d_out)`` or ``(d_in, d_out, "embedding")``, as a LayerShape.
-
-    Raises:
-        TargetError: another form.
-    """
+    """Sizes as users give them, ``(d_in, d_out)`` or ``(d_in, d_out, "embedding")``."""
     if isinstance(sizes, LayerShape):
         return sizes
     try:

@@ -39,11 +39,6 @@ class ActiveRouting:
     unlike: int | None = None
     mapped: bool = False
 
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """The shape of what is routed: (), [B] or [B, T]."""
-        return tuple(self.ids.shape[:-1])
-
 
 class _Current(threading.local):
     routing: ActiveRouting | None = None
@@ -147,7 +142,7 @@ def leading_shape(
     Raises:
         RoutingError: the leading dimensions are not the routing's.
     """
-    lead = routing.lead
+    lead = tuple(routing.ids.shape[:-1])  # of what is routed: (), [B] or [B, T]
     given = tuple(x.shape[: x.ndim - trailing])
     if not lead and not routing.mapped and (len(given) > 1 or given == tuple(routing.ids.shape)):
         # One feature a row, given as [batch], must not become all features for every row.

@@ -6,7 +6,7 @@ of the batch's features (K = U * R). Nothing of size ``[d_out, d_in]`` is made f
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,6 @@ from flix.backends.jax.parameters import LayerSpec
 from flix.core.strategy.decide import Facts, decide
 
 _BATCH, _LENGTH = 16, 64
-
-
-class Slots(NamedTuple):
-    """Which table rows each example uses: int32 ``[N, R]`` (K or more where unused), and their factors ``[N, R]``."""
-
-    rows: Array
-    scale: Array
 
 
 def wide(dtype: Any) -> Any:
@@ -80,12 +73,7 @@ def _misplaced(ids: Array, spec: LayerSpec, present: Array | None) -> tuple[Arra
 
 
 def poisoned(y: Array, spec: LayerSpec, ids: Array, present: Array | None) -> Array:
-    """The output of a layer without rows: NaN for an example with an id of no feature, or of a removed one.
-
-    Args:
-        y: ``[N, ..., d_out]``.
-        ids: integer ``[N, W]``.
-    """
+    """The output ``[N, ..., d_out]`` of a layer without rows: NaN for an id of no feature, or of a removed one."""
     bad = _misplaced(ids, spec, present)[1].any(-1)
     return jnp.where(bad.reshape(-1, *[1] * (y.ndim - 1)), jnp.nan, y)
 
@@ -107,8 +95,8 @@ def _factors(
 
 def make_slots(
     spec: LayerSpec, ids: Array, weights: Array | None, present: Array | None, dtype: jnp.dtype
-) -> Slots:
-    """The table rows of each example, one block of slots for each id.
+) -> tuple[Array, Array]:
+    """The table rows of each example, int32 ``[N, R]`` (K or more where unused), and their factors ``[N, R]``.
 
     Args:
         ids: integer ``[N, W]``.
@@ -134,7 +122,7 @@ def make_slots(
         shape = (*ids.shape[:-1], width * spec.widest)
         rows = jnp.where(used, start[..., None] + j, end).reshape(shape)
         scale = jnp.where(used, factor[..., None], 0).reshape(shape)
-    return Slots(rows, _poison(scale, bad))
+    return rows, _poison(scale, bad)
 
 
 def _compact(

@@ -13,17 +13,10 @@ import optax
 from flax import nnx
 from jax import Array
 
+from flix.backends.jax import optimizers
 from flix.backends.jax.adapt import require_adapted
 from flix.backends.jax.functional import touched
 from flix.backends.jax.layers import FlixParam
-from flix.backends.jax.optimizers import (
-    leaf_specs,
-    mask_absent,
-    row_indices,
-    sparse_step,
-    specs_of,
-    take,
-)
 from flix.backends.jax.routing import in_force, is_traced
 from flix.core.features.routing import Routing, check_routing
 
@@ -80,8 +73,8 @@ def value_and_grad(
         present = touched(plain, len(config.registry))
         graphdef, params, rest = nnx.split(model, wrt, ...)  # type: ignore[misc]
         pure = nnx.as_pure(params)
-        specs = leaf_specs(pure, specs_of(model))
-        rows = take(row_indices(specs, present), pure)
+        specs = optimizers.leaf_specs(pure, optimizers.specs_of(model))
+        rows = optimizers.take(optimizers.row_indices(specs, present), pure)
         structure = jax.tree.structure(params)
 
         def of_rows(rows: Any) -> Any:
@@ -135,13 +128,15 @@ class FlixOptimizer(nnx.Optimizer):  # type: ignore[type-arg]
         extra = nnx.as_pure(kwargs)
         if isinstance(grads, SparseGrads):
             extra.pop("flix_features", None)
-            specs = leaf_specs(params, specs_of(model))
-            new_params, new_state = sparse_step(
+            specs = optimizers.leaf_specs(params, optimizers.specs_of(model))
+            new_params, new_state = optimizers.sparse_step(
                 self.tx, grads.rows, state, params, specs, grads.present, **extra
             )
         else:
             pure = nnx.as_pure(nnx.state(grads, self.wrt))
-            updates, new_state = mask_absent(self.tx, model).update(pure, state, params, **extra)
+            updates, new_state = optimizers.mask_absent(self.tx, model).update(
+                pure, state, params, **extra
+            )
             new_params = optax.apply_updates(params, updates)
         nnx.update(model, new_params)
         nnx.update(self.opt_state, nnx.state(new_state))

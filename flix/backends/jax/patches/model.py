@@ -76,14 +76,12 @@ def _make_routed(base: type[nnx.Module]) -> type[nnx.Module]:
 
     if callable(getattr(base, "__call__", None)):  # noqa: B004 - the class's, not the metaclass's
         signature = inspect.signature(base.__call__)
-        old = list(signature.parameters.values())
-        tail = [p for p in old if p.kind is inspect.Parameter.VAR_KEYWORD]
         added = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
             for name in ("flix_features", "flix_weights")
         ]
-        kept = [p for p in old if p not in tail]
-        call.__signature__ = signature.replace(parameters=[*kept, *added, *tail])  # type: ignore[attr-defined]
+        ordered = sorted([*signature.parameters.values(), *added], key=lambda p: p.kind)
+        call.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
         call.__doc__ = base.__call__.__doc__
     keywords = {"pytree": base._pytree__is_pytree}
     return types.new_class(base.__name__, (base, RoutedModel), keywords, body)
