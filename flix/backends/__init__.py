@@ -68,8 +68,7 @@ def get(name: str) -> ModuleType:
             f"no backend {name!r}{near(name, modules)}; registered: {listed(modules)}"
         )
     module = importlib.import_module(modules[name])
-    if name not in _OWN or hasattr(module, "primitives"):  # flix's own get theirs one by one
-        check(module, name)
+    check(module, name)
     return module
 
 

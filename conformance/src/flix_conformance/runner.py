@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import flix
 import flix.backends
 from flix_conformance.backend import Backend
-from flix_conformance.bridge import OldBackend
 from flix_conformance.checks import CHECKS, Check, NotOffered
 from flix_conformance.checks._registry import offered
 from flix_conformance.strategies import PROFILES, Draw, Profile
@@ -69,11 +68,8 @@ def load(name: str) -> Backend:
             f"backend {name!r}: neither {submodule} nor {module.__name__} has a function harness(); "
             "see flix_conformance.harness for what it returns"
         )
-    harness = source.harness()
-    if hasattr(harness, "forward"):
-        return OldBackend(name, harness)  # type: ignore[return-value]
     flix.backends.check(module, name)
-    return Backend(name, module, harness)
+    return Backend(name, module, source.harness())
 
 
 def run(check: Check | str, *backends: Backend, profile: Profile | str = "ci") -> None:

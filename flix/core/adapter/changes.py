@@ -42,10 +42,6 @@ class Change:
         """What a table by feature holds of kept features, under their names afterwards."""
         return {f: table[old] for f, old in self.kept.items() if old in table}
 
-    def pair(self, path: str, feature: Feature) -> Pair | None:
-        """An arriving feature's pair in a layer; None where it has no update."""
-        return self.arriving.get(feature, {}).get(path)
-
     def pairs(self, path: str) -> dict[Feature, Pair]:
         """The arriving features' pairs in a layer; those without an update there are left out."""
         return {f: layers[path] for f, layers in self.arriving.items() if path in layers}

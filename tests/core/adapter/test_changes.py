@@ -36,10 +36,20 @@ def test_changes_say_what_stays_and_what_comes():
     joined = joining(whole, other, {"domain": "news"})
     assert tuple(joined.arriving) == (("domain", "news"),)
     assert list(joined.layers or {}) == ["new"] and joined.config.rank("new", ("task", "ner")) == 0
-    assert joined.pair("a.q", ("domain", "news")) is None
-    pair = joined.pair("new", ("domain", "news"))
-    assert pair is not None and np.array_equal(pair[0], other.pair("new", ("domain", "news"))[0])
+    assert joined.pairs("a.q") == {}
+    found, wanted = joined.pairs("new")["domain", "news"], other.pair("new", ("domain", "news"))
+    assert np.array_equal(found[0], wanted[0])
     gone = flix.remove_feature(whole, "task", "pos")
     back = joining(gone, flix.select_features(whole, {"task": "pos"}))
     assert tuple(back.arriving) == (("task", "pos"),)
     assert back.config.registry.id("task", "pos") == whole.config.registry.id("task", "pos")
+
+
+def test_tables_by_feature_follow_a_change():
+    whole = adapter()
+    table = {("language", "hau"): 1, ("task", "ner"): 2, ("task", "gone"): 3}
+    assert renaming(whole.config, "language", "hau", "ha").keep(table) == {
+        ("language", "ha"): 1,
+        ("task", "ner"): 2,
+    }
+    assert removing(whole.config, "language", "hau").keep(table) == {("task", "ner"): 2}
