@@ -39,7 +39,7 @@ class Pair:
 
 def reference(
     x: Array,
-    dy: Array,
+    dy: Array | None,
     weight: Array,
     bias: Array | None,
     pairs: Mapping[Hashable, Pair],
@@ -49,25 +49,31 @@ def reference(
 
     Args:
         x: ``[N, S, d_in]``.
-        dy: the gradient of the output, ``[N, S, d_out]``.
+        dy: the gradient of the output, ``[N, S, d_out]``; None for the output alone.
         weight: ``[d_out, d_in]``.
         bias: ``[d_out]`` or None.
         pairs: every feature's pair.
         rows: the features of each row.
 
     Returns:
-        ``y``, ``dx``, and ``dA f``, ``dB f`` for each feature f that some row uses.
+        ``y``, and with ``dy`` also ``dx``, and ``dA f``, ``dB f`` for each feature f that some row uses.
     """
-    x, dy, weight = (np.asarray(v, np.float64) for v in (x, dy, weight))
-    y, dx = x @ weight.T, dy @ weight
+    x, weight = np.asarray(x, np.float64), np.asarray(weight, np.float64)
+    y = x @ weight.T
     if bias is not None:
         y = y + np.asarray(bias, np.float64)
-    gradients: dict[str, Array] = {}
+    wide = {f: Pair(*(np.asarray(v, np.float64) for v in (p.a, p.b))) for f, p in pairs.items()}
     for n, names in enumerate(rows):
         for name in names:
-            a, b = (np.asarray(v, np.float64) for v in (pairs[name].a, pairs[name].b))
+            y[n] += x[n] @ wide[name].a.T @ wide[name].b.T
+    if dy is None:
+        return {"y": y}
+    dy = np.asarray(dy, np.float64)
+    dx, gradients = dy @ weight, dict[str, Array]()
+    for n, names in enumerate(rows):
+        for name in names:
+            a, b = wide[name].a, wide[name].b
             h, dh = x[n] @ a.T, dy[n] @ b
-            y[n] += h @ b.T
             dx[n] += dh @ a
             for key, part in ((f"dA {name}", dh.T @ x[n]), (f"dB {name}", dy[n].T @ h)):
                 gradients[key] = gradients.get(key, 0) + part

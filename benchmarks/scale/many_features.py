@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -22,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # numpy's, in the guards
 
 import flix
 
@@ -177,12 +180,12 @@ class Candidate:
         inputs = [self.x.numpy().astype(np.float64)]
         gradient = self.dy.numpy().astype(np.float64)
 
-        def part(i: int, dy: Any) -> dict[str, Any]:
+        def part(i: int, dy: Any = None) -> dict[str, Any]:
             weight, bias = (kernels[f"{paths[i]}.{name}"].numpy() for name in ("weight", "bias"))
             return reference(inputs[i], dy, weight, bias, pairs_of(paths[i]), rows)
 
         for i in range(self.sizes.layers):
-            inputs.append(inputs[i] + part(i, gradient)["y"])
+            inputs.append(inputs[i] + part(i)["y"])
         expected: dict[str, Any] = {"y": inputs[-1]}
         for i in reversed(range(self.sizes.layers)):
             found = part(i, gradient)
