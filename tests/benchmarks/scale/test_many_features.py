@@ -31,9 +31,13 @@ def test_all_figures_come_out():
     assert all(value > 0 for row in files.rows for value in row[1:])
 
 
-def test_every_step_draws_other_features_from_all_that_there_are():
+def test_batches_draw_from_all_features_and_take_turns():
     candidate = many_features.Candidate(8, SIZES)
-    drawn = np.concatenate([candidate.ids().numpy() for _ in range(20)])
+    batches = [next(candidate.batches) for _ in range(2 * many_features.BATCHES)]
+    first, again = batches[: many_features.BATCHES], batches[many_features.BATCHES :]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+    drawn = np.concatenate([candidate.drawn(number).numpy() for number in range(20)])
     assert set(drawn[:, 0]) == {0, 1, 2, 3}
     assert set(drawn[:, 1]) == {4, 5, 6, 7}
 
