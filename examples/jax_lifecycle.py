@@ -48,7 +48,6 @@ pairs = fj.named_pairs(model)
 assert all(np.array_equal(pairs[n], v) for n, v in before.items())  # the others: no bit moved
 with fj.disable(model):
     print("disabled is the base:", bool((model(x) == base()(x)).all()))
-
 with tempfile.TemporaryDirectory() as folder:
     fj.save(model, folder, {"language": "yor"})  # one language's file, without the rest
     other = fj.adapt(base(), config)

@@ -34,13 +34,11 @@ with tempfile.TemporaryDirectory() as folder:
     ann = ft.adapt(ft.share_base(base), config)  # two people, one base in memory
     ben = ft.adapt(ft.share_base(base), config)
     print(f"ann trains swa: loss {train(ann, {'language': 'swa', 'task': 'pos'}):.3f}")
-
     before = ft.named_pairs(ann)
     ft.add_feature(ann, "language", "yor", rank=4, init_from="swa")  # the others are frozen
     print(f"and then yor alone: loss {train(ann, {'language': 'yor', 'task': 'pos'}):.3f}")
     now = ft.named_pairs(ann)
-    same = all((now[name] == value).all() for name, value in before.items())
-    print("every other feature kept its bits:", same)
+    print("other features kept their bits:", all((now[n] == v).all() for n, v in before.items()))
 
     ft.save(ann, f"{folder}/yor", features={"language": "yor"})  # a file of one language
     ft.load_features(ben, f"{folder}/yor")

@@ -135,7 +135,9 @@ def dense_model(
 
 
 @contextmanager
-def updated(base: nn.Module, adapted: nn.Module, ids: Any, weights: Any) -> Iterator[None]:
+def updated(
+    base: nn.Module, adapted: nn.Module, ids: Any, weights: Any
+) -> Iterator[dict[str, Any]]:
     """Let a plain model's layers add each position's own sum of updates, feature by feature, in a hook.
 
     Args:
@@ -143,6 +145,9 @@ def updated(base: nn.Module, adapted: nn.Module, ids: Any, weights: Any) -> Iter
         adapted: the adapted one: its pairs and scales are used.
         ids: int ``[B, T, W]``.
         weights: float ``[B, T, W]``.
+
+    Returns:
+        The pairs that the hooks compute with, whose ``grad`` a backward sets.
     """
     settings = adapted.flix_config
     pairs = live_pairs(adapted)
@@ -165,7 +170,7 @@ def updated(base: nn.Module, adapted: nn.Module, ids: Any, weights: Any) -> Iter
 
         handles.append(base.get_submodule(path).register_forward_hook(hook))
     try:
-        yield
+        yield pairs
     finally:
         for handle in handles:
             handle.remove()

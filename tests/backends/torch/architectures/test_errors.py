@@ -100,7 +100,9 @@ def test_weights_without_features_are_refused(name):
 @pytest.mark.parametrize("name", ["llama", "t5", "bert"])
 def test_routing_missing_in_training(name):
     model = _adapted(name).train()
-    with pytest.raises(RoutingError, match="in training without routing; pass flix_features"):
+    with pytest.raises(
+        RoutingError, match=r"called without routing; call it as .*flix_features=ids"
+    ):
         model(**inputs_of(name))
     model.eval()
     with pytest.warns(UserWarning, match="the base model answers alone"):

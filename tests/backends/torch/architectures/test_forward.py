@@ -90,14 +90,14 @@ def test_per_token_routing_equals_a_sum_at_every_position(name):
     project_back(found)
     gradients = {n: p.grad.clone() for n, p in live_pairs(adapted).items() if p.grad is not None}
     adapted.zero_grad()
-    with updated(base, adapted, ids, weights):
+    with updated(base, adapted, ids, weights) as pairs:
         expected = output(base(**inputs))
     assert_close(found, expected)
     by_row = output(adapted(**inputs, flix_features=ids[:, 0], flix_weights=weights[:, 0]))
     assert_far(by_row, expected)
     project_back(expected)
     for pair, gradient in gradients.items():
-        assert_close(gradient, live_pairs(adapted)[pair].grad, name=pair)
+        assert_close(gradient, pairs[pair].grad, name=pair)
 
 
 def _enable_checkpointing(model, reentrant):

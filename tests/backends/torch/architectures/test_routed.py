@@ -102,7 +102,7 @@ def test_it_ends_with_its_block_even_by_an_error():
     with pytest.warns(UserWarning, match=r"routed\(model, row\)"):
         model(**inputs_of("llama"))
     model.train()
-    with pytest.raises(RoutingError, match="in training without routing"):
+    with pytest.raises(RoutingError, match="called without routing"):
         model(**inputs_of("llama"))
 
 
