@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import flix
-from flix.core import costs as accounting
+from flix.core import costs
 from flix.core.adapter.adapter import LayerShape
 
 LAYERS = {
@@ -25,15 +25,15 @@ def config(**kwargs: object) -> flix.FlixConfig:
 
 
 def test_costs_by_hand() -> None:
-    cost = accounting.lora_cost(LAYERS, 3)
+    cost = costs.lora_cost(LAYERS, 3)
     assert cost.parameters == 3 * (30 + 50 + 110)
     assert cost.flops == 2 * 3 * 30 + 2 * 3 * 50 + 2 * 3 * 10
-    feature = accounting.feature_cost(config(), LAYERS, ("task", "pos"))
+    feature = costs.feature_cost(config(), LAYERS, ("task", "pos"))
     assert (feature.rank, feature.parameters) == (2, 2 * 190)
 
 
 def test_plan_matches_both_loras() -> None:
-    plan = accounting.plan(config(), LAYERS, [{"language": "hau", "task": "ner"}, {"task": "pos"}])
+    plan = costs.plan(config(), LAYERS, [{"language": "hau", "task": "ner"}, {"task": "pos"}])
     assert plan.mixture.rank == 1 + 2 + 4 == plan.compute_matched.rank
     assert plan.parameter_matched.rank == 1 + 1 + 2 + 2 + 4
     assert plan.mixture.parameters == plan.parameter_matched.parameters == 10 * 190
@@ -44,20 +44,20 @@ def test_plan_matches_both_loras() -> None:
 
 
 def test_unknown_datasets_take_one_feature_a_group() -> None:
-    rows = accounting.every_combination(config().registry)
+    rows = costs.every_combination(config().registry)
     assert len(rows) == 4 and all(set(row) == {"language", "task"} for row in rows)
-    assert accounting.plan(config(), LAYERS).mixture.rank == 7
+    assert costs.plan(config(), LAYERS).mixture.rank == 7
 
 
 def test_many_groups_do_not_explode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accounting, "_MOST_COMBINATIONS", 3)
-    rows = accounting.every_combination(config().registry)
+    monkeypatch.setattr(costs, "_MOST_COMBINATIONS", 3)
+    rows = costs.every_combination(config().registry)
     assert {row["language"] for row in rows} == {"hau", "swa"}
 
 
 def test_rank_pattern_counts() -> None:
     only = config(rank_pattern={"e": 0})
-    plan = accounting.plan(only, LAYERS, [{"language": "hau", "task": "ner"}])
+    plan = costs.plan(only, LAYERS, [{"language": "hau", "task": "ner"}])
     assert plan.mixture.parameters == 10 * 80
     assert plan.mixture.flops == 2 * 7 * 80
     # The least uniform rank that takes no less arithmetic, and the nearest in parameters.
@@ -68,8 +68,8 @@ def test_rank_pattern_counts() -> None:
 
 def test_nothing_to_plan() -> None:
     with pytest.raises(flix.ConfigError, match="layer"):
-        accounting.plan(config(), {})
+        costs.plan(config(), {})
     with pytest.raises(flix.ConfigError, match="dataset"):
-        accounting.plan(config(), LAYERS, [])
+        costs.plan(config(), LAYERS, [])
     with pytest.raises(flix.FeatureError, match="hua"):
-        accounting.plan(config(), LAYERS, [{"language": "hua"}])
+        costs.plan(config(), LAYERS, [{"language": "hua"}])
