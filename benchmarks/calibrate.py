@@ -1,6 +1,6 @@
 """Positions a row from which gather is faster than masked, on this machine: an entry of flix/core/strategy/table.json.
 
-Method: for unions of several ratios (rank rows of the batch over those of one example) and several positions a row,
+Method: for unions of several ratios (slots of the batch over those of one example) and several positions a row,
 the time of gather over that of masked, forward and backward, by the layer benchmarks (results are held to the
 definition first). For each ratio the start of gather is the one that loses least time over all measurements of that
 ratio. Single is timed for one example, where it is always taken.

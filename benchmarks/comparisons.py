@@ -70,14 +70,14 @@ def torch_layer(smoke: bool, shape: tuple[int, int, int], rounds: int) -> Candid
     torch.set_num_threads(1)
     problem = make_problem(*(SMALL if smoke else shape))
     frozen, single = frozen_arm(problem), peft_single_arm(problem, ACTIVE * RANK)
-    arms = [frozen, single, flix_arm(layer.AUTO, problem)]
-    arms.append(flix_arm(layer.PLANNED, problem, planned=True))
+    arms = [frozen, single, flix_arm(layer.FIRST, problem)]
+    arms.append(flix_arm(layer.LATER, problem, later=True))
     ratios = [
-        Ratio("planned, over the frozen layer", layer.PLANNED, frozen.name),
-        Ratio("planned, over PEFT's one LoRA", layer.PLANNED, single.name, 0.95),
-        Ratio("with planning, over the frozen layer", layer.AUTO, frozen.name),
+        Ratio("a later layer, over the frozen layer", layer.LATER, frozen.name),
+        Ratio("a later layer, over PEFT's one LoRA", layer.LATER, single.name, 0.95),
+        Ratio("the first layer, over the frozen layer", layer.FIRST, frozen.name),
     ]
-    return Candidates(layer.guarded(arms, problem, True), ratios, rounds, layer.PLANNED)
+    return Candidates(layer.guarded(arms, problem, True), ratios, rounds, layer.LATER)
 
 
 def torch_growth(smoke: bool) -> Candidates:

@@ -39,7 +39,7 @@ def run(record: Record) -> None:
         routing = (config.registry, ids)
         arms = others + [layer_arm(n, layer, x, None, routing) for n, layer in layers.items()]
         union = 8 * len(ids.unique())
-        title = f"Decoding {rows} rows, d = {d}, {features:,} features, {union} rank rows in use"
+        title = f"Decoding {rows} rows, d = {d}, {features:,} features, {union} slots in use"
         record.attempt(
             title, lambda arms=arms, title=title: table(record, clock, title, arms, rounds)
         )

@@ -36,7 +36,7 @@ from benchmarks.torch_gradients import pair_gradients
 NOTE = (
     "Device time of one step with a cold cache; host included: ten steps in a row. Passes: the time above the frozen layer's "
     "in units of reading or writing the layer's activations once. By design the fused kernels make 7 (x read, y written and "
-    "read again; dy read, dx written and read again, x read), gather 8 and the copies of rank rows, PEFT in the base's dtype 16."
+    "read again; dy read, dx written and read again, x read), gather 8 and the copies of slots, PEFT in the base's dtype 16."
 )
 
 
@@ -189,7 +189,7 @@ def lengths(record: Record, clock: Clock, rounds: int) -> None:
                     *(ratios[s] for s in ("fused", "gather", "masked")),
                 ]
             )
-    head = ["rows x positions", "union's rank rows", "frozen, ms", "fused", "gather", "masked"]
+    head = ["rows x positions", "union's slots", "frozen, ms", "fused", "gather", "masked"]
     title = f"Which strategy: forward and backward over the frozen layer, bfloat16, d = {d}"
     record.table(Table(title, head, rows, "Device time with a cold cache."))
     record.put("strategies", rows)

@@ -82,9 +82,9 @@ def flix_arm(
     problem: Problem,
     strategy: str = "auto",
     backward: bool = True,
-    planned: bool = False,
+    later: bool = False,
 ) -> Arm:
-    """flix. A batch's plan is made once a step for all layers: by this layer, or (planned) by one before it."""
+    """flix. A batch's routing is placed once a step for all layers: by this layer, or (later) by one before it."""
     d = problem.d
     layer = FlixLinear(d, d, config=problem.config, strategy=strategy)
     base = _base(problem)
@@ -102,7 +102,7 @@ def flix_arm(
     first = FlixLinear(1, 1, config=problem.config)
 
     @contextmanager
-    def planned_before() -> Iterator[None]:
+    def placed_before() -> Iterator[None]:
         with route(problem.registry, ids):
             first(torch.zeros(len(ids), 1, 1))
             yield
@@ -113,9 +113,9 @@ def flix_arm(
         pairs |= {f"dB {f}": layer.flix_B[f] for f in features}
         return pair_gradients(pairs, layer.parameters())
 
-    arm = make_arm(name, problem, layer, layer if planned else routed, gradients, backward)
-    if planned:
-        arm.around = planned_before
+    arm = make_arm(name, problem, layer, layer if later else routed, gradients, backward)
+    if later:
+        arm.around = placed_before
     return arm
 
 

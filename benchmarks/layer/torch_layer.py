@@ -43,12 +43,12 @@ from benchmarks.layer.torch_arms import (
 )
 from benchmarks.memory import arm_peak
 
-AUTO = "flix, auto, which plans the batch too"
-PLANNED = "**flix, auto, in a batch that is planned**"
+FIRST = "flix, auto, the first layer that sees a batch"
+LATER = "**flix, auto, any layer after it**"
 SINGLE = f"PEFT, one LoRA of rank {ACTIVE * RANK} for all rows"
 AGAINST = "the same, over PEFT's one LoRA"
 BARS = {768: (1.18, 1.12), 2048: (1.07, 1.05)}  # forward and backward; forward alone
-SHORT = ((3, 12, "24-row union", 1.2), (25, 13, "200-row union", 1.9))
+SHORT = ((3, 12, "24-slot union", 1.2), (25, 13, "200-slot union", 1.9))
 MEMORY_BAR = 1.5
 PEFT_BAR = 0.95
 PACKAGES = ("torch", "peft", "transformers", "numpy")
@@ -77,8 +77,8 @@ def compare(
     """Each arm over the first, flix over PEFT's one LoRA, too; and the first's milliseconds."""
     times = interleave(guarded(arms, problem, backward), rounds)
     base, ratios = arms[0].name, over(times, arms[0].name)
-    if PLANNED in times and SINGLE in times:
-        ratios[AGAINST] = over(times, SINGLE)[PLANNED]
+    if LATER in times and SINGLE in times:
+        ratios[AGAINST] = over(times, SINGLE)[LATER]
     return ratios, median_ms(times[base])
 
 
@@ -92,8 +92,8 @@ def both_ways(problem: Problem, rounds: int, growth: tuple[int, ...]) -> dict[st
         peft_names_arm(problem),
         flix_arm("flix, gather", problem, "gather"),
         flix_arm("flix, masked", problem, "masked"),
-        flix_arm(AUTO, problem),
-        flix_arm(PLANNED, problem, planned=True),
+        flix_arm(FIRST, problem),
+        flix_arm(LATER, problem, later=True),
     ]
     for count in growth:
         more = make_problem(d, batch, length, count)
@@ -110,8 +110,8 @@ def forward_alone(problem: Problem, rounds: int) -> dict[str, Figure | float]:
         peft_names_arm(problem, False),
         flix_arm("flix, gather", problem, "gather", False),
         flix_arm("flix, masked", problem, "masked", False),
-        flix_arm(AUTO, problem, "auto", False),
-        flix_arm(PLANNED, problem, "auto", False, planned=True),
+        flix_arm(FIRST, problem, "auto", False),
+        flix_arm(LATER, problem, "auto", False, later=True),
     ]
     ratios, ms = compare(arms, problem, rounds, False)
     return {"frozen layer, ms": ms, **ratios}
@@ -130,15 +130,19 @@ def short_inputs(
                 frozen_arm(problem),
                 flix_arm("gather", problem, "gather"),
                 flix_arm("masked", problem, "masked"),
-                flix_arm("auto, which plans", problem),
-                flix_arm("auto, planned", problem, planned=True),
+                flix_arm("auto, first layer", problem),
+                flix_arm("auto, later layers", problem, later=True),
             ]
             union = RANK * len(problem.pairs)
             ratios, _ = compare(arms, problem, rounds)
-            rows.append([f"{batch} rows, {union} union rows", *(ratios[a.name] for a in arms[1:])])
-            found.setdefault(label, {})[batch] = ratios["auto, planned"]
+            rows.append(
+                [f"{batch} rows, {union} slots together", *(ratios[a.name] for a in arms[1:])]
+            )
+            found.setdefault(label, {})[batch] = ratios["auto, later layers"]
     title = f"One position a row, d = {d}: forward and backward over the frozen layer"
-    return Table(title, ["", "gather", "masked", "auto, which plans", "auto, planned"], rows), found
+    return Table(
+        title, ["", "gather", "masked", "auto, first layer", "auto, later layers"], rows
+    ), found
 
 
 def memory_rows(problems: list[Problem]) -> tuple[Table, dict[int, float]]:
@@ -151,7 +155,7 @@ def memory_rows(problems: list[Problem]) -> tuple[Table, dict[int, float]]:
             peft_single_arm(problem, ACTIVE * RANK),
             flix_arm("flix, gather", problem, "gather"),
             flix_arm("flix, masked", problem, "masked"),
-            flix_arm(AUTO, problem),
+            flix_arm(FIRST, problem),
         ]
         peaks = [arm_peak(arm) for arm in guarded(arms, problem, True)]
         ratios[problem.d] = peaks[-1] / peaks[0]
@@ -176,8 +180,8 @@ def start() -> str:
 
 
 def over_masked(strategy: str, problem: Problem, rounds: int) -> float:
-    """Time of a strategy over time of masked, the batch being planned; above 1, masked is faster."""
-    arms = [flix_arm(name, problem, name, planned=True) for name in ("masked", strategy)]
+    """Time of a strategy over time of masked, in a layer that is not the batch's first; above 1, masked is faster."""
+    arms = [flix_arm(name, problem, name, later=True) for name in ("masked", strategy)]
     return compare(arms, problem, rounds)[0][strategy].median
 
 
@@ -193,9 +197,9 @@ def suite(smoke: bool = False) -> Result:
     result = Result("layer-torch", "One layer: PyTorch", environment=environment(PACKAGES))
     result.method = (
         "Forward and backward of one adapted linear layer over the frozen layer; gradients of the input and the adapter, base "
-        "frozen; 25 features of rank 8 unless said, two active in every row, rows in shuffled order. flix plans a "
-        "batch once for all layers of a model; the first layer's cost (which plans) and the others' (planned) are both shown, and "
-        "the bars are for the latter."
+        "frozen; 25 features of rank 8 unless said, two active in every row, rows in shuffled order. flix places a "
+        "batch's routing once for all layers of a model; the first layer's cost, which does it, and that of the others are both "
+        "shown, and the bars are for the latter."
     )
     problems = [make_problem(*shape) for shape in shapes]
     columns, forward = {}, {}
@@ -208,11 +212,11 @@ def suite(smoke: bool = False) -> Result:
         if d in BARS:
             both, alone = BARS[d]
             result.bars += [
-                Bar(f"torch layer, d = {d}, over frozen", columns[head][PLANNED], both),
+                Bar(f"torch layer, d = {d}, over frozen", columns[head][LATER], both),
                 Bar(
                     f"torch layer, d = {d}, over PEFT's one LoRA", columns[head][AGAINST], PEFT_BAR
                 ),
-                Bar(f"torch layer, d = {d}, forward alone", forward[head][PLANNED], alone),
+                Bar(f"torch layer, d = {d}, forward alone", forward[head][LATER], alone),
             ]
     note = "`adapter_names` is timed in evaluation mode: PEFT refuses it in training."
     result.tables += [

@@ -18,7 +18,7 @@ PROBLEM = make_problem(16, 4, 3)
         torch_arms.peft_loop_arm,
         torch_arms.peft_names_arm,
         lambda p: torch_arms.flix_arm("flix", p),
-        lambda p: torch_arms.flix_arm("flix", p, planned=True),
+        lambda p: torch_arms.flix_arm("flix", p, later=True),
     ],
 )
 def test_candidates_agree_with_the_definition(make):
