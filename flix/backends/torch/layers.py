@@ -15,10 +15,11 @@ from flix.backends.torch.kernels.routes import routes
 from flix.backends.torch.layer import FlixLayer, with_grad
 from flix.backends.torch.parameters import BANK, Bank, Values, packed
 from flix.backends.torch.placing import Placed
-from flix.backends.torch.routing import ActiveRouting, AnyRouting, TracedRouting
+from flix.backends.torch.routing import ActiveRouting, AnyRouting, TracedRouting, current
 from flix.backends.torch.scaled import is_scaled_embedding, scaled
 from flix.backends.torch.state import FlixState
-from flix.backends.torch.sums import RoutedLinear, routed_forward, stack, traced_linear
+from flix.backends.torch.sums import RoutedLinear, traced_linear
+from flix.backends.torch.tokens import Token
 from flix.core.adapter.adapter import LayerShape
 from flix.core.adapter.flat import flat_layout
 from flix.core.adapter.initial import initial_pairs
@@ -81,9 +82,6 @@ class FlixLinear(FlixLayer, nn.Linear):
         y = torch.addmm(bias, x.reshape(-1, self.d_in), kernel)  # type: ignore[arg-type]
         return y.view(*x.shape[:-1], self.d_out)
 
-    def _plain(self, x: Tensor) -> Tensor:
-        return self._base(x, self.weight, self.bias)
-
     def forward(self, x: Tensor, flix_features: Any = None, flix_weights: Any = None) -> Tensor:
         """The adapted map.
 
@@ -99,23 +97,60 @@ class FlixLinear(FlixLayer, nn.Linear):
             RoutingError: no routing in training, or routing that does not fit x.
             ConfigError: ``"single"`` for rows that differ; ``"fused"`` where it cannot run.
         """
+        if flix_features is None and flix_weights is None and not torch.is_grad_enabled():
+            token = self._kept(x)
+            if token is not None:
+                return self._by(token, x)
         routing = self._routing(flix_features, flix_weights)
         if routing is None:
-            return self._plain(x)
+            return self._base(x, self.weight, self.bias)
+        given = x
         x, count, length = self._grouped(x, routing, trailing=1)
-        lead = x.shape[:-1]
-        device = x.device.type
+        lead, device = x.shape[:-1], x.device.type
+        x = x.reshape(count, length, x.shape[-1])
         if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-            y = self._sum(x.reshape(count, length, x.shape[-1]), self.weight, self.bias, routing)
+            token = self._prepared(given, x, routing)
+            if token is not None:
+                return self._by(token, given)
+            y = self._sum(x, self.weight, self.bias, routing)
         else:
             dtype = torch.get_autocast_dtype(device)
             kernel = self.weight.to(dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
             with torch.autocast(device, enabled=False):
-                y = self._sum(
-                    x.to(dtype).reshape(count, length, x.shape[-1]), kernel, bias, routing
-                )
+                y = self._sum(x.to(dtype), kernel, bias, routing)
         return y.view(*lead, self.d_out)
+
+    def _kept(self, x: Tensor) -> Token | None:
+        """What the layer prepared for such an input under this routing."""
+        routing, state = current.routing, self.flix_state
+        if type(routing) is not ActiveRouting or routing.entered is not state or state.disabled:
+            return None
+        token = routing.tokens.get(self.flix_place)
+        return token if token is not None and token.fits(x) else None
+
+    def _prepared(self, given: Tensor, x: Tensor, routing: AnyRouting) -> Token | None:
+        """A sum that is kept for the tokens to come; None where the input is no token of a generation."""
+        if torch.is_grad_enabled() or not isinstance(routing, ActiveRouting) or 0 in x.shape:
+            return None
+        if routing.entered is not self.flix_state or not (x.shape[1] == 1 or routing.lead == ()):
+            return None
+        if given.numel() != x.numel():
+            return None
+        placed = self._placed(x, routing)
+        strategy = placed.strategy(self.flix_strategy, x, kept=True)
+        self._check_single(routing, strategy)
+        if strategy == "fused" or not placed.active:
+            return None
+        values, _ = self._values(placed, routing, x.device)
+        token = Token(given, x.shape[0], self.d_out, placed, values, strategy)
+        routing.tokens[self.flix_place] = token
+        return token
+
+    def _by(self, token: Token, x: Tensor) -> Tensor:
+        flat, held = x.reshape(-1, x.shape[-1]), self._parameters
+        y = self._base(flat, held["weight"], held["bias"])  # type: ignore[arg-type]
+        return token.added(flat, y).view(*x.shape[:-1], y.shape[-1])
 
     def _sum(self, x: Tensor, kernel: Tensor, bias: Tensor | None, routing: AnyRouting) -> Tensor:
         if isinstance(routing, TracedRouting):
@@ -126,55 +161,23 @@ class FlixLinear(FlixLayer, nn.Linear):
         self, x: Tensor, kernel: Tensor, bias: Tensor | None, routing: ActiveRouting
     ) -> Tensor:
         """``[N, S, d_out]`` from x ``[N, S, d_in]``, with ids that are known on the host."""
-        count, length, _ = x.shape
         placed = self._placed(x, routing)
-        # A token of a generation: the union stays stacked until the next.
-        token = length == 1 and not torch.is_grad_enabled()
-        strategy = strategy_for(
-            self.flix_strategy, x, rows=placed.rows.shape[1], union=placed.union, stacked=token
-        )
+        strategy = placed.strategy(self.flix_strategy, x)
         self._check_single(routing, strategy)
-        if not placed.active or count == 0:
+        if not placed.active or x.shape[0] == 0:
             return with_grad(self._base(x, kernel, bias), self.training)
         values, carrier = self._values(placed, routing, x.device)
         straight = kernel if self.flix_transposed else kernel.t()
         if strategy == "fused":
+            pairs = self._pairs_of(values, carrier)
             y: Tensor = routed_linear(
-                x,
-                straight,
-                bias,
-                placed.scale,
-                *placed.grouped(),
-                *self._pairs_of(values, carrier),
-                strategy,
+                x, straight, bias, placed.scale, *placed.grouped(), *pairs, strategy
             )[0]
             return y
         scale = placed.scale.to(x.dtype)
-        if strategy == "masked" and token:
-            return self._step(x, straight, bias, scale, placed, values, routing)
         return RoutedLinear.apply(  # type: ignore[no-any-return, no-untyped-call]
             x, straight, bias, scale, carrier, placed, strategy, values
         )
-
-    def _step(
-        self,
-        x: Tensor,
-        kernel: Tensor,
-        bias: Tensor | None,
-        scale: Tensor,
-        placed: Placed,
-        values: Values,
-        routing: ActiveRouting,
-    ) -> Tensor:
-        """One token of a generation, with the union that was stacked at the first."""
-        kept, key = routing.in_force(self.flix_state).kept, (self.flix_place, x.dtype)
-        if key not in kept:
-            kept[key] = stack(values, self.d_in, self.d_out, x.dtype)
-        factor = placed.mask(x.dtype)
-        y, _ = routed_forward(
-            x, kernel, bias, scale, placed.rows, "masked", values, factor=factor, union=kept[key]
-        )
-        return y
 
     def _traced(
         self, x: Tensor, kernel: Tensor, bias: Tensor | None, routing: TracedRouting

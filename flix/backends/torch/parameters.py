@@ -144,14 +144,14 @@ class InForce:
         parts: of each feature, by id: of A and B transposed of each layer in turn.
         carriers: of each layer, by place: where the gradient of its pairs goes; None where nothing trains.
         grad: whether it was made where gradients are recorded.
-        kept: what layers keep between calls while no value changes, by their own keys.
+        tokens: what layers keep for a token of a generation while no value changes, by place.
     """
 
     def __init__(self, bank: Bank, ids: Iterable[int], pager: Any, grad: bool) -> None:
         self.bank, self.grad = bank, grad
         self._held = {i: p for i in ids if (p := bank.parameter(i)) is not None}
         self._seen = _seen(self._held.values())
-        self.kept: dict[Any, Any] = {}
+        self.tokens: dict[int, Any] = {}
         vectors = {i: whole(parameter) for i, parameter in self._held.items()}
         values = vectors if pager is None else pager.vectors(self._held)
         sizes = bank.layout.sizes

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flix.backends.torch.kernels.choice import strategy_for
 from flix.backends.torch.kernels.tables import upload
 from flix.core.strategy.union import UnionPlan
 
@@ -31,6 +33,17 @@ class Placed:
     host: UnionPlan
     _grouped: tuple[Tensor, Tensor, Tensor] | None = None
     _masks: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    _strategies: dict[Any, str] = field(default_factory=dict)
+
+    def strategy(self, asked: str, x: Tensor, kept: bool = False) -> str:
+        """The strategy for x ``[N, S, d_in]``; decided once for all layers that see such inputs."""
+        key = (asked, x.shape[0], x.shape[1], x.dtype, kept)
+        found = self._strategies.get(key)
+        if found is None:
+            rows = self.rows.shape[1]
+            found = strategy_for(asked, x, rows=rows, union=self.union, stacked=kept)
+            self._strategies[key] = found
+        return found
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """Each row's factor for every slot of the union, ``[N, U]``; made once for all layers, without gradient."""

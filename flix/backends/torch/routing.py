@@ -26,6 +26,7 @@ from flix.core.strategy.union import first_unlike, plan_union
 
 if TYPE_CHECKING:
     from flix.backends.torch.state import FlixState
+    from flix.backends.torch.tokens import Token
 
 
 class _Current(threading.local):
@@ -74,9 +75,10 @@ class ActiveRouting:
         self.registry = registry
         self.length = length
         self.touched = touched
+        self.tokens: dict[int, Token] = {}  # what layers keep for a token, by place
         self._placed: dict[Any, Placed] = {}
         self._unlike: int | None = -1
-        self._entered: FlixState | None = None
+        self.entered: FlixState | None = None  # whose forward runs: its values stay as they are
         self._in_force: dict[FlixState, InForce] = {}
 
     @property
@@ -109,17 +111,17 @@ class ActiveRouting:
 
     def enter(self, state: FlixState) -> ActiveRouting:
         """Begin a forward of a model: until the next, its layers take the features' values to be as they are now."""
-        self._entered = None
+        self.entered = None
         if torch.is_grad_enabled():
             self._in_force.pop(state, None)  # its graph belongs to the forward before
-        self.in_force(state)
-        self._entered = state
+        self.tokens = self.in_force(state).tokens
+        self.entered = state
         return self
 
     def in_force(self, state: FlixState) -> InForce:
         """The vectors of this routing's features in a bank."""
         found, grad = self._in_force.get(state), torch.is_grad_enabled()
-        if found is None or grad > found.grad or (self._entered is not state and not found.fresh()):
+        if found is None or grad > found.grad or (self.entered is not state and not found.fresh()):
             found = InForce(state.bank, self.features(), state.pager, grad)
             self._in_force[state] = found
         return found

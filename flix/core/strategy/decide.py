@@ -30,7 +30,7 @@ class Facts(NamedTuple):
         rows: the most rank rows that one example uses, R.
         union: rank rows that the batch uses, U, or the most that it may use; None where even that is unknown.
         device: the class of devices, a key of the table: ``"torch-cpu"``.
-        stacked: whether the union is stacked already, from the step before, so that masked copies nothing.
+        stacked: whether what a strategy copies is kept from the call before, as between the tokens of a generation.
         lacks: what the fused kernel lacks here, in words; None where it runs.
     """
 
@@ -50,7 +50,7 @@ class Measured(NamedTuple):
     strategies: tuple[str, ...]
     when: str
     gather_from: tuple[tuple[float, float], ...]
-    gather_from_stacked: tuple[tuple[float, float], ...]
+    kept_copies: float
     union_unknown: float
     fused_from: float | None = None
 
@@ -116,21 +116,20 @@ def read_table(data: Mapping[str, Any]) -> dict[str, Measured]:
     for device, entry in data["devices"].items():
         dates: dict[str, str] = entry["measured"]
         steps = tuple(map(tuple, entry["gather_from"]))
-        stacked = tuple(map(tuple, entry.get("gather_from_stacked", steps)))
         missing = {"gather", "masked", "single"} - set(dates)
         if missing or ("fused_from" in entry and "fused" not in dates):
             raise ConfigError(
                 f"the table must say when each strategy was measured on {device!r}; missing: "
                 f"{', '.join(sorted(missing)) or 'fused'}"
             )
-        if list(steps) != sorted(steps) or list(stacked) != sorted(stacked):
+        if list(steps) != sorted(steps):
             raise ConfigError(f"the steps of {device!r} must rise in the ratio, got {steps!r}")
         table[device] = Measured(
             device=device,
             strategies=tuple(dates),
             when=f"{max(dates.values())}, {entry['on']}",
             gather_from=steps,
-            gather_from_stacked=stacked,
+            kept_copies=entry.get("kept_copies", 0),
             union_unknown=entry["union_unknown"],
             fused_from=entry.get("fused_from"),
         )
@@ -198,7 +197,10 @@ def _gather_from(facts: Facts, measured: Measured) -> float:
     if facts.union is None:
         return measured.union_unknown
     start = _NEVER
-    for ratio, positions in measured.gather_from_stacked if facts.stacked else measured.gather_from:
+    if facts.stacked:
+        few = facts.examples * facts.rows <= measured.kept_copies * facts.union
+        return facts.positions if few else _NEVER
+    for ratio, positions in measured.gather_from:
         if facts.union >= ratio * facts.rows:
             start = positions
     return start

@@ -93,10 +93,13 @@ def test_unknown_unions_go_by_the_positions_alone():
     assert "a union that is not known" in decide("auto", facts(union=None)).reason
 
 
-def test_a_union_that_is_stacked_already_keeps_masked_longer():
-    assert chosen(64, 1, 16, 16 * 20) == "gather"
-    assert chosen(64, 1, 16, 16 * 20, stacked=True) == "masked"
-    assert chosen(64, 1, 16, 16 * 50, stacked=True) == "gather"
+def test_copies_that_are_kept_are_made_while_they_are_few():
+    """Between the tokens of a generation nothing is copied, but what is kept takes memory."""
+    assert chosen(64, 1, 16, 16 * 10) == "masked"
+    assert chosen(16, 1, 16, 16 * 10) == "masked"
+    assert chosen(16, 1, 16, 16 * 10, stacked=True) == "gather"
+    assert chosen(64, 1, 16, 16 * 10, stacked=True) == "masked"
+    assert chosen(64, 1, 16, 16 * 16, stacked=True) == "gather"
 
 
 def test_kernels_that_nobody_measured_are_never_chosen():
