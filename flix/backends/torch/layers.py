@@ -138,19 +138,22 @@ class FlixLinear(FlixLayer, nn.Linear):
         if given.numel() != x.numel():
             return None
         placed = self._placed(x, routing)
-        strategy = placed.strategy(self.flix_strategy, x, kept=True)
+        alike = routing.compositions().count
+        strategy = placed.strategy(self.flix_strategy, x, kept=alike)
         self._check_single(routing, strategy)
         if strategy == "fused" or not placed.active:
             return None
         values, _ = self._values(placed, routing, x.device)
-        token = Token(given, x.shape[0], self.d_out, placed, values, strategy)
+        alike = routing.compositions()
+        token = Token(given, self.d_out, placed, values, alike, strategy)
         routing.tokens[self.flix_place] = token
         return token
 
     def _by(self, token: Token, x: Tensor) -> Tensor:
-        flat, held = x.reshape(-1, x.shape[-1]), self._parameters
-        y = self._base(flat, held["weight"], held["bias"])  # type: ignore[arg-type]
-        return token.added(flat, y).view(*x.shape[:-1], y.shape[-1])
+        held = self._parameters
+        y = self._base(x, held["weight"], held["bias"])  # type: ignore[arg-type]
+        token.add(x, y)
+        return y
 
     def _sum(self, x: Tensor, kernel: Tensor, bias: Tensor | None, routing: AnyRouting) -> Tensor:
         if isinstance(routing, TracedRouting):

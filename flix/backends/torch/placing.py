@@ -35,13 +35,19 @@ class Placed:
     _masks: dict[torch.dtype, Tensor] = field(default_factory=dict)
     _strategies: dict[Any, str] = field(default_factory=dict)
 
-    def strategy(self, asked: str, x: Tensor, kept: bool = False) -> str:
-        """The strategy for x ``[N, S, d_in]``; decided once for all layers that see such inputs."""
+    def strategy(self, asked: str, x: Tensor, kept: int = 0) -> str:
+        """The strategy for x ``[N, S, d_in]``; decided once for all layers that see such inputs.
+
+        Args:
+            asked: what the user asked for.
+            x: an input.
+            kept: of how many compositions copies would be kept between calls; 0 if none are.
+        """
         key = (asked, x.shape[0], x.shape[1], x.dtype, kept)
         found = self._strategies.get(key)
         if found is None:
             rows = self.rows.shape[1]
-            found = strategy_for(asked, x, rows=rows, union=self.union, stacked=kept)
+            found = strategy_for(asked, x, rows=rows, union=self.union, kept=kept)
             self._strategies[key] = found
         return found
 

@@ -19,6 +19,7 @@ from flix.backends import messages
 from flix.backends.torch.kernels.tables import upload
 from flix.backends.torch.parameters import Bank, InForce, whole
 from flix.backends.torch.placing import Placed
+from flix.backends.torch.tokens import Compositions, Token, compositions
 from flix.core.config.layout import LayerLayout
 from flix.core.features.registry import FeatureRegistry
 from flix.core.features.routing import Routing, check_routing
@@ -26,7 +27,6 @@ from flix.core.strategy.union import first_unlike, plan_union
 
 if TYPE_CHECKING:
     from flix.backends.torch.state import FlixState
-    from flix.backends.torch.tokens import Token
 
 
 class _Current(threading.local):
@@ -78,6 +78,7 @@ class ActiveRouting:
         self.tokens: dict[int, Token] = {}  # what layers keep for a token, by place
         self._placed: dict[Any, Placed] = {}
         self._unlike: int | None = -1
+        self._compositions: Compositions | None = None
         self.entered: FlixState | None = None  # whose forward runs: its values stay as they are
         self._in_force: dict[FlixState, InForce] = {}
 
@@ -93,6 +94,16 @@ class ActiveRouting:
                 weights = self.weights.detach().float().cpu().numpy().reshape(self.flat.shape)
             self._unlike = first_unlike(self.flat, weights)
         return self._unlike
+
+    def compositions(self) -> Compositions:
+        """The rows that are alike."""
+        if self._compositions is None:
+            weights = None
+            if self.weights is not None:
+                host = self.weights.detach().float().cpu().numpy()
+                weights = np.ascontiguousarray(host.reshape(self.flat.shape))
+            self._compositions = compositions(self.flat, weights)
+        return self._compositions
 
     def placed(self, layout: LayerLayout, device: torch.device, dtype: torch.dtype) -> Placed:
         """The rows on the ranks of one layout."""

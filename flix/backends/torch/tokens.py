@@ -1,12 +1,17 @@
 """One token of a generation: what a layer prepares at the first, and keeps while routing and values stay.
 
-A token costs a layer three matrix products and little else, so nothing is looked up or stacked anew for it. What is
-kept lies with the routing in force (``InForce.kept``), which a model's forward renews as soon as a value has changed.
+A token costs a layer a few small products that wait for memory, so nothing is looked up, stacked or scaled anew, and
+what is read is as little as can be: rows under one composition share one copy of its ranks. What is kept lies with the
+routing in force (``InForce.tokens``), which a model's forward renews as soon as a value has changed.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flix.backends.torch.parameters import Values
@@ -14,38 +19,85 @@ from flix.backends.torch.placing import Placed
 from flix.backends.torch.sums import stack
 
 
+@dataclass(frozen=True)
+class Compositions:
+    """Rows of a batch that are alike, put together.
+
+    Attributes:
+        first: a row of each composition, C in all.
+        order: ``[C * M]``, the rows of each composition, with others' where it has fewer than M; None if it has one.
+        places: ``[N]``, where each row stands there.
+    """
+
+    first: NDArray[np.int64]
+    order: Tensor | None
+    places: Tensor
+
+    @property
+    def count(self) -> int:
+        """C, or N where rows are not put together."""
+        return len(self.first)
+
+
+def compositions(ids: NDArray[np.int64], weights: NDArray[np.float32] | None) -> Compositions:
+    """The compositions of rows ``[N, W]``; each row by itself where putting them together would mostly pad."""
+    rows = ids if weights is None else np.concatenate([ids, weights.view(np.int32)], axis=1)
+    _, first, which = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    which = which.reshape(-1)
+    sizes = np.bincount(which)
+    count, most = len(first), int(sizes.max())
+    if most == 1 or count * most > 2 * len(rows):
+        alone = np.arange(len(rows))
+        return Compositions(alone, None, torch.from_numpy(alone))
+    sort = np.argsort(which, kind="stable")
+    within = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    places = np.empty(len(rows), np.int64)
+    places[sort] = which[sort] * most + within
+    order = np.zeros(count * most, np.int64)
+    order[places] = np.arange(len(rows))
+    return Compositions(first, torch.from_numpy(order), torch.from_numpy(places))
+
+
 class Token:
     """A layer's sum for inputs of one shape and dtype.
 
     Args:
         x: such an input, ``[..., d_in]``, one position a row; any number of them where one row serves all.
-        rows: the rows of the routing, N.
         d_out: of the layer.
         placed: the rows on the layer's ranks.
         values: the parts of the features in use.
-        strategy: ``"gather"``, ``"masked"`` or ``"single"``.
+        alike: the rows' compositions, for the strategy "gather"; None for "masked" and "single".
+        strategy: the strategy.
     """
 
-    __slots__ = ("a", "b", "device", "dtype", "gathered", "lead", "mask", "rows")
+    __slots__ = ("a", "b", "device", "dtype", "lead", "mask", "order", "places", "rows")
 
     def __init__(
-        self, x: Tensor, rows: int, d_out: int, placed: Placed, values: Values, strategy: str
+        self,
+        x: Tensor,
+        d_out: int,
+        placed: Placed,
+        values: Values,
+        alike: Compositions,
+        strategy: str,
     ) -> None:
-        d_in, dtype = x.shape[-1], x.dtype
-        self.dtype, self.device, self.rows = dtype, x.device.type, rows
+        dtype, where = x.dtype, x.device
+        self.dtype, self.device = dtype, where.type
         self.lead = None if len(placed.rows) == 1 else x.shape[:-1]
-        a, b = stack(values, d_in, d_out, dtype)
-        scale = placed.scale.detach().to(dtype)
-        self.mask: Tensor | None = None
-        self.gathered = strategy == "gather"
+        self.mask = self.order = self.places = None
+        a, b = stack(values, x.shape[-1], d_out, dtype)
         if strategy == "masked":
-            self.a, self.b, self.mask = a.t(), b, placed.mask(dtype)
+            self.rows, self.mask = 1, placed.mask(dtype)
+            self.a, self.b = a.t().contiguous()[None], b[None]
             return
-        slots = placed.rows if self.gathered else placed.rows[0]
-        scale = scale if self.gathered else scale[0]
+        first = alike.first if strategy == "gather" else alike.first[:1]
+        self.rows = len(first)
+        if strategy == "gather" and alike.order is not None:
+            self.order, self.places = alike.order.to(where), alike.places.to(where)
+        slots = placed.rows[torch.from_numpy(first).to(where)]
+        scale = placed.scale.detach().to(dtype)[torch.from_numpy(first).to(where)]
         # The factors are multiplied into B once, not into every token.
-        self.a = a[slots].transpose(-1, -2)
-        self.b = b[slots] * scale[..., None]
+        self.a, self.b = a[slots].transpose(1, 2), b[slots] * scale[..., None]
 
     def fits(self, x: Tensor) -> bool:
         """Whether this is the sum for an input: outside autocast, which computes in other dtypes."""
@@ -55,12 +107,15 @@ class Token:
             and not torch.is_autocast_enabled(self.device)
         )
 
-    def added(self, x: Tensor, y: Tensor) -> Tensor:
-        """The layer's output from its input and the base's, all flat: the base's is added to."""
-        if self.gathered:
-            h = torch.bmm(x.view(self.rows, 1, -1), self.a)
-            y.view(self.rows, 1, -1).baddbmm_(h, self.b)
-        else:
-            h = torch.mm(x, self.a)
-            y.addmm_(h if self.mask is None else h.mul_(self.mask), self.b)
-        return y
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add the sum for an input ``[..., d_in]`` to the base's output for it, ``[..., d_out]``."""
+        if self.order is not None:
+            x = x.reshape(-1, x.shape[-1]).index_select(0, self.order)
+            h = torch.bmm(x.view(self.rows, -1, x.shape[-1]), self.a)
+            z = torch.bmm(h, self.b).view(-1, y.shape[-1])
+            y.view(-1, y.shape[-1]).add_(z.index_select(0, self.places))  # type: ignore[arg-type]
+            return
+        if x.dim() != 3 or x.shape[0] != self.rows:
+            x, y = x.reshape(self.rows, -1, x.shape[-1]), y.view(self.rows, -1, y.shape[-1])
+        h = torch.bmm(x, self.a)
+        y.baddbmm_(h if self.mask is None else h.mul_(self.mask), self.b)

@@ -30,7 +30,8 @@ class Facts(NamedTuple):
         rows: the most rank rows that one example uses, R.
         union: rank rows that the batch uses, U, or the most that it may use; None where even that is unknown.
         device: the class of devices, a key of the table: ``"torch-cpu"``.
-        stacked: whether what a strategy copies is kept from the call before, as between the tokens of a generation.
+        kept: of how many of the examples, those that are unlike, copies would be kept between calls, as between the
+            tokens of a generation; 0 if nothing is kept.
         lacks: what the fused kernel lacks here, in words; None where it runs.
     """
 
@@ -39,7 +40,7 @@ class Facts(NamedTuple):
     rows: int
     union: int | None
     device: str
-    stacked: bool = False
+    kept: int = 0
     lacks: str | None = None
 
 
@@ -197,8 +198,8 @@ def _gather_from(facts: Facts, measured: Measured) -> float:
     if facts.union is None:
         return measured.union_unknown
     start = _NEVER
-    if facts.stacked:
-        few = facts.examples * facts.rows <= measured.kept_copies * facts.union
+    if facts.kept:
+        few = facts.kept * facts.rows <= measured.kept_copies * facts.union
         return facts.positions if few else _NEVER
     for ratio, positions in measured.gather_from:
         if facts.union >= ratio * facts.rows:

@@ -97,9 +97,9 @@ def test_copies_that_are_kept_are_made_while_they_are_few():
     """Between the tokens of a generation nothing is copied, but what is kept takes memory."""
     assert chosen(64, 1, 16, 16 * 10) == "masked"
     assert chosen(16, 1, 16, 16 * 10) == "masked"
-    assert chosen(16, 1, 16, 16 * 10, stacked=True) == "gather"
-    assert chosen(64, 1, 16, 16 * 10, stacked=True) == "masked"
-    assert chosen(64, 1, 16, 16 * 16, stacked=True) == "gather"
+    assert chosen(64, 1, 16, 16 * 10, kept=64) == "masked"
+    assert chosen(64, 1, 16, 16 * 10, kept=11) == "masked"
+    assert chosen(64, 1, 16, 16 * 10, kept=10) == "gather"
 
 
 def test_kernels_that_nobody_measured_are_never_chosen():

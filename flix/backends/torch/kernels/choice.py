@@ -45,7 +45,7 @@ def fused_lacks(device: str, dtype: str, *, triton: bool, interpreted: bool) -> 
 
 
 def strategy_for(
-    asked: str, x: torch.Tensor, *, rows: int, union: int | None, stacked: bool = False
+    asked: str, x: torch.Tensor, *, rows: int, union: int | None, kept: int = 0
 ) -> str:
     """The strategy that a layer runs on x ``[N, S, d_in]``.
 
@@ -54,14 +54,14 @@ def strategy_for(
         x: the input.
         rows: the most rank rows that one example uses, R.
         union: rank rows that the batch uses; None where ids are not known on the host (in compiled graphs).
-        stacked: whether the layer keeps the union stacked between calls.
+        kept: of how many compositions copies would be kept between calls; 0 if none are.
 
     Raises:
         ConfigError: ``"fused"`` where it cannot run.
     """
     device = x.device.type
     lacks = fused_lacks(device, dtype_name(x.dtype), triton=TRITON, interpreted=INTERPRETED)
-    facts = Facts(x.shape[0], x.shape[1], rows, union, f"torch-{device}", stacked, lacks)
+    facts = Facts(x.shape[0], x.shape[1], rows, union, f"torch-{device}", kept, lacks)
     return decide(asked, facts).strategy
 
 
