@@ -138,13 +138,12 @@ class FlixLinear(FlixLayer, nn.Linear):
         if given.numel() != x.numel():
             return None
         placed = self._placed(x, routing)
-        alike = routing.compositions().count
-        strategy = placed.strategy(self.flix_strategy, x, kept=alike)
+        alike = routing.compositions()
+        strategy = placed.strategy(self.flix_strategy, x, kept=alike.count)
         self._check_single(routing, strategy)
         if strategy == "fused" or not placed.active:
             return None
         values, _ = self._values(placed, routing, x.device)
-        alike = routing.compositions()
         token = Token(given, self.d_out, placed, values, alike, strategy)
         routing.tokens[self.flix_place] = token
         return token
