@@ -150,13 +150,7 @@ def updated(
         The pairs that the hooks compute with, whose ``grad`` a backward sets.
     """
     settings = adapted.flix_config
-    # Views, through which gradients reach the adapted model's parameters.
-    pairs = {
-        tensor_name(path, part, feature): view
-        for path, layer in flix_layers(adapted)
-        for feature, *sides in layer.pairs()
-        for part, view in zip("AB", sides, strict=True)
-    }
+    pairs = live_pairs(adapted)
     handles = []
     for path, layer in flix_layers(adapted):
 
