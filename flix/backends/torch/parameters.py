@@ -51,12 +51,14 @@ class Bank(nn.Module):
 
     Attributes:
         features: the registry's features, by id.
+        ids: the other way round.
         keys: their names here.
         layout: where pairs lie in the vectors.
         present: buffer: which features a compiled forward has seen since the last optimizer step.
     """
 
     features: tuple[Feature, ...]
+    ids: dict[Feature, int]
     keys: tuple[str, ...]
     layout: FlatLayout
     present: Tensor
@@ -69,6 +71,7 @@ class Bank(nn.Module):
     def arrange(self, features: Sequence[Feature], layout: FlatLayout) -> None:
         """Set the features and the layout; parameters are kept as they are."""
         self.features, self.layout = tuple(features), layout
+        self.ids = {feature: i for i, feature in enumerate(self.features)}
         self.keys = tuple(parameter_key(feature) for feature in features)
         self.present = self.present.new_zeros(len(features) + 1)
 
@@ -95,9 +98,9 @@ class Bank(nn.Module):
         Raises:
             KeyError: the feature has no update in the layer.
         """
-        i = self.features.index(feature) if feature in self.features else -1
-        rank = self.layout.rank(i, place) if i >= 0 else 0
-        if not rank:
+        i = self.ids.get(feature)
+        rank = 0 if i is None else self.layout.rank(i, place)
+        if i is None or not rank:
             raise KeyError(feature)
         value = whole(self._parameters[parameter_key(feature)])  # type: ignore[arg-type]
         start, middle, end = self.layout.starts[i][2 * place : 2 * place + 3]
