@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -116,7 +117,10 @@ class Backend:
 
     def merge(self, case: Case, row: Any) -> Array:
         """The kernel ``[d_in, d_out]`` with one composition folded in."""
-        with self.within(case.dtype):
+        with self.within(case.dtype), warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # what else reads a kernel is the user's to know
             merged = self.verb("merge")(self.adapted(case), row)
             return np.asarray(self.harness.kernel(merged, case.path))
 
