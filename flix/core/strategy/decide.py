@@ -1,6 +1,6 @@
 """Which strategy computes a layer's sum: a pure function of facts that are known before it runs.
 
-The strategies give the same numbers (docs/specification.md §5) at different costs. Gather copies each example's rank
+The strategies give the same numbers (docs/specification.md §5.5) at different costs. Gather copies each example's rank
 rows and multiplies them in batches; masked multiplies everything with the rows of the batch's whole union; single
 multiplies everything with one composition's. Gather's copies do not depend on the positions that share a row, and
 masked's products grow with the union: so gather wins from some number of positions a row on, which falls as the
