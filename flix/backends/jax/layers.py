@@ -10,17 +10,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
 from flix.backends import messages
 from flix.backends.jax import forms
-from flix.backends.jax.forms import Form
 from flix.backends.jax.functional import add_update
 from flix.backends.jax.parameters import LayerBank, LayerSpec
 from flix.backends.jax.routing import ActiveRouting, current, make_routing
 from flix.backends.jax.sharding import like_kernel
 from flix.core.adapter.adapter import LayerShape
+from flix.core.config.kernels import Form, LinearEinsum, linear_einsum
 from flix.core.errors import TargetError
 
 CALL = "model(x, flix_features=ids)"
@@ -112,9 +113,10 @@ class FlixLinearGeneral(FlixLayer, nnx.LinearGeneral):
 
     def _updated(self, y: Array, x: Array, routing: ActiveRouting) -> Array:
         outputs = tuple(self.out_features)
-        flat = y.reshape(*y.shape[: y.ndim - len(outputs)], -1)
-        flat = super()._updated(flat, forms.general_input(self, x), routing)
-        return flat.reshape(*flat.shape[:-1], *outputs)
+        y = super()._updated(
+            forms.flattened(y, len(outputs)), forms.general_input(self, x), routing
+        )
+        return y.reshape(*y.shape[:-1], *outputs)
 
 
 class FlixEinsum(FlixLayer, nnx.Einsum):
@@ -131,13 +133,13 @@ class FlixEinsum(FlixLayer, nnx.Einsum):
         return super().__call__(inputs, None, *args, **kw)
 
     def _updated(self, y: Array, x: Array, routing: ActiveRouting) -> Array:
-        equation, _ = forms.parse_equation(self.einsum_str)
-        assert equation is not None
-        form = form_of(self)
-        sizes = tuple(form.shape[i] for i in form.free)
-        flat = forms.einsum_moved(equation, y, sizes, back=False)
-        flat = super()._updated(flat, forms.einsum_input(equation, x), routing)
-        return forms.einsum_moved(equation, flat, sizes, back=True)
+        equation, sizes = linear_einsum(self.einsum_str), form_of(self).sizes
+        assert isinstance(equation, LinearEinsum)
+        order = equation.output_order(y.ndim)
+        y = forms.flattened(jnp.transpose(y, np.argsort(order)), len(sizes))
+        x = jnp.transpose(x, equation.input_order(x.ndim))
+        y = super()._updated(y, forms.flattened(x, len(equation.contracted)), routing)
+        return jnp.transpose(y.reshape(*y.shape[:-1], *sizes), order)
 
 
 class FlixEmbed(FlixLayer, nnx.Embed):

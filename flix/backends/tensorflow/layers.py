@@ -9,12 +9,12 @@ import tensorflow as tf
 from keras import layers, ops
 
 from flix.backends import messages
-from flix.backends.tensorflow.einsum import LinearEinsum, linear_einsum
 from flix.backends.tensorflow.parameters import FlixState, Parameters, config_from, places_of
 from flix.backends.tensorflow.patches.saving import register
 from flix.backends.tensorflow.routing import CALL, ActiveRouting, current, make_routing
 from flix.backends.tensorflow.sums import routed_embedding, routed_linear
 from flix.core.config.config import FlixConfig
+from flix.core.config.kernels import Form, LinearEinsum, linear_einsum
 from flix.core.errors import TargetError
 from flix.core.strategy.decide import Facts, decide
 
@@ -234,31 +234,36 @@ class FlixEinsumDense(FlixLayer, layers.EinsumDense):  # type: ignore[misc]
 
     def describe(self, state: FlixState, name: str, *args: Any) -> None:
         """See :meth:`Parameters.describe`."""
-        found = linear_einsum(self.equation)
+        found = _linear_map(self.equation)
         if isinstance(found, str):
             raise TargetError(f"layer {name!r} cannot be adapted: {found}")
         self.flix_map = found
         super().describe(state, name, *args)
 
     @staticmethod
-    def sizes_of(layer: Any) -> tuple[int, int]:
-        """(d_in, d_out) of an EinsumDense layer with a linear equation, adapted or not."""
+    def form_of(layer: Any) -> Form:
+        """How the kernel of an EinsumDense layer with a linear equation, adapted or not, is a matrix."""
         found = getattr(layer, "flix_map", None) or linear_einsum(layer.equation)
-        return found.sizes(tuple(layer._kernel.shape))  # type: ignore[no-any-return,union-attr]
+        return found.form(tuple(layer._kernel.shape))  # type: ignore[no-any-return,union-attr]
+
+    @staticmethod
+    def sizes_of(layer: Any) -> tuple[int, int]:
+        """(d_in, d_out) of such a layer."""
+        form = FlixEinsumDense.form_of(layer)
+        return form.d_in, form.d_out
 
     def _routed(self, inputs: Any, routing: ActiveRouting) -> Any:
-        equation, rank = self.flix_map, inputs.shape.rank
-        trailing = len(equation.contracted)
-        x = _transposed(inputs, equation.input_order(rank))
-        x, rows, strategy = self._grouped(x, routing, trailing)
-        lead = tf.shape(x)[: rank - trailing]
-        kernel = tf.transpose(self.kernel, equation.kernel_order)
-        made = kernel.shape[trailing:]
-        x = tf.reshape(x, [rows[0] * rows[1], self.d_in])
-        base = tf.matmul(x, tf.reshape(kernel, [self.d_in, self.d_out]))
+        form, rank = self.form_of(self), inputs.shape.rank
+        positions = rank - len(form.contracted)
+        x = _transposed(inputs, self.flix_map.input_order(rank))
+        x, rows, strategy = self._grouped(x, routing, len(form.contracted))
+        lead = tf.shape(x)[:positions]
+        kernel = tf.transpose(self.kernel, form.order)
+        x = tf.reshape(x, [rows[0] * rows[1], form.d_in])
+        base = tf.matmul(x, tf.reshape(kernel, [form.d_in, form.d_out]))
         y = self._sum(x, base, rows, routing, strategy)
-        y = tf.reshape(y, tf.concat([lead, made], 0))
-        y = _transposed(y, equation.output_order(rank - trailing + len(made), rank))
+        y = tf.reshape(y, tf.concat([lead, form.sizes], 0))
+        y = _transposed(y, self.flix_map.output_order(positions + len(form.sizes)))
         if self.bias is not None:
             y = ops.add(y, self.bias)
         return y if self.activation is None else self.activation(y)
@@ -304,10 +309,18 @@ def adaptable(layer: Any) -> tuple[type[Any] | None, str]:
             return None, f"it is quantized ({layer.quantization_mode})"
         if not layer.built:
             return None, "it is not built yet; call the model on a batch first"
-        if target is FlixEinsumDense and isinstance(found := linear_einsum(layer.equation), str):
+        if target is FlixEinsumDense and isinstance(found := _linear_map(layer.equation), str):
             return None, found
         return target, ""
     return None, ""
+
+
+def _linear_map(equation: str) -> LinearEinsum | str:
+    """The equation as a linear map of each row of a batch, or the reason why it is none."""
+    found = linear_einsum(equation)
+    if isinstance(found, str) or found.batch_first:
+        return found
+    return f"its equation {equation!r} has no batch as its first axis"
 
 
 def _transposed(x: Any, order: list[int]) -> Any:

@@ -35,8 +35,7 @@ def merged(model: Any, active: Composition, update: Updates) -> Any:
         kernel = copy._embeddings if layer.flix_kind == "embedding" else copy._kernel
         value = kernel.numpy().astype(np.float64)
         if isinstance(layer, FlixEinsumDense):
-            order = layer.flix_map.kernel_order
-            added = added.reshape([value.shape[i] for i in order]).transpose(np.argsort(order))
+            added = layer.form_of(layer).unflatten(added)
         kernel.assign(value + added)
     set_trainable_flags(merged, model.flix_state.flags)
     return merged

@@ -130,3 +130,12 @@ def test_bad_layers_are_named():
         FlixDense(3, config=config(), strategy="fast")
     with pytest.raises(flix.ConfigError, match="config=FlixConfig"):
         FlixDense(3, config="x")
+
+
+@pytest.mark.parametrize(
+    "equation",
+    ["abc,bcd->abd", "abc,c->ab", "ca,cd->da", "abc,cd->ad", "ab,bc,cd->ad", "abc,ccd->abd"],
+)
+def test_equations_that_are_no_linear_map_of_a_batch_are_refused(equation):
+    with pytest.raises((flix.TargetError, ValueError), match=r"cannot be adapted"):
+        FlixEinsumDense(equation, (4,), config=config())
