@@ -61,23 +61,13 @@ class Placed:
         return found
 
     def grouped(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the kernels need: int32 rows, -1 where unused, and the slots of each union row (order, starts)."""
+        """What the kernels need, see :meth:`UnionPlan.grouped`."""
         if self._grouped is None:
-            used = self.host.scales != 0
-            rows = np.where(used, self.host.rows, -1).astype(np.int32)
-            flat = np.where(used, self.host.rows, self.union).ravel()
-            order = np.argsort(flat, kind="stable")
-            starts = np.searchsorted(flat[order], np.arange(self.union + 1))
+            arrays = self.host.grouped()
             # One upload for the three of them, each aligned alike, as kernels are compiled for.
-            arrays = [rows.ravel(), order.astype(np.int32), starts.astype(np.int32)]
-            sizes = [array.size for array in arrays]
-            whole = np.concatenate([np.pad(array, (0, -array.size % 4)) for array in arrays])
-            moved = upload(whole, self.rows.device)
-            first, second, third = (
-                part[:size]
-                for part, size in zip(
-                    torch.split(moved, [size + -size % 4 for size in sizes]), sizes, strict=True
-                )
-            )
-            self._grouped = (first.view(rows.shape), second, third)
+            padded = [np.pad(array.ravel(), (0, -array.size % 4)) for array in arrays]
+            moved = upload(np.concatenate(padded), self.rows.device)
+            parts = torch.split(moved, [len(array) for array in padded])
+            rows, order, starts = (p[: a.size] for p, a in zip(parts, arrays, strict=True))
+            self._grouped = (rows.view(arrays[0].shape), order, starts)
         return self._grouped

@@ -19,6 +19,7 @@ from flix.core.errors import ConfigError, listed
 STRATEGIES = ("auto", "gather", "masked", "single", "fused")
 
 _NEVER = float("inf")
+_TRITON_DTYPES = ("float16", "bfloat16", "float32")
 
 
 class Facts(NamedTuple):
@@ -172,6 +173,27 @@ def decide(asked: str, facts: Facts, table: Mapping[str, Measured] = TABLE) -> D
     start = _gather_from(facts, measured)
     strategy = "gather" if facts.positions >= start else "masked"
     return Decision(strategy, "positions", facts, measured, start)
+
+
+def triton_lacks(device: str, dtype: str, *, triton: bool, interpreted: bool) -> str | None:
+    """What kernels written in Triton lack on a device for a dtype, in words; None where they run.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"``, ...
+        dtype: of the input.
+        triton: whether Triton is installed.
+        interpreted: whether its interpreter is switched on.
+    """
+    if not triton:
+        return "Triton, which is not installed: pip install triton"
+    if device != "cuda" and not (interpreted and device == "cpu"):
+        return (
+            f"a CUDA device, but the input is on {device!r} (Triton's interpreter, switched on by "
+            "TRITON_INTERPRET=1, serves to test on a CPU)"
+        )
+    if dtype not in _TRITON_DTYPES:
+        return f"an input of {', '.join(_TRITON_DTYPES)}, got {dtype}"
+    return None
 
 
 def measured_on(device: str, table: Mapping[str, Measured] = TABLE) -> Measured:

@@ -7,6 +7,7 @@ example, masked multiplies with the whole union and masks, single takes one comp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,20 @@ class UnionPlan:
     def width(self) -> int:
         """The number of slots of an example, R: the largest total rank of a row."""
         return int(self.rows.shape[1])
+
+    def grouped(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+        """What fused kernels need: rows, -1 where unused, and the slots of each union row.
+
+        Returns:
+            rows: ``[N, R]``.
+            order, starts: ``order[starts[u]:starts[u + 1]]`` are the slots (n * R + slot) of union row u.
+        """
+        used = self.scales != 0
+        flat = np.where(used, self.rows, self.union).ravel()
+        order = np.argsort(flat, kind="stable")
+        starts = np.searchsorted(flat[order], np.arange(self.union + 1))
+        rows = np.where(used, self.rows, -1)
+        return rows.astype(np.int32), order.astype(np.int32), starts.astype(np.int32)
 
 
 def plan_union(ids: NDArray[Any], layout: LayerLayout, touched: tuple[int, ...] = ()) -> UnionPlan:
@@ -103,3 +118,48 @@ def first_unlike(ids: NDArray[Any], weights: NDArray[Any] | None) -> int | None:
     if weights is not None:
         unlike |= (weights != weights[0]).any(axis=tuple(range(1, ids.ndim)))
     return int(np.argmax(unlike)) if unlike.any() else None
+
+
+def bank_rows(
+    ranks: Sequence[int],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Of each row of a bank of features with these ranks: its feature's first row and rank, and its slot."""
+    counts = np.asarray(ranks, dtype=np.int64)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    return first, np.repeat(counts, counts), np.arange(len(first)) - first
+
+
+@dataclass(frozen=True, eq=False)
+class BankPart:
+    """The part of a bank that a batch uses.
+
+    Attributes:
+        features: places in the bank of the features in use, ascending.
+        rows: int64 ``[N, R']``: rows of the stack of these features; 0 where a slot is unused. R' slots are those up
+            to the last that some row of the batch uses.
+        starts, ends: the bank's rows that each feature in use begins and ends at.
+    """
+
+    features: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+    @property
+    def own(self) -> NDArray[np.int64]:
+        """The bank's rows that are in the stack."""
+        spans = zip(self.starts, self.ends, strict=True)
+        return np.concatenate([np.arange(0), *(np.arange(*span) for span in spans)])
+
+
+def bank_part(rows: NDArray[np.integer[Any]], ranks: Sequence[int]) -> BankPart:
+    """The part of a bank of features with these ranks that is used by rows ``[N, R]``, -1 where a slot is unused."""
+    taken = np.flatnonzero((rows >= 0).any(axis=0))
+    rows = rows[:, : int(taken[-1]) + 1 if len(taken) else 0].astype(np.int64)
+    used, ends = rows >= 0, np.cumsum(ranks)
+    owner = np.searchsorted(ends, rows, side="right")
+    features = np.unique(owner[used])
+    mine, ends = np.asarray(ranks)[features], ends[features]
+    shift = np.cumsum(mine) - ends
+    stacked = np.where(used, rows + shift[np.searchsorted(features, owner)], 0)
+    return BankPart(features, stacked, ends - mine, ends)

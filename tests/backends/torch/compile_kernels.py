@@ -82,10 +82,9 @@ def run(count, length, size, rank, dtype) -> None:
     rows = torch.arange(2 * rank, dtype=torch.int32).expand(count, -1).contiguous()
     x, kernel = torch.zeros(count, length, size, dtype=dtype), torch.zeros(size, size, dtype=dtype)
     scale = torch.zeros(count, 2 * rank)
-    y, h = launch.forward(x, kernel, kernel[0], scale, rows, a, b)
-    launch.backward(
-        y, x, kernel, scale, rows, *group(rows, 4 * rank), h, a, b, need_x=True, need_scale=True
-    )
+    y, h = launch.forward(x, kernel, kernel[0], scale, rows, a, b, "fused")
+    grouped = group(rows, 4 * rank)
+    launch.backward(y, x, kernel, scale, rows, *grouped, h, a, b, "fused", True, True)
 
 
 if __name__ == "__main__":

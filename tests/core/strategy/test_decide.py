@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flix.core.errors import ConfigError
-from flix.core.strategy.decide import TABLE, Facts, decide, measured_on, read_table
+from flix.core.strategy.decide import TABLE, Facts, decide, measured_on, read_table, triton_lacks
 
 ENTRY = {
     "measured": {"gather": "2026-01-02", "masked": "2026-01-01", "single": "2026-01-01"},
@@ -157,3 +157,14 @@ def test_tables_say_what_was_measured():
         table(fused_from=1)
     with pytest.raises(ConfigError, match="steps of 'made-cpu' must rise"):
         table(gather_from=[[8, 4], [2, 16]])
+
+
+def test_kernels_in_triton_say_what_they_lack():
+    def lacks(device="cuda", dtype="bfloat16", triton=True, interpreted=False):
+        return triton_lacks(device, dtype, triton=triton, interpreted=interpreted)
+
+    assert lacks() is lacks("cpu", interpreted=True) is None
+    assert "pip install triton" in lacks(triton=False)
+    assert "the input is on 'cpu'" in lacks("cpu")
+    assert "the input is on 'mps'" in lacks("mps", interpreted=True)
+    assert lacks(dtype="float64").endswith("got float64")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flix.core.config.layout import LayerLayout
-from flix.core.strategy.union import first_unlike, plan_union
+from flix.core.strategy.union import bank_part, bank_rows, first_unlike, plan_union
 
 
 @settings(max_examples=150, deadline=None)
@@ -56,3 +57,37 @@ def test_the_first_row_that_differs():
     assert first_unlike(np.array([[1, 2], [1, 2]]), None) is None
     assert first_unlike(np.array([[1], [1], [2]]), None) == 2
     assert first_unlike(np.array([[1], [1]]), np.array([[1.0], [0.5]])) == 1
+
+
+def test_slots_are_grouped_by_union_row():
+    plan = plan_union(np.array([[2, -1, 0], [0, 0, 1]]), LayerLayout((2, 0, 1), (1.0, 3.0, 0.5)))
+    rows, order, starts = plan.grouped()
+    assert {array.dtype for array in (rows, order, starts)} == {np.dtype(np.int32)}
+    assert rows.tolist() == [[2, 0, 1, -1], [0, 1, 0, 1]]
+    assert [order[starts[u] : starts[u + 1]].tolist() for u in range(3)] == [
+        [1, 4, 6],
+        [2, 5, 7],
+        [0],
+    ]
+
+
+def test_rows_of_a_bank():
+    first, ranks, slots = bank_rows((2, 0, 3))
+    assert first.tolist() == [0, 0, 2, 2, 2]
+    assert ranks.tolist() == [2, 2, 3, 3, 3]
+    assert slots.tolist() == [0, 1, 0, 1, 2]
+
+
+def test_the_part_of_a_bank_that_rows_use():
+    ranks = (2, 3, 1, 4)  # begin at 0, 2, 5 and 6
+    part = bank_part(np.array([[6, 7, 8, -1, -1], [5, -1, -1, -1, -1]], np.int32), ranks)
+    assert part.features.tolist() == [2, 3]
+    assert part.rows.tolist() == [[1, 2, 3], [0, 0, 0]]
+    assert part.own.tolist() == [5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (2, 3)])
+def test_rows_that_use_nothing_of_a_bank(shape):
+    part = bank_part(np.full(shape, -1, np.int32), (2, 3))
+    assert part.features.tolist() == part.own.tolist() == []
+    assert part.rows.shape == (shape[0], 0)

@@ -7,41 +7,14 @@ import os
 
 import torch
 
-from flix.core.errors import ConfigError
-from flix.core.strategy.decide import Facts, decide
+from flix.core.strategy.decide import Facts, decide, triton_lacks
 
 # Looked up once, without importing Triton: compilers trace the code below as constants.
 TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
-DTYPES = ("float16", "bfloat16", "float32")
-
-
-_NAMES = {
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float32: "float32",
-    torch.float64: "float64",
-}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype's name, as messages give it."""
-    return _NAMES.get(dtype, str(dtype))
-
-
-def fused_lacks(device: str, dtype: str, *, triton: bool, interpreted: bool) -> str | None:
-    """What the fused strategy lacks on this device for this dtype; None where it runs."""
-    if not triton:
-        return "Triton, which is not installed: pip install triton"
-    if device != "cuda" and not (interpreted and device == "cpu"):
-        return (
-            f"a CUDA device, but the input is on {device!r} (Triton's interpreter, switched on by "
-            "TRITON_INTERPRET=1, serves to test on a CPU)"
-        )
-    if dtype not in DTYPES:
-        return f"an input of {', '.join(DTYPES)}, got {dtype}"
-    return None
+# By name, since compilers cannot trace a dtype as text.
+_NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
 
 
 def strategy_for(
@@ -60,7 +33,8 @@ def strategy_for(
         ConfigError: ``"fused"`` where it cannot run.
     """
     device = x.device.type
-    lacks = fused_lacks(device, dtype_name(x.dtype), triton=TRITON, interpreted=INTERPRETED)
+    dtype = _NAMES.get(x.dtype, str(x.dtype))
+    lacks = triton_lacks(device, dtype, triton=TRITON, interpreted=INTERPRETED)
     facts = Facts(x.shape[0], x.shape[1], rows, union, f"torch-{device}", kept, lacks)
     return decide(asked, facts).strategy
 
@@ -71,8 +45,5 @@ def require_triton(strategy: str) -> None:
     Raises:
         ConfigError: Triton is not installed.
     """
-    if strategy == "fused" and not TRITON:
-        raise ConfigError(
-            "strategy 'fused' needs Triton, which is not installed: pip install triton; or use 'auto', "
-            "'gather' or 'masked'"
-        )
+    lacks = triton_lacks("cuda", "float32", triton=TRITON, interpreted=False)
+    decide(strategy, Facts(1, 1, 1, None, "torch-cpu", lacks=lacks))

@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels: block sizes, grids, and the order of the products.
+"""Launches of the Triton kernels, and the order of the products.
 
 A forward is three launches: into the ranks, out of the ranks onto an empty output (with the bias), and the frozen
 product, which adds itself to the output in its epilogue: reading the sum back there hides behind the product, where a
@@ -8,34 +8,32 @@ maps, where the first two also leave partial gradients from the tiles they read 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl  # type: ignore[import-not-found,import-untyped]
 from torch import Tensor
 
 from flix.backends.torch.kernels import triton_kernels as kernels
-from flix.backends.torch.kernels.blocks import (
-    BLOCK_SLOTS,
-    PROGRAMS_GRAD,
+from flix.backends.torch.kernels.tables import Table, bank_table
+from flix.core.strategy.blocks import (
     Blocks,
     cut,
+    cut_feature,
+    cut_parts,
+    cut_tokens,
+    partial,
     parts,
-    power,
 )
-from flix.backends.torch.kernels.tables import Table, bank_table
 
 _SOURCES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-
-# Positions a row from which partial sums by row cost less traffic than reading tokens by feature.
-PARTIAL_LENGTH = 64
-# Partial products into the ranks that a program of the next launch sums itself, times their slots.
-_CHUNKS = 128
+A, B = 0, 1
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:
@@ -50,211 +48,149 @@ def _products(x: Tensor) -> dict[str, Any]:
     }
 
 
-def _down(
-    v: Tensor,
-    table: Table,
-    side: str,
-    rows: Tensor,
-    scale: Tensor,
-    h: Tensor | None,
-    blocks: Blocks,
-) -> tuple[Tensor, Tensor]:
-    """(z ``[chunks, N, S, R]``, the partial gradients if h is given) of v ``[N, S, size]``."""
-    count, length, size = v.shape
-    slots = rows.shape[1]
-    z = torch.empty((blocks.chunks, count, length, slots), dtype=torch.float32, device=v.device)
-    part = z
-    if h is not None:
-        part = torch.empty(
-            (count * blocks.pieces, slots, size), dtype=torch.float32, device=v.device
+def _tile(blocks: Blocks) -> dict[str, int]:
+    return {
+        "block_t": blocks.tokens,
+        "block_c": blocks.columns,
+        "block_s": blocks.slots,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+    }
+
+
+class _Sum(NamedTuple):
+    """A batch on a layer's bank: what its launches read, of the arguments of ``operators.routed_linear``."""
+
+    table: Table
+    rows: Tensor
+    scale: Tensor
+
+    @property
+    def slots(self) -> int:
+        return self.rows.shape[1]
+
+    @property
+    def source(self) -> Any:
+        return _SOURCES[self.table.dtype]
+
+    def cut(self, x: Tensor, size: int, grad: bool = False) -> Blocks:
+        return cut(x.shape[0], x.shape[1], self.slots, size, x.element_size(), grad)
+
+    def sizes(self, v: Tensor, blocks: Blocks) -> tuple[int, ...]:
+        """Tokens, length, span, pieces, slots and columns, as kernels take them."""
+        count, length, size = v.shape
+        return count * length, length, blocks.span, blocks.pieces, self.slots, size
+
+    def part(self, v: Tensor, blocks: Blocks) -> Tensor:
+        """Room for the partial gradients of the factor that v is multiplied with."""
+        shape = (v.shape[0] * blocks.pieces, self.slots, v.shape[2])
+        return v.new_empty(shape, dtype=torch.float32)
+
+    def down(
+        self, v: Tensor, side: int, blocks: Blocks, h: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(z ``[chunks, N, S, R]``, the partial gradients if h is given) of v ``[N, S, size]``."""
+        z = v.new_empty((blocks.chunks, *v.shape[:2], self.slots), dtype=torch.float32)
+        part = z if h is None else self.part(v, blocks)
+        kernels.down[(v.shape[0] * blocks.pieces, blocks.chunks, blocks.blocks)](
+            v,
+            self.table.at[side],
+            self.rows,
+            self.scale,
+            z if h is None else h,
+            z,
+            part,
+            *self.sizes(v, blocks),
+            source=self.source,
+            grad=h is not None,
+            **_products(v),
+            **_tile(blocks),
         )
-    kernels.down[(count * blocks.pieces, blocks.chunks, blocks.blocks)](
-        v,
-        table.at_a if side == "a" else table.at_b,
-        rows,
-        scale,
-        z if h is None else h,
-        z,
-        part,
-        count * length,
-        length,
-        blocks.span,
-        blocks.pieces,
-        slots,
-        size,
-        source=_SOURCES[table.dtype],
-        grad=h is not None,
-        **_products(v),
-        block_t=blocks.tokens,
-        block_c=blocks.columns,
-        block_s=blocks.slots,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
-    )
-    # Every column program of the next launch sums the chunks; of many, that costs more than a launch.
-    many = blocks.chunks > 1 and blocks.chunks * blocks.slots > _CHUNKS
-    return (z.sum(0, keepdim=True) if many else z), part
+        # Every column program of the next launch sums the chunks; of many, that costs more than a launch.
+        return (z.sum(0, keepdim=True) if blocks.many else z), part
 
-
-def _up(
-    z: Tensor,
-    table: Table,
-    side: str,
-    rows: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    blocks: Blocks,
-    *,
-    h: Tensor | None = None,
-    x: Tensor | None = None,
-) -> Tensor:
-    """Fill ``out`` ``[N, S, size]``, and h if given; the partial gradients if x is given."""
-    count, length, size = out.shape
-    slots = rows.shape[1]
-    part = z
-    if x is not None:
-        part = torch.empty(
-            (count * blocks.pieces, slots, size), dtype=torch.float32, device=z.device
+    def up(
+        self,
+        z: Tensor,
+        side: int,
+        bias: Tensor | None,
+        out: Tensor,
+        blocks: Blocks,
+        *,
+        h: Tensor | None = None,
+        x: Tensor | None = None,
+    ) -> Tensor:
+        """Fill ``out`` ``[N, S, size]``, and h if given; the partial gradients if x is given."""
+        part = z if x is None else self.part(x, blocks)
+        kernels.up[(out.shape[0] * blocks.pieces, blocks.chunks)](
+            z,
+            self.table.at[side],
+            self.rows,
+            self.scale,
+            out if bias is None else bias,
+            out if x is None else x,
+            z if h is None else h,
+            out,
+            part,
+            *self.sizes(out, blocks),
+            chunks=z.shape[0],
+            blocks=blocks.blocks,
+            source=self.source,
+            biased=bias is not None,
+            keep=h is not None,
+            grad=x is not None,
+            **_products(out),
+            **_tile(blocks),
         )
-    kernels.up[(count * blocks.pieces, blocks.chunks)](
-        z,
-        table.at_a if side == "a" else table.at_b,
-        rows,
-        scale,
-        out if bias is None else bias,
-        out if x is None else x,
-        z if h is None else h,
-        out,
-        part,
-        count * length,
-        length,
-        blocks.span,
-        blocks.pieces,
-        slots,
-        size,
-        chunks=z.shape[0],
-        blocks=blocks.blocks,
-        source=_SOURCES[table.dtype],
-        biased=bias is not None,
-        keep=h is not None,
-        grad=x is not None,
-        **_products(out),
-        block_t=blocks.tokens,
-        block_c=blocks.columns,
-        block_s=blocks.slots,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
-    )
-    return part
+        return part
 
+    def single(self, v: Tensor, into: int, bias: Tensor | None, out: Tensor, h: Tensor) -> None:
+        """Fill ``out`` and h for tokens with slots of their own; ``into`` is the side multiplied first."""
+        count, length, size_in = v.shape
+        size_out = out.shape[2]
+        blocks = cut_tokens(count * length, self.slots, size_in, size_out)
+        kernels.single_tokens[(count * length, parts(size_out, blocks.span))](
+            v,
+            self.table.at[into],
+            self.table.at[1 - into],
+            self.rows,
+            self.scale,
+            out if bias is None else bias,
+            h,
+            out,
+            *(length, self.slots, size_in, size_out, blocks.span),
+            source=self.source,
+            biased=bias is not None,
+            block_i=blocks.into,
+            block_o=blocks.out_of,
+            block_s=blocks.slots,
+            num_warps=8,
+        )
 
-def _single(
-    v: Tensor,
-    table: Table,
-    into: str,
-    rows: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    h: Tensor,
-) -> None:
-    """Fill ``out`` and h for tokens with slots of their own; ``into`` is the side multiplied first."""
-    tokens, size_in, size_out = v.shape[0] * v.shape[1], v.shape[2], out.shape[2]
-    slots = rows.shape[1]
-    block_s = power(slots)
-    shares = max(1, min(4, PROGRAMS_GRAD // max(1, tokens)))
-    block = max(16, min(512, 8192 // block_s))
-    span = parts(parts(size_out, shares), block) * block
-    at_in, at_out = (table.at_a, table.at_b) if into == "a" else (table.at_b, table.at_a)
-    kernels.single_tokens[(tokens, parts(size_out, span))](
-        v,
-        at_in,
-        at_out,
-        rows,
-        scale,
-        out if bias is None else bias,
-        h,
-        out,
-        v.shape[1],
-        slots,
-        size_in,
-        size_out,
-        span,
-        source=_SOURCES[table.dtype],
-        biased=bias is not None,
-        block_i=min(block, max(16, power(size_in))),
-        block_o=min(block, max(16, power(size_out))),
-        block_s=block_s,
-        num_warps=8,
-    )
-
-
-def _gather_parts(
-    part_a: Tensor,
-    part_b: Tensor,
-    table: Table,
-    order: Tensor,
-    starts: Tensor,
-    d_a: Tensor,
-    d_b: Tensor,
-    pieces: tuple[int, int],
-    slots: int,
-) -> None:
-    """Sum the partial gradients, of ``pieces`` pieces a row on either side."""
-    size_a, size_b = part_a.shape[2], part_b.shape[2]
-    block_c = min(512, max(16, power(max(size_a, size_b))))
-    chunks_a, chunks_b = parts(size_a, block_c), parts(size_b, block_c)
-    kernels.gather_parts[(table.rows, chunks_a + chunks_b)](
-        part_a,
-        part_b,
-        order,
-        starts,
-        d_a,
-        d_b,
-        *pieces,
-        slots,
-        size_a,
-        size_b,
-        chunks_a,
-        block_e=8,
-        block_c=block_c,
-        num_warps=4,
-    )
-
-
-def _gather_tokens(
-    v: Tensor,
-    coefficient: Tensor,
-    scale: Tensor,
-    table: Table,
-    order: Tensor,
-    starts: Tensor,
-    out: Tensor,
-) -> None:
-    """Fill ``out``, one side's gradient, from the tokens of each feature."""
-    _, length, size = v.shape
-    block_s = min(BLOCK_SLOTS, max(16, power(table.widest)))
-    block_c = min(128, max(16, power(size)))
-    kernels.gather_tokens[(table.rows, parts(size, block_c), parts(table.widest, block_s))](
-        v,
-        coefficient,
-        scale,
-        table.ranks,
-        table.first,
-        order,
-        starts,
-        out,
-        length,
-        scale.shape[1],
-        size,
-        **_products(v),
-        block_t=32,
-        block_c=block_c,
-        block_s=block_s,
-        num_warps=8 if block_s == BLOCK_SLOTS else 4,
-        num_stages=3,
-    )
+    def gather_tokens(
+        self, v: Tensor, coefficient: Tensor, order: Tensor, starts: Tensor, out: Tensor
+    ) -> None:
+        """Fill ``out``, one side's gradient, from the tokens of each feature."""
+        table, (_, length, size) = self.table, v.shape
+        block_s, block_c, warps = cut_feature(table.widest, size)
+        grid = (table.rows, parts(size, block_c), parts(table.widest, block_s))
+        kernels.gather_tokens[grid](
+            v,
+            coefficient,
+            self.scale,
+            table.ranks,
+            table.first,
+            order,
+            starts,
+            out,
+            *(length, self.slots, size),
+            **_products(v),
+            block_t=32,
+            block_c=block_c,
+            block_s=block_s,
+            num_warps=warps,
+            num_stages=3,
+        )
 
 
 def forward(
@@ -263,27 +199,25 @@ def forward(
     bias: Tensor | None,
     scale: Tensor,
     rows: Tensor,
-    a: list[Tensor],
-    b: list[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    strategy: str,
 ) -> tuple[Tensor, Tensor]:
     """y ``[N, S, d_out]`` and h ``[N, S, R]`` float32; see ``operators.routed_linear`` for the arguments."""
     count, length, d_in = x.shape
-    slots, d_out = rows.shape[1], kernel.shape[1]
+    d_out = kernel.shape[1]
     x = x.contiguous()
     out = x.new_empty((count, length, d_out))
-    h = torch.empty((count, length, slots), dtype=torch.float32, device=x.device)
+    h = x.new_empty((count, length, rows.shape[1]), dtype=torch.float32)
     if out.numel() == 0:
         return out, h
     with _on(x):
-        table = bank_table(a, b, x.device)
+        batch = _Sum(bank_table(a, b, x.device), rows, scale)
         if length == 1:
-            _single(x, table, "a", rows, scale, bias, out, h)
+            batch.single(x, A, bias, out, h)
         else:
-            cuts = [
-                cut(count, length, slots, size, x.element_size(), False) for size in (d_in, d_out)
-            ]
-            z, _ = _down(x, table, "a", rows, scale, None, cuts[0])
-            _up(z, table, "b", rows, scale, bias, out, cuts[1], h=h)
+            z, _ = batch.down(x, A, batch.cut(x, d_in))
+            batch.up(z, B, bias, out, batch.cut(x, d_out), h=h)
     out.view(-1, d_out).addmm_(x.view(-1, d_in), kernel)
     return out, h
 
@@ -297,9 +231,9 @@ def backward(
     order: Tensor,
     starts: Tensor,
     h: Tensor,
-    a: list[Tensor],
-    b: list[Tensor],
-    *,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    strategy: str,
     need_x: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -307,36 +241,43 @@ def backward(
 
     What is not needed is empty.
     """
-    count, length, d_in = x.shape
-    d_out, slots = dy.shape[2], rows.shape[1]
+    length, d_in, d_out = x.shape[1], x.shape[2], dy.shape[2]
     x, dy = x.contiguous(), dy.contiguous()
     bank = sum(p.shape[0] for p in a)
     dx = torch.empty_like(x)
-    d_a = torch.empty((bank, d_in), dtype=a[0].dtype, device=x.device)
-    d_b = torch.empty((bank, d_out), dtype=a[0].dtype, device=x.device)
+    d_a, d_b = (x.new_empty((bank, size), dtype=a[0].dtype) for size in (d_in, d_out))
     d_scale = scale.new_zeros(scale.shape if need_scale else 0)
     if x.numel() == 0 or dy.numel() == 0:
         return dx.zero_(), d_scale, d_a.zero_(), d_b.zero_()
     with _on(x):
-        table = bank_table(a, b, x.device)
-        partial = length >= PARTIAL_LENGTH and slots <= BLOCK_SLOTS
+        batch = _Sum(bank_table(a, b, x.device), rows, scale)
+        by_parts = partial(length, batch.slots)
         if length == 1:
             dz = torch.empty_like(h)
-            _single(dy, table, "b", rows, scale, None, dx, dz)
+            batch.single(dy, B, None, dx, dz)
         else:
-            at_b, at_a = (
-                cut(count, length, slots, size, x.element_size(), partial) for size in (d_out, d_in)
+            at_b, at_a = (batch.cut(x, size, by_parts) for size in (d_out, d_in))
+            z, part_b = batch.down(dy, B, at_b, h if by_parts else None)
+            part_a = batch.up(z, A, None, dx, at_a, x=x if by_parts else None)
+            dz = z.sum(0) if need_scale or not by_parts else z
+        if by_parts:
+            block_c = cut_parts(d_in, d_out)
+            chunks_a = parts(d_in, block_c)
+            kernels.gather_parts[(bank, chunks_a + parts(d_out, block_c))](
+                part_a,
+                part_b,
+                order,
+                starts,
+                d_a,
+                d_b,
+                *(at_a.pieces, at_b.pieces, batch.slots, d_in, d_out, chunks_a),
+                block_e=8,
+                block_c=block_c,
+                num_warps=4,
             )
-            z, part_b = _down(dy, table, "b", rows, scale, h if partial else None, at_b)
-            part_a = _up(z, table, "a", rows, scale, None, dx, at_a, x=x if partial else None)
-            if partial:
-                pieces = (at_a.pieces, at_b.pieces)
-                _gather_parts(part_a, part_b, table, order, starts, d_a, d_b, pieces, slots)
-            if need_scale or not partial:
-                dz = z.sum(0)
-        if not partial:
-            _gather_tokens(x, dz, scale, table, order, starts, d_a)
-            _gather_tokens(dy, h, scale, table, order, starts, d_b)
+        else:
+            batch.gather_tokens(x, dz, order, starts, d_a)
+            batch.gather_tokens(dy, h, order, starts, d_b)
     if need_scale:
         d_scale = (dz * h).sum(1)
     if need_x:

@@ -15,8 +15,13 @@ from torch import Tensor
 from flix.backends.torch.kernels import host
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _where(strategy: str) -> Any:
+    """The module that computes a strategy; the kernels' imports Triton."""
+    if strategy != "fused":
+        return host
+    from flix.backends.torch.kernels import launch
+
+    return launch
 
 
 @torch.library.custom_op("flix::routed_linear", mutates_args=())
@@ -51,30 +56,15 @@ def routed_linear(
         y ``[N, S, d_out]``, and the rank-space activations that the backward wants ``[N, S, R]``.
     """
     with torch.autocast(x.device.type, enabled=False):
-        if strategy == "fused":
-            from flix.backends.torch.kernels import launch
-
-            return launch.forward(x, kernel, bias, scale, rows, list(a), list(b))
-        return host.forward(x, kernel, bias, scale, rows, a, b, strategy)
+        return _where(strategy).forward(x, kernel, bias, scale, rows, a, b, strategy)  # type: ignore[no-any-return]
 
 
 @routed_linear.register_fake
-def _(
-    x: Tensor,
-    kernel: Tensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    rows: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    strategy: str,
-) -> tuple[Tensor, Tensor]:
-    count, length, _ = x.shape
+def _(x: Tensor, kernel: Tensor, bias: Any, scale: Any, rows: Tensor, *_: Any) -> tuple[Any, Any]:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
-        x.new_empty((count, length, kernel.shape[1])),
-        x.new_empty((count, length, rows.shape[1]), dtype=_wide(x)),
+        x.new_empty((*x.shape[:2], kernel.shape[1])),
+        x.new_empty((*x.shape[:2], rows.shape[1]), dtype=wide),
     )
 
 
@@ -98,57 +88,15 @@ def routed_linear_backward(
 
     What is not needed has no meaning.
     """
+    given = (dy, x, kernel, scale, rows, order, starts, h, a, b, strategy, need_x, need_scale)
     with torch.autocast(x.device.type, enabled=False):
-        if strategy == "fused":
-            from flix.backends.torch.kernels import launch
-
-            return launch.backward(
-                dy,
-                x,
-                kernel,
-                scale,
-                rows,
-                order,
-                starts,
-                h,
-                list(a),
-                list(b),
-                need_x=need_x,
-                need_scale=need_scale,
-            )
-        return host.backward(
-            dy,
-            x,
-            kernel,
-            scale,
-            rows,
-            h,
-            a,
-            b,
-            strategy,
-            need_x=need_x,
-            need_scale=need_scale,
-        )
+        return _where(strategy).backward(*given)  # type: ignore[no-any-return]
 
 
 @routed_linear_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    kernel: Tensor,
-    scale: Tensor,
-    rows: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    h: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    strategy: str,
-    need_x: bool,
-    need_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    bank = sum(p.shape[0] for p in a)
-    dtype = a[0].dtype
+def _(dy: Tensor, x: Tensor, kernel: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _, _, _, _, a, _, _, _, need_scale = rest
+    bank, dtype = sum(p.shape[0] for p in a), a[0].dtype
     return (
         x.new_empty(x.shape),
         scale.new_empty(scale.shape if need_scale else 0),
@@ -168,35 +116,20 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
     x, kernel, scale, rows, order, starts, h, *params = ctx.saved_tensors
     a, b = params[: len(params) // 2], params[len(params) // 2 :]
-    nothing = [None] * len(a)
     if dy is None:
-        return (None,) * 7 + (nothing, nothing, None)
-    needs = ctx.needs_input_grad
+        return (None,) * 7 + ([None] * len(a), [None] * len(a), None)
+    need_x, need_kernel, need_bias, need_scale = ctx.needs_input_grad[:4]
     dx, d_scale, d_a, d_b = routed_linear_backward(
-        dy,
-        x,
-        kernel,
-        scale,
-        rows,
-        order,
-        starts,
-        h,
-        a,
-        b,
-        ctx.strategy,
-        needs[0],
-        needs[3],
+        dy, x, kernel, scale, rows, order, starts, h, a, b, ctx.strategy, need_x, need_scale
     )
     flat, flat_dy = x.reshape(-1, x.shape[2]), dy.reshape(-1, dy.shape[2])
     ranks = [p.shape[0] for p in a]
     return (
-        dx if needs[0] else None,
-        flat.t() @ flat_dy if needs[1] else None,
-        flat_dy.sum(0) if needs[2] else None,
-        d_scale if needs[3] else None,
-        None,
-        None,
-        None,
+        dx if need_x else None,
+        flat.t() @ flat_dy if need_kernel else None,
+        flat_dy.sum(0) if need_bias else None,
+        d_scale if need_scale else None,
+        *(None, None, None),
         list(torch.split(d_a, ranks)),
         list(torch.split(d_b, ranks)),
         None,

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flix.core.errors import ConfigError
+from flix.core.strategy.union import bank_rows
+
 _KEPT = 4096  # tables; a table of 64 bank rows is 2 KB
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A layer's bank for kernels: int64 tensors by bank row u.
 
     Attributes:
-        at_a, at_b: addresses of row u of A and of B transposed.
+        at: addresses of row u of A, and of B transposed.
         ranks: the rank of u's feature.
         first: the first row of u's feature.
         rows: the number of bank rows.
@@ -32,18 +34,18 @@ class Table:
         held: what must live as long as the table.
     """
 
-    at_a: Tensor
-    at_b: Tensor
+    at: tuple[Tensor, Tensor]
     ranks: Tensor
     first: Tensor
     rows: int
     dtype: torch.dtype
     widest: int
-    held: Any
+    held: Any = None
 
 
 _tables: OrderedDict[Any, Table] = OrderedDict()
-_captured: list[Table] = []
+# Those that CUDA graphs read at every replay, by the memory they point into: a graph is of no use after that is freed.
+_captured: WeakKeyDictionary[torch.UntypedStorage, dict[Any, Table]] = WeakKeyDictionary()
 
 
 def upload(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
@@ -55,58 +57,53 @@ def upload(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
 
 
 def _table(
-    addresses: Sequence[int],
-    ranks: Sequence[int],
-    sizes: tuple[int, int],
-    dtype: torch.dtype,
-    device: Any,
+    params: Sequence[Tensor], ranks: tuple[int, ...], sizes: tuple[int, int], device: torch.device
 ) -> Table:
-    half = len(ranks)
-    counts = np.asarray(ranks, dtype=np.int64)
-    places = np.asarray(addresses, dtype=np.int64)
-    start = np.cumsum(counts) - counts
-    first = np.repeat(start, counts)
-    within = np.arange(int(counts.sum()), dtype=np.int64) - first
-    values = np.stack(
-        [
-            np.repeat(places[:half], counts) + within * sizes[0] * dtype.itemsize,
-            np.repeat(places[half:], counts) + within * sizes[1] * dtype.itemsize,
-            np.repeat(counts, counts),
-            first,
-        ]
-    )
+    dtype = params[0].dtype
+    first, own, within = bank_rows(ranks)
+    addresses = np.asarray([p.data_ptr() for p in params], dtype=np.int64).reshape(2, -1)
+    strides = np.asarray(sizes)[:, None] * dtype.itemsize
+    values = np.stack([*(np.repeat(addresses, ranks, axis=1) + within * strides), own, first])
     # Each row of the table begins aligned alike, which kernels are compiled for.
-    host = torch.from_numpy(np.pad(values, ((0, 0), (0, values.shape[1] % 2))))
-    if device.type == "cuda":
-        host = host.pin_memory()
-    table = host.to(device, non_blocking=True)
-    at_a, at_b, own, starts = table.unbind(0)
-    return Table(at_a, at_b, own, starts, len(first), dtype, max(ranks), host)
+    at_a, at_b, of, start = upload(np.pad(values, ((0, 0), (0, len(own) % 2))), device).unbind(0)
+    return Table((at_a, at_b), of, start, len(own), dtype, max(ranks))
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def bank_table(a: Sequence[Tensor], b: Sequence[Tensor], device: torch.device) -> Table:
     """The table of a bank: A ``[r, d_in]`` and B transposed ``[r, d_out]`` of each feature.
 
     Tensors that are not contiguous, or of another dtype than the first, are copied for the time of the call.
+
+    Raises:
+        ConfigError: a CUDA graph is being captured, and the table is not there yet: the graph would read it anew from
+            memory of the host that is long used for something else.
     """
-    dtype = a[0].dtype
+    given, dtype = (*a, *b), a[0].dtype
     params = [
-        p if p.dtype == dtype and p.is_contiguous() else p.to(dtype).contiguous() for p in (*a, *b)
+        p if p.dtype == dtype and p.is_contiguous() else p.to(dtype).contiguous() for p in given
     ]
-    addresses = tuple(p.data_ptr() for p in params)
     ranks = tuple(p.shape[0] for p in a)
     sizes = a[0].shape[1], b[0].shape[1]
-    key = (device, dtype, sizes, addresses, ranks)
-    found = _tables.get(key)
-    if any(p is not q for p, q in zip(params, (*a, *b), strict=True)):
-        made = _table(addresses, ranks, sizes, dtype, device)
-        found = replace(made, held=(made.held, params))
-    elif found is None:
-        found = _tables[key] = _table(addresses, ranks, sizes, dtype, device)
+    key = (device, dtype, sizes, ranks, tuple(p.data_ptr() for p in params))
+    copied = any(p is not q for p, q in zip(params, given, strict=True))
+    found = None if copied else _tables.get(key)
+    if found is None:
+        if _capturing(device):
+            raise ConfigError(
+                "a CUDA graph of fused layers is captured after a run outside it with the same features and "
+                "parameters, which prepares their tables; run the model once before torch.cuda.graph"
+            )
+        found = _table(params, ranks, sizes, device)
+        if copied:
+            return found._replace(held=params)
+        _tables[key] = found
         while len(_tables) > _KEPT:
             _tables.popitem(last=False)
-    else:
-        _tables.move_to_end(key)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.append(found)  # the graph will read it at every replay
+    _tables.move_to_end(key)
+    if _capturing(device):
+        _captured.setdefault(a[0].untyped_storage(), {})[key] = found
     return found

@@ -1,0 +1,78 @@
+"""Tables of addresses: what they say, that they are made once, and that those of CUDA graphs go with the bank."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from flix import ConfigError  # noqa: E402
+from flix.backends.torch.kernels import tables  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_tables(monkeypatch):
+    monkeypatch.setattr(tables, "_tables", type(tables._tables)())
+
+
+def _bank(ranks=(2, 3), sizes=(5, 7)):
+    """Features' parts of one parameter each, as layers have them."""
+    vectors = [torch.nn.Parameter(torch.zeros(r * sum(sizes))) for r in ranks]
+    split = [v.detach().split([r * d for d in sizes]) for v, r in zip(vectors, ranks, strict=True)]
+    return vectors, *([parts[side].view(-1, sizes[side]) for parts in split] for side in (0, 1))
+
+
+def test_a_table_gives_the_address_of_every_bank_row():
+    _, a, b = _bank()
+    table = tables.bank_table(a, b, CPU)
+    for at, side in zip(table.at, (a, b), strict=True):
+        assert at.tolist()[: table.rows] == [row.data_ptr() for part in side for row in part]
+    assert table.first.tolist()[: table.rows] == [0, 0, 2, 2, 2]
+    assert table.ranks.tolist()[: table.rows] == [2, 2, 3, 3, 3]
+    assert (table.rows, table.widest) == (5, 3)
+
+
+def test_a_table_is_made_once_and_the_oldest_go(monkeypatch):
+    monkeypatch.setattr(tables, "_KEPT", 2)
+    banks = [_bank() for _ in range(3)]
+    made = [tables.bank_table(a, b, CPU) for _, a, b in banks[:2]]
+    assert tables.bank_table(*banks[0][1:], CPU) is made[0]
+    tables.bank_table(*banks[2][1:], CPU)
+    assert len(tables._tables) == 2 and made[0] in list(tables._tables.values())
+    assert all(table is not made[1] for table in tables._tables.values())
+
+
+def test_copies_live_as_long_as_their_table_and_are_not_kept():
+    _, a, b = _bank()
+    turned = [part.t().contiguous().t() for part in b]
+    table = tables.bank_table(a, turned, CPU)
+    assert not tables._tables
+    copies = table.held[len(a) :]
+    assert table.at[1].tolist()[: table.rows] == [row.data_ptr() for p in copies for row in p]
+
+
+def test_tables_of_cuda_graphs_go_with_the_bank(monkeypatch):
+    vectors, a, b = _bank()
+    found = tables.bank_table(a, b, CPU)
+    monkeypatch.setattr(tables, "_capturing", lambda device: True)
+    for _ in range(3):
+        assert tables.bank_table(a, b, CPU) is found
+    tables._tables.clear()  # as many other tables would do
+    assert [list(held.values()) for held in tables._captured.values()] == [[found]]
+    del a, b
+    gc.collect()
+    assert len(tables._captured) == 1  # the parameters live, so a graph may run
+    del vectors
+    gc.collect()
+    assert len(tables._captured) == 0
+
+
+def test_a_graph_is_not_captured_before_its_tables_are_made(monkeypatch):
+    _, a, b = _bank()
+    monkeypatch.setattr(tables, "_capturing", lambda device: True)
+    with pytest.raises(ConfigError, match=r"run the model once before torch.cuda.graph"):
+        tables.bank_table(a, b, CPU)
