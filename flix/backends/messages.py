@@ -63,53 +63,6 @@ def base_alone(call: str) -> str:
     )
 
 
-def other_registry(theirs: Any, ours: Any) -> RoutingError:
-    """Routing of another registry."""
-    return RoutingError(
-        f"the routing was encoded by another registry ({theirs}) than the model's ({ours})"
-    )
-
-
-def no_array(what: str, value: Any) -> RoutingError:
-    """Routing that is not an array."""
-    return RoutingError(f"{what} must be an array [batch, width], got {value!r}")
-
-
-def ids_not_integer(dtype: Any) -> RoutingError:
-    """Ids of another dtype."""
-    return RoutingError(
-        f"flix_features must hold integer ids, got dtype {dtype}; make them with registry.encode(rows)"
-    )
-
-
-def ids_shape(shape: Any) -> RoutingError:
-    """Ids of another number of dimensions."""
-    return RoutingError(
-        "flix_features must have the shape [batch, width] or [batch, length, width], got "
-        f"{_shown(shape)}"
-    )
-
-
-def weights_not_float(dtype: Any) -> RoutingError:
-    """Weights of another dtype."""
-    return RoutingError(f"flix_weights must be floating point, got dtype {dtype}")
-
-
-def weights_shape(weights: Any, ids: Any) -> RoutingError:
-    """Weights in another shape than the ids."""
-    return RoutingError(
-        f"flix_weights must have the shape of flix_features, {_shown(ids)}, got {_shown(weights)}"
-    )
-
-
-def other_batch(rows: Any, batch: Any) -> RoutingError:
-    """Another number of rows than the batch has."""
-    return RoutingError(
-        f"flix_features routes {rows} rows, but the batch has {batch} rows; one row of ids is needed for "
-        "each row of the batch"
-    )
-
-
 def other_lead(path: str, given: Any, lead: Any) -> RoutingError:
     """A layer's input has other leading sizes than the routing."""
     what = "[batch, length]" if len(lead) == 2 else "[batch]"

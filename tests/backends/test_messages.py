@@ -17,13 +17,6 @@ CASES = {
     "weights_alone": ((), flix.RoutingError, ["flix_weights", "flix_features", "give both"]),
     "unrouted_model": ((CALL,), flix.RoutingError, [CALL, "disable(model)", "-1"]),
     "unrouted_layer": (("proj", CALL), flix.RoutingError, ["'proj'", CALL]),
-    "other_registry": (("theirs", "ours"), flix.RoutingError, ["theirs", "ours"]),
-    "no_array": (("flix_features", "x"), flix.RoutingError, ["flix_features", "'x'"]),
-    "ids_not_integer": (("float32",), flix.RoutingError, ["float32", "registry.encode"]),
-    "ids_shape": (((3,),), flix.RoutingError, ["[3]", "[batch, width]"]),
-    "weights_not_float": (("int32",), flix.RoutingError, ["int32"]),
-    "weights_shape": (((2, 3), (2, 4)), flix.RoutingError, ["[2, 3]", "[2, 4]"]),
-    "other_batch": ((3, 4), flix.RoutingError, ["routes 3 rows", "has 4 rows"]),
     "other_lead": (("proj", (5, 2), (4, 2)), flix.RoutingError, ["'proj'", "[5, 2]", "[4, 2]"]),
     "rows_differ": ((2,), flix.ConfigError, ["row 2", "'gather'"]),
     "folded_in": (({"task": "ner"},), flix.RoutingError, ["'task': 'ner'", "unmerge(model)"]),
@@ -54,7 +47,7 @@ def test_a_shape_that_a_framework_does_not_know_is_shown_as_it_is():
         def __str__(self):
             return "(None, 3)"
 
-    assert "got (None, 3)" in str(messages.ids_shape(Shape()))
+    assert "leading shape (None, 3)" in str(messages.other_lead("proj", Shape(), (4,)))
 
 
 def test_every_message_is_held_to_something_here():

@@ -136,7 +136,7 @@ class FlixEinsum(FlixLayer, nnx.Einsum):
         equation, sizes = linear_einsum(self.einsum_str), form_of(self).sizes
         assert isinstance(equation, LinearEinsum)
         order = equation.output_order(y.ndim)
-        y = forms.flattened(jnp.transpose(y, np.argsort(order)), len(sizes))
+        y = forms.flattened(jnp.transpose(y, np.argsort(order).tolist()), len(sizes))
         x = jnp.transpose(x, equation.input_order(x.ndim))
         y = super()._updated(y, forms.flattened(x, len(equation.contracted)), routing)
         return jnp.transpose(y.reshape(*y.shape[:-1], *sizes), order)

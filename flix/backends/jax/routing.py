@@ -17,7 +17,7 @@ from jax import Array
 from flix.backends import messages
 from flix.core.errors import RoutingError
 from flix.core.features.registry import FeatureRegistry
-from flix.core.features.routing import Routing, check_routing
+from flix.core.features.routing import as_array, check_form, check_routing, fits, unpacked
 from flix.core.strategy.union import first_unlike
 
 
@@ -71,29 +71,16 @@ def make_routing(
     Raises:
         RoutingError: routing that breaks a rule; the row is named where it is known.
     """
-    if isinstance(features, Routing):
-        if features.registry != registry:
-            raise messages.other_registry(features.registry, registry)
-        weights = features.weights if weights is None else weights
-        features = features.ids
-    ids = _as_array(features, "flix_features")
-    floats = None if weights is None else _as_array(weights, "flix_weights")
+    features, weights = unpacked(registry, features, weights)
+    ids = _as_array("flix_features", features)
+    floats = None if weights is None else _as_array("flix_weights", weights)
+    check_form(ids, floats, dims=(1, 2, 3) if is_traced(ids) else (2, 3))
     unlike = None
-    if is_traced(ids):
-        _check_traced(ids, floats)
-    else:
-        host = np.asarray(ids)
-        on_host = None
-        if floats is not None and not is_traced(floats):
-            on_host = np.asarray(floats)
-            if on_host.dtype.kind == "V":  # bfloat16
-                on_host = on_host.astype(np.float32)
-        check_routing(host, on_host, registry)
-        if floats is not None and on_host is None:
-            _check_traced(ids, floats)
-        rows = host.reshape(-1, host.shape[-1])
-        unlike = first_unlike(rows, None if on_host is None else on_host.reshape(rows.shape))
-        ids = host
+    if not is_traced(ids):
+        ids = np.asarray(ids)
+        on_host = None if floats is None or is_traced(floats) else np.asarray(floats)
+        check_routing(ids, on_host, registry)
+        unlike = first_unlike(ids, on_host)
     return ActiveRouting(
         jnp.asarray(ids).astype(jnp.int32),
         None if floats is None else jnp.asarray(floats),
@@ -103,26 +90,8 @@ def make_routing(
     )
 
 
-def _as_array(value: Any, what: str) -> Any:
-    if isinstance(value, jax.Array | np.ndarray):
-        return value
-    try:
-        return np.asarray(value)
-    except (ValueError, TypeError) as error:
-        raise messages.no_array(what, value) from error
-
-
-def _check_traced(ids: Any, weights: Any) -> None:
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise messages.ids_not_integer(ids.dtype)
-    if ids.ndim not in (1, 2, 3):
-        raise messages.ids_shape(ids.shape)
-    if weights is None:
-        return
-    if not jnp.issubdtype(weights.dtype, jnp.floating):
-        raise messages.weights_not_float(weights.dtype)
-    if weights.shape != ids.shape:
-        raise messages.weights_shape(weights.shape, ids.shape)
+def _as_array(what: str, value: Any) -> Any:
+    return value if isinstance(value, jax.Array | np.ndarray) else as_array(what, value)
 
 
 def leading_shape(
@@ -151,11 +120,9 @@ def leading_shape(
             f"leading shape {list(given)}, as vmap over rows sees it; ids of a batch are [batch, width] "
             "(under vmap, give x[None] and ids[None] if this is meant)"
         )
-    if given[: len(lead)] != lead:
-        single = isinstance(lead[0], int) and lead[0] <= 1  # a symbolic size (jax.export) is any
-        if given[:1] != (1,) or given[1 : len(lead)] != lead[1:] or single:
-            raise messages.other_lead(path, given, lead)
-        # One row for all, as position ids have it: each row of the batch gets its own.
+    if not (ways := fits(given, lead)):
+        raise messages.other_lead(path, given, lead)
+    if "one" in ways:  # each row of the batch gets its own
         given = (*lead, *given[len(lead) :])
     return given, math.prod(lead), math.prod(given[len(lead) :])
 

@@ -31,7 +31,7 @@ from flix.backends.tensorflow.paths import flix_layers, named_layers
 from flix.backends.tensorflow.routing import CALL, activated, current, host_values, make_routing
 from flix.core.config.config import FlixConfig
 from flix.core.errors import TargetError
-from flix.core.features.routing import Routing
+from flix.core.features.routing import unpacked
 
 
 @register
@@ -79,12 +79,9 @@ class FlixModel(keras.Model):  # type: ignore[misc]
 
     def _as_arrays(self, ids: Any, weights: Any) -> dict[str, Any]:
         """Routing as Keras takes it: in tensors and arrays alone."""
-        if isinstance(ids, Routing):
-            make_routing(self.flix_config.registry, ids)  # refuses another registry's
-            weights = ids.weights if weights is None else weights
-            ids = ids.ids
+        ids, weights = unpacked(self.flix_config.registry, ids, weights)
         return {
-            name: host_values(value, name) if isinstance(value, list) else value
+            name: host_values(name, value) if isinstance(value, list) else value
             for name, value in ((FEATURES, ids), (WEIGHTS, weights))
             if value is not None
         }

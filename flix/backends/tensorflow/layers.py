@@ -16,6 +16,7 @@ from flix.backends.tensorflow.sums import routed_embedding, routed_linear
 from flix.core.config.config import FlixConfig
 from flix.core.config.kernels import Form, LinearEinsum, linear_einsum
 from flix.core.errors import TargetError
+from flix.core.features.routing import fits
 from flix.core.strategy.decide import Facts, decide
 
 _MANY = 1 << 20
@@ -147,35 +148,22 @@ class FlixLayer(Parameters):
         Raises:
             RoutingError: the leading dimensions are not the routing's.
         """
-        lead = routing.lead
-        given = x.shape.as_list()[: x.shape.rank - trailing]
+        lead, given = routing.lead, x.shape.as_list()[: x.shape.rank - trailing]
         strategy = self._strategy_for(routing, given)
-        if (
-            len(given) >= len(lead)
-            and given[0] == 1 != lead[0]
-            and _compatible(given[1 : len(lead)], lead[1:])
-        ):
-            # One row for all, as position ids have it: each row of the batch gets its own.
+        lengths = (1,) if len(lead) == 2 else routing.lengths
+        ways = fits(given, lead, [n if isinstance(n, int) else None for n in lengths])
+        if not ways:
+            raise messages.other_lead(self.flix_name, given, lead)
+        if "one" in ways:  # each row of the batch gets its own
             x = tf.repeat(x, tf.shape(routing.ids)[0], axis=0)
-            given = x.shape.as_list()[: x.shape.rank - trailing]
         dynamic, rows = tf.shape(x), tf.shape(routing.ids)[:-1]
         count = tf.reduce_prod(rows)
         total = tf.reduce_prod(dynamic[: len(given)])
-        fits = len(given) >= len(lead) and _compatible(given[: len(lead)], lead)
-        # Models that flatten [B, S, d] to [B * S, d] before a layer.
-        lengths = (1,) if len(lead) == 2 else routing.lengths
-        known = _product(lead)
-        flattened = len(given) == 1 and any(
-            given[0] is None or not isinstance(n, int) or known >= _MANY or given[0] == known * n
-            for n in lengths
-        )
-        if not fits and not flattened:
-            raise messages.other_lead(self.flix_name, given, lead)
-        if None in given or None in lead or (flattened and not fits):
+        if None in given or None in lead or ways == {"flat"}:
             same = tf.constant(False)
-            if fits:
+            if ways != {"flat"}:
                 same = tf.reduce_all(dynamic[: len(lead)] == rows)
-            for length in lengths if flattened else ():
+            for length in lengths if "flat" in ways else ():
                 same = same | (total == count * length)
             error = str(messages.other_lead(self.flix_name, given, lead))
             check = tf.debugging.Assert(same, [error])
@@ -329,7 +317,3 @@ def _transposed(x: Any, order: list[int]) -> Any:
 
 def _product(sizes: Sizes) -> int:
     return _MANY if None in sizes else min(math.prod(sizes), _MANY)  # type: ignore[arg-type]
-
-
-def _compatible(a: Sizes, b: Sizes) -> bool:
-    return all(None in (x, y) or x == y for x, y in zip(a, b, strict=True))

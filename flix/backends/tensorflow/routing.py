@@ -21,11 +21,10 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from flix.backends import messages
 from flix.backends.tensorflow.parameters import places_of
 from flix.core.config.layout import LayerLayout
 from flix.core.features.registry import FeatureRegistry
-from flix.core.features.routing import Routing, check_routing
+from flix.core.features.routing import as_array, check_form, check_routing, unpacked
 from flix.core.strategy.union import first_unlike
 
 CALL = 'model({"inputs": x, "flix_features": ids})'
@@ -162,7 +161,7 @@ def place(ids: Any, weights: Any, layout: LayerLayout, dtype: Any, traced: bool 
     return Placed(rows=rows, scale=scale, total=places.rows, bound=bound)
 
 
-def host_values(value: Any, what: str) -> NDArray[Any] | None:
+def host_values(what: str, value: Any) -> NDArray[Any] | None:
     """A value as a numpy array, or None if it is known only when a graph runs.
 
     Raises:
@@ -170,10 +169,7 @@ def host_values(value: Any, what: str) -> NDArray[Any] | None:
     """
     if tf.is_tensor(value) and tf.is_symbolic_tensor(value):
         return None
-    try:
-        return np.asarray(value)
-    except ValueError as error:
-        raise messages.no_array(what, value) from error
+    return as_array(what, value)
 
 
 def make_routing(
@@ -198,46 +194,22 @@ def make_routing(
     Raises:
         RoutingError: routing that breaks a rule; the row is named.
     """
-    if isinstance(features, Routing):
-        if features.registry != registry:
-            raise messages.other_registry(features.registry, registry)
-        weights = features.weights if weights is None else weights
-        features = features.ids
-    ids = host_values(features, "flix_features")
-    factors = None if weights is None else host_values(weights, "flix_weights")
+    features, weights = unpacked(registry, features, weights)
+    ids = host_values("flix_features", features)
+    factors = None if weights is None else host_values("flix_weights", weights)
     unlike = None
-    if ids is None:
-        _check_traced_ids(features, batch)
-    else:
+    if ids is not None:
         check_routing(ids, factors, registry, batch=batch)
         features = ids.astype(np.int32)
         if weights is None or factors is not None:
-            flat = None if factors is None else factors.reshape(-1, ids.shape[-1])
-            unlike = first_unlike(features.reshape(-1, ids.shape[-1]), flat)
+            unlike = first_unlike(features, factors)
+    weights = None if weights is None else tf.convert_to_tensor(weights)
+    if ids is None or factors is None:
+        check_form(features, weights, batch=batch)
     tensor = tf.cast(tf.convert_to_tensor(features), tf.int32)
-    if weights is not None:
-        weights = tf.convert_to_tensor(weights)
-        if ids is None or factors is None:
-            _check_traced_weights(weights, tensor)
     if ids is None:
         tensor = _checked_at_run_time(tensor, registry)
     return ActiveRouting(tensor, weights, lengths, unlike, traced=ids is None)
-
-
-def _check_traced_ids(ids: Any, batch: int | None) -> None:
-    if not ids.dtype.is_integer:
-        raise messages.ids_not_integer(ids.dtype.name)
-    if ids.shape.rank not in (2, 3):
-        raise messages.ids_shape(ids.shape)
-    if None not in (batch, ids.shape[0]) and ids.shape[0] != batch:
-        raise messages.other_batch(ids.shape[0], batch)
-
-
-def _check_traced_weights(weights: Any, ids: Any) -> None:
-    if not weights.dtype.is_floating:
-        raise messages.weights_not_float(weights.dtype.name)
-    if not weights.shape.is_compatible_with(ids.shape):
-        raise messages.weights_shape(weights.shape, ids.shape)
 
 
 def _checked_at_run_time(ids: Any, registry: FeatureRegistry) -> Any:
@@ -249,7 +221,7 @@ def _checked_at_run_time(ids: Any, registry: FeatureRegistry) -> Any:
     bad = (ids < -1) | (ids >= count)
     rule = f"flix_features must be ids from 0 to {count - 1}, or -1 for padding"
     if registry.removed:
-        gone = [i for i, feature in enumerate(registry.features) if feature in registry.removed]
+        gone = registry.removed_ids
         bad |= tf.reduce_any(ids[..., None] == tf.constant(gone, ids.dtype), axis=-1)
         names = ", ".join(f"{i} ({':'.join(registry.features[i])})" for i in gone)
         rule += f", and not those of features that were removed, {names}"

@@ -19,6 +19,7 @@ from flix.backends.torch.routing import (
 )
 from flix.backends.torch.state import FlixState
 from flix.core.errors import ConfigError
+from flix.core.features.routing import check_form
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 _PROMPTS = ("inputs", "input_ids", "inputs_embeds", "encoder_outputs")
@@ -155,14 +156,7 @@ def _traced(
 ) -> TracedRouting:
     """Inside a compiler: what shapes and dtypes tell is checked, values are not."""
     _refuse_paged(state)
-    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
-        raise messages.ids_not_integer(ids.dtype)
-    if ids.dim() not in (2, 3):
-        raise messages.ids_shape(list(ids.shape))
-    if batch is not None and ids.shape[0] != batch:
-        raise messages.other_batch(ids.shape[0], batch)
-    if weights is not None and weights.shape != ids.shape:
-        raise messages.weights_shape(list(weights.shape), list(ids.shape))
+    check_form(ids, weights, batch=batch)
     registry = state.config.registry
     if registry.removed:
         # As ids of no feature, which the layers make NaN: nothing can be raised in a graph.

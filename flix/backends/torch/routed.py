@@ -8,14 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from flix.backends import messages
 from flix.backends.torch.adapt import routed_models
 from flix.backends.torch.calls import refuse_folded
 from flix.backends.torch.patches.models import RoutedModel
 from flix.backends.torch.routing import Uniform, current
 from flix.core.errors import RoutingError, TargetError
 from flix.core.features.encoding import Row
-from flix.core.features.routing import Routing
+from flix.core.features.routing import Routing, unpacked
 
 
 @contextmanager
@@ -62,9 +61,8 @@ def routed(model: nn.Module, features: Row | Routing) -> Iterator[None]:
 def _uniform(model: RoutedModel, features: Row | Routing) -> Uniform:
     config = model.flix_config
     if isinstance(features, Routing):
+        unpacked(config.registry, features, None)  # refuses another registry's
         routing = features
-        if routing.registry != config.registry:
-            raise messages.other_registry(routing.registry, config.registry)
         if routing.ids.ndim != 2 or len(routing) != 1:
             raise RoutingError(
                 "routed takes one composition for all rows, but the routing has the shape "

@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flix.backends import messages
 from flix.backends.torch.kernels.tables import upload
 from flix.backends.torch.parameters import Bank, InForce, whole
 from flix.backends.torch.placing import Placed
 from flix.backends.torch.tokens import Compositions, Token, compositions
 from flix.core.config.layout import LayerLayout
 from flix.core.features.registry import FeatureRegistry
-from flix.core.features.routing import Routing, check_routing
+from flix.core.features.routing import as_array, check_routing, unpacked
 from flix.core.strategy.union import first_unlike, plan_union
 
 if TYPE_CHECKING:
@@ -196,10 +195,7 @@ def host_ids(features: Any) -> np.ndarray[Any, Any]:
     """
     if isinstance(features, Tensor):
         return features.detach().cpu().numpy()
-    try:
-        return np.asarray(features)
-    except ValueError as error:
-        raise messages.no_array("flix_features", features) from error
+    return as_array("flix_features", features)
 
 
 def weight_tensor(weights: Any) -> Tensor | None:
@@ -231,12 +227,7 @@ def make_routing(
     Raises:
         RoutingError: routing that breaks a rule; the row is named.
     """
-    if isinstance(features, Routing):
-        if features.registry != registry:
-            raise messages.other_registry(features.registry, registry)
-        if weights is None:
-            weights = features.weights
-        features = features.ids
+    features, weights = unpacked(registry, features, weights)
     ids = host_ids(features)
     tensor = weight_tensor(weights)
     on_host = None

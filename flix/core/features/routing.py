@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +52,117 @@ class Routing:
         }
 
 
+def unpacked(registry: FeatureTable, features: Any, weights: Any) -> tuple[Any, Any]:
+    """The ids and weights of a call that may have been given a :class:`Routing`; weights given beside it win.
+
+    Raises:
+        RoutingError: the routing of another registry.
+    """
+    if not isinstance(features, Routing):
+        return features, weights
+    if features.registry != registry:
+        raise RoutingError(
+            f"the routing was encoded by another registry ({features.registry}) than the model's "
+            f"({registry})"
+        )
+    return features.ids, features.weights if weights is None else weights
+
+
+def as_array(what: str, value: Any) -> NDArray[Any]:
+    """What is known of a routing as a numpy array.
+
+    Raises:
+        RoutingError: it is none.
+    """
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise RoutingError(f"{what} must be an array [batch, width], got {value!r}") from error
+
+
+def check_form(
+    ids: Any, weights: Any = None, *, batch: int | None = None, dims: Sequence[int] = (2, 3)
+) -> None:
+    """Refuse routing by its shapes and dtypes: all that is known of it while a framework traces a program.
+
+    Args:
+        ids: an array of any framework; a size that is not known is None, and fits any.
+        weights: None, or another.
+        batch: the number of rows expected, if known.
+        dims: how many dimensions ids may have.
+
+    Raises:
+        RoutingError: a wrong dtype, number of dimensions, shape or batch size.
+    """
+    name = _dtype(ids)
+    if "int" not in name:
+        raise RoutingError(
+            f"flix_features must hold integer ids, got dtype {name}; make them with "
+            "registry.encode(rows)"
+        )
+    shape = _shape(ids)
+    if shape is None or len(shape) not in dims:
+        raise RoutingError(
+            "flix_features must have the shape [batch, width] or [batch, length, width], "
+            f"got {shape or 'one of unknown rank'}"
+        )
+    if not alike(shape[:1], [batch]):
+        raise RoutingError(
+            f"flix_features routes {shape[0]} rows, but the batch has {batch} rows; "
+            "one row of ids is needed for each row of the batch"
+        )
+    if weights is None:
+        return
+    if "float" not in _dtype(weights):
+        raise RoutingError(f"flix_weights must be floating point, got dtype {_dtype(weights)}")
+    found = _shape(weights)
+    if found is not None and not alike(found, shape):
+        raise RoutingError(
+            f"flix_weights must have the shape of flix_features, {shape}, got {found}"
+        )
+
+
+def _dtype(array: Any) -> str:
+    return str(getattr(array.dtype, "name", array.dtype))
+
+
+def _shape(array: Any) -> list[Any] | None:
+    """The sizes as far as they are known; None where not even their number is (TensorFlow)."""
+    return None if getattr(array.shape, "rank", 0) is None else list(array.shape)
+
+
+def alike(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether these can be the same sizes; None is not known, and fits any."""
+    return len(a) == len(b) and all(
+        x is None or y is None or x == y for x, y in zip(a, b, strict=True)
+    )
+
+
+def fits(given: Sequence[Any], lead: Sequence[Any], lengths: Sequence[Any] = ()) -> frozenset[str]:
+    """How the positions of a layer's input can be those that are routed, from sizes; None is a size not known.
+
+    Args:
+        given: the input's leading sizes.
+        lead: the routing's: batch, or batch and length.
+        lengths: how many positions may share what is routed, for models that flatten both into one dimension before a
+            layer; none if they may not.
+
+    Returns:
+        ``"rows"``, they begin with the routing's; ``"one"``, one row for all, as position ids have it; ``"flat"``, rows
+        and their positions are one dimension. Empty where the input does not fit.
+    """
+    count = None if None in lead else math.prod(lead)
+    flat = [[None if None in (n, count) else count * n] for n in lengths]  # type: ignore[operator]
+    ways = {"flat"} if any(alike(given, size) for size in flat) else set()
+    if given and lead and given[0] is not None and given[0] == 1 != lead[0]:
+        begin = ("one", [1, *lead[1:]])
+    else:
+        begin = ("rows", [*lead])
+    if alike(given[: len(lead)], begin[1]):
+        ways.add(begin[0])
+    return frozenset(ways)
+
+
 def check_routing(
     ids: NDArray[Any],
     weights: NDArray[Any] | None,
@@ -68,21 +181,7 @@ def check_routing(
     Raises:
         RoutingError: wrong dtype, rank, shape, range or batch size; the first bad row is named.
     """
-    if ids.dtype.kind not in "iu":
-        raise RoutingError(
-            f"flix_features must hold integer ids, got dtype {ids.dtype}; make them with "
-            "registry.encode(rows)"
-        )
-    if ids.ndim not in (2, 3):
-        raise RoutingError(
-            "flix_features must have the shape [batch, width] or [batch, length, width], "
-            f"got {list(ids.shape)}"
-        )
-    if batch is not None and ids.shape[0] != batch:
-        raise RoutingError(
-            f"flix_features routes {ids.shape[0]} rows, but the batch has {batch} rows; "
-            "one row of ids is needed for each row of the batch"
-        )
+    check_form(ids, weights, batch=batch)
     bad = (ids < -1) | (ids >= len(registry))
     if bad.any():
         place = tuple(int(i) for i in np.argwhere(bad)[0])
@@ -94,13 +193,6 @@ def check_routing(
         _check_removed(ids, registry)
     if weights is None:
         return
-    if weights.dtype.kind not in "fV":  # V: bfloat16 seen from numpy
-        raise RoutingError(f"flix_weights must be floating point, got dtype {weights.dtype}")
-    if weights.shape != ids.shape:
-        raise RoutingError(
-            f"flix_weights must have the shape of flix_features, {list(ids.shape)}, "
-            f"got {list(weights.shape)}"
-        )
     odd = ~np.isfinite(weights)
     if odd.any():
         place = tuple(int(i) for i in np.argwhere(odd)[0])

@@ -7,6 +7,7 @@ example, masked multiplies with the whole union and masks, single takes one comp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,12 +112,11 @@ def _blocks(
 
 
 def first_unlike(ids: NDArray[Any], weights: NDArray[Any] | None) -> int | None:
-    """The first row whose composition differs from row 0's; None if all rows are alike."""
-    if len(ids) == 0:
-        return None
-    unlike = (ids != ids[0]).any(axis=tuple(range(1, ids.ndim)))
-    if weights is not None:
-        unlike |= (weights != weights[0]).any(axis=tuple(range(1, ids.ndim)))
+    """The first row, ``[W]``, whose composition differs from the first's; None if all rows are alike."""
+    unlike = np.zeros((), bool)
+    for values in (ids,) if weights is None else (ids, weights):
+        rows = values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
+        unlike = unlike | (rows != rows[:1]).any(1)
     return int(np.argmax(unlike)) if unlike.any() else None
 
 

@@ -19,6 +19,7 @@ from flix.backends.jax import (
 )
 from tests.helpers.jax import D_IN, D_OUT, KERNEL, normal, random_bank
 from tests.helpers.registry import IDS, WEIGHTS, config
+from tests.helpers.tolerance import assert_close
 
 
 @functools.partial(jax.jit, static_argnames="strategy")
@@ -67,3 +68,12 @@ def test_traced_bad_routing() -> None:
         rows = jax.jit(linear_rows, static_argnames="strategy")
         odd = np.isnan(rows(x, KERNEL, part, IDS, present, strategy=strategy)).any((1, 2))
         assert odd.tolist() == [False, True, True, False, True]
+
+
+def test_known_weights_in_half_precision() -> None:
+    layer = random_bank(config(), {"q": (D_IN, D_OUT)})["q"]
+    x, halves = normal(5, 3, D_IN), jnp.asarray(WEIGHTS, jnp.bfloat16)
+    y = linear(x, KERNEL, layer, IDS, halves)
+    assert_close(y, linear(x, KERNEL, layer, IDS, halves.astype(jnp.float32)))
+    with pytest.raises(flix.RoutingError, match="must be finite, got inf in row 0"):
+        linear(x, KERNEL, layer, IDS, halves.at[0].set(jnp.inf))

@@ -1,0 +1,100 @@
+"""What of a routing is refused by its form alone, and how an input fits what is routed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import flix
+from flix.core.features.routing import as_array, check_form, fits, unpacked
+from tests.helpers.registry import registry
+
+
+def array(*shape: Any, dtype: str = "int32") -> Any:
+    """An array of which a framework knows this much."""
+    return SimpleNamespace(shape=shape, dtype=SimpleNamespace(name=dtype))
+
+
+UNKNOWN = SimpleNamespace(rank=None)
+
+
+@pytest.mark.parametrize(
+    ("ids", "weights", "match"),
+    [
+        (array(4, 2, dtype="float32"), None, "integer ids, got dtype float32; .*registry.encode"),
+        (array(4, 2, dtype="bool"), None, "got dtype bool"),
+        (array(3), None, r"\[batch, width\] or \[batch, length, width\], got \[3\]"),
+        (array(1, 2, 3, 4), None, r"got \[1, 2, 3, 4\]"),
+        (SimpleNamespace(shape=UNKNOWN, dtype="int32"), None, "got one of unknown rank"),
+        (array(3, 2), None, "routes 3 rows, but the batch has 4 rows"),
+        (array(4, 2), array(4, 2, dtype="int64"), "floating point, got dtype int64"),
+        (array(4, 2), array(4, 3, dtype="float16"), r"flix_features, \[4, 2\], got \[4, 3\]"),
+        (array(None, 2), array(4, 3, dtype="float16"), r"\[None, 2\], got \[4, 3\]"),
+    ],
+)
+def test_the_form_of_routing(ids: Any, weights: Any, match: str) -> None:
+    with pytest.raises(flix.RoutingError, match=match):
+        check_form(ids, weights, batch=4)
+
+
+def test_what_is_not_known_fits() -> None:
+    check_form(array(None, None, dtype="uint8"), array(4, 7, dtype="bfloat16"), batch=4)
+    check_form(array(4, 2), SimpleNamespace(shape=UNKNOWN, dtype="float32"))
+    check_form(array(4, None, 2, dtype="int64"))
+    check_form(array(2), dims=(1, 2, 3))
+
+
+def test_weights_beside_a_routing_win() -> None:
+    routing = registry().encode([{"language": "swa"}])
+    ids, weights = unpacked(registry(), routing, None)
+    assert ids is routing.ids and weights is routing.weights
+    assert unpacked(registry(), routing, 3) == (routing.ids, 3)
+    assert unpacked(registry(), "ids", "weights") == ("ids", "weights")
+    other = flix.FeatureRegistry({"g": ["a"]})
+    with pytest.raises(flix.RoutingError, match="encoded by another registry"):
+        unpacked(other, routing, None)
+
+
+def test_what_is_no_array() -> None:
+    assert as_array("flix_features", [[1, 2]]).shape == (1, 2)
+    with pytest.raises(
+        flix.RoutingError, match=r"flix_weights must be an array .*\[\[0, 4\], \[1\]\]"
+    ):
+        as_array("flix_weights", [[0, 4], [1]])
+
+
+@pytest.mark.parametrize(
+    ("given", "lead", "lengths", "ways"),
+    [
+        ((4, 7), (4,), (), "rows"),
+        ((4,), (4,), (), "rows"),
+        ((4, 7, 2), (4, 7), (), "rows"),
+        ((5, 7), (), (), "rows"),
+        ((1, 7), (1,), (), "rows"),
+        ((1, 7), (4,), (), "one"),
+        ((1, 7), (0,), (), "one"),
+        ((1, 7), (None,), (), "one"),
+        ((1, 7), (4, 7), (), "one"),
+        ((1, 6), (4, 7), (), ""),
+        ((4, 6), (4, 7), (), ""),
+        ((4,), (4, 7), (), ""),
+        ((1,), (4, 7), (), ""),
+        ((), (4,), (), ""),
+        ((3, 7), (4,), (), ""),
+        ((28,), (4,), (), ""),
+        ((28,), (4,), (5, 7), "flat"),
+        ((28,), (4, 7), (1,), "flat"),
+        ((27,), (4,), (7,), ""),
+        ((28, 2), (4,), (7,), ""),
+        ((4,), (4,), (1,), "flat rows"),
+        ((None,), (4,), (7,), "flat rows"),
+        ((28,), (None,), (7,), "flat rows"),
+        ((28,), (4,), (None,), "flat"),
+        ((None, 7), (4,), (7,), "rows"),
+        ((None, 7), (None, 6), (), ""),
+    ],
+)
+def test_how_an_input_fits(given: Any, lead: Any, lengths: Any, ways: str) -> None:
+    assert sorted(fits(given, lead, lengths)) == ways.split()
