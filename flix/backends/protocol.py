@@ -19,8 +19,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core.adapter.adapter import LayerShape, Rename
-from flix.core.adapter.changes import Change, Pair
+from flix.core.adapter.adapter import LayerShape, Pair, Rename
+from flix.core.adapter.changes import Change
 from flix.core.adapter.composition import Composition
 from flix.core.config.config import FlixConfig
 from flix.core.config.targets import LayerInfo

@@ -30,8 +30,8 @@ from flix.backends.jax.parameters import Bank, LayerBank, changed, pack
 from flix.backends.jax.patches.layers import become
 from flix.backends.jax.patches.model import RoutedModel
 from flix.backends.protocol import Counts, Pairs
-from flix.core.adapter.adapter import LayerShape
-from flix.core.adapter.changes import Change, Pair
+from flix.core.adapter.adapter import LayerShape, Pair
+from flix.core.adapter.changes import Change
 from flix.core.config.config import FlixConfig
 from flix.core.config.targets import LayerInfo
 from flix.core.errors import TargetError

@@ -13,8 +13,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from flix.core.adapter.adapter import LayerShape
-from flix.core.adapter.changes import Pair
+from flix.core.adapter.adapter import LayerShape, Pair
 from flix.core.adapter.initial import initial_pairs
 from flix.core.config.config import FlixConfig
 from flix.core.config.layout import LayerLayout

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flix.backends.torch.patches import optimizers
-from flix.core.adapter.changes import Pair
+from flix.core.adapter.adapter import Pair
 from flix.core.adapter.flat import FlatLayout
 from flix.core.errors import listed
 from flix.core.features.names import Feature

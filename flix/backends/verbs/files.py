@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
-from flix.backends.verbs.shared import Shared, by_layer, named
+from flix.backends.verbs.shared import Shared, by_layer, layer_pairs, named
 from flix.core.adapter.adapter import Adapter, Rename
 from flix.core.adapter.compatibility import check_same
-from flix.core.adapter.files import load_adapter, save_adapter
+from flix.core.adapter.files import save_adapter, save_pairs, stored_adapter
 from flix.core.adapter.sharing import select_features
 from flix.core.files import Path_
 from flix.core.strategy.decide import check_strategy
@@ -55,10 +55,11 @@ class Files(Shared):
             TargetError: the model is not adapted.
             AdapterError: the path is a file.
         """
-        self.config_of("save", model)
+        config = self.config_of("save", model)
         heads = self.heads()
         if features is None:
-            save_adapter(self.adapter_of(model), directory)
+            primitives = self.primitives
+            save_pairs(config, primitives.shapes(model), primitives.read(model), directory)
             if heads is not None:
                 heads.save_heads(model, directory)
             return
@@ -88,15 +89,15 @@ class Files(Shared):
             AdapterError: a damaged file, or one for another architecture (the first mismatching layer is named).
             TargetError: a model that cannot be adapted.
         """
-        adapter = load_adapter(directory, rename)
-        heads = self.heads()
-        if heads is None:
-            return self.load_into(model, adapter, strategy=strategy)
-        self.check_fits(adapter, model)  # layers are named before heads are
-        found = heads.read_heads(model, directory, rename)
-        model = self.load_into(model, adapter, strategy=strategy)
-        heads.put_heads(model, found)
-        return model
+        with stored_adapter(directory, rename) as adapter:
+            heads = self.heads()
+            if heads is None:
+                return self.load_into(model, adapter, strategy=strategy)
+            self.check_fits(adapter, model)  # layers are named before heads are
+            found = heads.read_heads(model, directory, rename)
+            model = self.load_into(model, adapter, strategy=strategy)
+            heads.put_heads(model, found)
+            return model
 
     def load_into(self, model: M, adapter: Adapter, *, strategy: str = "auto") -> M:
         """Put a numpy adapter into a model; otherwise as ``load``."""
@@ -105,9 +106,12 @@ class Files(Shared):
         if config is None:
             self.check_plain(model)
             self.check_fits(adapter, model)
-            pairs = by_layer(adapter)
             return self.primitives.attach(
-                model, adapter.config, list(adapter.layers), strategy, lambda path, _: pairs[path]
+                model,
+                adapter.config,
+                list(adapter.layers),
+                strategy,
+                lambda path, _: layer_pairs(adapter, path),
             )
         self.check_fits(adapter, model)
         layouts = {path: config.layout(path) for path in self.primitives.shapes(model)}

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from flix.backends.verbs.shared import Shared
-from flix.core.adapter.adapter import LayerShape
-from flix.core.adapter.changes import Pair
+from flix.core.adapter.adapter import LayerShape, Pair
 from flix.core.adapter.initial import initial_pairs
 from flix.core.adapter.sharing import chosen_features
 from flix.core.adapter.summary import Summary

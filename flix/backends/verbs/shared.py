@@ -15,8 +15,7 @@ from flix.backends.protocol import (
     SupportsHeads,
     lacking,
 )
-from flix.core.adapter.adapter import Adapter, LayerShape, tensor_name
-from flix.core.adapter.changes import Pair
+from flix.core.adapter.adapter import Adapter, LayerShape, Pair, tensor_name
 from flix.core.adapter.compatibility import check_fits
 from flix.core.adapter.composition import Composition, composition
 from flix.core.config.config import FlixConfig
@@ -95,8 +94,17 @@ def named(pairs: Pairs) -> dict[str, NDArray[Any]]:
 
 def by_layer(adapter: Adapter) -> dict[str, dict[Feature, Pair]]:
     """An adapter's pairs by layer and feature; without those of rank 0."""
-    config = adapter.config
+    return {path: layer_pairs(adapter, path) for path in adapter.layers}
+
+
+def layer_pairs(adapter: Adapter, path: str) -> dict[Feature, Pair]:
+    """An adapter's pairs in a layer; without those of rank 0."""
+    config, tensors = adapter.config, adapter.tensors
     return {
-        path: {f: adapter.pair(path, f) for f in config.registry.live if config.rank(path, f)}
-        for path in adapter.layers
+        feature: (
+            tensors[tensor_name(path, "A", feature)],
+            tensors[tensor_name(path, "B", feature)],
+        )
+        for feature, rank in zip(config.registry.features, config.layer_ranks(path), strict=True)
+        if rank
     }

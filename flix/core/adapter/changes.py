@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from flix.core.adapter.adapter import Adapter, LayerShape
+from flix.core.adapter.adapter import Adapter, LayerShape, Pair
 from flix.core.adapter.initial import initial_a, initial_b
 from flix.core.adapter.lowrank import resized_mean
 from flix.core.adapter.sharing import chosen_features, combining, select_features
@@ -18,8 +17,6 @@ from flix.core.errors import RankError
 from flix.core.features.names import Feature
 
 V = TypeVar("V")
-Pair = tuple[NDArray[Any], NDArray[Any]]
-"""A ``[r, d_in]`` and B ``[d_out, r]`` of a feature in a layer."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
 from numpy.typing import NDArray
 
-from flix.core.adapter.adapter import Adapter, LayerShape, Rename, check_tensors
+from flix.core.adapter.adapter import (
+    Adapter,
+    LayerShape,
+    Pair,
+    Rename,
+    check_tensors,
+    checked_pairs,
+)
+from flix.core.adapter.stream import StoredTensors, write_tensors
 from flix.core.checks import is_whole
 from flix.core.config.config import FlixConfig
 from flix.core.errors import AdapterError, FlixError
+from flix.core.features.names import Feature
 from flix.core.files import Path_, write_files
 from flix.core.garbage import uncollected
 
@@ -33,32 +44,51 @@ def save_adapter(adapter: Adapter, directory: Path_) -> None:
     Raises:
         AdapterError: the path exists and is not a folder.
     """
-    from safetensors.numpy import save
+    _write(adapter.config, adapter.layers, list(adapter.tensors.items()), directory)
 
+
+@uncollected
+def save_pairs(
+    config: FlixConfig,
+    layers: Mapping[str, LayerShape],
+    pairs: Mapping[str, Mapping[Feature, Pair]],
+    directory: Path_,
+) -> None:
+    """The same of pairs by layer and feature, which need not become an adapter first.
+
+    Raises:
+        AdapterError: the path exists and is not a folder; a pair is missing or has another shape.
+    """
+    _write(config, layers, checked_pairs(config, layers, pairs), directory)
+
+
+def _write(
+    config: FlixConfig,
+    layers: Mapping[str, LayerShape],
+    tensors: Sequence[tuple[str, NDArray[Any]]],
+    directory: Path_,
+) -> None:
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"an adapter is saved as a folder, but {str(folder)!r} is a file")
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: np.ascontiguousarray(
-            tensor, dtype=np.float64 if tensor.dtype == np.float64 else np.float32
-        )
-        for name, tensor in adapter.tensors.items()
-    }
-    # One key: the library writes several in no fixed order, and equal adapters should be equal bytes.
-    data = save(tensors, metadata={"format": FORMAT})
     description = {
         "format": FORMAT,
         "version": VERSION,
-        "config": adapter.config.to_dict(),
+        "config": config.to_dict(),
         "layers": {
             path: {"kind": shape.kind, "d_in": shape.d_in, "d_out": shape.d_out}
-            for path, shape in adapter.layers.items()
+            for path, shape in layers.items()
         },
-        "sha256": hashlib.sha256(data).hexdigest(),
     }
-    text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
-    write_files(folder, {TENSOR_FILE: data, CONFIG_FILE: text.encode()})
+
+    def write(file: BinaryIO) -> None:
+        description["sha256"] = write_tensors(file, tensors, {"format": FORMAT})
+
+    def describe(file: BinaryIO) -> None:  # after the tensors, whose digest it holds
+        file.write((json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())
+
+    write_files(folder, {TENSOR_FILE: write, CONFIG_FILE: describe})
 
 
 @uncollected
@@ -73,11 +103,30 @@ def load_adapter(directory: Path_, rename: Rename = None) -> Adapter:
         AdapterError: a missing or damaged file, another version, or tensors that do not fit the configuration;
             the file or tensor is named.
     """
+    with stored_adapter(directory) as stored:
+        tensors = dict(stored.tensors)
+    # The tensors were checked as they were read; with many, checking again would show.
+    return Adapter.partial(stored.config, stored.layers, tensors).renamed(rename)
+
+
+@contextmanager
+def stored_adapter(directory: Path_, rename: Rename = None) -> Iterator[Adapter]:
+    """The same while its file is open: each tensor is read when it is asked for, and belongs to who asked."""
     folder = Path(directory)
     config, layers, digest = _described(folder / CONFIG_FILE)
-    tensors = _read_tensors(folder, config, layers, digest)
-    # The tensors were checked as they were read; with many, checking again would show.
-    return Adapter.partial(config, layers, tensors).renamed(rename)
+    path = folder / TENSOR_FILE
+    if not path.is_file():
+        raise AdapterError(f"{str(folder)!r} is not a complete adapter: it has no {TENSOR_FILE}")
+    with ExitStack() as stack:
+        try:
+            tensors = stack.enter_context(_opened(path, config, layers, digest))
+        except (OSError, ValueError) as error:
+            if isinstance(error, AdapterError):
+                raise
+            raise AdapterError(
+                f"{str(path)!r} is damaged (truncated or altered): {error}"
+            ) from error
+        yield Adapter.partial(config, layers, tensors).renamed(rename)
 
 
 def read_description(path: Path_) -> tuple[FlixConfig, dict[str, LayerShape]]:
@@ -127,34 +176,34 @@ def _described(file: Path) -> tuple[FlixConfig, dict[str, LayerShape], str | Non
     return config, layers, data.get("sha256")
 
 
-def _read_tensors(
-    folder: Path, config: FlixConfig, layers: Mapping[str, LayerShape], digest: str | None
-) -> dict[str, NDArray[Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / TENSOR_FILE
-    if not path.is_file():
-        raise AdapterError(f"{str(folder)!r} is not a complete adapter: it has no {TENSOR_FILE}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            shapes = {name: tuple(header.get_shape()) for name, header in headers.items()}
-            dtypes = {name: header.get_dtype() for name, header in headers.items()}
-            check_tensors(config, layers, shapes, dtypes, repr(str(path)))
-            if digest is not None:
-                _check_digest(path, digest)
-            return {name: file.get_tensor(name) for name in shapes}
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, AdapterError):
-            raise
-        raise AdapterError(f"{str(path)!r} is damaged (truncated or altered): {error}") from error
+@contextmanager
+def _opened(
+    path: Path, config: FlixConfig, layers: Mapping[str, LayerShape], digest: str | None
+) -> Iterator[StoredTensors]:
+    """A file's tensors, once they were found to be those of the adapter."""
+    with open(path, "rb", buffering=0) as file:
+        with ThreadPoolExecutor(1) as pool:  # hashing takes no turn at Python's lock
+            hashing = pool.submit(_digest, path)
+            tensors = _checked(path, file, config, layers)
+            found = hashing.result()
+        if digest is not None and found != digest:
+            raise AdapterError(
+                f"{str(path)!r} was altered: its SHA-256 is {found[:12]}..., {CONFIG_FILE} says "
+                f"{str(digest)[:12]}...; the two files must come from one save"
+            )
+        yield tensors
 
 
-def _check_digest(path: Path, digest: str) -> None:
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != digest:
-        raise AdapterError(
-            f"{str(path)!r} was altered: its SHA-256 is {found[:12]}..., {CONFIG_FILE} says "
-            f"{str(digest)[:12]}...; the two files must come from one save"
-        )
+@uncollected
+def _checked(
+    path: Path, file: BinaryIO, config: FlixConfig, layers: Mapping[str, LayerShape]
+) -> StoredTensors:
+    tensors = StoredTensors(file)
+    check_tensors(config, layers, tensors.shapes, tensors.dtypes, repr(str(path)))
+    return tensors
+
+
+def _digest(path: Path) -> str:
+    # Mapped, so that hashing is one call, which never waits for Python's lock.
+    with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+        return hashlib.sha256(data).hexdigest()

@@ -15,8 +15,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core.adapter.adapter import LayerShape
-from flix.core.adapter.changes import Pair
+from flix.core.adapter.adapter import LayerShape, Pair
 from flix.core.config.config import FlixConfig
 from flix.core.config.layout import LayerLayout
 

@@ -122,6 +122,11 @@ class FlixConfig:
             return rank
         return int(self.ranks[feature])  # type: ignore[index]
 
+    def layer_ranks(self, layer: str) -> tuple[int, ...]:
+        """The ranks of all features in a layer, in the order of their ids."""
+        ranks = {**self.ranks, **self._ranks_of(layer)}  # type: ignore[dict-item]
+        return tuple(ranks[f] for f in self.registry.features)
+
     def _ranks_of(self, layer: str) -> dict[Feature, int]:
         """What ``rank_pattern`` says of a layer. Kept: with many layers and patterns, matching again would show."""
         kept: dict[str, dict[Feature, int]] = self._layers  # type: ignore[attr-defined]
@@ -149,7 +154,7 @@ class FlixConfig:
         """Ranks and scales of all features in a layer, in the order of their ids."""
         features = self.registry.features
         return LayerLayout(
-            ranks=tuple(self.rank(layer, f) for f in features),
+            ranks=self.layer_ranks(layer),
             scales=tuple(self.scale(layer, f) for f in features),
         )
 
