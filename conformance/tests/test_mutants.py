@@ -6,6 +6,7 @@ import pytest
 import write_docs
 from flix_conformance import Backend, runner
 from flix_conformance.checks import CHECKS
+from flix_numpy.conformance import Harness
 from mutants import MUTANTS, Mutant
 from mutants._registry import OptionalHarness, OptionalPrimitives, made
 
@@ -34,6 +35,19 @@ def test_the_example_backend_passes(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, check in CHECKS.items() if check.pair])
 def test_the_example_backend_agrees_with_itself(name: str) -> None:
     runner.run(name, example(), made("numpy again"))
+
+
+class InFloat64(Harness):
+    """The example's, all in float64, whose tolerance forgives no rounding of the kit's own."""
+
+    dtypes = ("float64",)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, c in CHECKS.items() if c.run.__module__.endswith("laws")]
+)
+def test_the_laws_hold_to_the_last_bits_of_float64(name: str) -> None:
+    runner.run(name, made("numpy", InFloat64))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.part.__name__)
