@@ -130,3 +130,28 @@ def test_missing_primitives_are_usage_errors(folder: Path) -> None:
     found = run(folder, "--flix-backend", "partial=partial")
     assert found.returncode == 4, found.stdout
     assert "lacks the primitives read, switch" in found.stderr + found.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("call = None", "its harness lacks call;"),
+        ("trainer = kernel = None", "its harness lacks trainer, kernel;"),
+        ("dtypes = ('float64',)", "dtypes = ('float64',); 'float32' must be among them"),
+        ("strategies = ('gather',)", "strategies = ('gather',); 'auto' must be among them"),
+    ],
+)
+def test_incomplete_harnesses_are_usage_errors(folder: Path, line: str, said: str) -> None:
+    source = _BROKEN.split("    def call", maxsplit=1)[0] + f"    {line}\n"
+    (folder / "partial.py").write_text(source, encoding="utf-8")
+    found = run(folder, "--flix-backend", "partial=partial")
+    assert found.returncode == 4, found.stdout
+    assert said in found.stderr + found.stdout
+
+
+def test_a_harness_without_dtypes_is_a_usage_error(folder: Path) -> None:
+    source = "from flix_numpy import *\n\nclass harness:\n    strategies, kinds = ('auto',), ('linear',)\n"
+    (folder / "partial.py").write_text(source, encoding="utf-8")
+    found = run(folder, "--flix-backend", "partial=partial")
+    assert found.returncode == 4, found.stdout
+    assert "its harness lacks dtypes, plain, call, gradients" in found.stderr + found.stdout

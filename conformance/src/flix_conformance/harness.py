@@ -174,7 +174,8 @@ class Harness(Protocol):
     - ``unfreeze(model, path)`` lets a layer of the base train, as a user does with a head, where that can be done.
 
     Attributes:
-        dtypes: of ``"float32"``, ``"bfloat16"``, ``"float64"``, those that it computes in.
+        dtypes: of ``"float32"``, ``"bfloat16"``, ``"float64"``, those that a layer can be in; ``"float32"``, in which
+            training, changes and files are checked, is always among them.
         strategies: names of ways to compute the same sum, ``"auto"`` among them.
         kinds: ``("linear",)`` or ``("linear", "embedding")``.
     """
@@ -197,7 +198,7 @@ class Harness(Protocol):
         Args:
             model: a plain or adapted model.
             batch: what it gets; without ids and weights, nothing but x.
-            path: call this adapted layer of the model by hand, with the same arguments.
+            path: call this adapted layer of the model by hand instead, with the same routing.
         """
 
     def gradients(self, model: Any, batch: Batch, dy: Array) -> Mapping[str, Any]:
@@ -206,7 +207,10 @@ class Harness(Protocol):
         """
 
     def trainer(self, model: Any, settings: AdamW) -> Callable[[Batch], Any]:
-        """A function that trains an adapted model of one layer by one step, as a user would."""
+        """A function that trains an adapted model of one layer by one step, as a user would.
+
+        The optimizer is AdamW with these settings, the loss that of :class:`Batch`'s target.
+        """
 
     def kernel(self, model: Any, path: str) -> Array:
         """A layer's kernel ``[d_in, d_out]``, in a plain or adapted model."""

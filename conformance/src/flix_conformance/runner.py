@@ -6,15 +6,18 @@ import importlib
 import importlib.util
 import math
 import zlib
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import flix
 import flix.backends
+from flix.backends.protocol import lacking
 from flix_conformance.backend import Backend
 from flix_conformance.checks import CHECKS, Check, NotOffered
 from flix_conformance.checks._registry import offered
+from flix_conformance.harness import Harness
 from flix_conformance.strategies import PROFILES, Draw, Profile
 
 
@@ -23,7 +26,7 @@ class NotInstalledError(Exception):
 
 
 class NoHarnessError(Exception):
-    """A backend that shows the kit no harness."""
+    """A backend that shows the kit no harness, or one that lacks something."""
 
 
 def registered() -> list[str]:
@@ -46,7 +49,8 @@ def load(name: str) -> Backend:
 
     Raises:
         NotInstalledError: its framework is missing; the message says what to install.
-        NoHarnessError: its module has no ``harness()``, nor has a submodule ``conformance`` of it.
+        NoHarnessError: its module has no ``harness()``, nor has a submodule ``conformance`` of it; or what that gives
+            lacks something, which is named.
         IncompleteBackendError: its module lacks primitives; they are named.
         KeyError: no backend of this name.
     """
@@ -69,7 +73,28 @@ def load(name: str) -> Backend:
             "see flix_conformance.harness for what it returns"
         )
     flix.backends.check(module, name)
-    return Backend(name, module, source.harness())
+    harness = source.harness()
+    _check_harness(harness, name)
+    return Backend(name, module, harness)
+
+
+# What every harness has beside its methods, each with a value that must be in it.
+_ALWAYS = {"dtypes": "float32", "strategies": "auto", "kinds": "linear"}
+
+
+def _check_harness(harness: Any, name: str) -> None:
+    """Hold a harness to :class:`flix_conformance.harness.Harness`."""
+    missing = [a for a in _ALWAYS if not hasattr(harness, a)] + [*lacking(harness, Harness)]
+    if missing:
+        raise NoHarnessError(
+            f"backend {name!r}: its harness lacks {', '.join(missing)}; see flix_conformance.harness.Harness"
+        )
+    for attribute, value in _ALWAYS.items():
+        if value not in (found := getattr(harness, attribute)):
+            raise NoHarnessError(
+                f"backend {name!r}: its harness has {attribute} = {found!r}; {value!r} must be among them, since some "
+                "checks ask for it"
+            )
 
 
 def run(check: Check | str, *backends: Backend, profile: Profile | str = "ci") -> None:
