@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flix.core.adapter.composition import Composition
 from flix.core.errors import ConfigError, RoutingError, TargetError
 
 
@@ -43,7 +44,7 @@ def unrouted_model(call: str) -> RoutingError:
 
 
 def unrouted_layer(path: str, call: str) -> RoutingError:
-    """An adapted layer was called while no routing was in force."""
+    """An adapted layer was called while no routing was in force; ``call`` as in :func:`unrouted_model`."""
     return RoutingError(
         f"layer {path!r} is adapted, but no routing is in force; call the adapted model as {call} "
         "(rows of base output: ids of -1)"
@@ -51,7 +52,7 @@ def unrouted_layer(path: str, call: str) -> RoutingError:
 
 
 def without_features(weights: Any, path: str, call: str) -> RoutingError:
-    """An adapted layer was called without features, perhaps with weights."""
+    """An adapted layer was called without features: :func:`weights_alone` with weights, else :func:`unrouted_layer`."""
     return unrouted_layer(path, call) if weights is None else weights_alone()
 
 
@@ -64,7 +65,13 @@ def base_alone(call: str) -> str:
 
 
 def other_lead(path: str, given: Any, lead: Any) -> RoutingError:
-    """A layer's input has other leading sizes than the routing."""
+    """A layer's input has other leading sizes than the routing.
+
+    Args:
+        path: the layer.
+        given: the input's, ``[batch, ...]``.
+        lead: the routing's: ``[batch]``, or ``[batch, length]`` by token.
+    """
     what = "[batch, length]" if len(lead) == 2 else "[batch]"
     return RoutingError(
         f"layer {path!r} got an input of leading shape {_shown(given)}, but flix_features routes {what} = "
@@ -89,10 +96,18 @@ def folded_in(row: Mapping[str, Any]) -> RoutingError:
     )
 
 
-def merged(composition: Any) -> RoutingError:
-    """Routing for a merged copy."""
+def merged(*compositions: Composition) -> RoutingError:
+    """Routing for a merged copy.
+
+    Args:
+        compositions: what was merged into it, in order: each the ``active`` that the primitive ``merged`` was given.
+    """
+    held = ", then ".join(
+        " + ".join(":".join(f) + ("" if weight == 1 else f" x {weight:g}") for f, weight in active)
+        for active in compositions
+    )
     return RoutingError(
-        f"flix_features was given to a merged model; it holds the composition {composition}, for all rows. "
+        f"flix_features was given to a merged model; it holds the composition {held}, for all rows. "
         "Call it without, or call the adapted model that it was merged from"
     )
 

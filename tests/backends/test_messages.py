@@ -20,7 +20,11 @@ CASES = {
     "other_lead": (("proj", (5, 2), (4, 2)), flix.RoutingError, ["'proj'", "[5, 2]", "[4, 2]"]),
     "rows_differ": ((2,), flix.ConfigError, ["row 2", "'gather'"]),
     "folded_in": (({"task": "ner"},), flix.RoutingError, ["'task': 'ner'", "unmerge(model)"]),
-    "merged": (("c",), flix.RoutingError, ["composition c", "merged"]),
+    "merged": (
+        (((("task", "ner"), 1.0), (("task", "pos"), 0.5)), ((("language", "hau"), 1.0),)),
+        flix.RoutingError,
+        ["composition task:ner + task:pos x 0.5, then language:hau, for", "merged"],
+    ),
 }
 
 

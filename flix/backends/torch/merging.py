@@ -99,17 +99,7 @@ class Merged:
         given = kwargs.get("flix_features") is not None or kwargs.get("flix_weights") is not None
         if isinstance(module, RoutedModel) or not given:
             return
-        raise messages.merged(self)
-
-    def __str__(self) -> str:
-        parts = []
-        for active in self.compositions:
-            features = [
-                ":".join(feature) + ("" if weight == 1 else f" x {weight:g}")
-                for feature, weight in active
-            ]
-            parts.append(" + ".join(features))
-        return ", then ".join(parts)
+        raise messages.merged(*self.compositions)
 
 
 def _untie(settings: Any) -> None:
