@@ -106,6 +106,15 @@ class SaysNothing(Layer):
             raise ValueError("bad routing") from None
 
 
+@mutant("drops the ids of positions that there are not", "routing_refused")
+class DropsPositions(Layer):
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
+        if ids.ndim == 3:
+            ids = ids[:, : x.shape[1]]
+            weights = None if weights is None else weights[:, : x.shape[1]]
+        return super().__call__(x, ids, weights)
+
+
 @mutant("takes weights that are not finite for 0", "routing_refused")
 class CleansWeights(Layer):
     def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:

@@ -169,6 +169,7 @@ def check_routing(
     registry: FeatureTable,
     *,
     batch: int | None = None,
+    lead: Sequence[int] | None = None,
 ) -> None:
     """Refuse routing arrays that break the rules; backends call this on the host before they execute.
 
@@ -177,11 +178,18 @@ def check_routing(
         weights: None, or finite floats in the shape of ``ids``.
         registry: the registry that the ids belong to.
         batch: the number of rows expected, if known.
+        lead: a layer's input's sizes but for the last, its features; ids by token are then held to its positions, too.
 
     Raises:
-        RoutingError: wrong dtype, rank, shape, range or batch size; the first bad row is named.
+        RoutingError: wrong dtype, rank, shape, range, batch size or length; the first bad row is named.
     """
     check_form(ids, weights, batch=batch)
+    if lead is not None and not alike(ids.shape[:-1], lead[: ids.ndim - 1]):
+        what = "[batch, length]" if ids.ndim == 3 else "[batch]"
+        raise RoutingError(
+            f"flix_features routes {what} = {list(ids.shape[:-1])}, but the input has the leading sizes {list(lead)}; "
+            "one row of ids is needed for each row of the batch (and one for each position, where routing is per token)"
+        )
     bad = (ids < -1) | (ids >= len(registry))
     if bad.any():
         place = tuple(int(i) for i in np.argwhere(bad)[0])

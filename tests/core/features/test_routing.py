@@ -5,10 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import flix
-from flix.core.features.routing import as_array, check_form, fits, unpacked
+from flix.core.features.routing import as_array, check_form, check_routing, fits, unpacked
 from tests.helpers.registry import registry
 
 
@@ -98,3 +99,32 @@ def test_what_is_no_array() -> None:
 )
 def test_how_an_input_fits(given: Any, lead: Any, lengths: Any, ways: str) -> None:
     assert sorted(fits(given, lead, lengths)) == ways.split()
+
+
+@pytest.mark.parametrize(
+    ("ids", "lead"),
+    [
+        ((3, 2), (3,)),
+        ((3, 2), (3, 7)),
+        ((3, 7, 2), (3, 7)),
+        ((3, 7, 2), (3, 7, 4)),
+        ((0, 2), (0, 7)),
+    ],
+)
+def test_ids_of_an_input_of_these_sizes(ids: Any, lead: Any) -> None:
+    check_routing(np.zeros(ids, np.int32), None, registry(), lead=lead)
+
+
+@pytest.mark.parametrize(
+    ("ids", "lead", "named"),
+    [
+        ((3, 2), (4,), r"\[batch\] = \[3\].*\[4\]"),
+        ((3, 7, 2), (3, 6), r"\[batch, length\] = \[3, 7\].*\[3, 6\]"),
+        ((3, 7, 2), (3,), r"\[batch, length\] = \[3, 7\].*\[3\]"),
+        ((3, 7, 2), (7, 3), r"\[batch, length\] = \[3, 7\].*\[7, 3\]"),
+        ((3, 2), (), r"\[batch\] = \[3\].*\[\]"),
+    ],
+)
+def test_ids_of_an_input_of_other_sizes_are_refused(ids: Any, lead: Any, named: str) -> None:
+    with pytest.raises(flix.RoutingError, match=named):
+        check_routing(np.zeros(ids, np.int32), None, registry(), lead=lead)

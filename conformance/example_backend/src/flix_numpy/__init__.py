@@ -29,7 +29,7 @@ class Layer:
             return
         if ids is None:
             raise messages.without_features(weights, self.path, "model(x, ids, weights)")
-        check_routing(ids, weights, self.state.config.registry, batch=len(x))
+        check_routing(ids, weights, self.state.config.registry, lead=x.shape[:-1])
         for number in np.unique(ids[ids >= 0]):
             feature, entries = self.state.config.registry.features[number], ids == number
             if feature in self.pairs:
@@ -67,7 +67,7 @@ class Model(dict):
 
     def __call__(self, x, ids=None, weights=None):
         if self.state is None and ids is not None:
-            raise messages.merged(self.held)
+            raise messages.merged(self.held) if self.held else messages.not_adapted("routing", self)
         for layer in self.values():
             x = layer(x, ids, weights)
         return x

@@ -40,7 +40,7 @@ def malformed(draw: Draw, case: Case) -> list[tuple[str, Case, str]]:
     named = rf"row {row}\b.*{re.escape(':'.join(case.registry.features[feature]))}"
     odd = draw.one_of([np.nan, np.inf, -np.inf])
     longer = np.concatenate([ids, ids[:1]])
-    return [
+    found = [
         ("an id of no feature", case.but(ids=_with(ids, place, count)), rf"{count}.*row {row}\b"),
         ("an id below -1", case.but(ids=_with(ids, place, -2)), rf"-2.*row {row}\b"),
         ("ids that are not integers", case.but(ids=ids.astype(np.float32)), "float32"),
@@ -58,6 +58,13 @@ def malformed(draw: Draw, case: Case) -> list[tuple[str, Case, str]]:
         ),
         ("weights that are not floats", case.but(weights=weights.astype(np.int32)), "int32"),
     ]
+    if ids.ndim == 3:  # by token
+        more = [np.concatenate([array, array[:, :1]], 1) for array in (ids, weights)]
+        length = ids.shape[1]
+        bad = case.but(ids=more[0], weights=more[1])
+        pattern = rf"\b{length}\b.*\b{length + 1}\b|\b{length + 1}\b.*\b{length}\b"
+        found.append(("ids of one position too many", bad, pattern))
+    return found
 
 
 @check("malformed routing is refused with an error that names the row or the feature", examples=8)
