@@ -56,7 +56,8 @@ class Backend(Protocol):
     # Models and their layers.
 
     def check_plain(self, model: Any) -> None:
-        """Refuse what cannot be adapted as a whole: no model of the framework, not built, wrapped already.
+        """Refuse what cannot be adapted as a whole: no model of the framework, not built, wrapped already. An adapted
+        model is refused before it comes here.
 
         Raises:
             TargetError: it is; the message names the way out.
@@ -79,7 +80,8 @@ class Backend(Protocol):
             config: the configuration.
             paths: the layers.
             strategy: how their sums are computed.
-            values: the pairs each of them starts with; float32, to be kept at least that wide.
+            values: gives the pairs that each of them starts with, in float32. They are kept so, whatever the kernels
+                are in; in float64 where kernels are.
 
         Raises:
             TargetError: a layer that cannot be adapted.
@@ -95,7 +97,7 @@ class Backend(Protocol):
     # Values.
 
     def read(self, model: Any, features: Collection[Feature] | None = None) -> Pairs:
-        """The pairs of some features, by default of all, as float32 or float64 arrays on the host.
+        """The pairs of some features, by default of all, as arrays on the host in the dtype that they are kept in.
 
         They may share memory with the model: whoever keeps or changes them copies them first.
         """
