@@ -124,6 +124,13 @@ def test_unknown_backends_and_missing_harnesses_are_usage_errors(folder: Path) -
     assert "harness()" in found.stderr + found.stdout
 
 
+def test_broken_imports_are_no_missing_frameworks(folder: Path) -> None:
+    (folder / "broken.py").write_text("from flix_numpy import Lair\n", encoding="utf-8")
+    found = run(folder, "--flix-backend", "broken=broken")
+    assert found.returncode == 4, found.stdout
+    assert "cannot be imported: cannot import name 'Lair'" in found.stderr + found.stdout
+
+
 def test_missing_primitives_are_usage_errors(folder: Path) -> None:
     source = _BROKEN + "\nclass primitives(Primitives):\n    read = None\n    switch = None\n"
     (folder / "partial.py").write_text(source, encoding="utf-8")

@@ -67,6 +67,8 @@ class Session:
                     self.loaded[backend.name] = backend
                 except runner.NotInstalledError as error:
                     self.missing[name.partition("=")[0]] = str(error)
+                except ImportError as error:
+                    self.problems.append(f"backend {name!r} cannot be imported: {error}")
                 except (KeyError, TypeError, runner.NoHarnessError) as error:
                     self.problems.append(str(error.args[0]))
         return self.loaded

@@ -53,12 +53,13 @@ def load(name: str) -> Backend:
             lacks something, which is named.
         IncompleteBackendError: its module lacks primitives; they are named.
         KeyError: no backend of this name.
+        ImportError: its own modules are broken.
     """
     triton_first()
     name, _, path = name.partition("=")
     try:
         module = importlib.import_module(path) if path else flix.backends.get(name)
-    except ImportError as error:
+    except (ModuleNotFoundError, flix.MissingFrameworkError) as error:
         raise NotInstalledError(str(error)) from error
     submodule = f"{module.__name__}.conformance"
     source = module
