@@ -10,8 +10,8 @@ from torch import nn
 from flix.backends.protocol import Values
 from flix.backends.torch.kernels.choice import require_triton
 from flix.backends.torch.layer import FlixLayer, flix_layers
-from flix.backends.torch.layers import adaptable, become, revert
-from flix.backends.torch.parameters import BANK, Bank, packed
+from flix.backends.torch.layers import adaptable, become, revert, target_of
+from flix.backends.torch.parameters import BANK, Bank
 from flix.backends.torch.patches import checkpoint
 from flix.backends.torch.patches.models import RoutedModel, plain_class, routed_class
 from flix.backends.torch.scaled import same_scale
@@ -20,7 +20,6 @@ from flix.core.adapter.adapter import LayerShape
 from flix.core.adapter.flat import flat_layout
 from flix.core.config.config import FlixConfig
 from flix.core.config.targets import LayerInfo, is_head
-from flix.core.errors import TargetError
 
 
 def layer_infos(model: nn.Module) -> list[LayerInfo]:
@@ -42,31 +41,15 @@ def layer_infos(model: nn.Module) -> list[LayerInfo]:
     for path, module in model.named_modules():
         if not path:
             continue
+        target, reason = adaptable(module)
         if isinstance(module, FlixLayer):
-            kind, reason, sizes = module.flix_kind, "", (module.d_in, module.d_out)
-        else:
-            target, reason = adaptable(module)
-            if id(module) in inside_attention and isinstance(module, nn.Linear):
-                target, reason = (
-                    None,
-                    "nn.MultiheadAttention reads its kernel and skips its forward",
-                )
-            kind = target.flix_kind if target is not None else ""
-            sizes = (0, 0)
-            if target is not None:
-                first, second = module.weight.shape
-                straight = target.flix_kind == "embedding" or getattr(
-                    target, "flix_transposed", False
-                )
-                sizes = (first, second) if straight else (second, first)
+            target, reason = type(module), ""
+        elif id(module) in inside_attention and isinstance(module, nn.Linear):
+            target, reason = None, "nn.MultiheadAttention reads its kernel and skips its forward"
+        shape = LayerShape(0, 0, "") if target is None else target.shape_of(module)
         told = module is head or is_head(path)
-        infos.append(LayerInfo(path, kind, int(sizes[0]), int(sizes[1]), told, reason))
+        infos.append(LayerInfo(path, shape.kind, shape.d_in, shape.d_out, told, reason))
     return infos
-
-
-def shape_of(layer: FlixLayer) -> LayerShape:
-    """An adapted layer's kind and sizes."""
-    return LayerShape(d_in=layer.d_in, d_out=layer.d_out, kind=layer.flix_kind)
 
 
 def attach(
@@ -77,19 +60,17 @@ def attach(
     trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
     modules = dict(model.named_modules())
     for path in paths:
-        _refuse_unadaptable(path, modules[path])
+        target_of(modules[path], path)
     model.requires_grad_(False)
     state = FlixState(config, empty_bank(config), strategy, trained)
     shapes = become_layers(model, state, paths)
-    layout, features = flat_layout(config, shapes), config.registry.features
-    state.bank.arrange(features, layout)
+    state.bank.arrange(config.registry.features, flat_layout(config, shapes))
     device: torch.device = modules[paths[0]].weight.device  # type: ignore[union-attr, assignment]
     wide = any(modules[path].weight.dtype == torch.float64 for path in paths)
     # Pairs of a half-precision base are kept in float32, where small updates do not round away.
     dtype = torch.float64 if wide else torch.float32
     pairs = ((path, values(path, shape)) for path, shape in shapes.items())
-    for feature, vector in packed(layout, features, pairs, config.registry.live, dtype).items():
-        state.bank.hold(feature, nn.Parameter(torch.from_numpy(vector).to(device)))
+    state.bank.receive(pairs, config.registry.live, dtype, device)
     state.bank.to(device)
     checkpoint.install()
     for module in (model, *_encoders(model)):
@@ -111,16 +92,10 @@ def become_layers(
     modules, shapes = dict(model.named_modules()), {}
     for place, path in enumerate(paths, start):
         layer = become(modules[path], path, place, state)
-        shapes[path] = shape_of(layer)
+        shapes[path] = layer.shape_of(layer)
         if isinstance(layer, nn.Embedding):
             _relink(model, modules, path, set(paths))
     return shapes
-
-
-def _refuse_unadaptable(path: str, module: nn.Module) -> None:
-    target, reason = adaptable(module)
-    if target is None:
-        raise TargetError(f"layer {path!r} cannot be adapted: {reason or type(module).__name__}")
 
 
 def _relink(model: nn.Module, modules: dict[str, nn.Module], path: str, targets: set[str]) -> None:

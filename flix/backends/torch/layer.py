@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from flix.backends import messages
 from flix.backends.torch.calls import CALL, refuse_folded
+from flix.backends.torch.kernels.routes import routes
 from flix.backends.torch.parameters import Carried, Values
 from flix.backends.torch.placing import Placed
 from flix.backends.torch.routing import (
@@ -21,6 +21,7 @@ from flix.backends.torch.routing import (
     make_routing,
 )
 from flix.backends.torch.state import FlixState
+from flix.core.adapter.adapter import LayerShape
 from flix.core.config.config import FlixConfig
 from flix.core.config.layout import LayerLayout
 from flix.core.features.names import Feature
@@ -62,15 +63,25 @@ class FlixLayer(nn.Module):
     flix_strategy: str
     flix_base: type[nn.Module]
 
+    # Whether the kernel is stored [d_in, d_out], as transformers' Conv1D and embeddings have it, or [d_out, d_in].
+    flix_transposed = False
+
+    @classmethod
+    def shape_of(cls, layer: Any) -> LayerShape:
+        """Kind and sizes of a layer that has the kernel of this class, adapted or not."""
+        sizes = tuple(layer.weight.shape)
+        d_in, d_out = sizes if cls.flix_transposed else sizes[::-1]
+        return LayerShape(d_in, d_out, cls.flix_kind)
+
     @property
     def d_in(self) -> int:
         """Input size; of an embedding, the vocabulary's."""
-        raise TypeError("an adapted layer's class gives its sizes")
+        return int(self.weight.shape[0 if self.flix_transposed else 1])  # type: ignore[union-attr]
 
     @property
     def d_out(self) -> int:
         """Output size."""
-        raise TypeError("an adapted layer's class gives its sizes")
+        return int(self.weight.shape[1 if self.flix_transposed else 0])  # type: ignore[union-attr]
 
     @property
     def flix_config(self) -> FlixConfig:
@@ -183,39 +194,20 @@ class FlixLayer(nn.Module):
         if strategy == "single" and (row := routing.unlike()) is not None:
             raise messages.rows_differ(row)
 
-    def _bank_tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """For traced models: rows ``[F + 2, r]`` of each feature in the whole bank, and its factors.
+    def _traced_slots(
+        self, routing: TracedRouting, wide: bool, grouped: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Each row's slots on the whole bank, in a compiled graph: rows, factors, and order and starts if wanted.
 
-        The last but one stands for padding, the last for ids of no feature: their rows become NaN, never
-        silently the base's, since nothing can be raised in a graph.
+        See :func:`flix.backends.torch.kernels.routes.routes`; the factors are s_f times the weights.
         """
-        ranks = self.flix_layout.ranks
-        widest = max(1, max(ranks, default=1))
-        table = [[0] * widest for _ in range(len(ranks) + 2)]
-        factor = [[0.0] * widest for _ in range(len(ranks) + 2)]
-        factor[-1] = [math.nan] * widest
-        start = 0
-        for i, rank in enumerate(ranks):
-            for j in range(rank):
-                table[i][j], factor[i][j] = start + j, self.flix_layout.scales[i]
-            start += rank
-        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return (
-            torch.tensor(table, dtype=torch.int64, device=like.device),
-            torch.tensor(factor, dtype=wide, device=like.device),
+        layout = self.flix_layout
+        rows, slots, scale, *order = routes(
+            routing.flat, layout.ranks, layout.scales, wide, grouped
         )
-
-    def _traced_rows(self, like: Tensor, routing: TracedRouting) -> tuple[Tensor, Tensor]:
-        table, factor = self._bank_tables(like)
-        count = routing.flat.shape[0]
-        ids = routing.flat.to(torch.int64)
-        features = len(self.flix_layout.ranks)
-        ids = torch.where((ids < -1) | (ids >= features), features + 1, ids)
-        ids = torch.where(ids == -1, features, ids)
-        scale = factor[ids]
         if routing.weights is not None:
-            scale = scale * routing.weights.to(scale.dtype)[:, :, None]
-        return table[ids].reshape(count, -1), scale.reshape(count, -1)
+            scale = routing.weights.to(scale.dtype).gather(1, slots) * scale
+        return rows, scale, *order
 
 
 def with_grad(y: Tensor, training: bool) -> Tensor:

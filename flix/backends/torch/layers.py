@@ -11,16 +11,15 @@ from torch import Tensor, nn
 
 from flix.backends.torch.kernels.choice import require_triton, strategy_for
 from flix.backends.torch.kernels.operators import routed_linear
-from flix.backends.torch.kernels.routes import routes
+from flix.backends.torch.kernels.routes import used
 from flix.backends.torch.layer import FlixLayer, with_grad
-from flix.backends.torch.parameters import BANK, Bank, Values, packed
+from flix.backends.torch.parameters import BANK, Bank, Values
 from flix.backends.torch.placing import Placed
 from flix.backends.torch.routing import ActiveRouting, AnyRouting, TracedRouting, current
 from flix.backends.torch.scaled import is_scaled_embedding, scaled
 from flix.backends.torch.state import FlixState
-from flix.backends.torch.sums import RoutedLinear, traced_linear
+from flix.backends.torch.sums import RoutedLinear, mask, traced_linear
 from flix.backends.torch.tokens import Token
-from flix.core.adapter.adapter import LayerShape
 from flix.core.adapter.flat import flat_layout
 from flix.core.adapter.initial import initial_pairs
 from flix.core.config.config import FlixConfig
@@ -49,9 +48,6 @@ class FlixLinear(FlixLayer, nn.Linear):
         ConfigError: an unknown strategy, or ``"fused"`` without Triton.
     """
 
-    # Whether the kernel is stored [d_in, d_out], as transformers' Conv1D has it, or [d_out, d_in].
-    flix_transposed = False
-
     def __init__(
         self,
         in_features: int,
@@ -67,14 +63,6 @@ class FlixLinear(FlixLayer, nn.Linear):
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self.flix_base = nn.Linear
         _hold_bank(self, config, name, strategy)
-
-    @property
-    def d_in(self) -> int:
-        return int(self.weight.shape[0 if self.flix_transposed else 1])
-
-    @property
-    def d_out(self) -> int:
-        return int(self.weight.shape[1 if self.flix_transposed else 0])
 
     def _base(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         if not self.flix_transposed:
@@ -191,20 +179,15 @@ class FlixLinear(FlixLayer, nn.Linear):
         most = width * max(layout.ranks)
         strategy = strategy_for(self.flix_strategy, x, rows=most, union=None)
         a, b = self._traced_pairs(routing)
+        grouped = strategy == "fused" and torch.is_grad_enabled()
+        rows, scale, *order = self._traced_slots(routing, x.dtype == torch.float64, grouped)
         if strategy != "fused" and x.device.type != "cpu":
             # No kernels here, and reading the ids on the host would stall the device.
-            rows, scale = self._traced_rows(x, routing)
-            base = self._base(x, kernel, bias)
-            bank_a, bank_b = torch.cat(a).to(x.dtype), torch.cat(b).to(x.dtype)
-            return traced_linear(x, base, scale.to(x.dtype), rows, bank_a, bank_b, strategy)
-        grouped = strategy == "fused" and torch.is_grad_enabled()
-        rows, slots, scale, order, starts = routes(
-            routing.flat, layout.ranks, layout.scales, x.dtype == torch.float64, grouped
-        )
-        if routing.weights is not None:
-            scale = routing.weights.to(scale.dtype).gather(1, slots) * scale
+            base, dtype = self._base(x, kernel, bias), x.dtype
+            a, b = torch.cat(a).to(dtype), torch.cat(b).to(dtype)
+            return traced_linear(x, base, scale.to(dtype), used(rows), a, b, strategy)
         straight = kernel if self.flix_transposed else kernel.t()
-        y: Tensor = routed_linear(x, straight, bias, scale, rows, order, starts, a, b, strategy)[0]
+        y: Tensor = routed_linear(x, straight, bias, scale, rows, *order, a, b, strategy)[0]
         return y
 
 
@@ -231,7 +214,7 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
         kwargs: nn.Embedding's (``padding_idx``, ``device``, ``dtype``).
     """
 
-    flix_kind = "embedding"
+    flix_kind, flix_transposed = "embedding", True
 
     def __init__(
         self,
@@ -250,14 +233,6 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
             )
         self.flix_base = nn.Embedding
         _hold_bank(self, config, name, strategy)
-
-    @property
-    def d_in(self) -> int:
-        return int(self.weight.shape[0])
-
-    @property
-    def d_out(self) -> int:
-        return int(self.weight.shape[1])
 
     def forward(self, x: Tensor, flix_features: Any = None, flix_weights: Any = None) -> Tensor:  # type: ignore[override]
         """The adapted lookup: token ids ``[B, ...]`` to ``[B, ..., d_out]``; otherwise as FlixLinear's."""
@@ -301,11 +276,10 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
         pairs = self._traced_pairs(routing)
         if not pairs[0]:
             return tokens.new_zeros(*tokens.shape, self.d_out, dtype=dtype)
-        rows, scale = self._traced_rows(self.weight, routing)
+        rows, scale, *_ = self._traced_slots(routing, self.weight.dtype == torch.float64)
         a, b = torch.cat(pairs[0]).to(dtype), torch.cat(pairs[1]).to(dtype)
-        mask = torch.zeros(scale.shape[0], a.shape[0], dtype=scale.dtype, device=scale.device)
-        mask = mask.scatter_add(1, rows, scale).to(dtype)
-        h = F.embedding(tokens, a.t()) * mask[:, None, :]
+        factor = mask(scale, used(rows), a.shape[0]).to(dtype)
+        h = F.embedding(tokens, a.t()) * factor[:, None, :]
         return torch.matmul(h, b)
 
 
@@ -337,8 +311,8 @@ def adaptable(module: nn.Module) -> tuple[type[FlixLayer] | None, str]:
     return None, ""
 
 
-def become(module: nn.Module, name: str, place: int, state: FlixState) -> FlixLayer:
-    """Turn a plain layer into its adapted class, in place: references, hooks and sharing stay as they are.
+def target_of(module: nn.Module, name: str) -> type[FlixLayer]:
+    """The class that a plain layer becomes.
 
     Raises:
         TargetError: it cannot be adapted.
@@ -346,8 +320,16 @@ def become(module: nn.Module, name: str, place: int, state: FlixState) -> FlixLa
     target, reason = adaptable(module)
     if target is None:
         raise TargetError(f"layer {name!r} cannot be adapted: {reason or type(module).__name__}")
-    base = type(module)
-    module.__class__ = target  # type: ignore[assignment]
+    return target
+
+
+def become(module: nn.Module, name: str, place: int, state: FlixState) -> FlixLayer:
+    """Turn a plain layer into its adapted class, in place: references, hooks and sharing stay as they are.
+
+    Raises:
+        TargetError: it cannot be adapted.
+    """
+    base, module.__class__ = type(module), target_of(module, name)  # type: ignore[assignment]
     assert isinstance(module, FlixLayer)
     _carry(module, name, place, state, base)
     return module
@@ -371,17 +353,14 @@ def _hold_bank(layer: FlixLayer, config: FlixConfig, name: str, strategy: str) -
     require_triton(strategy)
     layer.requires_grad_(False)
     kernel: Tensor = layer.weight  # type: ignore[assignment]
-    shape = LayerShape(layer.d_in, layer.d_out, layer.flix_kind)
-    layout, registry = flat_layout(config, {name: shape}), config.registry
-    bank = Bank(registry.features, layout).to(kernel.device)
+    shape, registry = layer.shape_of(layer), config.registry
+    bank = Bank(registry.features, flat_layout(config, {name: shape})).to(kernel.device)
     ranks = {feature: config.rank(name, feature) for feature in registry.live}
     pairs = initial_pairs(
         seed=config.seed, layer=name, ranks=ranks, d_in=shape.d_in, d_out=shape.d_out
     )
     dtype = torch.float64 if kernel.dtype == torch.float64 else torch.float32
-    vectors = packed(layout, registry.features, [(name, pairs)], registry.live, dtype)
-    for feature, vector in vectors.items():
-        bank.hold(feature, nn.Parameter(torch.from_numpy(vector).to(kernel.device)))
+    bank.receive([(name, pairs)], registry.live, dtype, kernel.device)
     _carry(layer, name, 0, FlixState(config, bank, strategy), layer.flix_base)
     layer._modules[BANK] = bank
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,28 +116,23 @@ class Bank(nn.Module):
         with torch.no_grad():
             self._parameters[parameter_key(feature)].copy_(torch.from_numpy(vector))  # type: ignore[union-attr]
 
+    def receive(
+        self,
+        pairs: Iterable[tuple[str, Mapping[Feature, Pair]]],
+        chosen: Collection[Feature],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Give some features parameters, of their pairs by layer; others are not looked at."""
+        wide = np.float64 if dtype == torch.float64 else np.float32
+        for i, vector in self.layout.packed(self.ids, pairs, chosen, wide).items():
+            value = torch.from_numpy(vector).to(device, dtype)
+            self.hold(self.features[i], nn.Parameter(value))
+
 
 def whole(value: Tensor) -> Tensor:
     """A tensor gathered, if it is sharded."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
-def packed(
-    layout: FlatLayout,
-    features: Sequence[Feature],
-    pairs: Iterable[tuple[str, Mapping[Feature, Pair]]],
-    chosen: Iterable[Feature],
-    dtype: torch.dtype,
-) -> dict[Feature, NDArray[Any]]:
-    """The vectors of some features, of pairs by layer and feature; those without an update anywhere are left out."""
-    ids = {feature: i for i, feature in enumerate(features)}
-    wide = np.float64 if dtype == torch.float64 else np.float32
-    made = {f: np.empty(layout.length(ids[f]), wide) for f in chosen if layout.length(ids[f])}
-    for path, layer in pairs:
-        for feature, pair in layer.items():
-            if feature in made:
-                layout.put(made[feature], ids[feature], path, pair)
-    return made
 
 
 class InForce:

@@ -10,7 +10,7 @@ from torch import nn
 
 from flix.backends.protocol import Counts, Pairs, Values
 from flix.backends.torch.adapt import attach as attach_features
-from flix.backends.torch.adapt import become_layers, shape_of
+from flix.backends.torch.adapt import become_layers
 from flix.backends.torch.adapt import layer_infos as layers
 from flix.backends.torch.heads import (
     base_parameters,
@@ -21,7 +21,7 @@ from flix.backends.torch.heads import (
 )
 from flix.backends.torch.layer import flix_layers
 from flix.backends.torch.merging import fold, merged, peft_facts, unfold
-from flix.backends.torch.parameters import Bank, packed
+from flix.backends.torch.parameters import Bank
 from flix.backends.torch.patches.models import RoutedModel
 from flix.backends.torch.state import FlixState
 from flix.core.adapter.adapter import LayerShape
@@ -58,7 +58,7 @@ def adapted(model: Any) -> FlixConfig | None:
 
 
 def shapes(model: Any) -> Mapping[str, LayerShape]:
-    return {path: shape_of(layer) for path, layer in flix_layers(model)}
+    return {path: layer.shape_of(layer) for path, layer in flix_layers(model)}
 
 
 def read(model: Any, features: Collection[Feature] | None = None) -> Pairs:
@@ -73,15 +73,14 @@ def read(model: Any, features: Collection[Feature] | None = None) -> Pairs:
 
 
 def write(model: M, pairs: Pairs) -> M:
-    bank, registry = _bank(model), _state(model).config.registry
-    by_feature: dict[Feature, dict[str, Any]] = {}
+    bank = _bank(model)
+    vectors: dict[Feature, Any] = {}
     for path, layer in pairs.items():
         for feature, pair in layer.items():
-            by_feature.setdefault(feature, {})[path] = pair
-    for feature, layers_ in by_feature.items():
-        vector = bank.array(feature).copy()
-        for path, pair in layers_.items():
-            bank.layout.put(vector, registry.id(*feature), path, pair)
+            if feature not in vectors:
+                vectors[feature] = bank.array(feature).copy()
+            bank.layout.put(vectors[feature], bank.ids[feature], path, pair)
+    for feature, vector in vectors.items():
         bank.fill(feature, vector)
     return model
 
@@ -93,26 +92,15 @@ def change(model: M, change: Change) -> M:
     """
     state, bank = _state(model), _bank(model)
     kept = {f: p for f, old in change.kept.items() if (p := bank.parameter(old)) is not None}
-    like = next(bank.parameters(), None)
+    like = next(bank.parameters(), torch.empty(0, dtype=torch.float32))
     sizes = dict(zip(bank.layout.places, bank.layout.shapes, strict=True))
     sizes |= become_layers(model, state, list(change.layers), len(sizes))  # type: ignore[arg-type]
-    features = change.config.registry.features
-    bank.arrange(features, flat_layout(change.config, sizes))
+    bank.arrange(change.config.registry.features, flat_layout(change.config, sizes))
     bank._parameters.clear()
     for feature, parameter in kept.items():
         bank.hold(feature, parameter)
-    dtype = torch.float32 if like is None else like.dtype
-    arriving: dict[str, dict[Feature, Any]] = {}
-    for feature, pairs in change.arriving.items():
-        for path, pair in pairs.items():
-            arriving.setdefault(path, {})[feature] = pair
-    for feature, vector in packed(
-        bank.layout, features, arriving.items(), change.arriving, dtype
-    ).items():
-        value = torch.from_numpy(vector).to(
-            device=None if like is None else like.device, dtype=dtype
-        )
-        bank.hold(feature, nn.Parameter(value))
+    arriving = ((path, change.pairs(path)) for path in sizes)
+    bank.receive(arriving, change.arriving, like.dtype, like.device)
     state.config = change.config
     state.forget()
     return model

@@ -7,10 +7,11 @@ contiguous, and layers that join later come after the others: the vectors of fea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from flix.core.adapter.adapter import LayerShape, Pair
 from flix.core.config.config import FlixConfig
 from flix.core.config.layout import LayerLayout
+from flix.core.features.names import Feature
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +73,23 @@ class FlatLayout:
         """Write a feature's pair of a layer into its vector."""
         a, b = self.views(vector, feature, self.places[path])
         a[...], b[...] = pair
+
+    def packed(
+        self,
+        ids: Mapping[Feature, int],
+        pairs: Iterable[tuple[str, Mapping[Feature, Pair]]],
+        chosen: Iterable[Feature],
+        dtype: type[np.floating[Any]],
+    ) -> dict[int, NDArray[Any]]:
+        """The vectors of some features, by id, of pairs by layer and feature; without those that have no update."""
+        made = {
+            i: np.empty(n, dtype) for i in map(ids.__getitem__, chosen) if (n := self.length(i))
+        }
+        for path, layer in pairs:
+            for feature, pair in layer.items():
+                if ids[feature] in made:
+                    self.put(made[ids[feature]], ids[feature], path, pair)
+        return made
 
     def views(self, vector: NDArray[np.generic], feature: int, place: int) -> Pair:
         """A ``[r, d_in]`` and B ``[d_out, r]`` of a layer, as views of a feature's vector."""

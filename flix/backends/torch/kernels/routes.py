@@ -86,6 +86,11 @@ def group(rows: Tensor, bank: int) -> tuple[Tensor, Tensor]:
     return order.to(_INT), torch.searchsorted(found, edges).to(_INT)
 
 
+def used(rows: Tensor) -> Tensor:
+    """Rows to index a bank with: that of an unused slot is 0, where its factor of 0 makes nothing of it."""
+    return rows.clamp(min=0).to(torch.int64)
+
+
 @routes.register_fake
 def _(
     ids: Tensor, ranks: Sequence[int], scales: Sequence[float], wide: bool, grouped: bool
