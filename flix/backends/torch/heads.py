@@ -15,15 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flix.backends import messages
 from flix.backends.torch.layer import flix_layers
 from flix.backends.torch.parameters import BANK, whole
-from flix.backends.torch.patches.models import RoutedModel
+from flix.backends.torch.patches.models import state_of
 from flix.core.adapter.adapter import Rename
-from flix.core.errors import AdapterError, near
+from flix.core.adapter.heads import HEADS_FILE, check_heads, modules_of_heads, renamed
+from flix.core.errors import AdapterError
 from flix.core.files import Path_, write_file
-
-HEADS_FILE = "trained.safetensors"
 
 
 def trained_heads(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -36,9 +34,7 @@ def trained_heads(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         TargetError: the model is not adapted.
     """
-    if not isinstance(model, RoutedModel):
-        raise messages.not_adapted("trained_heads", model)
-    known = set(model.flix_state.heads)
+    known = set(state_of("trained_heads", model).heads)
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for name, parameter in base_parameters(model):
@@ -73,7 +69,7 @@ def save_heads(model: nn.Module, folder: Path_) -> None:
     from safetensors.torch import save
 
     heads = trained_heads(model)
-    model.flix_state.heads = tuple(heads)  # type: ignore[union-attr]
+    state_of("save", model).heads = tuple(heads)
     place = Path(folder)
     if not heads:
         remove_heads(folder)
@@ -104,22 +100,8 @@ def read_heads(model: nn.Module, folder: Path_, rename: Rename) -> dict[str, Ten
         found = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{str(path)!r} is damaged (truncated or altered): {error}") from error
-    parameters = dict(base_parameters(model))
-    heads = {}
-    for old, value in found.items():
-        name = _renamed(old, rename)
-        if name not in parameters:
-            raise AdapterError(
-                f"{str(path)!r} holds the trained parameter {name!r}, which this "
-                f"{type(model).__name__} does not have{near(name, parameters)}; load it into a model "
-                "with the same head, or remove the file to do without"
-            )
-        if parameters[name].shape != value.shape:
-            raise AdapterError(
-                f"{str(path)!r}: the trained parameter {name!r} has the shape {list(value.shape)}, "
-                f"but this {type(model).__name__}'s has {list(parameters[name].shape)}"
-            )
-        heads[name] = value
+    heads = {renamed(name, rename): value for name, value in found.items()}
+    check_heads(path, heads, dict(base_parameters(model)), type(model).__name__)
     return heads
 
 
@@ -133,17 +115,9 @@ def put_heads(model: nn.Module, heads: dict[str, Tensor]) -> None:
             parameters[name].copy_(value)
             parameters[name].requires_grad_(True)
     put = {id(parameters[name]) for name in heads}
-    state = model.flix_state
+    state = state_of("load", model)
     names = (name for name, p in parameters.items() if id(p) in put)
-    state.heads = tuple({*state.heads, *names})  # type: ignore[union-attr, misc]
-
-
-def _renamed(name: str, rename: Rename) -> str:
-    """A parameter's name with its module's path translated."""
-    module, dot, own = name.rpartition(".")
-    if rename is None or not dot:
-        return name
-    return f"{rename(module) if callable(rename) else rename.get(module, module)}.{own}"
+    state.heads = tuple({*state.heads, *names})
 
 
 def on_host(parameter: Tensor) -> Tensor:
@@ -154,47 +128,18 @@ def on_host(parameter: Tensor) -> Tensor:
 def whole_modules(model: nn.Module) -> dict[str, dict[str, NDArray[np.float32]]]:
     """The modules that hold a model's trained heads, and all that is in them, as PEFT has them (``modules_to_save``).
 
-    A module as far up as all its parameters are trained, as users name heads (``classifier``).
-
     Returns:
         The values of each module's state, by the module's path and by their names inside it.
 
     Raises:
-        AdapterError: a trained parameter that no such module holds: it belongs to the model itself or to an adapted
-            layer, or other modules share it.
+        AdapterError: a trained parameter that no such module holds.
     """
-    heads = trained_heads(model)
-    owners: dict[int, set[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), set()).add(path)
+    parameters = {name: id(parameter) for name, parameter in base_parameters(model)}
     adapted = [path for path, _ in flix_layers(model)]
-    found: dict[str, dict[str, NDArray[np.float32]]] = {}
-    for name, parameter in heads.items():
-        path = _module_of(model, name, set(heads))
-        inside = path + "."
-        if not path:
-            why = "it belongs to no module but the model"
-        elif any(layer == path or layer.startswith(inside) for layer in adapted):
-            why = f"its module {path!r} is adapted"
-        elif any(p != path and not p.startswith(inside) for p in owners[id(parameter)]):
-            why = "other modules share it"
-        else:
-            state = model.get_submodule(path).state_dict()
-            found[path] = {key: on_host(value).float().numpy() for key, value in state.items()}
-            continue
-        raise AdapterError(
-            f"PEFT's format cannot hold the trained parameter {name!r}: {why}; merge the composition instead"
-        )
-    return found
-
-
-def _module_of(model: nn.Module, name: str, heads: set[str]) -> str:
-    path = name.rpartition(".")[0]
-    while above := path.rpartition(".")[0]:
-        inside = model.get_submodule(above).named_parameters()
-        if any(f"{above}.{own}" not in heads for own, _ in inside):
-            break
-        path = above
-    return path
+    return {
+        path: {
+            name: on_host(value).float().numpy()
+            for name, value in model.get_submodule(path).state_dict().items()
+        }
+        for path in modules_of_heads(trained_heads(model), parameters, adapted)
+    }

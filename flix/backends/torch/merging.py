@@ -13,11 +13,11 @@ from flix.backends import messages
 from flix.backends.protocol import Updates
 from flix.backends.torch.adapt import unadapt
 from flix.backends.torch.heads import whole_modules
-from flix.backends.torch.layer import FlixLayer, flix_layers
+from flix.backends.torch.layer import flix_layers
 from flix.backends.torch.layers import FlixConv1D
 from flix.backends.torch.patches.models import RoutedModel
 from flix.core.adapter.composition import Composition
-from flix.core.peft.exporting import PeftFacts
+from flix.core.peft.exporting import PeftFacts, suffixes
 
 Model = TypeVar("Model")
 Torch = TypeVar("Torch", bound=nn.Module)
@@ -31,7 +31,7 @@ def merged(model: Model, active: Composition, update: Updates) -> Model:
     transformers' models would take for one of their many keywords (a forward pre-hook does; files do not hold it).
     """
     copied: Any = _copied(model)
-    straight = {path: _is_straight(layer) for path, layer in flix_layers(copied)}
+    straight = {path: layer.flix_transposed for path, layer in flix_layers(copied)}
     unadapt(copied)
     users: dict[int, int] = {}
     for module in copied.modules():
@@ -55,11 +55,6 @@ def merged(model: Model, active: Composition, update: Updates) -> Model:
 def _copied(model: Any) -> Any:
     """A copy without the features' values, of which a composition needs few."""
     return copy.deepcopy(model, {id(p): p for p in model.flix_bank.parameters()})
-
-
-def _is_straight(layer: FlixLayer) -> bool:
-    """Whether a layer's kernel is stored ``[d_in, d_out]``."""
-    return isinstance(layer, FlixConv1D) or layer.flix_kind == "embedding"
 
 
 def _folded(kernel: nn.Parameter, update: Any, straight: bool) -> torch.Tensor:
@@ -139,7 +134,7 @@ def fold(model: nn.Module, row: Mapping[str, Any], update: Updates) -> None:
         kernel: nn.Parameter = layer.weight  # type: ignore[assignment]
         # Another parameter, not other values: kernels that are tied to this one stay the base's.
         vars(layer)["flix_kernel"] = kernel
-        value = _folded(kernel, update(path), _is_straight(layer))
+        value = _folded(kernel, update(path), layer.flix_transposed)
         layer.weight = nn.Parameter(value, requires_grad=False)
     model.flix_state.folded = dict(row)  # type: ignore[union-attr]
 
@@ -156,38 +151,13 @@ def unfold(model: nn.Module) -> None:
 def peft_facts(model: nn.Module) -> PeftFacts:
     """What PEFT's and vLLM's files say of an adapted model."""
     settings = getattr(model, "config", None)
+    layers = dict(flix_layers(model))
     return PeftFacts(
-        target_modules=_suffixes(model),
+        target_modules=suffixes(layers, [path for path, _ in model.named_modules()]),
         architecture=type(model).__name__,
         modules=whole_modules(model),
-        fan_in_fan_out=any(isinstance(layer, FlixConv1D) for _, layer in flix_layers(model)),
+        fan_in_fan_out=any(isinstance(layer, FlixConv1D) for layer in layers.values()),
         base_model=getattr(settings, "name_or_path", None) or None,
-        task_type=_task_type(model),
         encoder_decoder=bool(getattr(settings, "is_encoder_decoder", False)),
         vocabulary=getattr(settings, "vocab_size", None),
     )
-
-
-def _suffixes(model: nn.Module) -> list[str]:
-    """The adapted layers as PEFT's target list: last components where they are exact, as servers want them."""
-    adapted = {path for path, _ in flix_layers(model)}
-    others = {path for path, _ in model.named_modules()} - adapted
-    plain = {path.rsplit(".", 1)[-1] for path in others}
-    tails = {path.rsplit(".", 1)[-1] for path in adapted}
-    full = [path for path in adapted if path.rsplit(".", 1)[-1] in plain]
-    return sorted({tail for tail in tails if tail not in plain}) + sorted(full)
-
-
-def _task_type(model: nn.Module) -> str | None:
-    name = type(model).__name__
-    for ending, task in (
-        ("ForCausalLM", "CAUSAL_LM"),
-        ("LMHeadModel", "CAUSAL_LM"),
-        ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
-        ("ForSequenceClassification", "SEQ_CLS"),
-        ("ForTokenClassification", "TOKEN_CLS"),
-        ("ForQuestionAnswering", "QUESTION_ANS"),
-    ):
-        if name.endswith(ending):
-            return task
-    return None

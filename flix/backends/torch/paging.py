@@ -18,12 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flix.backends import messages
 from flix.backends.torch.layer import flix_layers
 from flix.backends.torch.parameters import Bank
-from flix.backends.torch.patches.models import RoutedModel
+from flix.backends.torch.patches.models import state_of
 from flix.backends.torch.routing import host_ids
-from flix.backends.torch.state import FlixState
 from flix.core.errors import ConfigError, listed
 from flix.core.features.routing import Routing
 
@@ -154,7 +152,7 @@ def page(model: nn.Module, budget: int, *, device: Any = None) -> Pager:
         TargetError: the model is not adapted.
         ConfigError: a budget below 1, or parameters that are sharded.
     """
-    state = _state(model, "page")
+    state = state_of("page", model)
     if budget < 1:
         raise ConfigError(f"page() needs a budget of at least one byte, got {budget}")
     where = _base_device(model) if device is None else torch.device(device)
@@ -174,16 +172,10 @@ def unpage(model: nn.Module) -> None:
     Raises:
         TargetError: the model is not adapted.
     """
-    state = _state(model, "unpage")
+    state = state_of("unpage", model)
     state.pager = None
     for parameter in state.bank.parameters():
         parameter.data = parameter.data.to(_base_device(model))
-
-
-def _state(model: nn.Module, verb: str) -> FlixState:
-    if not isinstance(model, RoutedModel):
-        raise messages.not_adapted(verb, model)
-    return model.flix_state
 
 
 def _base_device(model: nn.Module) -> torch.device:

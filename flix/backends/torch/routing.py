@@ -88,21 +88,20 @@ class ActiveRouting:
     def unlike(self) -> int | None:
         """The first row that differs from row 0, or None."""
         if self._unlike == -1:
-            weights = None
-            if self.weights is not None:
-                weights = self.weights.detach().float().cpu().numpy().reshape(self.flat.shape)
-            self._unlike = first_unlike(self.flat, weights)
+            self._unlike = first_unlike(self.flat, self._host_weights())
         return self._unlike
 
     def compositions(self) -> Compositions:
         """The rows that are alike."""
         if self._compositions is None:
-            weights = None
-            if self.weights is not None:
-                host = self.weights.detach().float().cpu().numpy()
-                weights = np.ascontiguousarray(host.reshape(self.flat.shape))
-            self._compositions = compositions(self.flat, weights)
+            self._compositions = compositions(self.flat, self._host_weights())
         return self._compositions
+
+    def _host_weights(self) -> np.ndarray[Any, Any] | None:
+        if self.weights is None:
+            return None
+        host = self.weights.detach().float().cpu().numpy()
+        return np.ascontiguousarray(host.reshape(self.flat.shape))
 
     def placed(self, layout: LayerLayout, device: torch.device, dtype: torch.dtype) -> Placed:
         """The rows on the ranks of one layout."""

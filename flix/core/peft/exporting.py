@@ -7,7 +7,7 @@ The names and rules are PEFT's (checked against 0.21): keys ``base_model.model.<
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class PeftFacts:
         target_modules: the adapted layers as PEFT's suffixes.
         architecture: the model's class.
         modules: whole modules that were trained beside the features: state by path.
-        fan_in_fan_out, base_model, task_type: PEFT's.
+        fan_in_fan_out, base_model: PEFT's.
         encoder_decoder, vocabulary: what vLLM asks.
     """
 
@@ -41,9 +41,37 @@ class PeftFacts:
     modules: Mapping[str, Mapping[str, NDArray[np.float32]]]
     fan_in_fan_out: bool = False
     base_model: str | None = None
-    task_type: str | None = None
     encoder_decoder: bool = False
     vocabulary: int | None = None
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's name of what the model's class is for; None where it has none."""
+        tasks = (task for ending, task in _TASKS.items() if self.architecture.endswith(ending))
+        return next(tasks, None)
+
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def suffixes(adapted: Collection[str], modules: Collection[str]) -> list[str]:
+    """The adapted layers as PEFT's target list: last components where they are exact, as servers want them.
+
+    Args:
+        adapted: their paths.
+        modules: the paths of all modules.
+    """
+    plain = {path.rsplit(".", 1)[-1] for path in set(modules) - set(adapted)}
+    tails = {path: path.rsplit(".", 1)[-1] for path in adapted}
+    full = [path for path, tail in tails.items() if tail in plain]
+    return sorted(set(tails.values()) - plain) + sorted(full)
 
 
 @dataclass(frozen=True)

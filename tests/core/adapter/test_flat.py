@@ -78,3 +78,18 @@ def test_layers_of_equal_ranks_share_one_layout():
     assert layout.layouts[0] is layout.layouts[2] and layout.layouts[0] != layout.layouts[1]
     equal = flat_layout(config(ranks=2, rank_pattern={}), SHAPES).sizes
     assert all(sizes is equal[0] for sizes in equal)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_chosen_features_are_packed_layer_by_layer(dtype):
+    layout, swa = flat_layout(config(), SHAPES), REGISTRY.id("language", "swa")
+    ids = {feature: i for i, feature in enumerate(REGISTRY.features)}
+    vector = np.arange(layout.length(swa), dtype=dtype)
+    hau = np.zeros(layout.length(ids["language", "hau"]))
+    pairs = {
+        path: {("language", "swa"): pair, ("language", "hau"): layout.views(hau, 0, place)}
+        for place, (path, pair) in enumerate(layout.pairs(vector, swa).items())
+    }
+    found = layout.packed(ids, pairs.items(), [("language", "swa"), ("language", "yor")], dtype)
+    assert list(found) == [swa] and found[swa].dtype == dtype
+    assert np.array_equal(found[swa], vector)

@@ -8,7 +8,7 @@ import pytest
 from flix import Adapter, AdapterError, FeatureRegistry, FlixConfig
 from flix.core.adapter.adapter import LayerShape, expected_tensors
 from flix.core.adapter.composition import composition, delta
-from flix.core.peft.exporting import as_peft, write_peft
+from flix.core.peft.exporting import PeftFacts, as_peft, suffixes, write_peft
 
 REGISTRY = FeatureRegistry({"language": ["hau", "swa"], "task": ["n.e.r", "ñ ü"]})
 LAYERS = {"a.q": LayerShape(5, 3), "emb": LayerShape(7, 4, "embedding")}
@@ -35,3 +35,22 @@ def test_peft_form_pads_to_one_rank_and_is_exact(tmp_path):
     assert report.max_lora_rank == 8 and "got emb" in report.message  # no name that vLLM knows
     with pytest.raises(AdapterError, match="language:swa have rank 0 in every layer"):
         as_peft(original, ((("language", "swa"), 1.0),))
+
+
+def test_layers_are_named_by_their_last_part_where_it_is_exact():
+    modules = ["", "a", "a.q", "a.v", "b", "b.q", "b.v", "b.out"]
+    assert suffixes(["a.q", "b.q", "b.out"], modules) == ["out", "q"]
+    assert suffixes(["a.q", "b.q", "b.v"], modules) == ["q", "b.v"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [
+        ("LlamaForCausalLM", "CAUSAL_LM"),
+        ("T5ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+        ("BertForTokenClassification", "TOKEN_CLS"),
+        ("BertModel", None),
+    ],
+)
+def test_the_task_follows_from_the_model_s_class(architecture, task):
+    assert PeftFacts([], architecture, {}).task_type == task

@@ -48,6 +48,17 @@ class RoutedModel:
         return made
 
 
+def state_of(verb: str, model: Any) -> FlixState:
+    """What an adapted model carries.
+
+    Raises:
+        TargetError: the model is not adapted, which ``verb`` needs.
+    """
+    if not isinstance(model, RoutedModel):
+        raise messages.not_adapted(verb, model)
+    return model.flix_state
+
+
 def _new_routed(base: type[nn.Module], *args: Any) -> Any:
     cls = routed_class(base)
     return cls.__new__(cls, *args)
