@@ -62,6 +62,7 @@ class FlixLayer(nn.Module):
     flix_state: FlixState
     flix_strategy: str
     flix_base: type[nn.Module]
+    weight: Tensor
 
     # Whether the kernel is stored [d_in, d_out], as transformers' Conv1D and embeddings have it, or [d_out, d_in].
     flix_transposed = False
@@ -76,12 +77,12 @@ class FlixLayer(nn.Module):
     @property
     def d_in(self) -> int:
         """Input size; of an embedding, the vocabulary's."""
-        return int(self.weight.shape[0 if self.flix_transposed else 1])  # type: ignore[union-attr]
+        return int(self.weight.shape[0 if self.flix_transposed else 1])
 
     @property
     def d_out(self) -> int:
         """Output size."""
-        return int(self.weight.shape[1 if self.flix_transposed else 0])  # type: ignore[union-attr]
+        return int(self.weight.shape[1 if self.flix_transposed else 0])
 
     @property
     def flix_config(self) -> FlixConfig:

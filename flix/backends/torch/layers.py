@@ -184,8 +184,9 @@ class FlixLinear(FlixLayer, nn.Linear):
         if strategy != "fused" and x.device.type != "cpu":
             # No kernels here, and reading the ids on the host would stall the device.
             base, dtype = self._base(x, kernel, bias), x.dtype
-            a, b = torch.cat(a).to(dtype), torch.cat(b).to(dtype)
-            return traced_linear(x, base, scale.to(dtype), used(rows), a, b, strategy)
+            bank_a, bank_b = torch.cat(a).to(dtype), torch.cat(b).to(dtype)
+            scale, rows = scale.to(dtype), used(rows)
+            return traced_linear(x, base, scale, rows, bank_a, bank_b, strategy)
         straight = kernel if self.flix_transposed else kernel.t()
         y: Tensor = routed_linear(x, straight, bias, scale, rows, *order, a, b, strategy)[0]
         return y
