@@ -209,20 +209,16 @@ class Spread(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         _refuse_changed(ctx)
-        pieces: list[list[Tensor | int]] = [[] for _ in ctx.sizes]
+        count = len(ctx.sizes)
+        pieces: list[Tensor | int] = []  # A of each feature, B of each, layer by layer
         for place, grad in enumerate(grads):
             side = 2 * place
-            if grad is None:
-                for mine, sizes in zip(pieces, ctx.sizes, strict=True):
-                    mine.append(sizes[side] + sizes[side + 1])
-                continue
-            parts = grad.split_with_sizes([s[k] for k in (side, side + 1) for s in ctx.sizes])
-            for mine, a, b in zip(pieces, parts, parts[len(pieces) :], strict=False):
-                mine += (a, b)
+            lengths = [sizes[k] for k in (side, side + 1) for sizes in ctx.sizes]
+            pieces += lengths if grad is None else grad.split_with_sizes(lengths)
         found = (
-            _joined(mine).to(device) if needed else None
-            for mine, device, needed in zip(
-                pieces, ctx.devices, ctx.needs_input_grad[3:], strict=True
+            _joined(pieces[i::count]).to(device) if needed else None
+            for i, (device, needed) in enumerate(
+                zip(ctx.devices, ctx.needs_input_grad[3:], strict=True)
             )
         )
         return (None, None, None, *found)
@@ -230,6 +226,8 @@ class Spread(torch.autograd.Function):
 
 def _joined(pieces: Sequence[Tensor | int]) -> Tensor:
     """One tensor of many; numbers stand for that many zeros."""
+    if all(type(piece) is Tensor for piece in pieces):
+        return torch.cat(pieces)  # type: ignore[arg-type]
     like = next(piece for piece in pieces if not isinstance(piece, int))
     made: list[Tensor] = []
     for missing, group in itertools.groupby(pieces, lambda piece: isinstance(piece, int)):
