@@ -126,11 +126,10 @@ class JaxHarness:
             jnp.asarray(dy, batch.dtype),
             layer.flix_strategy,
         )
-        a, b = np.asarray(bank.A), np.asarray(bank.B)
         return {
             "x": None if dx is None else np.asarray(dx).astype(np.float64),
             "weights": None if weights is None else np.asarray(weights),
-            "pairs": {feature: (a[rows], b[rows].T) for feature, rows in bank.spec.row_ranges()},
+            "pairs": bank.spec.pairs(np.asarray(bank.A), np.asarray(bank.B)),
             "base": None,  # not differentiated: the gradient is with respect to the bank
         }
 

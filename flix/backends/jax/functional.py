@@ -279,7 +279,7 @@ def scatter(bank: Bank, rows: Rows, present: Array) -> Bank:
 
 def pick_rows(table: Array, index: Array) -> Array:
     """Rows of a table; zeros for an index beyond it."""
-    return left_to_compiler(sums.take_rows, table, table, index)  # type: ignore[no-any-return]
+    return left_to_compiler(fused.take_rows, table, table, index)  # type: ignore[no-any-return]
 
 
 def put_rows(table: Array, index: Array, rows: Array) -> Array:

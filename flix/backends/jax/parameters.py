@@ -8,9 +8,9 @@ features are registered. Ranks, scales and names are metadata of the pytree: one
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Union
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,12 @@ from jax import Array
 from jax.sharding import NamedSharding
 from numpy.typing import NDArray
 
-from flix.core.adapter.adapter import LayerShape
-from flix.core.adapter.changes import Change
-from flix.core.adapter.initial import initial_pairs
+from flix.core.adapter.adapter import LayerShape, Sizes
+from flix.core.adapter.changes import Change, fresh_pairs
 from flix.core.config.config import FlixConfig
 from flix.core.config.layout import LayerLayout
-from flix.core.errors import ConfigError, TargetError
+from flix.core.errors import ConfigError
 from flix.core.features.registry import Feature, FeatureRegistry
-
-KINDS = ("linear", "embedding")
-Sizes = Union[LayerShape, Sequence[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,20 +61,20 @@ class LayerSpec:
     def __deepcopy__(self, memo: Any) -> LayerSpec:
         return self
 
-    @functools.cached_property
+    @property
     def ranks(self) -> NDArray[np.int32]:
         """int32 ``[F]``."""
-        return np.asarray(self.layout.ranks, np.int32)
+        return self.layout.lengths[:-1]
 
-    @functools.cached_property
+    @property
     def starts(self) -> NDArray[np.int32]:
         """The first row of each feature in the tables: int32 ``[F]``."""
-        return (np.cumsum(self.ranks) - self.ranks).astype(np.int32)
+        return self.layout.starts[:-1]
 
-    @functools.cached_property
+    @property
     def scales(self) -> NDArray[np.float64]:
         """s_f: float64 ``[F]``."""
-        return np.asarray(self.layout.scales, np.float64)
+        return self.layout.arrays()[1][:-1]
 
     @functools.cached_property
     def owners(self) -> NDArray[np.int32]:
@@ -95,31 +91,35 @@ class LayerSpec:
     @functools.cached_property
     def removed(self) -> NDArray[np.int32]:
         """Ids of features that were removed, which no routing may name: int32."""
-        features = self.registry.features
-        gone = [i for i, feature in enumerate(features) if feature in self.registry.removed]
-        return np.asarray(gone, np.int32)
+        return np.asarray(self.registry.removed_ids, np.int32)
 
     @property
     def rows(self) -> int:
         """P, the rows of the tables."""
-        return int(self.ranks.sum())
+        return self.layout.rows
 
     @property
     def widest(self) -> int:
         """The largest rank."""
-        return int(self.ranks.max(initial=0))
+        return self.layout.widest
 
     def row_range(self, feature: Feature) -> slice:
         """Where a feature's rows stand in the tables."""
-        i = self.registry.id(*feature)
-        return slice(int(self.starts[i]), int(self.starts[i] + self.ranks[i]))
+        return self.layout.span(self.registry.id(*feature))
 
     def row_ranges(self) -> Iterator[tuple[Feature, slice]]:
         """The same of every feature with an update in this layer."""
-        starts, ranks = self.starts.tolist(), self.layout.ranks
-        for feature, start, rank in zip(self.registry.features, starts, ranks, strict=True):
-            if rank:
-                yield feature, slice(start, start + rank)
+        for i, feature in enumerate(self.registry.features):
+            if self.layout.ranks[i]:
+                yield feature, self.layout.span(i)
+
+    def pairs(
+        self, a: Any, b: Any, features: Iterable[Feature] | None = None
+    ) -> dict[Feature, Any]:
+        """(A_f, B_f) of some features, by default of all, as slices of tables; without those of rank 0."""
+        registry = self.registry
+        ids = None if features is None else [registry.id(*feature) for feature in features]
+        return {registry.features[i]: pair for i, pair in self.layout.pairs(a, b, ids).items()}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["A", "B"], meta_fields=["spec"])
@@ -148,8 +148,8 @@ class LayerBank:
 
     def pairs(self) -> Iterator[tuple[Feature, Array, Array]]:
         """(feature, A_f, B_f) of every feature with an update in this layer."""
-        for feature, rows in self.spec.row_ranges():
-            yield feature, self.A[rows], self.B[rows].T
+        for feature, (a, b) in self.spec.pairs(self.A, self.B).items():
+            yield feature, a, b
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["A", "B"], meta_fields=["spec"])
@@ -176,29 +176,10 @@ def make_specs(
     config: FlixConfig, shapes: Mapping[str, LayerShape], frozen: frozenset[int] = frozenset()
 ) -> dict[str, LayerSpec]:
     """The specs of layers under a configuration; equal layouts are one object."""
-    layouts: dict[LayerLayout, LayerLayout] = {}
-    specs = {}
-    for path, shape in shapes.items():
-        layout = config.layout(path)
-        layout = layouts.setdefault(layout, layout)
-        specs[path] = LayerSpec(path, shape, layout, config.registry, frozen)
-    return specs
-
-
-def layer_shape(path: str, sizes: Sizes) -> LayerShape:
-    """Sizes as users give them, ``(d_in, d_out)`` or ``(d_in, d_out, "embedding")``."""
-    if isinstance(sizes, LayerShape):
-        return sizes
-    try:
-        d_in, d_out, *rest = sizes
-        kind = rest[0] if rest else "linear"
-        if len(rest) <= 1 and kind in KINDS and int(d_in) >= 0 and int(d_out) >= 0:
-            return LayerShape(int(d_in), int(d_out), kind)
-    except (TypeError, ValueError):
-        pass
-    raise TargetError(
-        f"layer {path!r}: sizes are (d_in, d_out) or (d_in, d_out, 'embedding'), got {sizes!r}"
-    )
+    return {
+        path: LayerSpec(path, shapes[path], layout, config.registry, frozen)
+        for path, layout in config.layouts(shapes).items()
+    }
 
 
 def init(config: FlixConfig, layers: Mapping[str, Sizes], *, dtype: Any = jnp.float32) -> Bank:
@@ -217,14 +198,11 @@ def init(config: FlixConfig, layers: Mapping[str, Sizes], *, dtype: Any = jnp.fl
     """
     if not isinstance(config, FlixConfig):
         raise ConfigError(f"init needs a FlixConfig, got {type(config).__name__}")
-    bank = {}
-    shapes = {path: layer_shape(path, sizes) for path, sizes in layers.items()}
-    for path, spec in make_specs(config, shapes).items():
-        ranks = dict(zip(spec.registry.features, spec.layout.ranks, strict=True))
-        d_in, d_out = spec.shape.d_in, spec.shape.d_out
-        pairs = initial_pairs(seed=config.seed, layer=path, ranks=ranks, d_in=d_in, d_out=d_out)
-        bank[path] = pack(spec, pairs, dtype)
-    return bank
+    shapes = {path: LayerShape.of(path, sizes) for path, sizes in layers.items()}
+    return {
+        path: pack(spec, fresh_pairs(config, path, spec.shape), dtype)
+        for path, spec in make_specs(config, shapes).items()
+    }
 
 
 def pack(
@@ -249,12 +227,8 @@ def pack(
     if before is not None and len(ids):
         old, new = np.isin(before.spec.owners, ids), np.isin(spec.owners, ids)
         a[new], b[new] = np.asarray(before.A)[old], np.asarray(before.B)[old]
-    stay = {*ids.tolist()}
-    for i, (feature, rows) in zip(
-        np.flatnonzero(spec.ranks).tolist(), spec.row_ranges(), strict=True
-    ):
-        if i not in stay:
-            a[rows], b[rows] = pairs[feature][0], np.asarray(pairs[feature][1]).T
+    features, fresh = spec.registry.features, {*np.flatnonzero(spec.ranks).tolist()} - {*kept}
+    spec.layout.put(a, b, {i: pairs[features[i]] for i in fresh})
     if before is None:
         return LayerBank(jnp.asarray(a), jnp.asarray(b), spec)
     return LayerBank(_placed(a, before.A), _placed(b, before.B), spec)

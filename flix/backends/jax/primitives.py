@@ -30,7 +30,7 @@ from flix.backends.jax.parameters import Bank, LayerBank, changed, pack
 from flix.backends.jax.patches.layers import become
 from flix.backends.jax.patches.model import RoutedModel
 from flix.backends.protocol import Counts, Pairs
-from flix.core.adapter.adapter import LayerShape, Pair
+from flix.core.adapter.adapter import LayerShape
 from flix.core.adapter.changes import Change
 from flix.core.config.config import FlixConfig
 from flix.core.config.targets import LayerInfo
@@ -83,14 +83,7 @@ def shapes(model: Any) -> dict[str, LayerShape]:
 def read(model: Any, features: Collection[Feature] | None = None) -> Pairs:
     bank = bank_of(model)
     tables = jax.device_get({path: (layer.A, layer.B) for path, layer in bank.items()})
-    found: dict[str, dict[Feature, Pair]] = {}
-    for path, layer in bank.items():
-        a, b = map(_wide, tables[path])
-        ranges = layer.spec.row_ranges()
-        if features is not None:
-            ranges = ((f, r) for f in features if (r := layer.spec.row_range(f)).stop > r.start)  # type: ignore[assignment]
-        found[path] = {feature: (a[rows], b[rows].T) for feature, rows in ranges}
-    return found
+    return {path: x.spec.pairs(*map(_wide, tables[path]), features) for path, x in bank.items()}
 
 
 def _wide(table: NDArray[Any]) -> NDArray[Any]:

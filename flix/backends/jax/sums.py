@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from flix.backends.jax.kernels import fused
 from flix.backends.jax.parameters import LayerSpec
-from flix.core.strategy.decide import Facts, decide
+from flix.core.strategy.decide import decide, facts_of
 
 _BATCH, _LENGTH = 16, 64
 
@@ -53,11 +53,6 @@ def row_index(spec: LayerSpec, present: Array, height: int | None = None) -> Arr
     rank = jnp.take(spec.ranks, present, mode="fill", fill_value=0)
     start = jnp.take(spec.starts, present, mode="fill", fill_value=0)
     return jnp.where(j < rank[:, None], start[:, None] + j, spec.rows).reshape(-1)
-
-
-def take_rows(table: Array, rows: Array) -> Array:
-    """Rows of a table; zeros where the index is beyond it."""
-    return jnp.take(table, rows, axis=0, mode="fill", fill_value=0)
 
 
 def _misplaced(ids: Array, spec: LayerSpec, present: Array | None) -> tuple[Array, Array]:
@@ -113,7 +108,7 @@ def make_slots(
         start = place * spec.widest
         end = present.shape[0] * spec.widest
     width = ids.shape[-1]
-    bound = int(np.sort(spec.ranks)[::-1][:width].sum())
+    bound = spec.layout.most(width)
     if bound <= 0.8 * width * spec.widest:
         rows, scale = _compact(ids, rank, start, factor, bound, end)
     else:
@@ -196,22 +191,15 @@ def strategy_for(
     if spec.shape.kind == "embedding":
         accelerated = False  # looked up, not multiplied: there is no product to fuse
         asked = "gather" if asked == "fused" else asked
-    rows = int(np.sort(spec.ranks)[::-1][:width].sum())
     # Sizes that are symbolic (jax.export) are taken for middling ones.
     count = count if isinstance(count, int) else _BATCH
     length = length if isinstance(length, int) else _LENGTH
     # One composition for all is two plain products, which XLA does best.
     suits = accelerated and spec.widest <= fused.WIDEST and count > 1
-    facts = Facts(
-        examples=count,
-        positions=length,
-        rows=rows,
-        union=min(spec.rows, count * rows),  # ids are not known where this is traced
-        device=f"jax-{jax.default_backend()}",
-        # What is asked for finds its kernels, or says why not, by itself.
-        lacks=None if suits or asked == "fused" else "arrays that the kernels suit",
-    )
-    return decide(asked, facts).strategy
+    # What is asked for finds its kernels, or says why not, by itself.
+    lacks = None if suits or asked == "fused" else "arrays that the kernels suit"
+    device = f"jax-{jax.default_backend()}"
+    return decide(asked, facts_of(spec.layout, width, count, length, device, lacks=lacks)).strategy
 
 
 def add_fused(
@@ -246,7 +234,7 @@ def add_fused(
     _, rank, factor = _factors(spec, ids, weights, space)
     place = jnp.where((rank > 0) & ~bad, place, present.shape[0]).astype(jnp.int32)
     tables = [
-        take_rows(table, index).reshape(present.shape[0] + 1, -1, table.shape[1])
+        fused.take_rows(table, index).reshape(present.shape[0] + 1, -1, table.shape[1])
         for table in (a, b)
     ]
     total: Array = fused.fused_sum(target, y, x, *tables, _poison(factor, bad), place)
@@ -294,15 +282,15 @@ def routed_sum(
         if present is None and union * spec.widest < spec.rows:
             present = touched(ids, len(spec.ranks))
             index = row_index(spec, present)
-            a, b = take_rows(a, index), take_rows(b, index)
+            a, b = fused.take_rows(a, index), fused.take_rows(b, index)
         factor = make_mask(spec, ids, weights, present, space)
     else:
         rows, factor = make_slots(spec, ids, weights, present, space)
         if strategy == "single":
             rows = rows[0]
-        b = take_rows(b, rows)
+        b = fused.take_rows(b, rows)
         if spec.shape.kind == "linear":
-            a = take_rows(a, rows)
+            a = fused.take_rows(a, rows)
     b = b.astype(dtype)
     if spec.shape.kind == "embedding":
         h = _looked_up(a, x, rows if strategy != "masked" else None)

@@ -23,7 +23,7 @@ from flix.backends.tensorflow.base import (
     trainable_flags,
 )
 from flix.backends.tensorflow.optimizers import keep_absent
-from flix.backends.tensorflow.parameters import FlixState, by_id, config_from, layouts_of
+from flix.backends.tensorflow.parameters import FlixState, by_id, config_from
 from flix.backends.tensorflow.patches import remat
 from flix.backends.tensorflow.patches.classes import become, plain
 from flix.backends.tensorflow.patches.saving import register
@@ -262,7 +262,7 @@ def attach_layers(
         TargetError: no such layer, or one that cannot be adapted.
     """
     state, layers = model.flix_state, dict(named_layers(model.base))
-    for path, layout in layouts_of(state.config, strategies).items():
+    for path, layout in state.config.layouts(strategies).items():
         if path not in layers:
             raise TargetError(f"the base model has no layer {path!r}")
         layer = layers[path]

@@ -10,6 +10,7 @@ import tensorflow as tf
 from flix.backends.tensorflow.layers import FlixLayer, adaptable
 from flix.backends.tensorflow.parameters import is_table
 from flix.backends.tensorflow.paths import named_layers
+from flix.core.adapter.adapter import LayerShape
 from flix.core.config.targets import LayerInfo, is_head
 
 INPUTS, FEATURES, WEIGHTS = "inputs", "flix_features", "flix_weights"
@@ -48,9 +49,8 @@ def layer_infos(base: Any) -> list[LayerInfo]:
     infos = []
     for path, layer in named_layers(base):
         target, reason = (type(layer), "") if isinstance(layer, FlixLayer) else adaptable(layer)
-        d_in, d_out = target.sizes_of(layer) if target else (0, 0)
-        kind = target.flix_kind if target else ""
-        infos.append(LayerInfo(path, kind, d_in, d_out, is_head(path), reason))
+        shape = target.shape_of(layer) if target else LayerShape(0, 0, "")
+        infos.append(LayerInfo(path, shape.kind, shape.d_in, shape.d_out, is_head(path), reason))
     return infos
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from flix.backends.tensorflow import keep_absent, primitives
 from flix.backends.tensorflow.adapt import FlixModel
+from flix.backends.tensorflow.parameters import kernel_of
 from flix.backends.tensorflow.paths import flix_layers
 
 if TYPE_CHECKING:
@@ -34,10 +35,6 @@ def _numpy(values: Any) -> NDArray[Any]:
 
 def _layer(model: Any, path: str) -> Any:
     return (model.base if isinstance(model, FlixModel) else model).get_layer(path)
-
-
-def _kernel(layer: Any) -> Any:
-    return layer._embeddings if isinstance(layer, keras.layers.Embedding) else layer._kernel
 
 
 class TensorFlowHarness:
@@ -84,7 +81,7 @@ class TensorFlowHarness:
             "weights": weights,
             "A": None if layer.flix_A is None else layer.flix_A.value,
             "B": None if layer.flix_B is None else layer.flix_B.value,
-            "base": _kernel(layer).value if _kernel(layer).trainable else None,
+            "base": kernel_of(layer).value if kernel_of(layer).trainable else None,
         }
         asked = {name: value for name, value in wanted.items() if value is not None}
         with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -129,7 +126,7 @@ class TensorFlowHarness:
 
     def kernel(self, model: Any, path: str) -> NDArray[Any]:
         """Of a plain or adapted model."""
-        return _numpy(_kernel(_layer(model, path)).value)
+        return _numpy(kernel_of(_layer(model, path)).value)
 
     def unfreeze(self, model: FlixModel, path: str) -> None:
         """As a user does with a head."""

@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 from flix.backends import messages
-from flix.backends.tensorflow.parameters import FlixState, Parameters, config_from, places_of
+from flix.backends.tensorflow.parameters import FlixState, Parameters, config_from
 from flix.backends.tensorflow.patches.saving import register
 from flix.backends.tensorflow.routing import CALL, ActiveRouting, current, make_routing
 from flix.backends.tensorflow.sums import routed_embedding, routed_linear
@@ -17,7 +17,7 @@ from flix.core.config.config import FlixConfig
 from flix.core.config.kernels import Form, LinearEinsum, linear_einsum
 from flix.core.errors import TargetError
 from flix.core.features.routing import fits
-from flix.core.strategy.decide import Facts, decide
+from flix.core.strategy.decide import decide, facts_of
 
 _MANY = 1 << 20
 """Stands for a size that is not known while a graph is traced."""
@@ -100,9 +100,9 @@ class FlixLayer(Parameters):
         """base, in its own shape, plus what the features make of x: rows N of S positions, or of S token ids."""
         placed = routing.placed(self.flix_layout, self.flix_A.dtype)
         tables = self.flix_A.value, self.flix_B.value
-        tokens = self.flix_kind == "embedding"
-        x = tf.reshape(tf.cast(x, tf.int32), rows) if tokens else tf.reshape(x, [*rows, self.d_in])
-        grouped = tf.reshape(base, [*rows, self.d_out])
+        tokens, shape = self.flix_kind == "embedding", self.layer_shape
+        x = tf.reshape(tf.cast(x, tf.int32), rows) if tokens else tf.reshape(x, [*rows, shape.d_in])
+        grouped = tf.reshape(base, [*rows, shape.d_out])
         routed = routed_embedding if tokens else routed_linear
         y = routed(x, grouped, placed, tables, strategy, self.flix_live)
         y = tf.reshape(y, tf.shape(base))
@@ -118,14 +118,8 @@ class FlixLayer(Parameters):
             positions = 1
         else:  # more than 1 where the model flattened its input
             positions = total // examples
-        most = places_of(self.flix_layout).most
-        rows = int(most[min(routing.ids.shape[-1] or len(most), len(most) - 1)])
-        facts = Facts(
-            examples=examples,
-            positions=positions,
-            rows=rows,
-            union=min(int(most[-1]), examples * rows),  # ids are not known in a graph
-            device="tensorflow-cpu",
+        facts = facts_of(
+            self.flix_layout, routing.ids.shape[-1], examples, positions, "tensorflow-cpu"
         )
         strategy = decide(self.flix_strategy, facts).strategy
         if strategy == "single" and routing.unlike is not None:
@@ -187,11 +181,6 @@ class FlixDense(FlixLayer, layers.Dense):  # type: ignore[misc]
 
     flix_base = layers.Dense
 
-    @staticmethod
-    def sizes_of(layer: Any) -> tuple[int, int]:
-        """(d_in, d_out) of a Dense layer, adapted or not."""
-        return int(layer._kernel.shape[0]), int(layer._kernel.shape[1])
-
     def _routed(self, inputs: Any, routing: ActiveRouting) -> Any:
         x, rows, strategy = self._grouped(inputs, routing, trailing=1)
         base = ops.matmul(x, self.kernel)
@@ -234,12 +223,6 @@ class FlixEinsumDense(FlixLayer, layers.EinsumDense):  # type: ignore[misc]
         found = getattr(layer, "flix_map", None) or linear_einsum(layer.equation)
         return found.form(tuple(layer._kernel.shape))  # type: ignore[no-any-return,union-attr]
 
-    @staticmethod
-    def sizes_of(layer: Any) -> tuple[int, int]:
-        """(d_in, d_out) of such a layer."""
-        form = FlixEinsumDense.form_of(layer)
-        return form.d_in, form.d_out
-
     def _routed(self, inputs: Any, routing: ActiveRouting) -> Any:
         form, rank = self.form_of(self), inputs.shape.rank
         positions = rank - len(form.contracted)
@@ -266,11 +249,6 @@ class FlixEmbedding(FlixLayer, layers.Embedding):  # type: ignore[misc]
 
     flix_kind = "embedding"
     flix_base = layers.Embedding
-
-    @staticmethod
-    def sizes_of(layer: Any) -> tuple[int, int]:
-        """(vocabulary, d_out) of an Embedding layer, adapted or not."""
-        return int(layer.input_dim), int(layer.output_dim)
 
     def _routed(self, inputs: Any, routing: ActiveRouting) -> Any:
         x, rows, strategy = self._grouped(inputs, routing, trailing=0)

@@ -11,8 +11,7 @@ import numpy as np
 from flix.backends.protocol import Updates
 from flix.backends.tensorflow.adapt import FlixModel
 from flix.backends.tensorflow.base import set_trainable_flags
-from flix.backends.tensorflow.layers import FlixEinsumDense
-from flix.backends.tensorflow.parameters import is_table
+from flix.backends.tensorflow.parameters import is_table, kernel_of
 from flix.backends.tensorflow.patches.classes import plain
 from flix.backends.tensorflow.paths import flix_layers, named_layers
 from flix.core.adapter.composition import Composition
@@ -31,12 +30,9 @@ def merged(model: Any, active: Composition, update: Updates) -> Any:
     merged = _copy(model)
     copies = dict(named_layers(merged))
     for path, layer in flix_layers(model.base):
-        copy, added = copies[path], update(path).T
-        kernel = copy._embeddings if layer.flix_kind == "embedding" else copy._kernel
-        value = kernel.numpy().astype(np.float64)
-        if isinstance(layer, FlixEinsumDense):
-            added = layer.form_of(layer).unflatten(added)
-        kernel.assign(value + added)
+        kernel = kernel_of(copies[path])
+        added = layer.form_of(layer).unflatten(update(path).T)
+        kernel.assign(kernel.numpy().astype(np.float64) + added)
     set_trainable_flags(merged, model.flix_state.flags)
     return merged
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,9 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from flix.core.adapter.adapter import LayerShape, Pair
-from flix.core.adapter.initial import initial_pairs
+from flix.core.adapter.changes import fresh_pairs
 from flix.core.config.config import FlixConfig
+from flix.core.config.kernels import Form
 from flix.core.config.layout import LayerLayout
 from flix.core.errors import ConfigError
 from flix.core.features.names import Feature
@@ -43,44 +43,6 @@ class FlixState:
     disabled: int = 0
     flags: str = ""
     specs: Any = None
-
-
-@dataclass(frozen=True, eq=False)
-class Places:
-    """Where the features of a layout stand in tables: in the order of their ids, from row 1 on.
-
-    Attributes:
-        ranks, scales: int32 and float64 ``[F + 1]``; the last entry stands for padding.
-        starts: int32 ``[F + 1]``: the row where a feature's rows start; 0 is a row of zeros.
-        rows: a table's number of rows, the row of zeros included.
-        widest: the largest rank.
-        most: int ``[F + 1]``: the most rows that so many features can have.
-    """
-
-    ranks: NDArray[np.int32]
-    scales: NDArray[np.float64]
-    starts: NDArray[np.int32]
-    rows: int
-    widest: int
-    most: NDArray[np.int64]
-
-
-@functools.lru_cache(maxsize=256)
-def places_of(layout: LayerLayout) -> Places:
-    """A layout's places; remembered, for layers that ask at every forward."""
-    ranks, scales = layout.arrays()
-    starts = np.where(ranks > 0, 1 + np.cumsum(ranks) - ranks, 0).astype(np.int32)
-    most = np.append(0, np.cumsum(np.sort(ranks[:-1])[::-1]))
-    rows, widest = 1 + int(ranks.sum()), int(ranks.max())
-    return Places(ranks.astype(np.int32), scales, starts, rows, widest, most)
-
-
-def layouts_of(config: FlixConfig, paths: Iterable[str]) -> dict[str, LayerLayout]:
-    """The layout of each layer; equal ones are one object, so that layers find what others placed."""
-    known: dict[LayerLayout, LayerLayout] = {}
-    return {
-        path: known.setdefault(found, found) for path in paths for found in [config.layout(path)]
-    }
 
 
 def by_id(registry: FeatureRegistry, pairs: Mapping[Feature, Pair]) -> dict[int, Pair]:
@@ -130,24 +92,30 @@ class Parameters:
     flix_B: Any
 
     @staticmethod
-    def sizes_of(layer: Any) -> tuple[int, int]:
-        """(d_in, d_out) of a layer of this kind, adapted or not."""
-        raise TypeError("an adapted layer's class gives its sizes")
+    def form_of(layer: Any) -> Form:
+        """How the kernel of a layer of this kind, adapted or not, is a matrix."""
+        return Form((0,), (1,), tuple(kernel_of(layer).shape))
 
-    @property
-    def d_in(self) -> int:
-        """Input size; of an embedding, the vocabulary's."""
-        return self.sizes_of(self)[0]
-
-    @property
-    def d_out(self) -> int:
-        """Output size."""
-        return self.sizes_of(self)[1]
+    @classmethod
+    def shape_of(cls, layer: Any) -> LayerShape:
+        """Kind and sizes of such a layer."""
+        form = cls.form_of(layer)
+        return LayerShape(form.d_in, form.d_out, cls.flix_kind)
 
     @property
     def layer_shape(self) -> LayerShape:
         """Kind and sizes."""
-        return LayerShape(self.d_in, self.d_out, self.flix_kind)
+        return self.shape_of(self)
+
+    @property
+    def d_in(self) -> int:
+        """Input size; of an embedding, the vocabulary's."""
+        return self.layer_shape.d_in
+
+    @property
+    def d_out(self) -> int:
+        """Output size."""
+        return self.layer_shape.d_out
 
     @property
     def flix_config(self) -> FlixConfig:
@@ -176,11 +144,8 @@ class Parameters:
         for variable in [*self._trainable_variables, *self._non_trainable_variables]:  # type: ignore[attr-defined]
             variable.trainable = False
         if values is None:
-            config, name = self.flix_config, self.flix_name
-            ranks = {f: config.rank(name, f) for f in config.registry.live}
-            sizes = {"d_in": self.d_in, "d_out": self.d_out}
-            pairs = initial_pairs(seed=config.seed, layer=name, ranks=ranks, **sizes)
-            values = by_id(config.registry, pairs)
+            pairs = fresh_pairs(self.flix_config, self.flix_name, self.layer_shape)
+            values = by_id(self.flix_config.registry, pairs)
         self.make_tables(values)
 
     def make_tables(self, values: Mapping[int, Pair]) -> None:
@@ -189,13 +154,14 @@ class Parameters:
             if getattr(self, name) is not None:
                 self._untrack_variable(getattr(self, name))  # type: ignore[attr-defined]
                 setattr(self, name, None)
-        rows = places_of(self.flix_layout).rows
-        if rows == 1:
+        if not self.flix_layout.rows:
             return
+        rows = 1 + self.flix_layout.rows
         # Pairs of a half-precision base are kept in float32, where small updates do not round away.
         dtype = "float64" if self.variable_dtype == "float64" else "float32"  # type: ignore[attr-defined]
-        wholes = np.zeros((rows, self.d_in), dtype), np.zeros((rows, self.d_out), dtype)
-        self._fill(wholes, values)
+        shape = self.layer_shape
+        wholes = np.zeros((rows, shape.d_in), dtype), np.zeros((rows, shape.d_out), dtype)
+        self.flix_layout.put(wholes[0][1:], wholes[1][1:], values)
         tracker = self._tracker  # type: ignore[attr-defined]
         locked = tracker.locked
         tracker.unlock()
@@ -214,42 +180,35 @@ class Parameters:
         if locked:
             tracker.lock()
 
-    def _fill(self, wholes: tuple[NDArray[Any], NDArray[Any]], values: Mapping[int, Pair]) -> None:
-        for i, (a, b) in values.items():
-            if self.flix_layout.ranks[i]:
-                wholes[0][self.span(i)], wholes[1][self.span(i)] = a, np.transpose(b)
-
     def span(self, feature: int) -> slice:
         """The rows of the tables that are a feature's."""
-        places = places_of(self.flix_layout)
-        start = int(places.starts[feature])
-        return slice(start, start + int(places.ranks[feature]))
+        rows = self.flix_layout.span(feature)
+        return slice(1 + rows.start, 1 + rows.stop)
 
     def values(self, ids: Collection[int] | None = None) -> dict[int, Pair]:
         """A ``[r, d_in]`` and B ``[d_out, r]`` by id, of some features or all; each table is read once."""
         if self.flix_A is None:
             return {}
-        ranks, tables = self.flix_layout.ranks, (self.flix_A, self.flix_B)
+        layout, tables = self.flix_layout, (self.flix_A, self.flix_B)
         if ids is None:
             a, b = (table.numpy()[1:] for table in tables)
-        else:
-            spans = [self.span(i) for i in ids]
-            rows = [row for span in spans for row in range(span.start, span.stop)]
-            a, b = (tf.gather(table.value, tf.constant(rows, tf.int32)).numpy() for table in tables)
-        chosen = [i for i in (range(len(ranks)) if ids is None else ids) if ranks[i]]
-        ends = itertools.accumulate(ranks[i] for i in chosen)
+            return layout.pairs(a, b)
+        rows = np.concatenate([np.r_[self.span(i)] for i in ids] or [[]]).astype(np.int32)
+        a, b = (tf.gather(table.value, rows).numpy() for table in tables)
+        chosen = [i for i in ids if layout.ranks[i]]
+        ends = itertools.accumulate(layout.ranks[i] for i in chosen)
         return {
-            i: (a[end - ranks[i] : end], b[end - ranks[i] : end].T)
+            i: (a[end - layout.ranks[i] : end], b[end - layout.ranks[i] : end].T)
             for i, end in zip(chosen, ends, strict=True)
         }
 
     def set_values(self, values: Mapping[int, Pair]) -> None:
         """Set pairs by id; the others stay as they are."""
         if self.flix_A is not None:
-            wholes = self.flix_A.numpy().copy(), self.flix_B.numpy().copy()
-            self._fill(wholes, values)
-            self.flix_A.assign(wholes[0])
-            self.flix_B.assign(wholes[1])
+            a, b = self.flix_A.numpy().copy(), self.flix_B.numpy().copy()
+            self.flix_layout.put(a[1:], b[1:], values)
+            self.flix_A.assign(a)
+            self.flix_B.assign(b)
 
     def pairs(self) -> Iterator[tuple[Feature, NDArray[Any], NDArray[Any]]]:
         """(feature, A ``[r, d_in]``, B ``[d_out, r]``) of every feature with an update here."""
@@ -284,6 +243,11 @@ class Parameters:
         super().build(input_shape)  # type: ignore[misc]
         if self.flix_state is not None and self.flix_A is None:
             self.attach()
+
+
+def kernel_of(layer: Any) -> Any:
+    """The variable that holds the kernel of a layer, adapted or not."""
+    return layer._embeddings if isinstance(layer, keras.layers.Embedding) else layer._kernel
 
 
 def is_table(variable: keras.Variable) -> bool:

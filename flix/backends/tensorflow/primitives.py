@@ -14,7 +14,7 @@ from flix.backends.protocol import Counts, Pairs
 from flix.backends.tensorflow.adapt import FlixModel, attach, attach_layers
 from flix.backends.tensorflow.base import forget_traces, layer_infos
 from flix.backends.tensorflow.merging import merged
-from flix.backends.tensorflow.parameters import by_id, is_table, layouts_of
+from flix.backends.tensorflow.parameters import by_id, is_table
 from flix.backends.tensorflow.paths import flix_layers
 from flix.core.adapter.adapter import LayerShape
 from flix.core.adapter.changes import Change
@@ -84,7 +84,7 @@ def change(model: Any, change: Change) -> Any:
     state.config = change.config
     state.frozen = tuple(i for i in state.frozen if i in kept)
     remade = bool(fresh)
-    for path, layout in layouts_of(change.config, present).items():
+    for path, layout in change.config.layouts(present).items():
         layer, values = present[path], by_id(registry, change.pairs(path))
         same = layout.ranks == layer.flix_layout.ranks and not values
         if not same:

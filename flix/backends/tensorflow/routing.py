@@ -21,7 +21,6 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from flix.backends.tensorflow.parameters import places_of
 from flix.core.config.layout import LayerLayout
 from flix.core.features.registry import FeatureRegistry
 from flix.core.features.routing import as_array, check_form, check_routing, unpacked
@@ -123,19 +122,18 @@ def place(ids: Any, weights: Any, layout: LayerLayout, dtype: Any, traced: bool 
         dtype: of the factors.
         traced: make NaN of rows with an id that is the number of features.
     """
-    places = places_of(layout)
     static_width = ids.shape[-1]
     width = static_width if static_width is not None else tf.shape(ids)[-1]
     ids = tf.reshape(ids, [-1, width])
     bad = tf.reduce_any(ids >= len(layout.ranks), axis=1) if traced else None
-    ids = tf.where(ids < 0, len(places.ranks) - 1, ids)
-    lengths = tf.gather(places.ranks, ids)
+    ids = tf.where(ids < 0, len(layout.ranks), ids)
+    lengths = tf.gather(layout.lengths, ids)
     ends = tf.cumsum(lengths, axis=1)
     totals = tf.reduce_sum(lengths, axis=1)
     longest = tf.maximum(tf.reduce_max(totals), 0)  # of no rows, reduce_max is the least integer
     if bad is not None:
         longest = tf.maximum(longest, tf.cast(tf.reduce_any(bad), tf.int32))
-    slots = tf.range(width * places.widest)[:longest]
+    slots = tf.range(width * layout.widest)[:longest]
     # The routing's column that a slot belongs to: as many columns as end at or before it.
     column = tf.reduce_sum(
         tf.cast(slots[None, :, None] >= ends[:, None, :], tf.int32), axis=2
@@ -144,8 +142,8 @@ def place(ids: Any, weights: Any, layout: LayerLayout, dtype: Any, traced: bool 
     used = slots[None, :] < totals[:, None]
     feature = tf.gather(ids, column, batch_dims=1)
     within = slots[None, :] - tf.gather(ends - lengths, column, batch_dims=1)
-    rows = tf.where(used, tf.gather(places.starts, feature) + within, 0)
-    scale = tf.gather(tf.constant(places.scales, dtype), feature)
+    rows = tf.where(used, 1 + tf.gather(layout.starts, feature) + within, 0)
+    scale = tf.gather(tf.constant(layout.arrays()[1], dtype), feature)
     if weights is not None:
         weights = tf.cast(tf.reshape(weights, [-1, width]), dtype)
         # By flat index: the gradient of a gather with batch_dims fails on an empty batch.
@@ -157,8 +155,8 @@ def place(ids: Any, weights: Any, layout: LayerLayout, dtype: Any, traced: bool 
     count = ids.shape[0]
     bound = None
     if count is not None and static_width is not None:
-        bound = count * static_width * places.widest
-    return Placed(rows=rows, scale=scale, total=places.rows, bound=bound)
+        bound = count * static_width * layout.widest
+    return Placed(rows=rows, scale=scale, total=1 + layout.rows, bound=bound)
 
 
 def host_values(what: str, value: Any) -> NDArray[Any] | None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from flix.backends.verbs.shared import Shared
-from flix.core.adapter.adapter import LayerShape, Pair
-from flix.core.adapter.initial import initial_pairs
+from flix.core.adapter.changes import fresh_pairs
 from flix.core.adapter.sharing import chosen_features
 from flix.core.adapter.summary import Summary
 from flix.core.config.config import FlixConfig
 from flix.core.config.targets import select
 from flix.core.errors import ConfigError
-from flix.core.features.names import Feature
 from flix.core.strategy.decide import check_strategy
 
 M = TypeVar("M")
@@ -55,14 +54,8 @@ class Models(Shared):
         infos = self.primitives.layers(model) or ()
         chosen = select(infos, config.target_modules, config.exclude_modules)
 
-        def values(path: str, shape: LayerShape) -> dict[Feature, Pair]:
-            ranks = {f: config.rank(path, f) for f in config.registry.live}
-            return initial_pairs(  # type: ignore[return-value]
-                seed=config.seed, layer=path, ranks=ranks, d_in=shape.d_in, d_out=shape.d_out
-            )
-
         paths = [info.path for info in chosen]
-        return self.primitives.attach(model, config, paths, strategy, values)
+        return self.primitives.attach(model, config, paths, strategy, partial(fresh_pairs, config))
 
     def freeze(self, model: M, features: Any) -> M:
         """Let these features of an adapted model train no more; the others stay as they are.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Union
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flix.core.config.config import FlixConfig, nested
 from flix.core.config.targets import exactly
-from flix.core.errors import AdapterError, listed, near
+from flix.core.errors import AdapterError, TargetError, listed, near
 from flix.core.features.names import Feature
 
 Pair = tuple[NDArray[Any], NDArray[Any]]
@@ -34,6 +34,29 @@ class LayerShape:
     d_in: int
     d_out: int
     kind: str = "linear"
+
+    @classmethod
+    def of(cls, path: str, sizes: Sizes) -> LayerShape:
+        """Sizes as users give them.
+
+        Raises:
+            TargetError: they have another form; the layer is named.
+        """
+        if isinstance(sizes, LayerShape):
+            return sizes
+        try:
+            d_in, d_out, *rest = sizes
+            if int(d_in) >= 0 and int(d_out) >= 0 and rest in ([], ["linear"], ["embedding"]):
+                return cls(int(d_in), int(d_out), *rest)
+        except (TypeError, ValueError):
+            pass
+        raise TargetError(
+            f"layer {path!r}: sizes are (d_in, d_out) or (d_in, d_out, 'embedding'), got {sizes!r}"
+        )
+
+
+Sizes = Union[LayerShape, Sequence[Any]]
+"""A layer's sizes as users give them: ``(d_in, d_out)`` or ``(d_in, d_out, "embedding")``."""
 
 
 @dataclass(frozen=True, eq=False)

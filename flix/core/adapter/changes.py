@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from flix.core.adapter.adapter import Adapter, LayerShape, Pair
-from flix.core.adapter.initial import initial_a, initial_b
+from flix.core.adapter.initial import initial_a, initial_b, initial_pairs
 from flix.core.adapter.lowrank import resized_mean
 from flix.core.adapter.sharing import chosen_features, combining, select_features
 from flix.core.config.config import FlixConfig
@@ -17,6 +17,13 @@ from flix.core.errors import RankError
 from flix.core.features.names import Feature
 
 V = TypeVar("V")
+
+
+def fresh_pairs(config: FlixConfig, path: str, shape: LayerShape) -> dict[Feature, Pair]:
+    """The pairs that a layer starts with (docs/specification.md §1.3), by feature; without those of rank 0."""
+    ranks = {feature: config.rank(path, feature) for feature in config.registry.live}
+    sizes = {"d_in": shape.d_in, "d_out": shape.d_out}
+    return {**initial_pairs(seed=config.seed, layer=path, ranks=ranks, **sizes)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,7 +111,5 @@ class FlatLayout:
 
 def flat_layout(config: FlixConfig, shapes: Mapping[str, LayerShape]) -> FlatLayout:
     """The layout of the features of a configuration in some layers, in their order."""
-    known: dict[LayerLayout, LayerLayout] = {}
-    layouts = [known.setdefault(found, found) for found in map(config.layout, shapes)]
     places = {path: place for place, path in enumerate(shapes)}
-    return FlatLayout(places, tuple(shapes.values()), tuple(layouts))
+    return FlatLayout(places, tuple(shapes.values()), tuple(config.layouts(shapes).values()))

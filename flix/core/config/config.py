@@ -158,6 +158,12 @@ class FlixConfig:
             scales=tuple(self.scale(layer, f) for f in features),
         )
 
+    def layouts(self, layers: Iterable[str]) -> dict[str, LayerLayout]:
+        """The layout of each layer; equal ones are one object, so that layers share what is made for it."""
+        known: dict[LayerLayout, LayerLayout] = {}
+        found = ((layer, self.layout(layer)) for layer in layers)
+        return {layer: known.setdefault(layout, layout) for layer, layout in found}
+
     def with_feature(
         self,
         group: str,

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any, NamedTuple
 
+from flix.core.config.layout import LayerLayout
 from flix.core.errors import ConfigError, listed
 
 STRATEGIES = ("auto", "gather", "masked", "single", "fused")
@@ -43,6 +44,20 @@ class Facts(NamedTuple):
     device: str
     kept: int = 0
     lacks: str | None = None
+
+
+def facts_of(
+    layout: LayerLayout, width: int | None, examples: int, positions: int, device: str, **more: Any
+) -> Facts:
+    """The facts of a layer and a batch whose ids are not known, as while a program is traced.
+
+    Args:
+        layout: the layer's.
+        width: the number of ids of a row; None where it is not known.
+        examples, positions, device, more: see :class:`Facts`.
+    """
+    rows = layout.most(width)
+    return Facts(examples, positions, rows, min(layout.rows, examples * rows), device, **more)
 
 
 class Measured(NamedTuple):

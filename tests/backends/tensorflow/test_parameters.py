@@ -6,20 +6,12 @@ import pytest
 import tensorflow as tf
 
 from flix.backends.tensorflow import FlixDense, primitives
-from flix.backends.tensorflow.parameters import places_of
 from flix.backends.tensorflow.paths import flix_layers
 from flix.core.adapter.initial import initial_a
 from tests.helpers.dense import dense
 from tests.helpers.registry import config
 from tests.helpers.tensorflow import D_IN, D_OUT, ROUTINGS, adapted, flix_dense, pairs_of, randomize
 from tests.helpers.tolerance import assert_close
-
-
-def test_features_stand_in_the_table_by_id():
-    places = places_of(config().layout("q"))  # ranks 1, 3, 0, 2 and 2, 4
-    assert places.starts.tolist() == [1, 2, 0, 5, 7, 9, 0]
-    assert (places.rows, places.widest) == (13, 4)
-    assert places.most.tolist() == [0, 4, 7, 9, 11, 12, 12]
 
 
 def test_a_whole_model_is_read_with_one_read_a_table(monkeypatch):

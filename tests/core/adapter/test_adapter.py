@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flix import Adapter, AdapterError, FeatureRegistry, FlixConfig
+from flix import Adapter, AdapterError, FeatureRegistry, FlixConfig, TargetError
 from flix.core.adapter.adapter import LayerShape, expected_tensors
 
 REGISTRY = FeatureRegistry({"language": ["hau", "swa"], "task": ["n.e.r", "ñ ü"]})
@@ -40,3 +40,21 @@ def test_rename():
         original.renamed({"a.p": "x"})
     with pytest.raises(AdapterError, match="path 'x' to two layers"):
         original.renamed(lambda _: "x")
+
+
+def test_sizes_as_users_give_them():
+    assert (
+        LayerShape.of("q", (5, np.int64(3)))
+        == LayerShape.of("q", [5, 3, "linear"])
+        == LayerShape(5, 3)
+    )
+    assert LayerShape.of("e", (7, 4, "embedding")) == LAYERS["emb"]
+    assert LayerShape.of("e", LAYERS["emb"]) is LAYERS["emb"]
+
+
+@pytest.mark.parametrize(
+    "sizes", [(3,), 3, (3, -1), (3, "x"), (3, 4, "conv"), (3, 4, "linear", 1), None]
+)
+def test_sizes_of_another_form_are_refused(sizes):
+    with pytest.raises(TargetError, match=r"layer 'q': sizes are \(d_in, d_out\)"):
+        LayerShape.of("q", sizes)

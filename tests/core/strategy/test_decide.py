@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from flix.core.config.layout import LayerLayout
 from flix.core.errors import ConfigError
-from flix.core.strategy.decide import TABLE, Facts, decide, measured_on, read_table, triton_lacks
+from flix.core.strategy.decide import (
+    TABLE,
+    Facts,
+    decide,
+    facts_of,
+    measured_on,
+    read_table,
+    triton_lacks,
+)
 
 ENTRY = {
     "measured": {"gather": "2026-01-02", "masked": "2026-01-01", "single": "2026-01-01"},
@@ -168,3 +177,12 @@ def test_kernels_in_triton_say_what_they_lack():
     assert "the input is on 'cpu'" in lacks("cpu")
     assert "the input is on 'mps'" in lacks("mps", interpreted=True)
     assert lacks(dtype="float64").endswith("got float64")
+
+
+def test_facts_of_a_batch_whose_ids_are_not_known():
+    layout = LayerLayout((8, 2, 0, 4), (1.0,) * 4)
+    assert facts_of(layout, 2, 1, 7, "jax-cpu") == Facts(1, 7, 12, 12, "jax-cpu")
+    assert facts_of(layout, 1, 1, 7, "jax-cpu", lacks="x") == Facts(
+        1, 7, 8, 8, "jax-cpu", lacks="x"
+    )
+    assert facts_of(layout, None, 9, 7, "jax-cpu") == Facts(9, 7, 14, 14, "jax-cpu")

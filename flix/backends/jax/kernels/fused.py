@@ -39,6 +39,25 @@ class Target(NamedTuple):
     interpret: bool
 
 
+class Run(NamedTuple):
+    """How a product runs.
+
+    Attributes:
+        rows: positions of a block; divides their number.
+        wide: the dtype that products are summed in.
+        interpret: whether to run without the device.
+    """
+
+    rows: int
+    wide: Any
+    interpret: bool
+
+    def writing(self, name: str, dtype: Any, *shape: int) -> dict[str, Any]:
+        """What Pallas is told of a program of this name that writes one such array."""
+        out = jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
+        return {"out_shape": out, "interpret": self.interpret, "name": f"flix_{name}"}
+
+
 def platform_of(x: Any) -> str:
     """The platform that a computation on x will run on: x's own where it is known, else the default."""
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
@@ -140,7 +159,8 @@ def _make_tiles(place: Array, length: int, blocks: int, rows: int) -> _Tiles:
     )
 
 
-def _take(table: Array, index: Array) -> Array:
+def take_rows(table: Array, index: Array) -> Array:
+    """Rows of a table; zeros where the index is beyond it."""
     return jnp.take(table, index, axis=0, mode="fill", fill_value=0)
 
 
@@ -170,14 +190,14 @@ class _Frame(NamedTuple):
         values = _pad(values, cols=_up(values.shape[-1], _TILE))
         if self.tiles is None:
             return _pad(values, rows=self.length)
-        return _take(values.reshape(-1, values.shape[-1]), self.tiles.position)
+        return take_rows(values.reshape(-1, values.shape[-1]), self.tiles.position)
 
     def factors(self, factor: Array, length: int) -> Array:
         """Factors ``[N, W]`` in rank space: ``[T, W', S' or 1, 1]``."""
         if self.tiles is None:
             return factor[:, :, None, None]
         flat = jnp.repeat(factor, length, axis=0).reshape(-1)
-        return _take(flat, self.tiles.pair)[:, None, :, None]
+        return take_rows(flat, self.tiles.pair)[:, None, :, None]
 
     def collect(self, values: Array, base: Array | None, shape: tuple[int, ...]) -> Array:
         """The kernels' ``[T, S', d']`` as ``[N, S, d]``; tiles are summed over slots, onto the base."""
@@ -229,11 +249,11 @@ def _forward(
 ) -> tuple[Array, tuple[Any, ...]]:
     kernels, dtype = _kernels(target), base.dtype
     frame = _frame(x.shape, place, a.shape[0], a.shape[1])
-    settings = {"rows": frame.rows, "wide": factor.dtype, "interpret": target.interpret}
-    h = kernels.shrink(frame.spread(x), _table(a, dtype), frame.place, **settings)
+    run = Run(frame.rows, factor.dtype, target.interpret)
+    h = kernels.shrink(frame.spread(x), _table(a, dtype), frame.place, run)
     scaled = (h * frame.factors(factor, x.shape[1])).astype(dtype)
     onto = frame.spread(base) if frame.tiles is None else None
-    y = kernels.expand(onto, scaled, _table(b, dtype), frame.place, **settings)
+    y = kernels.expand(onto, scaled, _table(b, dtype), frame.place, run)
     return frame.collect(y, base, base.shape), (x, h, a, b, factor, place)
 
 
@@ -242,9 +262,9 @@ def _backward(target: Target, saved: tuple[Any, ...], g: Array) -> tuple[Any, ..
     x, h, a, b, factor, place = saved
     kernels, dtype, length = _kernels(target), g.dtype, x.shape[1]
     frame = _frame(x.shape, place, a.shape[0], a.shape[1])
-    settings = {"rows": frame.rows, "wide": factor.dtype, "interpret": target.interpret}
+    run = Run(frame.rows, factor.dtype, target.interpret)
     scale, gs, xs = frame.factors(factor, length), frame.spread(g), frame.spread(x)
-    back = kernels.shrink(gs, _table(b, dtype), frame.place, **settings)
+    back = kernels.shrink(gs, _table(b, dtype), frame.place, run)
     by_rank = (back * h).sum(-1)  # [T, W', S']
     if frame.tiles is None:
         d_factor = by_rank.sum(-1)
@@ -252,10 +272,10 @@ def _backward(target: Target, saved: tuple[Any, ...], g: Array) -> tuple[Any, ..
         d_factor = by_rank.reshape(-1)[frame.tiles.inverse]
         d_factor = d_factor.reshape(place.shape[0], length, -1).sum(1)
     back, forth = (back * scale).astype(dtype), (h * scale).astype(dtype)
-    dx = kernels.expand(None, back, _table(a, dtype), frame.place, **settings)
+    dx = kernels.expand(None, back, _table(a, dtype), frame.place, run)
     real = a.shape[0] - 1
-    da = kernels.outer(back, xs, frame.place, real, **settings)
-    db = kernels.outer(forth, gs, frame.place, real, **settings)
+    da = kernels.outer(back, xs, frame.place, real, run)
+    db = kernels.outer(forth, gs, frame.place, real, run)
     none = np.zeros(place.shape, jax.dtypes.float0)
     return (
         g,

@@ -16,7 +16,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from flix.backends.jax.kernels.fused import dot
+from flix.backends.jax.kernels.fused import Run, dot
 
 # Chosen by what fits the shared memory and registers of current cards; not tuned on one.
 _PARAMS = triton.CompilerParams(num_warps=4, num_stages=2)
@@ -62,22 +62,21 @@ def _shrink(place: Any, x: Any, table: Any, out: Any, *, blocks: int, size: int)
     out[...] = _sum(x.shape[1] // size, step, jnp.zeros(out.shape, out.dtype))
 
 
-def shrink(x: Array, table: Array, place: Array, *, rows: int, wide: Any, interpret: bool) -> Array:
+def shrink(x: Array, table: Array, place: Array, run: Run) -> Array:
     """h[n, w] = x[n] table[place[n, w]]^T: ``[N, W, S, R]`` in the wide dtype.
 
     Args:
         x: ``[N, S, d]``.
         table: ``[U, R, d]``, in the dtype of x.
         place: int32 ``[N, W]``, below U.
-        rows: positions of a block; divides S.
-        wide: the dtype that products are summed in.
-        interpret: whether to run without a GPU.
+        run: how; its blocks divide S.
     """
     count, length, d = x.shape
-    width, rank, blocks = place.shape[1], table.shape[1], length // rows
+    rows, width, rank = run.rows, place.shape[1], table.shape[1]
+    blocks = length // rows
     return pl.pallas_call(  # type: ignore[no-any-return]
         functools.partial(_shrink, blocks=blocks, size=columns(d, x.dtype.itemsize)),
-        out_shape=jax.ShapeDtypeStruct((count, width, length, rank), wide),  # type: ignore[no-untyped-call]
+        **run.writing("shrink", run.wide, count, width, length, rank),
         grid=(count * blocks, width),
         in_specs=[
             _whole(place),
@@ -87,8 +86,6 @@ def shrink(x: Array, table: Array, place: Array, *, rows: int, wide: Any, interp
         out_specs=pl.BlockSpec(
             (None, None, rows, rank), lambda i, w: (div(i, blocks), w, rem(i, blocks), 0)
         ),
-        interpret=interpret,
-        name="flix_shrink",
         compiler_params=_PARAMS,
     )(place, x, table)
 
@@ -105,30 +102,21 @@ def _expand(place: Any, h: Any, table: Any, *rest: Any, blocks: int, wide: Any) 
     out[...] = _sum(h.shape[0], step, start).astype(out.dtype)
 
 
-def expand(
-    base: Array | None,
-    h: Array,
-    table: Array,
-    place: Array,
-    *,
-    rows: int,
-    wide: Any,
-    interpret: bool,
-) -> Array:
+def expand(base: Array | None, h: Array, table: Array, place: Array, run: Run) -> Array:
     """base[n] + Σ_w h[n, w] table[place[n, w]]: ``[N, S, d]`` in the dtype of h.
 
     Args:
         base: ``[N, S, d]``, or None for zeros.
         h: ``[N, W, S, R]``, in the dtype of the table.
-        table, place, rows, wide, interpret: as for :func:`shrink`.
+        table, place, run: as for :func:`shrink`.
     """
     count, width, length, rank = h.shape
-    d, blocks = table.shape[2], length // rows
-    size = columns(d, 2, rank)
+    rows, d, bases = run.rows, table.shape[2], [] if base is None else [base]
+    blocks, size = length // rows, columns(d, 2, rank)
     tile = pl.BlockSpec((None, rows, size), lambda i, o: (div(i, blocks), rem(i, blocks), o))
     return pl.pallas_call(  # type: ignore[no-any-return]
-        functools.partial(_expand, blocks=blocks, wide=wide),
-        out_shape=jax.ShapeDtypeStruct((count, length, d), h.dtype),  # type: ignore[no-untyped-call]
+        functools.partial(_expand, blocks=blocks, wide=run.wide),
+        **run.writing("expand", h.dtype, count, length, d),
         grid=(count * blocks, d // size),
         in_specs=[
             _whole(place),
@@ -136,13 +124,11 @@ def expand(
                 (None, width, rows, rank), lambda i, o: (div(i, blocks), 0, rem(i, blocks), 0)
             ),
             _whole(table),
-            *([] if base is None else [tile]),
+            *[tile for _ in bases],
         ],
         out_specs=tile,
-        interpret=interpret,
-        name="flix_expand",
         compiler_params=_PARAMS,
-    )(place, h, table, *([] if base is None else [base]))
+    )(place, h, table, *bases)
 
 
 def _outer(
@@ -165,19 +151,17 @@ def _outer(
     out[...] = _sum(steps, step, jnp.zeros(out.shape, out.dtype))
 
 
-def outer(
-    h: Array, x: Array, place: Array, features: int, *, rows: int, wide: Any, interpret: bool
-) -> Array:
+def outer(h: Array, x: Array, place: Array, features: int, run: Run) -> Array:
     """Σ h[n, w]^T x[n] over the (n, w) of each feature: ``[features, R, d]`` in the wide dtype.
 
     Args:
         h: ``[N, W, S, R]``, in the dtype of x.
         x: ``[N, S, d]``.
-        place, rows, wide, interpret: as for :func:`shrink`.
+        place, run: as for :func:`shrink`.
         features: sums are made for the places below this.
     """
     _, _, length, rank = h.shape
-    d, blocks = x.shape[2], length // rows
+    rows, d, blocks = run.rows, x.shape[2], length // run.rows
     size = columns(d, 2, rank)
     flat = place.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
@@ -186,14 +170,12 @@ def outer(
     # A feature that all examples share would keep one program busy alone: its blocks are dealt to several.
     parts: Array = pl.pallas_call(
         functools.partial(_outer, blocks=blocks, rows=rows, pieces=pieces),
-        out_shape=jax.ShapeDtypeStruct((_SPLITS, features, rank, d), wide),  # type: ignore[no-untyped-call]
+        **run.writing("outer", run.wide, _SPLITS, features, rank, d),
         grid=(features * pieces, _SPLITS),
         in_specs=[_whole(a) for a in (order, bounds, h, x)],
         out_specs=pl.BlockSpec(
             (None, None, rank, size), lambda i, k: (k, div(i, pieces), 0, rem(i, pieces))
         ),
-        interpret=interpret,
-        name="flix_outer",
         compiler_params=_PARAMS,
     )(order, bounds, h, x)
     return parts.sum(0)

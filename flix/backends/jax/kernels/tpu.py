@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -20,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 from jax.lax import div, rem
 
-from flix.backends.jax.kernels.fused import dot
+from flix.backends.jax.kernels.fused import Run, dot
 
 
 def columns(d: int) -> int:
@@ -38,13 +37,13 @@ def _shrink(place: Any, x: Any, table: Any, out: Any) -> None:
     out[...] += dot(x[...], table[...], (1, 1), out.dtype)
 
 
-def shrink(x: Array, table: Array, place: Array, *, rows: int, wide: Any, interpret: bool) -> Array:
+def shrink(x: Array, table: Array, place: Array, run: Run) -> Array:
     """h[n, w] = x[n] table[place[n, w]]^T: ``[N, W, S, R]``."""
     count, length, d = x.shape
-    width, rank, size = place.shape[1], table.shape[1], columns(d)
+    rows, width, rank, size = run.rows, place.shape[1], table.shape[1], columns(d)
     return pl.pallas_call(  # type: ignore[no-any-return]
         _shrink,
-        out_shape=jax.ShapeDtypeStruct((count, width, length, rank), wide),  # type: ignore[no-untyped-call]
+        **run.writing("shrink", run.wide, count, width, length, rank),
         grid_spec=tpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(count, length // rows, width, d // size),
@@ -58,8 +57,6 @@ def shrink(x: Array, table: Array, place: Array, *, rows: int, wide: Any, interp
                 (None, None, rows, rank), lambda n, s, w, k, place: (n, w, s, 0)
             ),
         ),
-        interpret=interpret,
-        name="flix_shrink",
     )(place.reshape(-1), x, table)
 
 
@@ -80,24 +77,15 @@ def _expand(place: Any, h: Any, table: Any, *rest: Any, width: int) -> None:
         out[...] = total[...].astype(out.dtype)
 
 
-def expand(
-    base: Array | None,
-    h: Array,
-    table: Array,
-    place: Array,
-    *,
-    rows: int,
-    wide: Any,
-    interpret: bool,
-) -> Array:
+def expand(base: Array | None, h: Array, table: Array, place: Array, run: Run) -> Array:
     """base[n] + Σ_w h[n, w] table[place[n, w]]: ``[N, S, d]``."""
     count, width, length, rank = h.shape
-    d = table.shape[2]
+    rows, d, bases = run.rows, table.shape[2], [] if base is None else [base]
     size = columns(d)
     tile = pl.BlockSpec((None, rows, size), lambda n, s, o, w, place: (n, s, o))
     return pl.pallas_call(  # type: ignore[no-any-return]
         functools.partial(_expand, width=width),
-        out_shape=jax.ShapeDtypeStruct((count, length, d), h.dtype),  # type: ignore[no-untyped-call]
+        **run.writing("expand", h.dtype, count, length, d),
         grid_spec=tpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(count, length // rows, d // size, width),
@@ -106,14 +94,12 @@ def expand(
                 pl.BlockSpec(
                     (None, rank, size), lambda n, s, o, w, place: (place[n * width + w], 0, o)
                 ),
-                *([] if base is None else [tile]),
+                *[tile for _ in bases],
             ],
             out_specs=tile,
-            scratch_shapes=[tpu.VMEM((rows, size), wide)],
+            scratch_shapes=[tpu.VMEM((rows, size), run.wide)],
         ),
-        interpret=interpret,
-        name="flix_expand",
-    )(place.reshape(-1), h, table, *([] if base is None else [base]))
+    )(place.reshape(-1), h, table, *bases)
 
 
 def _outer(order: Any, place: Any, h: Any, x: Any, out: Any) -> None:
@@ -128,12 +114,10 @@ def _outer(order: Any, place: Any, h: Any, x: Any, out: Any) -> None:
     out[...] += dot(h[...], x[...], (0, 0), out.dtype)
 
 
-def outer(
-    h: Array, x: Array, place: Array, features: int, *, rows: int, wide: Any, interpret: bool
-) -> Array:
+def outer(h: Array, x: Array, place: Array, features: int, run: Run) -> Array:
     """Σ h[n, w]^T x[n] over the (n, w) of each feature: ``[features, R, d]``."""
     _, width, length, rank = h.shape
-    d, flat = x.shape[2], place.reshape(-1)
+    rows, d, flat = run.rows, x.shape[2], place.reshape(-1)
     size = columns(d)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     # Entries sorted by feature: each block of the result is visited in one stretch. Places beyond the features
@@ -141,7 +125,7 @@ def outer(
     ordered = jnp.minimum(flat[order], features)
     sums: Array = pl.pallas_call(
         _outer,
-        out_shape=jax.ShapeDtypeStruct((features + 1, rank, d), wide),  # type: ignore[no-untyped-call]
+        **run.writing("outer", run.wide, features + 1, rank, d),
         grid_spec=tpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(d // size, flat.shape[0], length // rows),
@@ -164,8 +148,6 @@ def outer(
                 (None, rank, size), lambda o, e, s, order, place: (place[e], 0, o)
             ),
         ),
-        interpret=interpret,
-        name="flix_outer",
     )(order, ordered, h, x)
     # A block that no entry visits is never written.
     visited = (flat[:, None] == jnp.arange(features)).any(0)
