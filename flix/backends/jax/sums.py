@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from flix.backends.jax.kernels import fused
 from flix.backends.jax.parameters import LayerSpec
 from flix.core.strategy.decide import decide, facts_of
+from flix.core.strategy.tiles import padded_rank
 
 _BATCH, _LENGTH = 16, 64
 
@@ -227,9 +228,9 @@ def add_fused(
         # Features that no row activates cost room, not time; to leave them out pays where there are many.
         every = jnp.arange(features, dtype=jnp.int32)
         present = every if at_most(ids.size, features) == features else touched(ids, features)
-        index = row_index(spec, present, fused.padded_rank(spec.widest))
+        index = row_index(spec, present, padded_rank(spec.widest))
     else:
-        index = jnp.asarray(_placed_rows(spec, present.shape[0], fused.padded_rank(spec.widest)))
+        index = jnp.asarray(_placed_rows(spec, present.shape[0], padded_rank(spec.widest)))
     place, bad = _misplaced(ids, spec, present)
     _, rank, factor = _factors(spec, ids, weights, space)
     place = jnp.where((rank > 0) & ~bad, place, present.shape[0]).astype(jnp.int32)

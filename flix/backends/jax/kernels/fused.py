@@ -21,15 +21,14 @@ import numpy as np
 from jax import Array
 
 from flix.core.errors import ConfigError
+from flix.core.strategy.blocks import parts
+from flix.core.strategy.tiles import TILE, positions
 
 INTERPRET = "FLIX_PALLAS_INTERPRET"
 PLATFORMS = {"gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
 
 # Above this rank a block no longer fits a GPU's registers well; "auto" then gathers.
 WIDEST = 256
-_TILE = 16  # the least size of a matrix product in Triton, and a multiple of a TPU's tiles
-_LONGEST = 64  # positions of a block
-_SUMMED = 8192  # values that a program sums at once
 
 
 class Target(NamedTuple):
@@ -106,20 +105,6 @@ def dot(a: Any, b: Any, contract: tuple[int, int], dtype: Any) -> Any:
     return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
 
 
-def padded_rank(widest: int) -> int:
-    """Rows of a feature's block: the next power of two, 16 or more."""
-    return max(_TILE, 1 << (widest - 1).bit_length())
-
-
-def _block(length: int, rank: int) -> int:
-    """Positions of a block: a power of two, at best one that divides the length."""
-    most = min(max(_SUMMED // rank, _TILE), _LONGEST)
-    sizes = [size for size in (64, 32, 16) if size <= most]
-    fitting = [size for size in sizes if length % size == 0]
-    enough = [size for size in sizes if size >= length]
-    return fitting[0] if fitting else enough[-1] if enough else sizes[0]
-
-
 class _Tiles(NamedTuple):
     """Positions sorted by feature, in tiles of one feature each.
 
@@ -147,7 +132,7 @@ def _make_tiles(place: Array, length: int, blocks: int, rows: int) -> _Tiles:
     tiles = -(-(start[1:] - start[:-1]) // rows)  # of each feature
     ends = jnp.cumsum(tiles)
     spot = ((ends - tiles)[ordered] * rows + jnp.arange(pairs) - start[ordered]).astype(jnp.int32)
-    most = -(-pairs // rows) + min(blocks, pairs)
+    most = parts(pairs, rows) + min(blocks, pairs)
     pair = jnp.full(most * rows, pairs, jnp.int32).at[spot].set(order, unique_indices=True)
     inverse = jnp.zeros(pairs, jnp.int32).at[order].set(spot, unique_indices=True)
     feature = jnp.searchsorted(ends, jnp.arange(most), side="right")
@@ -173,10 +158,6 @@ def _pad(array: Array, **sizes: int) -> Array:
     return jnp.pad(array, [*[(0, 0)] * (array.ndim - 2), (0, rows), (0, cols)])
 
 
-def _up(size: int, step: int) -> int:
-    return -(-size // step) * step
-
-
 class _Frame(NamedTuple):
     """How the arrays of one call are laid out for the kernels; see :func:`_frame`."""
 
@@ -187,7 +168,7 @@ class _Frame(NamedTuple):
 
     def spread(self, values: Array) -> Array:
         """Values ``[N, S, d]`` as the kernels take them, ``[T, S', d']``."""
-        values = _pad(values, cols=_up(values.shape[-1], _TILE))
+        values = _pad(values, cols=parts(values.shape[-1], TILE) * TILE)
         if self.tiles is None:
             return _pad(values, rows=self.length)
         return take_rows(values.reshape(-1, values.shape[-1]), self.tiles.position)
@@ -213,10 +194,10 @@ class _Frame(NamedTuple):
 def _frame(shape: tuple[int, ...], place: Array, blocks: int, rank: int) -> _Frame:
     """The layout for an input of this shape ``[N, S, ...]``."""
     count, length = shape[:2]
-    if length >= _TILE:
-        rows = _block(length, rank)
-        return _Frame(place, rows, _up(length, rows), None)
-    rows = _block(max(count * length * place.shape[1] // blocks, 1), rank)
+    if length >= TILE:
+        rows = positions(length, rank)
+        return _Frame(place, rows, parts(length, rows) * rows, None)
+    rows = positions(max(count * length * place.shape[1] // blocks, 1), rank)
     tiles = _make_tiles(place, length, blocks, rows)
     return _Frame(tiles.place, rows, rows, tiles)
 
@@ -300,7 +281,7 @@ _backward.defvjp(_no_second, _no_second)
 
 
 def _table(table: Array, dtype: Any) -> Array:
-    return _pad(table.astype(dtype), cols=_up(table.shape[-1], _TILE))
+    return _pad(table.astype(dtype), cols=parts(table.shape[-1], TILE) * TILE)
 
 
 def _gradient(blocks: Array, table: Array) -> Array:

@@ -17,20 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from flix.backends.jax.kernels.fused import Run, dot
+from flix.core.strategy.tiles import gpu_columns
 
 # Chosen by what fits the shared memory and registers of current cards; not tuned on one.
 _PARAMS = triton.CompilerParams(num_warps=4, num_stages=2)
-_COLUMNS = {2: 64, 4: 32, 8: 16}  # of a table's slice, by the bytes of a value
-_VALUES = 8192  # of a table's slice that spans a block's whole rank
 _SPLITS = 8
-
-
-def columns(d: int, itemsize: int, rank: int = 1) -> int:
-    """Columns of one slice of a block of this rank: a power of two, 16 or more, that divides d."""
-    size = _COLUMNS[itemsize]
-    while d % size or (size > 16 and rank * size > _VALUES):
-        size //= 2
-    return size
 
 
 def div(a: Any, b: int) -> Any:
@@ -75,7 +66,7 @@ def shrink(x: Array, table: Array, place: Array, run: Run) -> Array:
     rows, width, rank = run.rows, place.shape[1], table.shape[1]
     blocks = length // rows
     return pl.pallas_call(  # type: ignore[no-any-return]
-        functools.partial(_shrink, blocks=blocks, size=columns(d, x.dtype.itemsize)),
+        functools.partial(_shrink, blocks=blocks, size=gpu_columns(d, x.dtype.itemsize)),
         **run.writing("shrink", run.wide, count, width, length, rank),
         grid=(count * blocks, width),
         in_specs=[
@@ -112,7 +103,7 @@ def expand(base: Array | None, h: Array, table: Array, place: Array, run: Run) -
     """
     count, width, length, rank = h.shape
     rows, d, bases = run.rows, table.shape[2], [] if base is None else [base]
-    blocks, size = length // rows, columns(d, 2, rank)
+    blocks, size = length // rows, gpu_columns(d, 2, rank)
     tile = pl.BlockSpec((None, rows, size), lambda i, o: (div(i, blocks), rem(i, blocks), o))
     return pl.pallas_call(  # type: ignore[no-any-return]
         functools.partial(_expand, blocks=blocks, wide=run.wide),
@@ -162,7 +153,7 @@ def outer(h: Array, x: Array, place: Array, features: int, run: Run) -> Array:
     """
     _, _, length, rank = h.shape
     rows, d, blocks = run.rows, x.shape[2], length // run.rows
-    size = columns(d, 2, rank)
+    size = gpu_columns(d, 2, rank)
     flat = place.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     bounds = jnp.searchsorted(flat[order], jnp.arange(features + 1)).astype(jnp.int32)

@@ -20,11 +20,7 @@ from jax.experimental.pallas import tpu
 from jax.lax import div, rem
 
 from flix.backends.jax.kernels.fused import Run, dot
-
-
-def columns(d: int) -> int:
-    """Columns of one block: 128 to 512 where they divide d, else all."""
-    return next((size for size in (512, 256, 128) if d % size == 0), d)
+from flix.core.strategy.tiles import tpu_columns
 
 
 def _shrink(place: Any, x: Any, table: Any, out: Any) -> None:
@@ -40,7 +36,7 @@ def _shrink(place: Any, x: Any, table: Any, out: Any) -> None:
 def shrink(x: Array, table: Array, place: Array, run: Run) -> Array:
     """h[n, w] = x[n] table[place[n, w]]^T: ``[N, W, S, R]``."""
     count, length, d = x.shape
-    rows, width, rank, size = run.rows, place.shape[1], table.shape[1], columns(d)
+    rows, width, rank, size = run.rows, place.shape[1], table.shape[1], tpu_columns(d)
     return pl.pallas_call(  # type: ignore[no-any-return]
         _shrink,
         **run.writing("shrink", run.wide, count, width, length, rank),
@@ -81,7 +77,7 @@ def expand(base: Array | None, h: Array, table: Array, place: Array, run: Run) -
     """base[n] + Σ_w h[n, w] table[place[n, w]]: ``[N, S, d]``."""
     count, width, length, rank = h.shape
     rows, d, bases = run.rows, table.shape[2], [] if base is None else [base]
-    size = columns(d)
+    size = tpu_columns(d)
     tile = pl.BlockSpec((None, rows, size), lambda n, s, o, w, place: (n, s, o))
     return pl.pallas_call(  # type: ignore[no-any-return]
         functools.partial(_expand, width=width),
@@ -118,7 +114,7 @@ def outer(h: Array, x: Array, place: Array, features: int, run: Run) -> Array:
     """Σ h[n, w]^T x[n] over the (n, w) of each feature: ``[features, R, d]``."""
     _, width, length, rank = h.shape
     rows, d, flat = run.rows, x.shape[2], place.reshape(-1)
-    size = columns(d)
+    size = tpu_columns(d)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     # Entries sorted by feature: each block of the result is visited in one stretch. Places beyond the features
     # share one block more.
