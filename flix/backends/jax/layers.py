@@ -88,7 +88,7 @@ class FlixLayer(nnx.Module):
         if weights is not None:
             raise messages.weights_alone()
         if current.routing is not None:
-            return current.routing
+            return current.routing  # type: ignore[no-any-return]
         if not self.deterministic:
             raise messages.unrouted_layer(self.flix_spec.path, CALL)
         warnings.warn(messages.base_alone(CALL), stacklevel=4)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from flix.backends import messages
+from flix.backends.forward import Forward, by_hand
 from flix.core.errors import RoutingError
 from flix.core.features.registry import FeatureRegistry
 from flix.core.features.routing import as_array, check_form, check_routing, fits, unpacked
@@ -40,12 +38,7 @@ class ActiveRouting:
     mapped: bool = False
 
 
-class _Current(threading.local):
-    routing: ActiveRouting | None = None
-    present: Array | None = None
-
-
-current = _Current()
+current = Forward()
 
 
 def is_traced(value: Any) -> bool:
@@ -127,29 +120,8 @@ def leading_shape(
     return given, math.prod(lead), math.prod(given[len(lead) :])
 
 
-@contextmanager
-def in_force(**values: Any) -> Iterator[None]:
-    """Run with a ``routing`` in force on this thread, or with layers that hold the rows of the ``present`` features."""
-    previous = {name: getattr(current, name) for name in values}
-    vars(current).update(values)
-    try:
-        yield
-    finally:
-        vars(current).update(previous)
+def _by_hand(registry: FeatureRegistry, features: Any, weights: Any) -> ActiveRouting:
+    return make_routing(registry, features, weights, present=current.present)
 
 
-@contextmanager
-def route(registry: FeatureRegistry, features: Any, weights: Any = None) -> Iterator[None]:
-    """Run an adapted model's methods other than its call (``model.encode(x)``) under one routing.
-
-    Args:
-        registry: the model's registry.
-        features: int ``[B, W]`` or ``[B, T, W]``.
-        weights: float in that shape, or None for 1.
-
-    Raises:
-        RoutingError: routing that breaks a rule.
-    """
-    routing = make_routing(registry, features, weights, present=current.present)
-    with in_force(routing=routing):
-        yield
+route = by_hand(current, _by_hand)

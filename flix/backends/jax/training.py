@@ -17,7 +17,7 @@ from flix.backends.jax import optimizers
 from flix.backends.jax.adapt import require_adapted
 from flix.backends.jax.functional import touched
 from flix.backends.jax.layers import FlixParam
-from flix.backends.jax.routing import in_force, is_traced
+from flix.backends.jax.routing import current, is_traced
 from flix.core.features.routing import Routing, check_routing
 
 
@@ -80,7 +80,7 @@ def value_and_grad(
         def of_rows(rows: Any) -> Any:
             values = jax.tree.unflatten(structure, jax.tree.leaves(rows))
             narrow = nnx.merge(graphdef, values, rest, copy=True)
-            with in_force(present=present):
+            with current.under(present=present):
                 out = loss(narrow, ids, *args, **kwargs)
             value, aux = out if has_aux else (out, None)
             _, _, after = nnx.split(narrow, wrt, ...)  # type: ignore[misc]

@@ -28,7 +28,7 @@ from flix.backends.tensorflow.patches import remat
 from flix.backends.tensorflow.patches.classes import become, plain
 from flix.backends.tensorflow.patches.saving import register
 from flix.backends.tensorflow.paths import flix_layers, named_layers
-from flix.backends.tensorflow.routing import CALL, activated, current, host_values, make_routing
+from flix.backends.tensorflow.routing import CALL, current, host_values, make_routing
 from flix.core.config.config import FlixConfig
 from flix.core.errors import TargetError
 from flix.core.features.routing import unpacked
@@ -148,7 +148,7 @@ class FlixModel(keras.Model):  # type: ignore[misc]
             batch=leaves[0].shape[0] if leaves and leaves[0].shape.rank else None,
             lengths=[x.shape[1] or tf.shape(x)[1] for x in leaves if (x.shape.rank or 0) >= 2],
         )
-        with activated(routing):
+        with current.under(routing=routing):
             return self.base(own)
 
     def _check_unrouted(self, weights: Any, training: Any) -> None:

@@ -85,7 +85,7 @@ class FlixLayer(Parameters):
         """The routing to run under: the one given, or the one in force; None to run the base alone."""
         if self.flix_state.disabled:
             return None
-        routing = current.routing
+        routing: ActiveRouting | None = current.routing
         if features is not None:
             routing = make_routing(self.flix_config.registry, features, weights)
         elif weights is not None:

@@ -11,9 +11,7 @@ fullest row needs) are sizes of tensors; XLA compiles these as bounded dynamic s
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from flix.backends.forward import Forward, by_hand
 from flix.core.config.layout import LayerLayout
 from flix.core.features.registry import FeatureRegistry
 from flix.core.features.routing import as_array, check_form, check_routing, unpacked
@@ -30,11 +29,7 @@ CALL = 'model({"inputs": x, "flix_features": ids})'
 """How an adapted model is called; for messages."""
 
 
-class _Current(threading.local):
-    routing: ActiveRouting | None = None
-
-
-current = _Current()
+current = Forward()
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,28 +223,4 @@ def _checked_at_run_time(ids: Any, registry: FeatureRegistry) -> Any:
         return tf.where(bad, count, ids)
 
 
-@contextmanager
-def activated(routing: ActiveRouting | None) -> Iterator[None]:
-    """Run with this routing in force on this thread."""
-    previous = current.routing
-    current.routing = routing
-    try:
-        yield
-    finally:
-        current.routing = previous
-
-
-@contextmanager
-def route(registry: FeatureRegistry, features: Any, weights: Any = None) -> Iterator[None]:
-    """Run flix layers that are used by hand, outside an adapted model, under one routing.
-
-    Args:
-        registry: the layers' registry.
-        features: int ``[B, W]`` or ``[B, T, W]``.
-        weights: float in that shape, or None for 1.
-
-    Raises:
-        RoutingError: routing that breaks a rule.
-    """
-    with activated(make_routing(registry, features, weights)):
-        yield
+route = by_hand(current, make_routing)

@@ -15,7 +15,7 @@ from typing import Any
 
 from keras.src.backend.common import remat as rematerialising
 
-from flix.backends.tensorflow.routing import activated, current
+from flix.backends.tensorflow.routing import current
 
 
 def install() -> None:
@@ -32,7 +32,7 @@ def install() -> None:
         def call(*args: Any, **kwargs: Any) -> Any:
             # TensorFlow takes no keywords here in graphs, and Keras passes training as one.
             def rerun(*tensors: Any) -> Any:
-                with activated(routing):
+                with current.under(routing=routing):
                     return function(*tensors, **kwargs)
 
             return own(rerun)(*args)
