@@ -107,12 +107,6 @@ class LayerSpec:
         """Where a feature's rows stand in the tables."""
         return self.layout.span(self.registry.id(*feature))
 
-    def row_ranges(self) -> Iterator[tuple[Feature, slice]]:
-        """The same of every feature with an update in this layer."""
-        for i, feature in enumerate(self.registry.features):
-            if self.layout.ranks[i]:
-                yield feature, self.layout.span(i)
-
     def pairs(
         self, a: Any, b: Any, features: Iterable[Feature] | None = None
     ) -> dict[Feature, Any]:
@@ -148,8 +142,9 @@ class LayerBank:
 
     def pairs(self) -> Iterator[tuple[Feature, Array, Array]]:
         """(feature, A_f, B_f) of every feature with an update in this layer."""
-        for feature, (a, b) in self.spec.pairs(self.A, self.B).items():
-            yield feature, a, b
+        for feature in self.spec.registry.live:  # one by one: slices of device arrays are copies
+            for a, b in self.spec.pairs(self.A, self.B, [feature]).values():
+                yield feature, a, b
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["A", "B"], meta_fields=["spec"])

@@ -83,7 +83,11 @@ def shapes(model: Any) -> dict[str, LayerShape]:
 def read(model: Any, features: Collection[Feature] | None = None) -> Pairs:
     bank = bank_of(model)
     tables = jax.device_get({path: (layer.A, layer.B) for path, layer in bank.items()})
-    return {path: x.spec.pairs(*map(_wide, tables[path]), features) for path, x in bank.items()}
+    found = {}
+    for path, layer in bank.items():
+        a, b = map(_wide, tables[path])
+        found[path] = layer.spec.pairs(a, b, features)
+    return found
 
 
 def _wide(table: NDArray[Any]) -> NDArray[Any]:
