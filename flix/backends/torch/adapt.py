@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -25,11 +26,8 @@ from flix.core.config.targets import LayerInfo, is_head
 def layer_infos(model: nn.Module) -> list[LayerInfo]:
     """Every module of a model as the target rules see it."""
     head = None
-    if hasattr(model, "get_output_embeddings"):
-        try:
-            head = model.get_output_embeddings()  # type: ignore[operator]
-        except (NotImplementedError, AttributeError):
-            head = None
+    with suppress(NotImplementedError, AttributeError):
+        head = model.get_output_embeddings()  # type: ignore[operator]
     inside_attention = {
         id(child)
         for module in model.modules()
@@ -62,27 +60,23 @@ def attach(
     for path in paths:
         target_of(modules[path], path)
     model.requires_grad_(False)
-    state = FlixState(config, empty_bank(config), strategy, trained)
+    bank = Bank(config.registry.features, flat_layout(config, {}))
+    state = FlixState(config, bank, strategy, trained)
     shapes = become_layers(model, state, paths)
-    state.bank.arrange(config.registry.features, flat_layout(config, shapes))
+    bank.arrange(config.registry.features, flat_layout(config, shapes))
     device: torch.device = modules[paths[0]].weight.device  # type: ignore[union-attr, assignment]
     wide = any(modules[path].weight.dtype == torch.float64 for path in paths)
     # Pairs of a half-precision base are kept in float32, where small updates do not round away.
     dtype = torch.float64 if wide else torch.float32
     pairs = ((path, values(path, shape)) for path, shape in shapes.items())
-    state.bank.receive(pairs, config.registry.live, dtype, device)
-    state.bank.to(device)
+    bank.receive(pairs, config.registry.live, dtype, device)
+    bank.to(device)
     checkpoint.install()
     for module in (model, *_encoders(model)):
         if not isinstance(module, RoutedModel):
             module.__class__ = routed_class(type(module))
         vars(module)["flix_state"] = state
-    model._modules[BANK] = state.bank
-
-
-def empty_bank(config: FlixConfig) -> Bank:
-    """A bank without layers."""
-    return Bank(config.registry.features, flat_layout(config, {}))
+    model._modules[BANK] = bank
 
 
 def become_layers(

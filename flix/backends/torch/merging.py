@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -30,14 +31,12 @@ def merged(model: Model, active: Composition, update: Updates) -> Model:
     only that layer's kernel changes; the copy's configuration then says so. The copy refuses ``flix_features``, which
     transformers' models would take for one of their many keywords (a forward pre-hook does; files do not hold it).
     """
-    copied: Any = _copied(model)
+    # Without the features' values, of which a composition needs few.
+    kept = {id(p): p for p in model.flix_bank.parameters()}  # type: ignore[attr-defined]
+    copied: Any = copy.deepcopy(model, kept)  # type: ignore[arg-type]
     straight = {path: layer.flix_transposed for path, layer in flix_layers(copied)}
     unadapt(copied)
-    users: dict[int, int] = {}
-    for module in copied.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users[id(parameter)] = users.get(id(parameter), 0) + 1
+    users = Counter(id(p) for m in copied.modules() for p in m._parameters.values())
     for path in straight:
         module = copied.get_submodule(path)
         weight: nn.Parameter = module.weight  # type: ignore[assignment]
@@ -50,11 +49,6 @@ def merged(model: Model, active: Composition, update: Updates) -> Model:
             _untie(getattr(copied, "config", None))
     Merged.mark(copied, active)
     return copied  # type: ignore[no-any-return]
-
-
-def _copied(model: Any) -> Any:
-    """A copy without the features' values, of which a composition needs few."""
-    return copy.deepcopy(model, {id(p): p for p in model.flix_bank.parameters()})
 
 
 def _folded(kernel: nn.Parameter, update: Any, straight: bool) -> torch.Tensor:

@@ -95,11 +95,10 @@ class Pager:
             )
         missing = []
         for i, parameter in wanted.items():
-            known = self._pages.get(i)
-            if known is not None and known.version == parameter._version and not known.stepped:
+            if i in self._pages:
                 self._pages.move_to_end(i)
-                continue
-            if known is not None:
+                if self._pages[i].version == parameter._version and not self._pages[i].stepped:
+                    continue
                 self._drop(i)
             missing.append(i)
         for i in [i for i in self._pages if i not in wanted]:
