@@ -1,7 +1,7 @@
 """The fused kernels on the card, forward and backward, against the definition in float64.
 
-The substance of tests/backends/torch/test_fused.py without pytest, and the sizes of real layers, which an interpreter
-cannot reach.
+The substance of tests/backends/torch/kernels/test_launch.py without pytest, and the sizes of real layers, which an
+interpreter cannot reach.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
-"""Groups for an optimizer, and the hooks around its steps."""
+"""Groups for an optimizer."""
 
 from __future__ import annotations
-
-import gc
-import weakref
 
 import pytest
 
@@ -11,7 +8,6 @@ torch = pytest.importorskip("torch")
 
 from flix import ConfigError, TargetError  # noqa: E402
 from flix.backends.torch import adapt, freeze, parameter_groups, trainable_parameters  # noqa: E402
-from flix.backends.torch.patches import optimizers  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
 from tests.helpers.torch import parameters_of, routing  # noqa: E402
 
@@ -75,27 +71,3 @@ def test_mistakes_name_the_group_and_the_valid_ones(arguments, message):
 def test_a_plain_model_has_no_groups():
     with pytest.raises(TargetError, match="parameter_groups needs an adapted model"):
         parameter_groups(torch.nn.Linear(2, 2), 1e-3)
-
-
-def test_the_hooks_can_be_taken_out_and_put_back():
-    made = model()
-    optimizer = torch.optim.SGD(trainable_parameters(made), 0.1)
-    count = optimizers.steps
-    optimizer.step()
-    assert optimizers.steps == count + 1
-    optimizers.uninstall()
-    try:
-        optimizer.step()
-        assert optimizers.steps == count + 1
-    finally:
-        model()  # an adapted model installs them again
-    optimizer.step()
-    assert optimizers.steps == count + 2
-
-
-def test_the_hooks_keep_no_model_alive():
-    made = model()
-    gone = weakref.ref(made.flix_state)
-    del made
-    gc.collect()
-    assert gone() is None

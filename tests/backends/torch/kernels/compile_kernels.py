@@ -1,6 +1,6 @@
 """Compiles the kernels for Hopper (sm_90) as ``launch`` would launch them, without a GPU.
 
-python -m tests.backends.torch.compile_kernels decode|train|all
+python -m tests.backends.torch.kernels.compile_kernels decode|train|all
 """
 
 from __future__ import annotations

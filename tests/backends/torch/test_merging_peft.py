@@ -18,14 +18,14 @@ from flix.backends.torch.layer import flix_layers  # noqa: E402
 from tests.helpers.peft import answer  # noqa: E402
 from tests.helpers.registry import config, registry  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far, relative  # noqa: E402
-from tests.helpers.torch import ask, batch, make, output, randomize  # noqa: E402
+from tests.helpers.torch import ask, batch, make, output, randomize, routing  # noqa: E402
 
 ROW = {"language": "swa", "task": "pos"}
 MIX = {"language": {"hau": 0.5, "swa": -1.5}, "task": ["ner", "pos"]}
 SECOND_LAYER = r".*layers\.1\..*"
 
 
-def _adapted(name: str = "llama", **changes: Any) -> Any:
+def _adapted(name="llama", **changes):
     model = adapt(make(name), config(**changes))
     randomize(model)
     return model.eval()
@@ -180,3 +180,27 @@ def test_what_peft_s_format_cannot_hold_is_refused(tmp_path):
     tied.transformer.wte.weight.requires_grad_(True)
     with pytest.raises(flix.AdapterError, match=r"wte\.weight': other modules share it; merge"):
         export_peft(tied, ROW, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_export_opens_in_peft_with_equal_outputs(name, kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    targets = {"llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings", "t5": "shared"}
+    changes = {"rank_pattern": {".*(q|q_proj|query|c_attn)": {"task": 1}}}
+    if kind == "embedding":
+        if name == "t5":
+            pytest.skip("PEFT adapts T5's unused module; see docs/torch.md")
+        changes["target_modules"] = [targets[name]]
+    model = _adapted(name, **changes)
+    report = export_peft(model, ROW, tmp_path)
+    assert report.rank == 7 and report.max_lora_rank == 8
+    served = peft.PeftModel.from_pretrained(make(name), tmp_path).double().eval()
+    ids, weights = routing([ROW] * 2)
+    inputs = batch(name, rows=2)
+    expected = output(model(**inputs, flix_features=ids, flix_weights=weights))
+    found = output(served(**inputs))
+    assert_close(found, expected, dtype="float32")
+    assert_far(found, output(make(name).eval()(**inputs)))
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["lora_alpha"] == written["r"] and not written["use_rslora"]

@@ -1,7 +1,7 @@
 """The Triton kernels against the other strategies.
 
 On a machine with a CUDA device the tests run there, natively. Elsewhere they run in Triton's interpreter, which must be
-switched on before Triton is imported: ``test_kernels.py`` runs this module so, in a process of its own.
+switched on before Triton is imported: ``test_triton_kernels.py`` runs this module so, in a process of its own.
 """
 
 from __future__ import annotations
@@ -16,11 +16,6 @@ pytest.importorskip("triton")
 
 from flix import ConfigError  # noqa: E402
 from flix.backends.torch import FlixConv1D, FlixLinear, adapt  # noqa: E402
-from flix.backends.torch.kernels.operators import (  # noqa: E402
-    routed_linear,
-    routed_linear_backward,
-)
-from flix.backends.torch.kernels.routes import group, routes  # noqa: E402
 from tests.helpers.registry import ROWS, config  # noqa: E402
 from tests.helpers.tolerance import assert_all_close  # noqa: E402
 from tests.helpers.torch import layer_pairs, live_pairs, randomize, routing  # noqa: E402
@@ -29,7 +24,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),
-    reason="no CUDA device; test_kernels.py runs this module in Triton's interpreter",
+    reason="no CUDA device; test_triton_kernels.py runs this module in Triton's interpreter",
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -230,81 +225,9 @@ def test_ids_of_no_feature_give_nan_in_compiled_models(length):
         assert y[[0, 2]].isfinite().all()
 
 
-def _operands(strategy, length=5, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
-
-    ids = torch.tensor([[0, 1], [2, -1], [1, 2]], device=DEVICE)
-    rows, _, factor, order, starts = routes(ids, (2, 1, 3), (1.0, 0.5, 2.0), False, True)
-    a = [random(r, 7) for r in (2, 1, 3)]
-    b = [random(r, 6) for r in (2, 1, 3)]
-    return [
-        random(3, length, 7),
-        random(7, 6),
-        random(6),
-        factor,
-        rows,
-        order,
-        starts,
-        a,
-        b,
-        strategy,
-    ]
-
-
-@pytest.mark.parametrize("length", [1, 5])
-@pytest.mark.parametrize("strategy", ["fused", "gather", "masked"])
-def test_opcheck_of_the_routed_map(strategy, length):
-    if strategy != "fused" and DEVICE == "cuda":
-        pytest.skip("host strategies are for the CPU")
-    operands = _operands(strategy, length)
-    for place in (0, 3):
-        operands[place].requires_grad_()
-    for tensor in (*operands[7], *operands[8]):
-        tensor.requires_grad_()
-    torch.library.opcheck(routed_linear, tuple(operands))
-
-
-@pytest.mark.parametrize("strategy", ["fused", "gather"])
-def test_opcheck_of_the_backward(strategy):
-    if strategy != "fused" and DEVICE == "cuda":
-        pytest.skip("host strategies are for the CPU")
-    x, kernel, _, scale, rows, order, starts, a, b, _ = operands = _operands(strategy)
-    y, h = routed_linear(*operands)
-    torch.library.opcheck(
-        routed_linear_backward,
-        (torch.ones_like(y), x, kernel, scale, rows, order, starts, h, a, b, strategy, True, True),
-    )
-
-
-def test_opcheck_and_values_of_routes():
-    ids = torch.tensor([[2, -1, 0], [0, 0, 1]], device=DEVICE, dtype=torch.int32)
-    arguments = (ids, (2, 0, 1), (1.0, 3.0, 0.5), False, True)
-    torch.library.opcheck(routes, arguments)
-    rows, slots, factor, order, starts = (t.tolist() for t in routes(*arguments))
-    assert rows == [[2, 0, 1, -1, -1, -1], [0, 1, 0, 1, -1, -1]]
-    assert [row[:3] for row in slots] == [[0, 2, 2], [0, 0, 1]]
-    assert factor == [[0.5, 1.0, 1.0, 0, 0, 0], [1.0, 1.0, 1.0, 1.0, 0, 0]]
-    assert [order[starts[u] : starts[u + 1]] for u in range(3)] == [[1, 6, 8], [2, 7, 9], [0]]
-    assert [t.tolist() for t in group(routes(*arguments)[0], 3)] == [order, starts]
-
-
 def test_other_dtypes_are_refused():
     layer = _layer("fused", 6, 5).double()
     with pytest.raises(
         ConfigError, match="needs an input of float16, bfloat16, float32, got float64"
     ):
         layer(torch.zeros(1, 6, dtype=torch.float64, device=DEVICE), flix_features=[[0]])
-
-
-def test_tables_are_made_once():
-    from flix.backends.torch.kernels import tables
-
-    layer = _layer("fused", 12, 9)
-    run = lambda: _run(layer, (4, 6, 12), *routing())  # noqa: E731
-    run()
-    before = dict(tables._tables)
-    run()
-    assert dict(tables._tables) == before

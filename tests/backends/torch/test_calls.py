@@ -121,3 +121,19 @@ def test_a_token_in_another_precision_has_a_union_of_its_own():
         again = model(token, flix_features=ids).logits
     assert torch.equal(full, again)
     assert_close(half, full, times=3)
+
+
+def _adapted(name="llama", **changes):
+    model = adapt(make(name), config(**changes))
+    randomize(model)
+    return model.eval()
+
+
+def test_a_batch_of_another_size_is_named():
+    model = _adapted()
+    ids, _ = routing()
+    for inputs in (batch("llama", rows=3), {"inputs_embeds": torch.zeros(3, 9, 16).double()}):
+        with pytest.raises(flix.RoutingError, match="routes 4 rows, but the batch has 3 rows"):
+            model(**inputs, flix_features=ids)
+    with pytest.raises(flix.RoutingError, match="weights belong to ids"):
+        model(**batch("llama"), flix_weights=torch.ones(4, 2))

@@ -1,0 +1,119 @@
+"""One composition in the kernels of a model, for good or for a while."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import flix  # noqa: E402
+from flix import FeatureError, RoutingError, TargetError  # noqa: E402
+from flix.backends.torch import (  # noqa: E402
+    adapt,
+    load,
+    merge,
+    merge_in_place,
+    save,
+    share_base,
+    trainable_parameters,
+    unmerge,
+)
+from flix.backends.torch.layer import flix_layers  # noqa: E402
+from tests.helpers.claims import over  # noqa: E402
+from tests.helpers.registry import config  # noqa: E402
+from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
+from tests.helpers.torch import batch, live_pairs, make, output, randomize  # noqa: E402
+from tests.helpers.zoo import RELATIVES, ZOO, inputs_of  # noqa: E402
+
+ROW = {"language": "swa", "task": "pos"}
+MADE = [name for name in ZOO if name != "minilm"]  # that one has weights of its own
+
+
+def _adapted(name="llama", **changes):
+    model = adapt(make(name), config(**changes))
+    randomize(model)
+    return model.eval()
+
+
+def test_merge_refuses_what_activates_nothing_or_is_unknown():
+    model = _adapted()
+    with pytest.raises(flix.RoutingError, match="activates none"):
+        merge(model, {})
+    with pytest.raises(FeatureError, match="no feature 'swq'"):
+        merge(model, {"language": "swq"})
+
+
+def adapted(name="llama", seed=0, **changes):
+    model = adapt(make(name), config(**changes))
+    randomize(model, seed)
+    return model.eval()
+
+
+def run(model, name="llama", rows=None):
+    rows = rows or [ROW, {"language": "hau", "task": "ner"}, {"task": "pos"}]
+    encoded = model.flix_config.registry.encode(rows)
+    with torch.no_grad():
+        return output(model(**inputs_of(name, rows=len(rows)), flix_features=encoded))
+
+
+def values(model):
+    return {name: p.detach().clone() for name, p in live_pairs(model).items()}
+
+
+@over(MADE, "merge in place", slow=RELATIVES)
+def test_merged_in_place_and_out_again_bit_for_bit(name):
+    model = adapted(name, target_modules=[*ZOO[name].embeddings])
+    kernels = {n: p.detach().clone() for n, p in model.named_parameters()}
+    wanted, rows = run(model, name), [ROW] * 3
+    merged = output(merge(model, ROW)(**inputs_of(name, rows=3)))
+    merge_in_place(model, ROW)
+    with torch.no_grad():
+        assert_close(output(model(**inputs_of(name, rows=3))), merged)
+    with pytest.raises(RoutingError, match=r"merged in place, with .*'swa'.*unmerge\(model\)"):
+        run(model, name, rows)
+    with pytest.raises(TargetError, match="merged already"):
+        merge_in_place(model, ROW)
+    twin = output(merge(model, {"task": "ner"})(**inputs_of(name, rows=3)))
+    unmerge(model)
+    assert all(torch.equal(p, kernels[n]) for n, p in model.named_parameters())
+    assert_close(run(model, name), wanted)
+    # A copy merged from a merged model starts from the base's kernels, not from the folded ones.
+    assert_close(output(merge(model, {"task": "ner"})(**inputs_of(name, rows=3))), twin)
+    with pytest.raises(TargetError, match="not merged"):
+        unmerge(model)
+
+
+def test_a_merged_model_saves_its_features(tmp_path):
+    model = adapted()
+    before = values(model)
+    merge_in_place(model, ROW)
+    save(model, tmp_path)
+    again = load(make("llama"), tmp_path)
+    assert all(torch.equal(p, before[n]) for n, p in live_pairs(again).items())
+
+
+def test_two_adapters_side_by_side_share_one_base():
+    first = adapted(seed=0)
+    wanted = run(first)
+    second = share_base(first)
+    assert not list(flix_layers(second)) and "flix_features" not in str(vars(second))
+    adapt(second, config(target_modules=["q_proj", "v_proj"]))
+    randomize(second, 7)
+    second.eval()
+    base = dict(make("llama").named_parameters())
+    mine, theirs = dict(first.named_parameters()), dict(second.named_parameters())
+    assert all(mine[n] is theirs[n] for n in base)
+    assert_close(run(first), wanted)
+    alone = adapt(make("llama"), config(target_modules=["q_proj", "v_proj"])).eval()
+    randomize(alone, 7)
+    assert_close(run(second), run(alone))
+    assert_far(run(second), wanted)
+    # Each trains by itself.
+    second.train()
+    encoded = second.flix_config.registry.encode([ROW])
+    optimizer = torch.optim.AdamW(trainable_parameters(second), 0.1)
+    output(second(**batch("llama", rows=1), flix_features=encoded)).sum().backward()
+    optimizer.step()
+    assert_close(run(first), wanted)
+    assert all(not p.requires_grad for n, p in first.named_parameters() if n in base)
