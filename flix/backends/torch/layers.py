@@ -20,8 +20,8 @@ from flix.backends.torch.scaled import is_scaled_embedding, scaled
 from flix.backends.torch.state import FlixState
 from flix.backends.torch.sums import RoutedLinear, mask, traced_linear
 from flix.backends.torch.tokens import Token
+from flix.core.adapter.changes import fresh_pairs
 from flix.core.adapter.flat import flat_layout
-from flix.core.adapter.initial import initial_pairs
 from flix.core.config.config import FlixConfig
 from flix.core.errors import TargetError
 from flix.core.strategy.decide import check_strategy
@@ -356,12 +356,8 @@ def _hold_bank(layer: FlixLayer, config: FlixConfig, name: str, strategy: str) -
     kernel: Tensor = layer.weight  # type: ignore[assignment]
     shape, registry = layer.shape_of(layer), config.registry
     bank = Bank(registry.features, flat_layout(config, {name: shape})).to(kernel.device)
-    ranks = {feature: config.rank(name, feature) for feature in registry.live}
-    pairs = initial_pairs(
-        seed=config.seed, layer=name, ranks=ranks, d_in=shape.d_in, d_out=shape.d_out
-    )
     dtype = torch.float64 if kernel.dtype == torch.float64 else torch.float32
-    bank.receive([(name, pairs)], registry.live, dtype, kernel.device)
+    bank.receive([(name, fresh_pairs(config, name, shape))], registry.live, dtype, kernel.device)
     _carry(layer, name, 0, FlixState(config, bank, strategy), layer.flix_base)
     layer._modules[BANK] = bank
 
