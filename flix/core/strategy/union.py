@@ -156,10 +156,11 @@ def bank_part(rows: NDArray[np.integer[Any]], ranks: Sequence[int]) -> BankPart:
     """The part of a bank of features with these ranks that is used by rows ``[N, R]``, -1 where a slot is unused."""
     taken = np.flatnonzero((rows >= 0).any(axis=0))
     rows = rows[:, : int(taken[-1]) + 1 if len(taken) else 0].astype(np.int64)
-    used, ends = rows >= 0, np.cumsum(ranks)
+    sizes = np.asarray(ranks, dtype=np.int64)
+    used, ends = rows >= 0, np.cumsum(sizes)
     owner = np.searchsorted(ends, rows, side="right")
     features = np.unique(owner[used])
-    mine, ends = np.asarray(ranks)[features], ends[features]
+    mine, ends = sizes[features], ends[features]
     shift = np.cumsum(mine) - ends
     stacked = np.where(used, rows + shift[np.searchsorted(features, owner)], 0)
     return BankPart(features, stacked, ends - mine, ends)
