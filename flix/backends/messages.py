@@ -31,23 +31,37 @@ def weights_alone() -> RoutingError:
     )
 
 
-def unrouted_model(call: str) -> RoutingError:
+def unrouted_model(call: str, block: str = "") -> RoutingError:
     """An adapted model was called without routing (docs/specification.md §5.1.3).
 
     Args:
         call: how this framework's models are called with it.
+        block: what gives one composition to all calls inside it, where the backend has that.
     """
     return RoutingError(
         f"an adapted model was called without routing; call it as {call}, with ids int [batch, width] made by "
-        "registry.encode(rows). Ids of -1, or disable(model), give the base alone"
+        f"registry.encode(rows){_or_inside(block)}. Ids of -1, or disable(model), give the base alone"
     )
 
 
-def unrouted_layer(path: str, call: str) -> RoutingError:
-    """An adapted layer was called while no routing was in force; ``call`` as in :func:`unrouted_model`."""
+def unrouted_layer(path: str, call: str, block: str = "") -> RoutingError:
+    """An adapted layer was called while no routing was in force; otherwise as :func:`unrouted_model`."""
     return RoutingError(
-        f"layer {path!r} is adapted, but no routing is in force; call the adapted model as {call} "
-        "(rows of base output: ids of -1)"
+        f"layer {path!r} is adapted, but no routing is in force: the model was not called as a whole, or without "
+        f"flix_features; call the adapted model as {call}{_or_inside(block)}. Ids of -1, or disable(model), give the "
+        "base alone"
+    )
+
+
+def _or_inside(block: str) -> str:
+    return f", or inside of {block}" if block else ""
+
+
+def other_registry(path: str, given: Any, own: Any) -> RoutingError:
+    """A layer runs under routing that was made for another registry."""
+    return RoutingError(
+        f"layer {path!r} belongs to {own}, but the routing in force was made for {given}, whose ids mean other "
+        "features; route each model's layers by its own registry"
     )
 
 

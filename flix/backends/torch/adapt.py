@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
@@ -72,7 +73,7 @@ def attach(
     bank.receive(pairs, config.registry.live, dtype, device)
     bank.to(device)
     checkpoint.install()
-    for module in (model, *_encoders(model)):
+    for module in (model, *_callable_alone(model)):
         if not isinstance(module, RoutedModel):
             module.__class__ = routed_class(type(module))
         vars(module)["flix_state"] = state
@@ -108,13 +109,21 @@ def _relink(model: nn.Module, modules: dict[str, nn.Module], path: str, targets:
             setattr(model.get_submodule(parent), name, adapted)
 
 
-def _encoders(model: nn.Module) -> list[nn.Module]:
-    """The encoder of an encoder-decoder model: generation calls it past the model's own forward."""
+def _callable_alone(model: nn.Module) -> list[nn.Module]:
+    """Parts of a model that are called past its own forward: transformers' backbones, and encoders by generation."""
+    library = sys.modules.get("transformers.modeling_utils")
+    backbone = getattr(library, "PreTrainedModel", ())
+    found = [
+        module
+        for module in model.modules()
+        if module is not model and isinstance(module, backbone) and any(flix_layers(module))
+    ]
     config = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
-        return []
-    encoder = model.get_encoder()  # type: ignore[operator]
-    return [encoder] if isinstance(encoder, nn.Module) and encoder is not model else []
+    if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        encoder = model.get_encoder()  # type: ignore[operator]
+        if isinstance(encoder, nn.Module) and encoder is not model and encoder not in found:
+            found.append(encoder)
+    return found
 
 
 def unadapt(model: nn.Module) -> None:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flix.backends import messages
+from flix.backends.torch import scopes
 from flix.backends.torch.distributed import touched_by_all
 from flix.backends.torch.routing import (
+    BASE,
     AnyRouting,
+    Base,
     TracedRouting,
     Uniform,
     current,
     make_routing,
 )
 from flix.backends.torch.state import FlixState
-from flix.core.errors import ConfigError
+from flix.core.errors import ConfigError, RoutingError
 from flix.core.features.routing import check_form
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
@@ -31,17 +33,20 @@ CALL = "model(**inputs, flix_features=ids)"
 
 def routing_of(
     model: Any, features: Any, weights: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> AnyRouting | None:
-    """The routing that a call of an adapted model puts in force; None for the base alone.
+) -> AnyRouting | Base:
+    """The routing that a call of an adapted model puts in force.
 
     Raises:
-        RoutingError: routing that breaks a rule, or none in training.
+        RoutingError: routing that breaks a rule, or none.
     """
     state: FlixState = model.flix_state
-    if state.disabled:
-        return None
+    scope = scopes.in_force(state)
+    if scope is scopes.OFF:
+        return BASE
     if features is None:
-        return _unrouted(model, state, weights)
+        return _unrouted(model, state, weights, scope)
+    _refuse_replica(model)
+    _refuse_trace()
     refuse_folded(state)
     batch, length = _input_shape(args, kwargs)
     if torch.compiler.is_compiling() and isinstance(features, Tensor):
@@ -81,28 +86,41 @@ def routing_of(
     return routing.enter(state)
 
 
-def _unrouted(model: Any, state: FlixState, weights: Any) -> AnyRouting | None:
-    """The routing of a forward that was given none.
+def _unrouted(
+    model: Any, state: FlixState, weights: Any, scope: Uniform | None
+) -> AnyRouting | Base:
+    """The routing of a forward that was given none: that of the forward around it, or of :func:`routed`.
 
-    That of the forward around it, or of :func:`routed`; else an error in training, and otherwise None, the base (and a
-    warning).
+    Raises:
+        RoutingError: there is neither.
     """
     if weights is not None:
         raise messages.weights_alone()
-    if current.routing is not None or state.folded is not None:
+    if current.routing is not None:
         return current.routing
-    default = current.defaults.get(id(model))
-    if default is not None:
-        return _uniform(model, state, default)
-    if model.training:
-        raise messages.unrouted_model(CALL)
-    if not torch.compiler.is_compiling():
-        warnings.warn(
-            messages.base_alone(CALL)
-            + "; where a keyword cannot be passed, use routed(model, row)",
-            stacklevel=4,
+    if state.folded is not None:
+        return BASE
+    if scope is not None:
+        return _uniform(model, state, scope)
+    raise messages.unrouted_model(CALL, "routed(model, row)")
+
+
+def _refuse_replica(model: Any) -> None:
+    if getattr(model, "_is_replica", False):
+        raise RoutingError(
+            "nn.DataParallel copies a model for each call, and its copies lose the features' parameters; use "
+            "torch.nn.parallel.DistributedDataParallel, one process for each device"
         )
-    return None
+
+
+def _refuse_trace() -> None:
+    if (
+        torch._C._get_tracing_state() is not None
+    ):  # what torch.jit.is_tracing asks, which is not exported
+        raise RoutingError(
+            "torch.jit.trace, and ONNX export through it, would record this batch's routing for all others; use "
+            "torch.export or torch.onnx.export(dynamo=True), or trace under routed(model, row) or merge(model, row)"
+        )
 
 
 def _uniform(model: Any, state: FlixState, default: Uniform) -> AnyRouting:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flix.backends import messages
+from flix.backends.torch import scopes
 from flix.backends.torch.calls import CALL, refuse_folded
 from flix.backends.torch.kernels.routes import routes
 from flix.backends.torch.parameters import Carried, Values
@@ -16,6 +17,7 @@ from flix.backends.torch.placing import Placed
 from flix.backends.torch.routing import (
     ActiveRouting,
     AnyRouting,
+    Base,
     TracedRouting,
     current,
     make_routing,
@@ -113,8 +115,11 @@ class FlixLayer(nn.Module):
 
     def _routing(self, features: Any, weights: Any) -> AnyRouting | None:
         """The routing to run under: the one given, or the one in force; None to run the base alone."""
-        state = self.flix_state
-        if state.disabled:
+        state, routing = self.flix_state, current.routing
+        if features is None and weights is None and routing is not None:
+            return self._own(routing)
+        scope = scopes.in_force(state)
+        if scope is scopes.OFF:
             return None
         if features is not None:
             refuse_folded(state)
@@ -123,9 +128,22 @@ class FlixLayer(nn.Module):
             raise messages.weights_alone()
         if state.folded is not None:
             return None
-        routing = current.routing
-        if routing is None and self.training:
-            raise messages.unrouted_layer(self.flix_name, CALL)
+        if scope is None:
+            raise messages.unrouted_layer(self.flix_name, CALL, "routed(model, row)")
+        return scope.traced(state.bank) if torch.compiler.is_compiling() else scope.of_thread()  # type: ignore[no-any-return]
+
+    def _own(self, routing: AnyRouting | Base) -> AnyRouting | None:
+        """The routing in force, as far as it is this layer's."""
+        if isinstance(routing, Base):
+            return None
+        registry = self.flix_state.config.registry
+        if isinstance(routing, ActiveRouting):
+            if routing.entered is not self.flix_state and routing.registry != registry:
+                raise messages.other_registry(self.flix_name, routing.registry, registry)
+            if torch.compiler.is_compiling():
+                return TracedRouting(
+                    self.flix_state.bank, routing.ids, routing.weights, routing.length
+                )
         return routing
 
     def _values(

@@ -112,7 +112,7 @@ class FlixLinear(FlixLayer, nn.Linear):
     def _kept(self, x: Tensor) -> Token | None:
         """What the layer prepared for such an input under this routing."""
         routing, state = current.routing, self.flix_state
-        if type(routing) is not ActiveRouting or routing.entered is not state or state.disabled:
+        if type(routing) is not ActiveRouting or routing.entered is not state:
             return None
         token = routing.tokens.get(self.flix_place)
         return token if token is not None and token.fits(x) else None

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flix.backends.protocol import Counts, Pairs, Values
+from flix.backends.torch import scopes
 from flix.backends.torch.adapt import attach as attach_features
 from flix.backends.torch.adapt import become_layers
 from flix.backends.torch.adapt import layer_infos as layers
@@ -131,7 +132,7 @@ def count(model: Any) -> Counts:
 
 
 def switch(model: Any, by: int) -> None:
-    _state(model).disabled += by
+    scopes.switch(_state(model), by)
 
 
 def folded(model: Any) -> Mapping[str, Any] | None:

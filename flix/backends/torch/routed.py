@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from flix.backends.torch import scopes
 from flix.backends.torch.adapt import routed_models
 from flix.backends.torch.calls import refuse_folded
 from flix.backends.torch.patches.models import RoutedModel
-from flix.backends.torch.routing import Uniform, current
+from flix.backends.torch.routing import Uniform
 from flix.core.errors import RoutingError, TargetError
 from flix.core.features.encoding import Row
 from flix.core.features.routing import Routing, unpacked
@@ -26,15 +27,16 @@ def routed(model: nn.Module, features: Row | Routing) -> Iterator[None]:
         with routed(model, {"language": "hau", "task": "ner"}):
             found = pipe(texts)
 
-    Batches may have any size, and ``generate()`` may use beams. A call that does give ``flix_features`` runs under
-    those; of nested contexts the inner one counts. Only this thread is concerned, and this model (or the adapted
-    models inside it, for a wrapper such as DDP or a compiled model), not copies of it. Results must be made inside
-    the context: iterators that call the model later run without it.
+    Batches may have any size, and ``generate()`` may use beams; parts of the model may be called by themselves. A call
+    that does give ``flix_features`` runs under those; of nested blocks the inner one counts. A block holds for the
+    thread or asyncio task that entered it, and what it starts with ``asyncio.to_thread`` or as tasks; and for this
+    model (or the adapted models inside it, for a wrapper such as DDP or a compiled model), not copies of it. Results
+    must be made inside the block: iterators that call the model later run without it.
 
     Args:
         model: an adapted model, or a module that holds one.
         features: ``{group: name | [names] | {name: weight}}``, encoded under the configuration's ``unknown``, or a
-            :class:`flix.Routing` of one row. ``{}`` means the base alone, without a warning.
+            :class:`flix.Routing` of one row. ``{}`` means the base alone.
 
     Raises:
         FeatureError, RoutingError: a row that cannot be encoded, routing of several rows, or a model that is merged in
@@ -49,13 +51,13 @@ def routed(model: nn.Module, features: Row | Routing) -> Iterator[None]:
         )
     for member in members:
         refuse_folded(member.flix_state)
-    defaults = {id(member): _uniform(member, features) for member in members}
-    previous = current.defaults
-    current.defaults = {**previous, **defaults}
+    defaults = {member.flix_state: _uniform(member, features) for member in members}
+    entries = [scopes.enter(state, uniform) for state, uniform in defaults.items()]
     try:
         yield
     finally:
-        current.defaults = previous
+        for entry in entries:
+            scopes.leave(entry)
 
 
 def _uniform(model: RoutedModel, features: Row | Routing) -> Uniform:

@@ -1,7 +1,8 @@
 """The routing of the forward that is running, per thread.
 
-A model's forward keyword puts it here, the adapted layers read it. A thread-local (not a context variable) since
-compilers trace it; recomputation under activation checkpointing re-enters it (see ``patches.checkpoint``).
+A model's forward keyword puts it here, the adapted layers read it. A thread-local since compilers trace it, and enough,
+since no forward is left for another task; what ``routed`` and ``disable`` hold open lies in ``scopes``. Recomputation
+under activation checkpointing re-enters it (see ``patches.checkpoint``).
 """
 
 from __future__ import annotations
@@ -28,21 +29,25 @@ if TYPE_CHECKING:
     from flix.backends.torch.state import FlixState
 
 
+class Base:
+    """What stands for a routing where the base alone is to answer: it was said so."""
+
+
+BASE = Base()
+
+
 class _Current(threading.local):
     """This thread's state.
 
     Attributes:
-        routing: the routing of the forward that is running.
-        defaults: under :func:`routed`, one composition for all rows of a model's calls, by the model's ``id``.
+        routing: the routing of the forward that is running, :data:`BASE` for the base alone; None outside of any.
     """
 
-    routing: ActiveRouting | TracedRouting | None
-    defaults: dict[int, Uniform]
+    routing: AnyRouting | Base | None
 
     def __init__(self) -> None:
         # Set on the instance from the start: compiled code guards on the attribute's place.
         self.routing = None
-        self.defaults = {}
 
 
 current = _Current()
@@ -68,6 +73,7 @@ class ActiveRouting:
         length: int | None = None,
         touched: tuple[int, ...] = (),
     ) -> None:
+        self.ids = torch.from_numpy(ids)  # for layers that are compiled one by one
         self.lead: tuple[int, ...] = tuple(ids.shape[:-1])
         self.flat = ids.reshape(-1, ids.shape[-1])
         self.weights = weights
@@ -176,10 +182,18 @@ class Uniform:
 
     def __init__(self, registry: FeatureRegistry, ids: Tensor, weights: Tensor | None) -> None:
         self.registry, self.ids, self.weights = registry, ids, weights
+        self._by_thread: dict[int, ActiveRouting] = {}
 
     def active(self, touched: tuple[int, ...] = ()) -> ActiveRouting:
         """The routing, without leading dimensions: a layer takes all that it is given for one row."""
         return ActiveRouting(self.ids.numpy(), self.weights, self.registry, touched=touched)
+
+    def of_thread(self) -> ActiveRouting:
+        """The routing for layers that this thread runs outside of a model's forward."""
+        thread = threading.get_ident()
+        if thread not in self._by_thread:
+            self._by_thread[thread] = self.active()
+        return self._by_thread[thread]
 
     def traced(self, bank: Bank) -> TracedRouting:
         """The same inside a compiled graph."""
@@ -239,7 +253,7 @@ def make_routing(
 
 
 @contextmanager
-def activated(routing: AnyRouting | None) -> Iterator[None]:
+def activated(routing: AnyRouting | Base | None) -> Iterator[None]:
     """Run with this routing in force on this thread."""
     previous = current.routing
     current.routing = routing

@@ -20,7 +20,6 @@ class FlixState:
         strategy: how sums are computed where layers join.
         trained: names of the parameters that trained before the base was frozen.
         heads: names of the base's parameters that were saved or loaded with the features.
-        disabled: how many ``disable`` contexts hold the model.
         folded: the row that is merged in place, or None.
         traced: whether a compiled forward has run since the last optimizer step.
         pager: the :class:`flix.backends.torch.paging.Pager`, while the features are paged.
@@ -32,7 +31,6 @@ class FlixState:
     strategy: str = "auto"
     trained: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
-    disabled: int = 0
     folded: dict[str, Any] | None = None
     traced: bool = False
     pager: Any = None

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from flix.backends import messages
+from flix.backends.torch import scopes
 from flix.backends.torch.calls import generation_routing, routing_of
 from flix.backends.torch.parameters import BANK
 from flix.backends.torch.routing import current
@@ -127,10 +128,11 @@ def _generate_of(base: Any) -> Any:
     def generate(
         self: Any, *args: Any, flix_features: Any = None, flix_weights: Any = None, **kwargs: Any
     ) -> Any:
-        if flix_features is not None and not self.flix_state.disabled:
-            kwargs |= generation_routing(self, flix_features, flix_weights, args, kwargs)
-        elif flix_weights is not None and not self.flix_state.disabled:
-            raise messages.weights_alone()
+        if scopes.in_force(self.flix_state) is not scopes.OFF:
+            if flix_features is not None:
+                kwargs |= generation_routing(self, flix_features, flix_weights, args, kwargs)
+            elif flix_weights is not None:
+                raise messages.weights_alone()
         return base.generate(self, *args, **kwargs)
 
     return generate
