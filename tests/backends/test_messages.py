@@ -16,7 +16,12 @@ CASES = {
     "adapted_already": ((), flix.TargetError, ["adapted already", "add_feature"]),
     "weights_alone": ((), flix.RoutingError, ["flix_weights", "flix_features", "give both"]),
     "unrouted_model": ((CALL,), flix.RoutingError, [CALL, "disable(model)", "-1"]),
-    "unrouted_layer": (("proj", CALL), flix.RoutingError, ["'proj'", CALL]),
+    "unrouted_layer": (
+        ("proj", CALL, "routed(m)"),
+        flix.RoutingError,
+        ["'proj'", CALL, "routed(m)"],
+    ),
+    "other_registry": (("proj", "A", "B"), flix.RoutingError, ["'proj'", "B, but", "for A"]),
     "other_lead": (("proj", (5, 2), (4, 2)), flix.RoutingError, ["'proj'", "[5, 2]", "[4, 2]"]),
     "rows_differ": ((2,), flix.ConfigError, ["row 2", "'gather'"]),
     "folded_in": (({"task": "ner"},), flix.RoutingError, ["'task': 'ner'", "unmerge(model)"]),

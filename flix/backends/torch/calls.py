@@ -43,10 +43,10 @@ def routing_of(
     scope = scopes.in_force(state)
     if scope is scopes.OFF:
         return BASE
+    refuse_trace()
     if features is None:
         return _unrouted(model, state, weights, scope)
     _refuse_replica(model)
-    _refuse_trace()
     refuse_folded(state)
     batch, length = _input_shape(args, kwargs)
     if torch.compiler.is_compiling() and isinstance(features, Tensor):
@@ -113,13 +113,14 @@ def _refuse_replica(model: Any) -> None:
         )
 
 
-def _refuse_trace() -> None:
+def refuse_trace() -> None:
+    """``torch.jit.trace`` records what one batch computes, and its routing is decided on the host."""
     if (
         torch._C._get_tracing_state() is not None
     ):  # what torch.jit.is_tracing asks, which is not exported
         raise RoutingError(
             "torch.jit.trace, and ONNX export through it, would record this batch's routing for all others; use "
-            "torch.export or torch.onnx.export(dynamo=True), or trace under routed(model, row) or merge(model, row)"
+            "torch.export or torch.onnx.export(dynamo=True), or trace the plain model that merge(model, row) gives"
         )
 
 

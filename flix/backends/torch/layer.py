@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flix.backends import messages
 from flix.backends.torch import scopes
-from flix.backends.torch.calls import CALL, refuse_folded
+from flix.backends.torch.calls import CALL, refuse_folded, refuse_trace
 from flix.backends.torch.kernels.routes import routes
 from flix.backends.torch.parameters import Carried, Values
 from flix.backends.torch.placing import Placed
@@ -121,6 +121,7 @@ class FlixLayer(nn.Module):
         scope = scopes.in_force(state)
         if scope is scopes.OFF:
             return None
+        refuse_trace()
         if features is not None:
             refuse_folded(state)
             return make_routing(state.config.registry, features, weights)

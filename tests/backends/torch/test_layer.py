@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from flix import RoutingError  # noqa: E402
-from flix.backends.torch import adapt, trainable_parameters  # noqa: E402
+from flix.backends.torch import adapt, disable, trainable_parameters  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
 from tests.helpers.tolerance import assert_close  # noqa: E402
 from tests.helpers.torch import MODELS, batch, live_pairs, make, output, randomize, routing  # noqa: E402
@@ -79,17 +79,18 @@ def test_an_empty_batch_passes():
     assert y.shape == (0, 3, 4)
 
 
-def test_training_without_routing_is_an_error():
-    model = adapt(make("llama"), config()).train()
-    with pytest.raises(RoutingError, match="called without routing"):
-        model(**batch("llama"))
+@pytest.mark.parametrize("training", [True, False])
+def test_a_call_without_routing_is_an_error_from_whichever_module(training):
+    model, inputs = adapt(make("llama"), config()).train(training), batch("llama")
+    for part in (model, model.model):
+        with pytest.raises(RoutingError, match=r"called without routing.*routed\(model, row\)"):
+            part(**inputs)
     with pytest.raises(
-        RoutingError, match=r"'model\.layers\.0\.self_attn\.q_proj'.*no routing is in force"
+        RoutingError, match=r"'model\.layers\.0\.mlp\.gate_proj'.*no routing is in force"
     ):
-        model.model(**batch("llama"))
-    model.eval()
-    with pytest.warns(UserWarning, match="base model answers alone"):
-        model(**batch("llama"))
+        model.model.layers[0].mlp(torch.zeros(2, 3, model.config.hidden_size).double())
+    with disable(model):  # said so
+        model(**inputs), model.model(**inputs)
 
 
 @pytest.mark.slow

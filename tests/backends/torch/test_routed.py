@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 
 import pytest
 
@@ -28,13 +27,6 @@ from tests.helpers.torch import live_pairs, output, project_back, randomize, rou
 from tests.helpers.zoo import ZOO, inputs_of, pretrained, weights_of  # noqa: E402
 
 ROW = ROWS[1]
-
-
-@pytest.fixture(autouse=True)
-def _no_call_of_the_base_alone():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*base model answers alone.*")
-        yield
 
 
 def _model(name="llama", **changes):
@@ -99,18 +91,16 @@ def test_it_ends_with_its_block_even_by_an_error():
     model = _model()
     with pytest.raises(KeyError), routed(model, ROW):
         raise KeyError
-    with pytest.warns(UserWarning, match=r"routed\(model, row\)"):
-        model(**inputs_of("llama"))
-    model.train()
-    with pytest.raises(RoutingError, match="called without routing"):
-        model(**inputs_of("llama"))
+    for training in (True, False):
+        with pytest.raises(RoutingError, match="called without routing"):
+            model.train(training)(**inputs_of("llama"))
 
 
 def test_other_models_and_copies_are_left_alone():
     model, other = _model(), _model()
     with routed(model, ROW):
         for stranger in (other, copy.deepcopy(model)):
-            with pytest.warns(UserWarning, match="base model answers alone"):
+            with pytest.raises(RoutingError, match="called without routing"):
                 stranger(**inputs_of("llama"))
         with routed(other, ROWS[0]):
             found = output(model(**inputs_of("llama"))), output(other(**inputs_of("llama")))

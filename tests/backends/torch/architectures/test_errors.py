@@ -98,20 +98,17 @@ def test_weights_without_features_are_refused(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "bert"])
-def test_routing_missing_in_training(name):
-    model = _adapted(name).train()
-    with pytest.raises(
-        RoutingError, match=r"called without routing; call it as .*flix_features=ids"
-    ):
-        model(**inputs_of(name))
-    model.eval()
-    with pytest.warns(UserWarning, match="the base model answers alone"):
-        model(**inputs_of(name))
+def test_routing_missing(name):
+    for training in (True, False):
+        with pytest.raises(
+            RoutingError, match=r"called without routing; call it as .*flix_features=ids"
+        ):
+            _adapted(name).train(training)(**inputs_of(name))
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-def test_generation_without_routing_says_that_the_base_answers(name):
-    with pytest.warns(UserWarning, match="the base model answers alone"):
+def test_generation_without_routing_is_refused(name):
+    with pytest.raises(RoutingError, match="called without routing"):
         _adapted(name).generate(inputs_of(name)["input_ids"], max_new_tokens=2)
 
 
