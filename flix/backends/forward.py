@@ -1,35 +1,83 @@
-"""What a forward runs under, per thread: a model's call puts it in force, its layers read it."""
+"""What a forward runs under: a model's call puts it in force, its layers read it (docs/specification.md §5.1.4).
+
+A context variable holds what is open, so that threads and asyncio tasks see their own. Blocks may nest, overlap, and
+close in any order: each takes away itself alone.
+"""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from flix.core.features.registry import FeatureRegistry
 
+Blocks = tuple[dict[str, Any], ...]
 
-class Forward(threading.local):
-    """The forward that is running on this thread.
 
-    Attributes:
-        routing: the routing in force, in the framework's own form; None outside a forward.
-        present: JAX: the features whose rows the layers hold, where they were gathered; else None.
-    """
+class Forward:
+    """What is in force on this thread, or in this asyncio task."""
 
-    routing: Any = None
-    present: Any = None
+    def __init__(self) -> None:
+        self._open: ContextVar[Blocks] = ContextVar("flix_forward", default=())
+
+    @property
+    def routing(self) -> Any:
+        """The routing in force, in the framework's own form; None outside a forward."""
+        return self._innermost("routing")
+
+    @property
+    def present(self) -> Any:
+        """JAX: the features whose rows the layers hold, where they were gathered; else None."""
+        return self._innermost("present")
+
+    @property
+    def blocks(self) -> Blocks:
+        """All that is open; for :meth:`resumed`."""
+        return self._open.get()
+
+    def is_off(self, state: Any) -> bool:
+        """Whether a ``disable`` block holds what this object stands for, compared by identity."""
+        return any(block.get("off") is state for block in self._open.get())
 
     @contextmanager
     def under(self, **values: Any) -> Iterator[None]:
-        """Run with these attributes on this thread."""
-        previous = {name: getattr(self, name) for name in values}
-        vars(self).update(values)
+        """Run with these values in force."""
+        self._open.set((*self._open.get(), values))
         try:
             yield
         finally:
-            vars(self).update(previous)
+            self._close(values)
+
+    @contextmanager
+    def resumed(self, blocks: Blocks) -> Iterator[None]:
+        """Run with exactly these in force, as they were when something was put off."""
+        before = self._open.get()
+        self._open.set(blocks)
+        try:
+            yield
+        finally:
+            self._open.set(before)
+
+    def switch(self, state: Any, by: int) -> None:
+        """Open a ``disable`` block of what this object stands for (1), or close its last one (-1)."""
+        if by > 0:
+            self._open.set((*self._open.get(), {"off": state}))
+            return
+        for block in reversed(self._open.get()):
+            if block.get("off") is state:
+                self._close(block)
+                return
+
+    def _innermost(self, name: str) -> Any:
+        for block in reversed(self._open.get()):
+            if name in block:
+                return block[name]
+        return None
+
+    def _close(self, block: dict[str, Any]) -> None:
+        self._open.set(tuple(other for other in self._open.get() if other is not block))
 
 
 def by_hand(
@@ -40,6 +88,8 @@ def by_hand(
     @contextmanager
     def route(registry: FeatureRegistry, features: Any, weights: Any = None) -> Iterator[None]:
         """Run methods of an adapted model other than its call, or adapted layers by hand, under one routing.
+
+        It holds for the thread or asyncio task that entered it.
 
         Args:
             registry: the registry of the model or the layers.

@@ -129,8 +129,10 @@ class Backend(Protocol):
     # Uses.
 
     def switch(self, model: Any, by: int) -> None:
-        """Add to the number of :func:`disable` contexts that hold the model. While there are any, it is its base: no
-        feature acts, and no routing is needed or looked at, explicit routing of a call included.
+        """Open a :func:`disable` context (1) in this thread or asyncio task, or close one (-1).
+
+        While any is open there, the model is its base: no feature acts, and no routing is needed or looked at, explicit
+        routing of a call included.
 
         Raises:
             TargetError: a model that is never called, such as a bank.

@@ -120,8 +120,8 @@ class Models(Shared):
     def disable(self, model: Any) -> Iterator[None]:
         """Inside, an adapted model is its base, whatever routing a call gives (docs/specification.md §5.1.3).
 
-        It switches the model itself, for every thread. Contexts may nest and overlap. Programs that were compiled by
-        hand before keep the state they were traced in: compile one for each.
+        It holds for the thread or asyncio task that entered it, and for what that starts as tasks or with
+        ``asyncio.to_thread``. Contexts may nest and overlap, and close in any order.
 
         Raises:
             TargetError: the model is not adapted.
