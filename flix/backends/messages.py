@@ -57,6 +57,20 @@ def _or_inside(block: str) -> str:
     return f", or inside of {block}" if block else ""
 
 
+def swallowed(module: str, path: str, call: str) -> RoutingError:
+    """A part of a model was given routing, and has nothing to do with it.
+
+    Args:
+        module: the part's class.
+        path: an adapted layer in it.
+        call: how this framework's models are called with routing.
+    """
+    return RoutingError(
+        f"flix_features was given to a {module} around layer {path!r}, which does not take it; call the adapted "
+        f"model as {call}, or run its parts without it, under one composition for all rows"
+    )
+
+
 def other_registry(path: str, given: Any, own: Any) -> RoutingError:
     """A layer runs under routing that was made for another registry."""
     return RoutingError(

@@ -21,6 +21,7 @@ CASES = {
         flix.RoutingError,
         ["'proj'", CALL, "routed(m)"],
     ),
+    "swallowed": (("Block", "proj", CALL), flix.RoutingError, ["Block", "'proj'", CALL]),
     "other_registry": (("proj", "A", "B"), flix.RoutingError, ["'proj'", "B, but", "for A"]),
     "other_lead": (("proj", (5, 2), (4, 2)), flix.RoutingError, ["'proj'", "[5, 2]", "[4, 2]"]),
     "rows_differ": ((2,), flix.ConfigError, ["row 2", "'gather'"]),

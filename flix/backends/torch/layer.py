@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,7 +132,10 @@ class FlixLayer(nn.Module):
             return None
         if scope is None:
             raise messages.unrouted_layer(self.flix_name, CALL, "routed(model, row)")
-        return scope.traced(state.bank) if torch.compiler.is_compiling() else scope.of_thread()  # type: ignore[no-any-return]
+        if torch.compiler.is_compiling():
+            return scope.traced(state.bank)  # type: ignore[no-any-return]
+        _refuse_swallowed(self.flix_name)
+        return scope.of_thread()  # type: ignore[no-any-return]
 
     def _own(self, routing: AnyRouting | Base) -> AnyRouting | None:
         """The routing in force, as far as it is this layer's."""
@@ -228,6 +232,20 @@ class FlixLayer(nn.Module):
         if routing.weights is not None:
             scale = routing.weights.to(scale.dtype).gather(1, slots) * scale
         return rows, scale, *order
+
+
+def _refuse_swallowed(layer: str) -> None:
+    """Refuse ``flix_features`` that a module around a layer took among its ``**kwargs``, and let drop.
+
+    Only where the layer runs under ``routed`` and outside of its model's forward: its row is not theirs.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            given = frame.f_locals
+            if given["kwargs"].get("flix_features") is not None:
+                raise messages.swallowed(type(given["self"]).__name__, layer, CALL)
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def with_grad(y: Tensor, training: bool) -> Tensor:

@@ -110,6 +110,25 @@ def test_the_base_alone_wins_within_and_around(model, want):
             assert_close(model[2](model[1](model[0](X))), want["base"])
 
 
+def test_routing_that_a_part_lets_drop_is_refused():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(8, 8)
+
+        def forward(self, x, **kwargs):
+            return self.q(x)
+
+    model = adapt(nn.Sequential(Block()).double(), flix.FlixConfig(registry=REGISTRY, ranks=2))
+    randomize(model)
+    want = merge(model.eval(), HAU)(X)
+    with routed(model, HAU):
+        assert_close(model[0](X), want)
+        assert_close(model[0](X, flix_features=None), want)
+        with pytest.raises(RoutingError, match=r"given to a Block around layer '0\.q'"):
+            model[0](X, flix_features=torch.ones(3, 1, dtype=torch.long))
+
+
 def test_layers_trained_part_by_part_under_one_composition(model):
     """The pieces of a model under ``routed``, with gradients, step after step."""
     twin = merge(model, HAU)
