@@ -25,12 +25,12 @@ class Forward:
     @property
     def routing(self) -> Any:
         """The routing in force, in the framework's own form; None outside a forward."""
-        return self._innermost("routing")
+        return self.innermost("routing")
 
     @property
     def present(self) -> Any:
         """JAX: the features whose rows the layers hold, where they were gathered; else None."""
-        return self._innermost("present")
+        return self.innermost("present")
 
     @property
     def blocks(self) -> Blocks:
@@ -60,17 +60,21 @@ class Forward:
         finally:
             self._open.set(before)
 
-    def switch(self, state: Any, by: int) -> None:
-        """Open a ``disable`` block of what this object stands for (1), or close its last one (-1)."""
+    def switch(self, state: Any, by: int, **also: Any) -> None:
+        """Open a ``disable`` block of what this object stands for (1), or close its last one (-1).
+
+        ``also`` is what the block holds beside.
+        """
         if by > 0:
-            self._open.set((*self._open.get(), {"off": state}))
+            self._open.set((*self._open.get(), {"off": state, **also}))
             return
         for block in reversed(self._open.get()):
             if block.get("off") is state:
                 self._close(block)
                 return
 
-    def _innermost(self, name: str) -> Any:
+    def innermost(self, name: str) -> Any:
+        """A value of the block that was opened last among those that have it; else None."""
         for block in reversed(self._open.get()):
             if name in block:
                 return block[name]

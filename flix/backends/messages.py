@@ -79,6 +79,20 @@ def other_registry(path: str, given: Any, own: Any) -> RoutingError:
     )
 
 
+def traced_otherwise(name: str, what: str, now: str) -> RoutingError:
+    """A function that was compiled by hand serves another kind of call than it was traced for.
+
+    Args:
+        name: the layer or model inside it.
+        what: what it was traced for.
+        now: what it got.
+    """
+    return RoutingError(
+        f"a function around {name!r} was traced {what}, and is called {now}; what it was traced with would answer. "
+        "Make one function for each kind of call (ids of -1 give the base in the same function)"
+    )
+
+
 def without_features(weights: Any, path: str, call: str) -> RoutingError:
     """An adapted layer was called without features: :func:`weights_alone` with weights, else :func:`unrouted_layer`."""
     return unrouted_layer(path, call) if weights is None else weights_alone()

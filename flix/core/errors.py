@@ -13,6 +13,9 @@ from collections.abc import Iterable
 class FlixError(Exception):
     """Base of every error that flix raises on purpose."""
 
+    # A constructor that is plainly Exception's is one that TensorFlow's autograph can raise again as the same class.
+    __init__ = Exception.__init__
+
 
 class FeatureError(FlixError, ValueError):
     """An unknown, duplicate or ill-formed feature or group."""

@@ -23,6 +23,11 @@ CASES = {
     ),
     "swallowed": (("Block", "proj", CALL), flix.RoutingError, ["Block", "'proj'", CALL]),
     "other_registry": (("proj", "A", "B"), flix.RoutingError, ["'proj'", "B, but", "for A"]),
+    "traced_otherwise": (
+        ("proj", "inside of disable", "outside of disable"),
+        flix.RoutingError,
+        ["'proj'", "traced inside of disable", "called outside of disable", "-1"],
+    ),
     "other_lead": (("proj", (5, 2), (4, 2)), flix.RoutingError, ["'proj'", "[5, 2]", "[4, 2]"]),
     "rows_differ": ((2,), flix.ConfigError, ["row 2", "'gather'"]),
     "folded_in": (({"task": "ner"},), flix.RoutingError, ["'task': 'ner'", "unmerge(model)"]),

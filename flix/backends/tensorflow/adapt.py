@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,14 +23,31 @@ from flix.backends.tensorflow.base import (
 )
 from flix.backends.tensorflow.optimizers import keep_absent
 from flix.backends.tensorflow.parameters import FlixState, by_id, config_from
-from flix.backends.tensorflow.patches import remat
+from flix.backends.tensorflow.patches import remat, replicas
 from flix.backends.tensorflow.patches.classes import become, plain
-from flix.backends.tensorflow.patches.saving import register
+from flix.backends.tensorflow.patches.saving import Children, register
 from flix.backends.tensorflow.paths import flix_layers, named_layers
-from flix.backends.tensorflow.routing import CALL, current, host_values, make_routing
+from flix.backends.tensorflow.routing import CALL, current, host_values, is_off, make_routing
 from flix.core.config.config import FlixConfig
 from flix.core.errors import TargetError
 from flix.core.features.routing import unpacked
+
+
+def _by_state(name: str) -> Any:
+    """What Keras compiles of a model, apart for calls where the model is off."""
+
+    def get(model: Any) -> Any:
+        return vars(model).get("flix_functions", {}).get((name, _off(model)))
+
+    def put(model: Any, function: Any) -> None:
+        vars(model).setdefault("flix_functions", {})[name, _off(model)] = function
+
+    return property(get, put)
+
+
+def _off(model: Any) -> bool:
+    state = vars(model).get("flix_state")  # missing while the model is made
+    return state is not None and current.is_off(state)
 
 
 @register
@@ -54,11 +70,17 @@ class FlixModel(keras.Model):  # type: ignore[misc]
 
     def __init__(self, base: Any, config: FlixConfig, **kwargs: Any) -> None:
         super().__init__(dtype=kwargs.pop("dtype", base.dtype_policy), **kwargs)
-        remat.install()
-        self.base = base
         self.flix_state = FlixState(config)
+        remat.install()
+        replicas.install()
+        self.base = base
+        vars(base)["_trackable_children"] = Children(base, self.flix_state, current)
         self.autocast = False
         self.built = True
+
+    train_function = _by_state("train_function")
+    test_function = _by_state("test_function")
+    predict_function = _by_state("predict_function")
 
     @property
     def flix_config(self) -> FlixConfig:
@@ -72,7 +94,7 @@ class FlixModel(keras.Model):  # type: ignore[misc]
         """keras.Model's call; routing may also be a :class:`flix.Routing` or a nested list."""
         if isinstance(inputs, dict):
             given = {name: x for name, x in inputs.items() if name not in (FEATURES, WEIGHTS)}
-            if not self.flix_state.disabled:  # routing is not looked at there
+            if not current.is_off(self.flix_state):  # routing is not looked at there
                 given.update(self._as_arrays(inputs.get(FEATURES), inputs.get(WEIGHTS)))
             inputs = given
         return super().__call__(inputs, *args, **kwargs)
@@ -126,20 +148,24 @@ class FlixModel(keras.Model):  # type: ignore[misc]
 
         Args:
             inputs: a dictionary with ``"flix_features"``, perhaps ``"flix_weights"``, and either ``"inputs"`` or
-                the base's own named inputs. Anything else is the base's input, without routing.
+                the base's own named inputs. Anything else is the base's input; ``route`` then has the routing.
             training: whether the model trains.
 
         Raises:
-            RoutingError: no routing in training, or routing that breaks a rule; the row is named.
+            RoutingError: no routing, or routing that breaks a rule; the row is named.
         """
         own, features, weights = split_inputs(inputs, self.base)
         leaves = [x for x in keras.tree.flatten(own) if x is not None]
         state = self.flix_state
         if state.specs is None:
             state.specs = specs_of(own)
-        if state.disabled or features is None:
-            if not state.disabled:
-                self._check_unrouted(weights, training)
+        if is_off(state, self.name):
+            return self.base(own)
+        if features is None:
+            if weights is not None:
+                raise messages.weights_alone()
+            if current.routing is None:
+                raise messages.unrouted_model(CALL)
             return self.base(own)
         routing = make_routing(
             self.flix_config.registry,
@@ -150,14 +176,6 @@ class FlixModel(keras.Model):  # type: ignore[misc]
         )
         with current.under(routing=routing):
             return self.base(own)
-
-    def _check_unrouted(self, weights: Any, training: Any) -> None:
-        if weights is not None:
-            raise messages.weights_alone()
-        if current.routing is None and training:
-            raise messages.unrouted_model(CALL)
-        if current.routing is None:
-            warnings.warn(messages.base_alone(CALL), stacklevel=3)
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
         """The base's layers pass their masks on themselves."""
@@ -271,7 +289,7 @@ def attach_layers(
         layer._trainable = True
         pairs = values and by_id(state.config.registry, values(path, layer.layer_shape))
         layer.attach(pairs)
-    forget_traces(model.base)
+    forget_traces(model)
 
 
 __all__ = ["FlixModel"]

@@ -9,7 +9,9 @@ import tensorflow as tf
 
 from flix.backends.tensorflow.layers import FlixLayer, adaptable
 from flix.backends.tensorflow.parameters import is_table
+from flix.backends.tensorflow.patches import functions
 from flix.backends.tensorflow.paths import named_layers
+from flix.backends.tensorflow.routing import Kind
 from flix.core.adapter.adapter import LayerShape
 from flix.core.config.targets import LayerInfo, is_head
 
@@ -54,10 +56,15 @@ def layer_infos(base: Any) -> list[LayerInfo]:
     return infos
 
 
-def forget_traces(*models: Any) -> None:
-    """Drop compiled functions of models that were traced before something changed."""
-    for model in models:
-        model.train_function = model.test_function = model.predict_function = None
+def forget_traces(model: Any) -> None:
+    """Drop what an adapted model, and the layers inside, had compiled before something changed."""
+    kind = Kind(model.flix_state)
+    for part in (model, *(layer for _, layer in named_layers(model))):
+        if isinstance(part, keras.Model):
+            part.train_function = part.test_function = part.predict_function = None
+            vars(part).pop("flix_functions", None)
+        if part is not model:
+            functions.tell_apart(part, kind)
 
 
 def trainable_flags(base: Any) -> str:

@@ -11,7 +11,7 @@ from keras import layers, ops
 from flix.backends import messages
 from flix.backends.tensorflow.parameters import FlixState, Parameters, config_from
 from flix.backends.tensorflow.patches.saving import register
-from flix.backends.tensorflow.routing import CALL, ActiveRouting, current, make_routing
+from flix.backends.tensorflow.routing import ActiveRouting, in_force, is_off, make_routing
 from flix.backends.tensorflow.sums import routed_embedding, routed_linear
 from flix.core.config.config import FlixConfig
 from flix.core.config.kernels import Form, LinearEinsum, linear_einsum
@@ -63,16 +63,16 @@ class FlixLayer(Parameters):
             inputs: ``[B, ..., d_in]``, or token ids ``[B, ...]``.
             flix_features: int ``[B, W]`` or ``[B, T, W]``; default: the routing in force.
             flix_weights: float in that shape; default 1.
-            training: whether the layer trains; without routing, that is an error.
+            training: Keras's; it changes nothing here.
 
         Returns:
             ``[B, ..., d_out]``, in the plain layer's form.
 
         Raises:
-            RoutingError: no routing in training, weights alone, or routing that does not fit the inputs. A model that
-                is disabled does not look at it.
+            RoutingError: no routing, weights alone, routing of another registry, or routing that does not fit the
+                inputs. A model that is disabled does not look at it.
         """
-        routing = self._routing(flix_features, flix_weights, training)
+        routing = self._routing(flix_features, flix_weights)
         if routing is None:
             return self.flix_base.call(self, inputs)
         return self._routed(inputs, routing)
@@ -81,17 +81,19 @@ class FlixLayer(Parameters):
         """The adapted map under some routing."""
         raise NotImplementedError
 
-    def _routing(self, features: Any, weights: Any, training: Any) -> ActiveRouting | None:
+    def _routing(self, features: Any, weights: Any) -> ActiveRouting | None:
         """The routing to run under: the one given, or the one in force; None to run the base alone."""
-        if self.flix_state.disabled:
+        if is_off(self.flix_state, self.flix_name):
             return None
-        routing: ActiveRouting | None = current.routing
+        registry = self.flix_config.registry
         if features is not None:
-            routing = make_routing(self.flix_config.registry, features, weights)
+            routing = make_routing(registry, features, weights)
         elif weights is not None:
             raise messages.weights_alone()
-        elif routing is None and training:
-            raise messages.unrouted_layer(self.flix_name, CALL)
+        else:
+            routing = in_force(self.flix_name)
+            if routing.registry is not registry and routing.registry != registry:
+                raise messages.other_registry(self.flix_name, routing.registry, registry)
         return routing if self.flix_A is not None else None
 
     def _sum(
@@ -158,7 +160,7 @@ class FlixLayer(Parameters):
             if ways != {"flat"}:
                 same = tf.reduce_all(dynamic[: len(lead)] == rows)
             for length in lengths if "flat" in ways else ():
-                same = same | (total == count * length)
+                same = same | tf.reduce_any(total == count * length)
             error = str(messages.other_lead(self.flix_name, given, lead))
             check = tf.debugging.Assert(same, [error])
             if check is not None:  # in a graph; None in eager mode

@@ -33,14 +33,14 @@ class FlixState:
     Attributes:
         config: the configuration.
         frozen: ids of the features that do not train.
-        disabled: how many ``disable`` contexts hold the model.
+        version: how often features joined or left, froze or thawed; what was traced before is refused.
         flags: which layers trained before the base was frozen (``base.trainable_flags``).
         specs: the base's inputs as they were first given, as ``tf.TensorSpec``; None before.
     """
 
     config: FlixConfig
     frozen: tuple[int, ...] = ()
-    disabled: int = 0
+    version: int = 0
     flags: str = ""
     specs: Any = None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Collection
 from typing import Any
 
@@ -15,15 +14,15 @@ from flix.backends.tensorflow.adapt import FlixModel, attach, attach_layers
 from flix.backends.tensorflow.base import forget_traces, layer_infos
 from flix.backends.tensorflow.merging import merged
 from flix.backends.tensorflow.parameters import by_id, is_table
+from flix.backends.tensorflow.patches.captures import traced_function
 from flix.backends.tensorflow.paths import flix_layers
+from flix.backends.tensorflow.routing import current
 from flix.core.adapter.adapter import LayerShape
 from flix.core.adapter.changes import Change
 from flix.core.config.config import FlixConfig
 from flix.core.config.targets import LayerInfo
 from flix.core.errors import TargetError
 from flix.core.features.names import Feature
-
-_lock = threading.Lock()
 
 
 def check_plain(model: Any) -> None:
@@ -96,7 +95,8 @@ def change(model: Any, change: Change) -> Any:
     if fresh:
         strategy = next(iter(present.values())).flix_strategy
         attach_layers(model, dict.fromkeys(fresh, strategy), lambda path, shape: change.pairs(path))
-    forget_traces(model, model.base)
+    state.version += 1
+    forget_traces(model)
     if remade:
         model.compiled = False
     return model
@@ -113,7 +113,8 @@ def set_frozen(model: Any, features: Collection[Feature]) -> Any:
     model.flix_state.frozen = tuple(sorted({registry.id(*feature) for feature in features}))
     for _, layer in flix_layers(model.base):
         layer.set_layout(layer.flix_layout)
-    forget_traces(model, model.base)
+    model.flix_state.version += 1
+    forget_traces(model)
     return model
 
 
@@ -132,12 +133,8 @@ def count(model: FlixModel) -> Counts:
 
 
 def switch(model: FlixModel, by: int) -> None:
-    """What Keras has traced is dropped as the model goes off and as it comes back."""
-    state = model.flix_state
-    with _lock:
-        before, state.disabled = state.disabled, state.disabled + by
-    if bool(before) != bool(state.disabled):
-        forget_traces(model, model.base)
+    """What Keras traces is kept apart for a model that is off (:class:`FlixModel`)."""
+    current.switch(model.flix_state, by, graph=traced_function())
 
 
 __all__ = [

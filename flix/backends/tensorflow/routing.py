@@ -1,7 +1,9 @@
-"""The routing of the forward that is running, per thread, and its place in a layer.
+"""The routing of the forward that is running, and its place in a layer (docs/specification.md §5.1.4).
 
-An adapted model's call puts the routing here, the adapted layers read it. Replicas of a distribution strategy run on
-threads of their own, so each sees its own rows.
+An adapted model's call puts the routing here, the adapted layers read it, each thread and asyncio task its own.
+:func:`in_force` gives it as a tensor of the function that is being traced, looked up at each call of that
+function: what is cached by its arguments alone, such as a ``tf.function`` inside a layer, never serves one call's
+routing to another.
 
 Placing is done with TensorFlow operations, in eager mode and in graphs alike: nothing that depends on the values of
 the ids is done in Python, so that a change of features never retraces. What depends on them (how many slots the
@@ -19,7 +21,9 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from flix.backends import messages
 from flix.backends.forward import Forward, by_hand
+from flix.backends.tensorflow.patches.captures import at_calls, kept, late, traced_function
 from flix.core.config.layout import LayerLayout
 from flix.core.features.registry import FeatureRegistry
 from flix.core.features.routing import as_array, check_form, check_routing, unpacked
@@ -77,19 +81,23 @@ class ActiveRouting:
     """Checked routing of one forward, placed once for all layers of a layout.
 
     Attributes:
+        registry: whose ids they are.
         ids: int32 tensor ``[B, W]`` or ``[B, T, W]``.
         weights: a tensor of that shape, or None for 1.
         lengths: what may be the batch's sequence length (sizes, or scalar tensors where shapes do not tell), for
             layers that get flattened inputs.
         unlike: the first row that differs from row 0, where the values are known.
         traced: whether they are not; ids of the number of features then stand for those of no feature.
+        graph: of the function in which it was made; None in eager mode.
     """
 
+    registry: FeatureRegistry
     ids: Any
     weights: Any
     lengths: Sequence[Any] = ()
     unlike: int | None = None
     traced: bool = False
+    graph: Any = field(default_factory=traced_function)
     _placed: dict[Any, Placed] = field(default_factory=dict)
 
     @property
@@ -202,7 +210,98 @@ def make_routing(
     tensor = tf.cast(tf.convert_to_tensor(features), tf.int32)
     if ids is None:
         tensor = _checked_at_run_time(tensor, registry)
-    return ActiveRouting(tensor, weights, lengths, unlike, traced=ids is None)
+    return ActiveRouting(registry, tensor, weights, lengths, unlike, traced=ids is None)
+
+
+def in_force(name: str) -> ActiveRouting:
+    """The routing in force, as the function that is being traced can use it.
+
+    Args:
+        name: the layer or model that asks; for messages.
+
+    Raises:
+        RoutingError: there is none. Where a traced function looks it up at a call, also routing of another form than
+            the function was traced for.
+    """
+    routing: ActiveRouting | None = current.routing
+    if routing is None:
+        raise messages.unrouted_layer(name, CALL)
+    graph = traced_function()
+    if graph is routing.graph or graph is current.innermost("rerun"):
+        return routing
+    return _looked_up(routing, graph, name)
+
+
+def _looked_up(routing: ActiveRouting, graph: Any, name: str) -> ActiveRouting:
+    """The routing in force at each call of a function that is being traced."""
+    rank = routing.ids.shape.rank
+    dtype = tf.float32 if routing.weights is None else routing.weights.dtype
+    key = f"flix_routing_{rank}_{dtype.name}"
+    if key in kept(graph):
+        return kept(graph)[key]  # type: ignore[no-any-return]
+
+    def look_up() -> tuple[Any, ...]:
+        found = in_force(name)
+        if found.registry != routing.registry:
+            raise messages.other_registry(name, found.registry, routing.registry)
+        if found.ids.shape.rank != rank:
+            forms = {2: "for routing by row", 3: "for routing by token"}
+            raise messages.traced_otherwise(name, forms[rank], forms[found.ids.shape.rank])
+        weights = found.weights
+        if weights is None:
+            weights = tf.ones(tf.shape(found.ids), dtype)
+        lengths = [tf.reshape(length, [-1]) for length in found.lengths]
+        return found.ids, tf.cast(weights, dtype), tf.concat([tf.zeros([0], tf.int32), *lengths], 0)
+
+    unknown = [None] * rank
+    specs = (
+        tf.TensorSpec(unknown, tf.int32),
+        tf.TensorSpec(unknown, dtype),
+        tf.TensorSpec([None], tf.int32),
+    )
+    ids, weights, lengths = late(graph, key, look_up, specs)
+    found = ActiveRouting(routing.registry, ids, weights, [lengths], None, True, graph)
+    return kept(graph).setdefault(key, found)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What a call of a model with this state must have functions traced apart for."""
+
+    state: Any
+
+    def __call__(self) -> Any:
+        if current.is_off(self.state):
+            return "off"
+        return None if current.routing is None else current.routing.ids.shape.rank
+
+
+def is_off(state: Any, name: str) -> bool:
+    """Whether a model is its base alone here; what is traced now is then refused where that is otherwise.
+
+    Args:
+        state: the model's, or a layer's that is used by hand.
+        name: the layer or model that asks; for messages.
+    """
+    graph = traced_function()
+    blocks = [block for block in current.blocks if block.get("off") is state]
+    value = bool(blocks)
+    if graph is None or graph is current.innermost("rerun"):
+        return value
+    if any(block["graph"] is graph for block in blocks):
+        return True  # the function that is being traced switched it off itself
+    version = state.version
+
+    def check() -> None:
+        if state.version != version:
+            what = "before features joined or left, froze or thawed"
+            raise messages.traced_otherwise(name, what, "after that")
+        if (now := is_off(state, name)) != value:
+            what, other = (f"{'inside' if off else 'outside'} of disable" for off in (value, now))
+            raise messages.traced_otherwise(name, what, other)
+
+    at_calls(graph, id(state), check)
+    return value
 
 
 def _checked_at_run_time(ids: Any, registry: FeatureRegistry) -> Any:

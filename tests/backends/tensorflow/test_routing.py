@@ -1,12 +1,15 @@
 """Routing in all its forms; what breaks a rule is named, and never passes for the base."""
 
+import asyncio
+import concurrent.futures
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import flix
-from flix.backends.tensorflow import adapt, route
+from flix.backends.tensorflow import adapt, disable, route
 from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.registry import config, registry
 from tests.helpers.tensorflow import D_IN, IDS, ROUTINGS, X, adapted, flix_dense, randomize
@@ -19,9 +22,15 @@ def test_routing_in_force_reaches_layers_by_hand():
     with route(registry(), ids):
         inside = layer(x)
     assert_close(inside, layer(x, flix_features=ids))
-    assert_close(layer(x), keras.layers.Dense.call(layer, tf.constant(x)))
-    with pytest.raises(flix.RoutingError, match="layer 'q' is adapted, but no routing"):
-        layer(x, training=True)
+    for training in (None, False, True):
+        with pytest.raises(flix.RoutingError, match="layer 'q' is adapted, but no routing"):
+            layer(x, training=training)
+    other = flix.FeatureRegistry({"language": ["hau"], "task": ["pos"]})
+    with (
+        route(other, [[0, 1]] * 3),
+        pytest.raises(flix.RoutingError, match="layer 'q' belongs to"),
+    ):
+        layer(x)
 
 
 @pytest.mark.parametrize(
@@ -126,10 +135,11 @@ def test_routing_objects_lists_and_missing_routing():
     with pytest.raises(flix.RoutingError, match="another registry"):
         model({"inputs": X, "flix_features": other})
     for call in ({"inputs": X}, X):
-        with pytest.raises(flix.RoutingError, match="called without routing"):
-            model(call, training=True)
-        with pytest.warns(UserWarning, match="base model answers alone"):
-            base = model(call)
+        for training in (None, False, True):
+            with pytest.raises(flix.RoutingError, match="called without routing"):
+                model(call, training=training)
+    with disable(model):
+        base = model(X)
     nothing = np.full_like(IDS, -1)
     assert_close(model({"inputs": X, "flix_features": nothing}), base)
     with pytest.raises(flix.RoutingError, match="without flix_features"):
@@ -138,11 +148,59 @@ def test_routing_objects_lists_and_missing_routing():
         model({"inputs": X, "flix_features": np.where(np.arange(6)[:, None] == 3, 9, IDS)})
     with pytest.raises(flix.RoutingError, match="routes 5 rows, but the batch has 6"):
         model({"inputs": X, "flix_features": IDS[:5]})
-    with pytest.raises(flix.RoutingError, match="is adapted, but no routing is in force"):
-        model.base(X, training=True)
-    model.compile("adam", "mse", run_eagerly=True)
+    for part in (model.base, tf.function(model.base), model.base.get_layer("emb")):
+        with pytest.raises(flix.RoutingError, match="layer 'emb' is adapted, but no routing"):
+            part(tf.constant(X))
+    for eager in (True, False):
+        model.compile("adam", "mse", run_eagerly=eager)
+        for call in (model.fit, model.evaluate):
+            with pytest.raises(flix.RoutingError, match="called without routing"):
+                call(X, np.ones((6, 3)), verbose=0)
+        with pytest.raises(flix.RoutingError, match="called without routing"):
+            model.predict(X, verbose=0)
+
+
+def test_threads_and_tasks_see_their_own_routing_and_disable():
+    model, _ = adapted("sequential")
+    randomize(layer for _, layer in flix_layers(model.base))
+    x = np.random.default_rng(0).normal(size=(1, 6)).astype("f")
+    alone = [model({"inputs": x, "flix_features": [[i]]}).numpy() for i in (0, 1, 3, -1)]
+    assert min(np.abs(a - alone[-1]).max() for a in alone[:-1]) > 1e-3
+    function = tf.function(model.base)  # shared by all of them
+
+    def called(i):
+        return function(x).numpy() if i % 2 else model(x).numpy()
+
+    async def ask(i):
+        kind = i % 4
+        context = disable(model) if kind == 3 else route(registry(), [[(0, 1, 3)[kind]]])
+        found = []
+        with context:
+            for _ in range(5):
+                await asyncio.sleep(0)
+                found.append(model(x).numpy() if kind == 3 else called(i))
+        return found
+
+    async def all_at_once():
+        return await asyncio.gather(*map(ask, range(8)))
+
+    def in_a_thread(i):
+        return asyncio.run(ask(i))
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        threads = list(pool.map(in_a_thread, range(8)))
+    for answers in (asyncio.run(all_at_once()), threads):
+        for i, found in enumerate(answers):
+            for y in found:
+                assert_close(y, alone[i % 4])
+    first, second = route(registry(), [[0]]), route(registry(), [[1]])
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert_close(model(x), alone[1])
+    second.__exit__(None, None, None)
     with pytest.raises(flix.RoutingError, match="called without routing"):
-        model.fit(X, np.ones((6, 3)), verbose=0)
+        model(x)
 
 
 @pytest.mark.parametrize("layers", [["q"], ["emb"]])

@@ -1,9 +1,9 @@
 """Keras's function that rematerialises a layer (``keras.RematScope``), so that it gives the plain gradients.
 
 A rematerialised layer runs twice: in the forward, and again in the backward when the model's call is over and its
-routing no longer in force. The routing at the first run is captured and put in force again for the second.
+routing no longer in force. What is in force at the first run is captured and put in force again for the second.
 
-What: ``keras.src.backend.common.remat.remat``, which Keras looks up in its module at each call; where no routing is in
+What: ``keras.src.backend.common.remat.remat``, which Keras looks up in its module at each call; where nothing is in
 force it does what it did. If a later Keras has it elsewhere, nothing is wrapped, and the second run raises the error
 of a layer without routing instead of giving a silent zero. When: the first model is adapted. Undone: :func:`undo`.
 """
@@ -15,7 +15,8 @@ from typing import Any
 
 from keras.src.backend.common import remat as rematerialising
 
-from flix.backends.tensorflow.routing import current
+from flix.backends.tensorflow.patches.captures import traced_function
+from flix.backends.tensorflow.routing import current, in_force
 
 
 def install() -> None:
@@ -25,14 +26,17 @@ def install() -> None:
         return
 
     def remat(function: Callable[..., Any]) -> Any:
-        routing = current.routing
-        if routing is None:
+        blocks = current.blocks
+        if not blocks:
             return own(function)
+        # As a tensor of the function that is being traced, from which the function of the backward can take it.
+        routing = None if current.routing is None else in_force("a rematerialised layer")
 
         def call(*args: Any, **kwargs: Any) -> Any:
             # TensorFlow takes no keywords here in graphs, and Keras passes training as one.
             def rerun(*tensors: Any) -> Any:
-                with current.under(routing=routing):
+                held = {"routing": routing, "rerun": traced_function()}
+                with current.resumed(blocks), current.under(**held):
                     return function(*tensors, **kwargs)
 
             return own(rerun)(*args)
