@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flix.core.adapter.composition import Composition
-from flix.core.errors import ConfigError, RoutingError, TargetError
+from flix.core.errors import ConfigError, RoutingError, TargetError, listed
 
 
 def not_adapted(verb: str, model: Any) -> TargetError:
@@ -106,19 +106,47 @@ def base_alone(call: str) -> str:
     )
 
 
-def other_lead(path: str, given: Any, lead: Any) -> RoutingError:
+def other_lead(path: str, given: Any, lead: Any, ways_out: bool = False) -> RoutingError:
     """A layer's input has other leading sizes than the routing.
 
     Args:
         path: the layer.
         given: the input's, ``[batch, ...]``.
         lead: the routing's: ``[batch]``, or ``[batch, length]`` by token.
+        ways_out: whether to say what else can be done.
     """
     what = "[batch, length]" if len(lead) == 2 else "[batch]"
     return RoutingError(
         f"layer {path!r} got an input of leading shape {_shown(given)}, but flix_features routes {what} = "
         f"{_shown(lead)}; one row of ids is needed for each row of the batch (and one for each position, "
-        "where routing is per token)"
+        "where routing is per token)" + (f". Otherwise {_WAYS_OUT}" if ways_out else "")
+    )
+
+
+def doubtful_rows(path: str, given: Any, lead: Any, why: str) -> RoutingError:
+    """A layer's input of which no size says whose rows it holds; otherwise as :func:`other_lead`.
+
+    Args:
+        why: what is known of the layer's inputs.
+    """
+    return RoutingError(
+        f"layer {path!r} got an input of leading shape {_shown(given)}, and flix_features routes rows {_shown(lead)}; "
+        f"{why}, so whose rows these are is not known, even where a size fits; {_WAYS_OUT}"
+    )
+
+
+_WAYS_OUT = (
+    "leave the layer out when adapting (exclude_modules), give all rows one composition, or, where each position has "
+    "its own features, route per token, with ids [batch, length, width]"
+)
+
+
+def bypassed(paths: Sequence[str]) -> TargetError:
+    """Adapted layers whose kernels the model uses without calling them (docs/specification.md §5.1.9)."""
+    tails = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    return TargetError(
+        f"{listed(paths)}: adapted, but the model uses the kernel without calling the layer, so its features would never "
+        f"act or train; adapt the model anew without, exclude_modules={tails}"
     )
 
 

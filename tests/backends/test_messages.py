@@ -29,6 +29,12 @@ CASES = {
         ["'proj'", "traced inside of disable", "called outside of disable", "-1"],
     ),
     "other_lead": (("proj", (5, 2), (4, 2)), flix.RoutingError, ["'proj'", "[5, 2]", "[4, 2]"]),
+    "doubtful_rows": (
+        ("proj", (4,), (4,), "it is an expert"),
+        flix.RoutingError,
+        ["'proj'", "[4]", "it is an expert", "exclude_modules", "per token"],
+    ),
+    "bypassed": ((["a.q", "b.q"],), flix.TargetError, ["a.q, b.q", "exclude_modules=['q']"]),
     "rows_differ": ((2,), flix.ConfigError, ["row 2", "'gather'"]),
     "folded_in": (({"task": "ner"},), flix.RoutingError, ["'task': 'ner'", "unmerge(model)"]),
     "merged": (
@@ -62,6 +68,7 @@ def test_a_shape_that_a_framework_does_not_know_is_shown_as_it_is():
         def __str__(self):
             return "(None, 3)"
 
+    assert "exclude_modules" in str(messages.other_lead("proj", (5,), (4,), ways_out=True))
     assert "leading shape (None, 3)" in str(messages.other_lead("proj", Shape(), (4,)))
 
 

@@ -14,8 +14,9 @@ from flix.backends.torch.kernels.choice import require_triton
 from flix.backends.torch.layer import FlixLayer, flix_layers
 from flix.backends.torch.layers import adaptable, become, revert, target_of
 from flix.backends.torch.parameters import BANK, Bank
-from flix.backends.torch.patches import checkpoint
+from flix.backends.torch.patches import checkpoint, parents
 from flix.backends.torch.patches.models import RoutedModel, plain_class, routed_class
+from flix.backends.torch.rows import known_marks
 from flix.backends.torch.scaled import same_scale
 from flix.backends.torch.state import FlixState
 from flix.core.adapter.adapter import LayerShape
@@ -78,6 +79,14 @@ def attach(
             module.__class__ = routed_class(type(module))
         vars(module)["flix_state"] = state
     model._modules[BANK] = bank
+    settle(model, state)
+
+
+def settle(model: nn.Module, state: FlixState) -> None:
+    """Note what the model's structure tells of its adapted layers' inputs, and let those act that would not."""
+    parents.prepare(model)
+    places = state.bank.layout.places
+    state.marks.update((places[path], mark) for path, mark in known_marks(model, places))
 
 
 def become_layers(
@@ -131,6 +140,7 @@ def unadapt(model: nn.Module) -> None:
     trained = set(model.flix_state.trained)  # type: ignore[union-attr, arg-type]
     for _, layer in list(flix_layers(model)):
         revert(layer)
+    parents.release(model)
     model._modules.pop(BANK)
     for module in list(model.modules()):
         if isinstance(module, RoutedModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,10 +22,11 @@ from flix.backends.torch.routing import (
 )
 from flix.backends.torch.state import FlixState
 from flix.core.errors import ConfigError, RoutingError
-from flix.core.features.routing import check_form
+from flix.core.features.routing import Routing, check_form
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
-_PROMPTS = ("inputs", "input_ids", "inputs_embeds", "encoder_outputs")
+_MEDIA = ("pixel_values", "input_values", "input_features")  # rows, but no length
+_PROMPTS = ("inputs", "input_ids", "inputs_embeds", *_MEDIA, "encoder_outputs")
 
 
 CALL = "model(**inputs, flix_features=ids)"
@@ -48,9 +50,12 @@ def routing_of(
         return _unrouted(model, state, weights, scope)
     _refuse_replica(model)
     refuse_folded(state)
-    batch, length = _input_shape(args, kwargs)
+    batch, length = _input_shape(model, args, kwargs)
+    counted = batch is not None
+    if not counted and isinstance(features, Tensor | np.ndarray | Routing):
+        batch, counted = _told_by_sizes(len(features), args, kwargs)
     if torch.compiler.is_compiling() and isinstance(features, Tensor):
-        return _traced(state, features, weights, batch, length)
+        return _traced(state, features, weights, batch, length, counted)
     per_token = getattr(features, "ndim", 0) == 3
     if per_token and length is not None and not model.training and features.shape[1] > length:
         # Generation: with a cache only the newest positions are run, under the last ids given.
@@ -62,15 +67,14 @@ def routing_of(
         and isinstance(features, Tensor)
         and (weights is None or (isinstance(weights, Tensor) and not weights.requires_grad))
     )
-    made_of: tuple[Any, ...] = (features, weights, None, None, length)
+    made_of: tuple[Any, ...] = (features, weights, None, None, length, batch, counted)
     if keep:
         versions = (_version(features), None if weights is None else _version(weights))
-        made_of = (features, weights, *versions, length)
+        made_of = (features, weights, *versions, length, batch, counted)
         known = state.last
         if (
             known is not None
             and all(a is b or (type(a) is int and a == b) for a, b in zip(known, made_of))  # noqa: B905
-            and batch in (None, features.shape[0])
         ):
             return known[-1].enter(state)  # type: ignore[no-any-return]
     routing = make_routing(
@@ -81,6 +85,7 @@ def routing_of(
         length=length,
         touched=touched_by_all(model, state) if torch.is_grad_enabled() else None,
     )
+    routing.counted = counted
     if keep:
         state.last = (*made_of, routing)
     return routing.enter(state)
@@ -171,7 +176,12 @@ def generation_routing(
 
 
 def _traced(
-    state: FlixState, ids: Tensor, weights: Any, batch: int | None, length: int | None
+    state: FlixState,
+    ids: Tensor,
+    weights: Any,
+    batch: int | None,
+    length: int | None,
+    counted: bool,
 ) -> TracedRouting:
     """Inside a compiler: what shapes and dtypes tell is checked, values are not."""
     _refuse_paged(state)
@@ -182,7 +192,9 @@ def _traced(
         gone = torch.tensor(registry.removed_ids, device=ids.device, dtype=ids.dtype)
         ids = torch.where((ids[..., None] == gone).any(-1), len(registry), ids)
     _mark(state, ids)
-    return TracedRouting(state.bank, ids, weights, length)
+    routing = TracedRouting(state.bank, ids, weights, length, batch)
+    routing.counted = counted
+    return routing
 
 
 def refuse_folded(state: FlixState) -> None:
@@ -208,12 +220,38 @@ def _mark(state: FlixState, ids: Tensor) -> None:
         state.traced = True
 
 
-def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Batch size and length of the input, where it is named as transformers names it."""
+def _input_shape(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int | None, int | None]:
+    """Batch size and length of the input, where it is named as transformers names it, or comes first."""
     for name in _INPUTS:
         value = kwargs.get(name)
         if isinstance(value, Tensor) and value.dim() >= 2:
             return value.shape[0], value.shape[1]
+    for name in _MEDIA:
+        value = kwargs.get(name)
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            return value.shape[0], None
     if args and isinstance(args[0], Tensor) and args[0].dim() >= 2:
-        return None, args[0].shape[1]
+        main = getattr(model, "main_input_name", None)
+        length = None if main in _MEDIA else args[0].shape[1]
+        return (args[0].shape[0] if main in (*_INPUTS, *_MEDIA) else None), length
+    for value in kwargs.values():
+        if isinstance(value, Tensor) and value.dim() >= 3:
+            return None, value.shape[1]
     return None, None
+
+
+def _told_by_sizes(
+    rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int | None, bool]:
+    """The batch's size where inputs have other names, and whether the routing's is found among their sizes.
+
+    It is the routing's if an input has it first, and 1 if all have one row; an input may have the sequence first.
+    """
+    shapes = [v.shape for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 0]
+    first = {shape[0] for shape in shapes}
+    if rows in first:
+        return rows, True
+    second = any(len(shape) > 2 and shape[1] == rows for shape in shapes)
+    return (1 if first == {1} and not second else None), second

@@ -179,37 +179,6 @@ class FlixLayer(nn.Module):
             [parts[side + 1].view(-1, self.d_out) for parts in held],
         )
 
-    def _grouped(self, x: Tensor, routing: AnyRouting, trailing: int) -> tuple[Tensor, int, int]:
-        """x with its leading dimensions fitted to the routing's rows; (x, rows N, positions S a row).
-
-        Args:
-            x: ``[..., d_in]`` (trailing 1), or token ids ``[...]`` (trailing 0).
-            routing: the routing in force.
-            trailing: the number of dimensions of x that are not positions.
-
-        Raises:
-            RoutingError: the leading dimensions are not the routing's.
-        """
-        lead, given = routing.lead, tuple(x.shape[: x.dim() - trailing])
-        count = 1
-        for size in lead:
-            count *= size
-        total = 1
-        for size in given:
-            total *= size
-        fits = given[: len(lead)] == lead
-        if not fits and given[:1] == (1,) and given[1 : len(lead)] == lead[1:] and lead[0] > 1:
-            # One row for all, as position ids have it: each row of the batch gets its own.
-            x = x.expand(lead[0], *x.shape[1:])
-            total, fits = total * lead[0], True
-        if not fits and len(given) == 1:
-            # Models that flatten [B, S, d] to [B * S, d] before a layer.
-            flattened = count if routing.per_token else lead[0] * (routing.length or -1)
-            fits = given[0] == flattened
-        if not fits:
-            raise messages.other_lead(self.flix_name, list(given), list(lead))
-        return x, count, total // count if count else 0
-
     def _placed(self, x: Tensor, routing: ActiveRouting) -> Placed:
         dtype = x.dtype if x.is_floating_point() else self.weight.dtype
         return routing.placed(self.flix_layout, x.device, dtype)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from flix.backends.torch.layer import FlixLayer, with_grad
 from flix.backends.torch.parameters import BANK, Bank, Values
 from flix.backends.torch.placing import Placed
 from flix.backends.torch.routing import ActiveRouting, AnyRouting, TracedRouting, current
+from flix.backends.torch.rows import rows_of
 from flix.backends.torch.scaled import is_scaled_embedding, scaled
 from flix.backends.torch.state import FlixState
 from flix.backends.torch.sums import RoutedLinear, mask, traced_linear
@@ -93,7 +94,7 @@ class FlixLinear(FlixLayer, nn.Linear):
         if routing is None:
             return self._base(x, self.weight, self.bias)
         given = x
-        x, count, length = self._grouped(x, routing, trailing=1)
+        x, count, length, routing = rows_of(self, x, routing, trailing=1)
         lead, device = x.shape[:-1], x.device.type
         x = x.reshape(count, length, x.shape[-1])
         if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
@@ -240,7 +241,7 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
         routing = self._routing(flix_features, flix_weights)
         if routing is None:
             return self._scaled(nn.Embedding.forward(self, x))
-        x, count, length = self._grouped(x, routing, trailing=0)
+        x, count, length, routing = rows_of(self, x, routing, trailing=0)
         base = nn.Embedding.forward(self, x)
         tokens = x.reshape(count, length)
         if isinstance(routing, TracedRouting):

@@ -11,7 +11,7 @@ from torch import nn
 from flix.backends.protocol import Counts, Pairs, Values
 from flix.backends.torch import scopes
 from flix.backends.torch.adapt import attach as attach_features
-from flix.backends.torch.adapt import become_layers
+from flix.backends.torch.adapt import become_layers, settle
 from flix.backends.torch.adapt import layer_infos as layers
 from flix.backends.torch.heads import (
     base_parameters,
@@ -97,6 +97,7 @@ def change(model: M, change: Change) -> M:
     sizes = dict(zip(bank.layout.places, bank.layout.shapes, strict=True))
     sizes |= become_layers(model, state, list(change.layers), len(sizes))  # type: ignore[arg-type]
     bank.arrange(change.config.registry.features, flat_layout(change.config, sizes))
+    settle(model, state)  # type: ignore[arg-type]
     bank._parameters.clear()
     for feature, parameter in kept.items():
         bank.hold(feature, parameter)

@@ -8,6 +8,7 @@ under activation checkpointing re-enters it (see ``patches.checkpoint``).
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,7 @@ class ActiveRouting:
         weights: a tensor of that shape, or None for 1.
         registry: the registry that the ids belong to.
         length: the batch's sequence length where it is known, for layers that get flattened inputs.
+        batch: the number of the model's input rows, where it is known to be the routing's.
         touched: ids whose parameters take part although no row of this process activates them (they then get
             zero gradients): what other processes activate, under sharded training.
     """
@@ -72,6 +74,7 @@ class ActiveRouting:
         registry: FeatureRegistry,
         length: int | None = None,
         touched: tuple[int, ...] = (),
+        batch: int | None = None,
     ) -> None:
         self.ids = torch.from_numpy(ids)  # for layers that are compiled one by one
         self.lead: tuple[int, ...] = tuple(ids.shape[:-1])
@@ -79,17 +82,17 @@ class ActiveRouting:
         self.weights = weights
         self.registry = registry
         self.length = length
-        self.touched = touched
+        self.touched, self.batch = touched, batch
+        self.counted = batch is not None  # whether the model's input has so many rows somewhere
+        self.watch: Any = None  # of a forward that is watched, see ``bypassed``
         self.tokens: dict[int, Token] = {}  # what layers keep for a token, by place
         self._placed: dict[Any, Placed] = {}
         self._unlike: int | None = -1
         self._compositions: Compositions | None = None
         self.entered: FlixState | None = None  # whose forward runs: its values stay as they are
         self._in_force: dict[FlixState, InForce] = {}
-
-    @property
-    def per_token(self) -> bool:
-        return len(self.lead) == 2
+        self._whole: weakref.ref[ActiveRouting] | None = None
+        self._alone: ActiveRouting | None = None
 
     def unlike(self) -> int | None:
         """The first row that differs from row 0, or None."""
@@ -133,8 +136,43 @@ class ActiveRouting:
         self.entered = state
         return self
 
+    def alone(self) -> ActiveRouting | None:
+        """The one composition of all rows, for inputs of any leading sizes; None if rows differ, or want gradients."""
+        if not self.lead or len(self.flat) == 1:
+            return self
+        weights = self.weights
+        if (weights is not None and weights.requires_grad) or self.unlike() is not None:
+            return None
+        if self._alone is None:
+            self._alone = self.of_rows([0], ())
+        return self._alone
+
+    def alike(self) -> list[list[int]]:
+        """The rows by composition; each by itself where its weights want gradients."""
+        if self.weights is not None and self.weights.requires_grad:
+            return [[row] for row in range(len(self.flat))]
+        weights, groups = self._host_weights(), dict[Any, list[int]]()
+        for row, ids in enumerate(self.flat):
+            key = (ids.tobytes(), None if weights is None else weights[row].tobytes())
+            groups.setdefault(key, []).append(row)
+        return [*groups.values()]
+
+    def of_rows(self, rows: list[int], lead: tuple[int, ...]) -> ActiveRouting:
+        """Some of the rows, under the same values as all of them."""
+        weights = None
+        if self.weights is not None:
+            weights = self.weights.reshape(self.flat.shape)[rows].reshape(*lead, -1)
+        ids = self.flat[rows].reshape(*lead, -1)
+        # The other rows' features take part, too: the gradients of all of them come together.
+        touched, batch = tuple(self.features()), lead[0] if lead else None
+        made = ActiveRouting(ids, weights, self.registry, self.length, touched, batch)
+        made._whole, made.watch, made.entered = weakref.ref(self), self.watch, self.entered
+        return made
+
     def in_force(self, state: FlixState) -> InForce:
         """The vectors of this routing's features in a bank."""
+        if self._whole is not None and (whole_one := self._whole()) is not None:
+            return whole_one.in_force(state)
         found, grad = self._in_force.get(state), torch.is_grad_enabled()
         if found is None or grad > found.grad or (self.entered is not state and not found.fresh()):
             found = InForce(state.bank, self.features(), state.pager, grad)
@@ -154,18 +192,41 @@ class TracedRouting:
         parts: of every feature of the bank, by id: its vector, split for the layers.
     """
 
-    def __init__(self, bank: Bank, ids: Tensor, weights: Tensor | None, length: int | None) -> None:
-        sizes = bank.layout.sizes
-        held = bank.held()
-        self.parts = {i: whole(p).split_with_sizes(sizes[i]) for i, p in held.items()}
+    watch = None
+
+    def __init__(
+        self,
+        bank: Bank,
+        ids: Tensor,
+        weights: Tensor | None,
+        length: int | None,
+        batch: int | None = None,
+        parts: Any = None,
+    ) -> None:
+        if parts is None:
+            sizes = bank.layout.sizes
+            held = bank.held()
+            parts = {i: whole(p).split_with_sizes(sizes[i]) for i, p in held.items()}
+        self.bank, self.parts = bank, parts
         self.lead = tuple(ids.shape[:-1])
         self.flat = ids.reshape(-1, ids.shape[-1])
         self.weights = None if weights is None else weights.reshape(self.flat.shape)
-        self.length = length
+        self.length, self.batch, self.counted = length, batch, batch is not None
 
-    @property
-    def per_token(self) -> bool:
-        return len(self.lead) == 2
+    def alone(self) -> TracedRouting | None:
+        """This routing, if it has one row: the ids of others may differ."""
+        return self if self.lead in ((), (1,)) else None
+
+    def alike(self) -> list[list[int]]:
+        """Each row by itself: values are unknown."""
+        return [[row] for row in range(self.flat.shape[0])]
+
+    def of_rows(self, rows: list[int], lead: tuple[int, ...]) -> TracedRouting:
+        """Some of the rows."""
+        weights = None if self.weights is None else self.weights[rows].reshape(*lead, -1)
+        ids = self.flat[rows].reshape(*lead, -1)
+        batch = lead[0] if lead else None
+        return TracedRouting(self.bank, ids, weights, self.length, batch, self.parts)
 
 
 AnyRouting = ActiveRouting | TracedRouting
@@ -249,7 +310,7 @@ def make_routing(
         on_host = (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
     check_routing(ids, on_host, registry, batch=batch)
     ids = ids.astype(np.int64, copy=True)
-    return ActiveRouting(ids, tensor, registry, length, touched(ids) if touched else ())
+    return ActiveRouting(ids, tensor, registry, length, touched(ids) if touched else (), batch)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flix.backends.torch.parameters import Bank
@@ -23,6 +23,8 @@ class FlixState:
         folded: the row that is merged in place, or None.
         traced: whether a compiled forward has run since the last optimizer step.
         pager: the :class:`flix.backends.torch.paging.Pager`, while the features are paged.
+        marks: what is known of layers whose inputs are not plainly ``[B, ...]``, by place (see ``rows``).
+        forms: the forms of calls that were watched, and found in order (see ``bypassed``).
         last: the last routing of an evaluation and what it was made of: generation calls at every token.
     """
 
@@ -34,6 +36,8 @@ class FlixState:
     folded: dict[str, Any] | None = None
     traced: bool = False
     pager: Any = None
+    marks: dict[int, str] = field(default_factory=dict)
+    forms: set[tuple[Any, ...]] = field(default_factory=set)
     last: tuple[Any, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -45,10 +49,11 @@ class FlixState:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles are not paged, and make routing of their own.
-        return {**vars(self), "pager": None, "last": None}
+        return {**vars(self), "pager": None, "last": None, "forms": set()}
 
     def forget(self) -> None:
         """Let go of what was made for the features as they were."""
         self.last, self.traced = None, False
+        self.forms.clear()
         if self.pager is not None:
             self.pager.forget()

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from flix.backends import messages
-from flix.backends.torch import scopes
+from flix.backends.torch import bypassed, scopes
 from flix.backends.torch.calls import generation_routing, routing_of
 from flix.backends.torch.parameters import BANK
 from flix.backends.torch.routing import current
@@ -81,7 +81,7 @@ def routed_class(base: type[nn.Module]) -> type[nn.Module]:
         previous = current.routing
         current.routing = routing_of(self, flix_features, flix_weights, args, kwargs)
         try:
-            return base.forward(self, *args, **kwargs)
+            return bypassed.run(self, current.routing, base.forward, args, kwargs)
         finally:
             current.routing = previous
 

@@ -1,0 +1,129 @@
+"""Whose rows a layer's input holds: by the model's structure and earlier calls, not by a size that happens to fit.
+
+A layer sees the batch in its first dimension (``[B, ...]``), one row for all (``[1, ...]``: position tables, a shared
+image), or all tokens in one dimension (``[B * S]``). Layers that get tokens gathered from rows, and those that get the
+sequence first, are marked in the model's state: from then on they are refused, whatever the sizes. One composition for
+all rows is never in doubt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from flix.backends import messages
+from flix.backends.torch.routing import AnyRouting
+
+GATHERED = "it gets tokens gathered from the batch's rows, as experts do"
+TIME_FIRST = "its inputs have the sequence first, as its block says (batch_first=False)"
+SEEN_TIME_FIRST = "its inputs had the sequence first before"
+
+
+def rows_of(
+    layer: Any, x: Tensor, routing: AnyRouting, trailing: int
+) -> tuple[Tensor, int, int, AnyRouting]:
+    """An input with its leading dimensions fitted to the routing's rows.
+
+    Args:
+        layer: the adapted layer.
+        x: ``[..., d_in]`` (trailing 1), or token ids ``[...]`` (trailing 0).
+        routing: the routing in force.
+        trailing: the number of dimensions of x that are not positions.
+
+    Returns:
+        x, the rows N, the positions S of each, and the routing of these rows.
+
+    Raises:
+        RoutingError: the leading dimensions are not the routing's, or whose they are is in doubt.
+    """
+    lead, given = routing.lead, tuple(x.shape[: x.dim() - trailing])
+    mark = layer.flix_state.marks.get(layer.flix_place)
+    if (watch := routing.watch) is not None:
+        watch.called.add(layer.flix_place)
+        if mark is None and lead and watch.gathered(x):
+            mark = _mark(layer, GATHERED)
+    if given[: len(lead)] != lead or (mark is not None and lead):
+        x, routing = _fitted(layer, x, given, routing, mark)
+        given, lead = tuple(x.shape[: x.dim() - trailing]), routing.lead
+    count = 1
+    for size in lead:
+        count *= size
+    total = 1
+    for size in given:
+        total *= size
+    return x, count, total // count if count else 0, routing
+
+
+def _fitted(
+    layer: Any, x: Tensor, given: tuple[int, ...], routing: AnyRouting, mark: str | None
+) -> tuple[Tensor, AnyRouting]:
+    """An input that is not plainly ``[B, ...]``, or whose layer is marked."""
+    lead, length = routing.lead, routing.length
+    fits = given[: len(lead)] == lead
+    if mark is None and not fits:
+        mark = _seen(layer, given, routing)
+    if mark == GATHERED and fits and len(given) > 1 and given[1] == length:
+        return x, routing  # every token of every row, as shared and dense experts get them
+    if mark == SEEN_TIME_FIRST and fits and given[0] != given[1]:
+        return x, routing
+    if routing.counted and (one := routing.alone()) is not None:
+        return x, one
+    if mark in (None, SEEN_TIME_FIRST):
+        if given[:1] == (1,) and given[1 : len(lead)] == lead[1:] and routing.batch == lead[0]:
+            # One row for all: each row of the batch gets its own.
+            return x.expand(lead[0], *x.shape[1:]), routing
+        if len(given) == 1 and _flattened(given[0], routing):
+            return x, routing
+    if mark is not None and (fits or mark != SEEN_TIME_FIRST):
+        raise messages.doubtful_rows(layer.flix_name, list(given), list(lead), mark)
+    raise messages.other_lead(layer.flix_name, list(given), list(lead), ways_out=True)
+
+
+def _flattened(tokens: int, routing: AnyRouting) -> bool:
+    """Whether so many tokens are those of all rows, as models have them that flatten [B, S, d] to [B * S, d]."""
+    lead = routing.lead
+    return tokens == (lead[0] * lead[1] if len(lead) == 2 else lead[0] * (routing.length or -1))
+
+
+def _seen(layer: Any, given: tuple[int, ...], routing: AnyRouting) -> str | None:
+    """What an input that does not fit tells of its layer, if the batch's size is beyond doubt."""
+    lead = routing.lead
+    if len(lead) == 1 and len(given) > 1 and given[1] == lead[0] != 1 and given[0] != 1:
+        return _mark(layer, SEEN_TIME_FIRST)
+    certain = lead[0] > 1 and routing.batch == lead[0] and routing.length
+    if certain and len(given) == 1 and given[0] != 1 and not _flattened(given[0], routing):
+        return _mark(layer, GATHERED)
+    return None
+
+
+def _mark(layer: Any, mark: str) -> str:
+    """Mark a layer, and those that differ from it in a number in their path alone."""
+    state, pattern = layer.flix_state, _pattern(layer.flix_name)
+    state.marks[layer.flix_place] = mark
+    for path, place in state.bank.layout.places.items():
+        if _pattern(path) == pattern:
+            state.marks[place] = mark
+    return mark
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"\d+", "*", path)
+
+
+def known_marks(model: nn.Module, paths: Any) -> Iterator[tuple[str, str]]:
+    """(path, mark) of the layers of which the model's structure tells what they get."""
+    first = {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+        and not module.self_attn.batch_first
+    }
+    for path in paths:
+        parts = path.split(".")
+        if any("expert" in part.lower() and "shared" not in part.lower() for part in parts):
+            yield path, GATHERED
+        elif any(".".join(parts[:i]) in first for i in range(len(parts))):
+            yield path, TIME_FIRST
