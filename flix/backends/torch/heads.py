@@ -7,6 +7,7 @@ under the names of ``model.named_parameters()``, so that the adapter's own file 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,6 +110,8 @@ def put_heads(model: nn.Module, heads: dict[str, Tensor]) -> None:
     """Give parameters the values of :func:`read_heads` and let them train."""
     if not heads:
         return
+    for name in heads:
+        _make_own(model, name)
     parameters = dict(base_parameters(model))
     with torch.no_grad():
         for name, value in heads.items():
@@ -118,6 +121,36 @@ def put_heads(model: nn.Module, heads: dict[str, Tensor]) -> None:
     state = state_of("load", model)
     names = (name for name, p in parameters.items() if id(p) in put)
     state.heads = tuple({*state.heads, *names})
+
+
+_sharing: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def shares(*models: nn.Module) -> None:
+    """Note that the parameters of these models' bases may be those of others."""
+    _sharing.update(models)
+
+
+def shared_heads(model: nn.Module) -> list[str]:
+    """Names of the base's parameters that train, and that another model has, too."""
+    others = {id(p) for other in _sharing if other is not model for p in other.parameters()}
+    if model not in _sharing or not others:
+        return []
+    return [n for n, p in base_parameters(model) if p.requires_grad and id(p) in others]
+
+
+def _make_own(model: nn.Module, name: str) -> None:
+    """Give a model a parameter of its own where another model has the same one, under all names that it has."""
+    parameters = dict(base_parameters(model))
+    shared = parameters[name]
+    if model not in _sharing or not any(
+        p is shared for other in _sharing if other is not model for p in other.parameters()
+    ):
+        return
+    own = nn.Parameter(shared.detach().clone(), shared.requires_grad)
+    for path in [other for other, p in parameters.items() if p is shared]:
+        module, _, attribute = path.rpartition(".")
+        setattr(model.get_submodule(module), attribute, own)
 
 
 def on_host(parameter: Tensor) -> Tensor:

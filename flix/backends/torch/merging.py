@@ -13,7 +13,7 @@ from torch import nn
 from flix.backends import messages
 from flix.backends.protocol import Updates
 from flix.backends.torch.adapt import unadapt
-from flix.backends.torch.heads import whole_modules
+from flix.backends.torch.heads import shares, trained_heads, whole_modules
 from flix.backends.torch.layer import flix_layers
 from flix.backends.torch.layers import FlixConv1D
 from flix.backends.torch.patches.models import RoutedModel
@@ -104,7 +104,8 @@ def _untie(settings: Any) -> None:
 def share_base(model: Torch) -> Torch:
     """A plain model over the same base: every base parameter and buffer is the other model's own, not a copy.
 
-    Adapted anew, it stands beside the first; two adapters then cost one base in memory::
+    Heads that train with the features are copied, and ``load`` gives a model heads of its own. Adapted anew,
+    it stands beside the first; two adapters then cost one base in memory::
 
         other = load(share_base(model), "another adapter")
 
@@ -112,6 +113,9 @@ def share_base(model: Torch) -> Torch:
         model: a plain or adapted model; it is not changed.
     """
     shared: dict[int, Any] = {id(value): value for value in (*model.parameters(), *model.buffers())}
+    if isinstance(model, RoutedModel):
+        for head in trained_heads(model).values():
+            del shared[id(head)]
     twin = copy.deepcopy(model, shared)
     if isinstance(twin, RoutedModel):
         trainable = [p.requires_grad for p in model.parameters()]
@@ -119,6 +123,7 @@ def share_base(model: Torch) -> Torch:
         # The twin's parameters are the first's: unadapting must not unfreeze those.
         for parameter, flag in zip(model.parameters(), trainable, strict=True):
             parameter.requires_grad_(flag)
+    shares(model, twin)
     return twin
 
 

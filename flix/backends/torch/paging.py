@@ -9,6 +9,7 @@ host with the backward, a copy a feature. The numbers are those of an unpaged mo
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class Pager:
         self.resident = self.peak = self.copied = 0
         self._pages: OrderedDict[int, _Page] = OrderedDict()
         self._bank = bank
+        self._lock = threading.RLock()  # threads that serve one model share its pages
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def prefetch(self, features: Any) -> None:
@@ -64,7 +66,8 @@ class Pager:
             ConfigError: they take more than the budget.
         """
         ids = features.ids if isinstance(features, Routing) else host_ids(features)
-        self._load(np.unique(ids[ids >= 0]).tolist())
+        with self._lock:
+            self._load(np.unique(ids[ids >= 0]).tolist())
 
     def vectors(self, wanted: Mapping[int, Any]) -> dict[int, Tensor]:
         """The vectors of some features on the device.
@@ -72,8 +75,11 @@ class Pager:
         Raises:
             ConfigError: they take more than the budget.
         """
-        self._load(wanted)
-        pages = {i: self._pages[i] for i in wanted}
+        with self._lock:
+            self._load(wanted)
+            return self._ready({i: self._pages[i] for i in wanted})
+
+    def _ready(self, pages: dict[int, _Page]) -> dict[int, Tensor]:
         if self._stream is not None:
             now = torch.cuda.current_stream(self.device)
             for found in pages.values():
@@ -113,12 +119,13 @@ class Pager:
 
     def forget(self) -> None:
         """Drop every page: the model's features have changed."""
-        self._pages.clear()
-        self.resident = 0
+        with self._lock:
+            self._pages.clear()
+            self.resident = 0
 
     def after_step(self) -> None:
         """An optimizer has stepped: what has a gradient may have moved, and fused optimizers leave no other trace."""
-        for i, found in self._pages.items():
+        for i, found in list(self._pages.items()):
             parameter = self._bank.parameter(i)
             if parameter is None or parameter.grad is not None:
                 found.stepped = True

@@ -19,6 +19,7 @@ from flix.backends.torch.heads import (
     read_heads,
     remove_heads,
     save_heads,
+    shared_heads,
 )
 from flix.backends.torch.layer import flix_layers
 from flix.backends.torch.merging import fold, merged, peft_facts, unfold
@@ -29,7 +30,7 @@ from flix.core.adapter.adapter import LayerShape
 from flix.core.adapter.changes import Change
 from flix.core.adapter.flat import flat_layout
 from flix.core.config.config import FlixConfig
-from flix.core.errors import TargetError
+from flix.core.errors import TargetError, listed
 from flix.core.features.names import Feature
 
 M = TypeVar("M")
@@ -121,6 +122,11 @@ def set_frozen(model: M, features: Collection[Feature]) -> M:
 
 
 def parameters(model: Any) -> list[nn.Parameter]:
+    if shared := shared_heads(model):
+        raise TargetError(
+            f"{listed(shared)} would train for another model, too, whose base share_base shares; give this model its own "
+            "first: module.weight = nn.Parameter(module.weight.detach().clone())"
+        )
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

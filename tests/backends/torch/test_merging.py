@@ -11,6 +11,7 @@ import flix  # noqa: E402
 from flix import FeatureError, RoutingError, TargetError  # noqa: E402
 from flix.backends.torch import (  # noqa: E402
     adapt,
+    export_peft,
     load,
     merge,
     merge_in_place,
@@ -20,6 +21,7 @@ from flix.backends.torch import (  # noqa: E402
     unmerge,
 )
 from flix.backends.torch.layer import flix_layers  # noqa: E402
+from flix.backends.torch.parameters import Bank  # noqa: E402
 from tests.helpers.claims import over  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
@@ -117,3 +119,71 @@ def test_two_adapters_side_by_side_share_one_base():
     optimizer.step()
     assert_close(run(first), wanted)
     assert all(not p.requires_grad for n, p in first.named_parameters() if n in base)
+
+
+class _Headed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)
+        self.again = self.head  # a second name
+
+    def forward(self, x):
+        return self.again(self.q(x))
+
+
+def _saved_with_head(folder, value):
+    model = adapt(_Headed(), config(target_modules=["q"]))
+    model.head.requires_grad_(True)
+    torch.nn.init.constant_(model.head.weight, value)
+    save(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_adapters_on_one_base_keep_their_own_trained_heads(plain, tmp_path):
+    one, two = (_saved_with_head(tmp_path / str(v), v) for v in (1.0, 2.0))
+    base = _Headed()
+    first = load(share_base(base) if plain else base, one)
+    second = load(share_base(base if plain else first), two)
+    assert first.q.weight is second.q.weight
+    for model, value in ((first, 1.0), (second, 2.0)):
+        assert model.head.weight.eq(value).all() and model.again.weight is model.head.weight
+        assert model.head.weight.requires_grad and len(trainable_parameters(model)) == 7
+        save(model, tmp_path / "again")
+        assert load(_Headed(), tmp_path / "again").head.weight.eq(value).all()
+    assert not plain or (base.head.weight != 1).all()
+
+
+def test_a_head_that_would_train_for_two_models_is_refused():
+    first = adapt(_Headed(), config(target_modules=["q"]))
+    second = adapt(share_base(first), config(target_modules=["q"]))
+    second.head.requires_grad_(True)
+    with pytest.raises(TargetError, match=r"head\.weight.* would train for another model"):
+        trainable_parameters(second)
+    for name in ("weight", "bias"):
+        setattr(second.head, name, torch.nn.Parameter(getattr(second.head, name).detach().clone()))
+    assert len(trainable_parameters(second)) == 7
+
+
+def test_merging_reads_the_features_of_the_composition_alone(monkeypatch, tmp_path):
+    """Of 500 registered features, merge, merge_in_place and export_peft look at one."""
+    many = flix.FeatureRegistry({"language": [f"l{i}" for i in range(500)]})
+    model = adapt(make("llama"), flix.FlixConfig(registry=many, ranks=2))
+    read, array = [], Bank.array
+    monkeypatch.setattr(Bank, "array", lambda bank, f: read.append(f) or array(bank, f))
+    held = {id(p) for p in model.flix_bank.parameters()}
+    monkeypatch.setattr(
+        torch.nn.Parameter, "__deepcopy__", _refuse_copies_of(held, torch.nn.Parameter.__deepcopy__)
+    )
+    merge(model, {"language": "l7"})
+    unmerge(merge_in_place(model, {"language": "l7"}))
+    export_peft(model, {"language": "l7"}, tmp_path)
+    assert set(read) == {("language", "l7")} and len(read) == 3
+
+
+def _refuse_copies_of(held, copy_of):
+    def deepcopy(parameter, memo):
+        assert id(parameter) not in held, "a feature was copied"
+        return copy_of(parameter, memo)
+
+    return deepcopy

@@ -1,6 +1,8 @@
 """Paged banks: an adapter set ten times the device's budget trains and serves with the numbers unchanged."""
 
+import collections
 import copy
+import threading
 
 import numpy as np
 import pytest
@@ -219,3 +221,36 @@ def test_on_a_card_the_features_stay_on_the_host():
         assert (parameter.grad is None) == (other.grad is None)
         if other.grad is not None:
             assert torch.equal(parameter.grad, other.grad.cpu())
+
+
+def test_eight_threads_get_the_right_pages_within_the_budget():
+    """Half of the features fit; threads load, use and drop pages at once."""
+    model = adapted().eval()
+    registry, size = model.flix_config.registry, 7
+    tokens = torch.arange(14).view(2, size) % 20
+    rows = [{"language": LANGUAGES[i], "task": ("ner", "pos")[i % 2]} for i in range(12)]
+    ids = torch.from_numpy(registry.encode(rows).ids)
+    batches = [ids[[i, (5 * i + 3) % 12]] for i in range(12)]
+    with torch.no_grad():
+        wanted = [model(input_ids=tokens, flix_features=b).logits for b in batches]
+    pager = page(model, 8 * max(p.nbytes for p in model.flix_bank.parameters()))
+    found, failed = collections.Counter(), []
+
+    def serve(thread):
+        with torch.no_grad():
+            for i in range(60):
+                k = (thread * 7 + i) % 12
+                try:
+                    pager.prefetch(batches[(k + 1) % 12])
+                    y = model(input_ids=tokens, flix_features=batches[k].clone()).logits
+                    found[torch.equal(y, wanted[k])] += 1
+                except Exception as error:
+                    failed.append(error)
+
+    threads = [threading.Thread(target=serve, args=(t,)) for t in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and found == {True: 480}
+    assert 0 < pager.resident <= pager.peak <= pager.budget
