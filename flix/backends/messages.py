@@ -166,6 +166,14 @@ def folded_in(row: Mapping[str, Any]) -> RoutingError:
     )
 
 
+def not_finite(features: Sequence[str]) -> str:
+    """The warning that names features whose values are not finite."""
+    return (
+        f"values of {listed(features)} are NaN or infinite; rows that use them answer so, others do not. Look with "
+        "flix inspect --check, and load the feature anew or remove it"
+    )
+
+
 def merged(*compositions: Composition) -> RoutingError:
     """Routing for a merged copy.
 

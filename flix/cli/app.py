@@ -144,11 +144,19 @@ def evaluate(
 def inspect(
     adapter: AdapterFolder,
     layers: Annotated[bool, typer.Option("--layers", help="Show norms by layer too.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Only name the values that are not finite; end with 1 if any."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show an adapter's features, ranks, layers, and the norm of each update."""
-    from flix.cli.looking import inspect_adapter
+    from flix.cli.looking import check_adapter, inspect_adapter
 
+    if check:
+        raise typer.Exit(check_adapter(adapter, as_json))
     inspect_adapter(adapter, layers, as_json)
 
 

@@ -66,6 +66,24 @@ def update_norms(adapter: Adapter) -> dict[Feature, dict[str, float]]:
     return norms
 
 
+def check_adapter(folder: Path, as_json: bool) -> int:
+    """Name what holds values that are not finite: 1 if anything does, else 0."""
+    adapter = load_adapter(folder)
+    broken = [
+        (":".join(feature), path)
+        for feature in adapter.config.registry.live
+        for path in adapter.layers
+        if not all(np.isfinite(part).all() for part in adapter.pair(path, feature))
+    ]
+    if as_json:
+        show_json({"not_finite": [{"feature": f, "layer": path} for f, path in broken]})
+    for feature, path in () if as_json else broken:
+        show(f"{feature} has values that are NaN or infinite in layer {path}")
+    if not broken and not as_json:
+        show(f"{folder}: all values are finite")
+    return int(bool(broken))
+
+
 def inspect_adapter(folder: Path, by_layer: bool, as_json: bool) -> None:
     """What an adapter's folder holds."""
     adapter = load_adapter(folder)

@@ -16,6 +16,7 @@ import flix
 from flix.cli.app import app
 from flix.cli.features import parse_features
 from flix.core.adapter.composition import delta
+from flix.core.adapter.files import save_adapter
 
 run = CliRunner().invoke
 
@@ -82,6 +83,22 @@ def test_backends() -> None:
     found = {entry["backend"]: entry for entry in json.loads(result.stdout)}
     assert found["torch"]["installed"] and found["torch"]["version"].startswith("2.")
     assert "torch" in run(app, ["backends"]).stdout
+
+
+def test_inspect_check_names_what_is_not_finite(adapter: Path, tmp_path: Path) -> None:
+    assert "all values are finite" in run(app, ["inspect", str(adapter), "--check"]).stdout
+    held = flix.load_adapter(adapter)
+    name = sorted(held.tensors)[0]
+    held.tensors[name][:] = float("nan")
+    save_adapter(held, tmp_path / "broken")
+    result = run(app, ["inspect", str(tmp_path / "broken"), "--check"])
+    assert (
+        result.exit_code == 1
+        and "NaN or infinite in layer" in result.stdout
+        and len(result.stdout.splitlines()) == 1
+    )
+    found = json.loads(run(app, ["inspect", str(tmp_path / "broken"), "--check", "--json"]).stdout)
+    assert len(found["not_finite"]) == 1
 
 
 def test_inspect(adapter: Path) -> None:

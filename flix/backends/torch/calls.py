@@ -17,8 +17,11 @@ from flix.backends.torch.routing import (
     Base,
     TracedRouting,
     Uniform,
+    as_tensors,
     current,
     make_routing,
+    tracing,
+    transforming,
 )
 from flix.backends.torch.state import FlixState
 from flix.core.errors import ConfigError, RoutingError
@@ -54,7 +57,9 @@ def routing_of(
     counted = batch is not None
     if not counted and isinstance(features, Tensor | np.ndarray | Routing):
         batch, counted = _told_by_sizes(len(features), args, kwargs)
-    if torch.compiler.is_compiling() and isinstance(features, Tensor):
+    if transforming():
+        features, weights = as_tensors(state.config.registry, features, weights)
+    if tracing() and isinstance(features, Tensor):
         return _traced(state, features, weights, batch, length, counted)
     per_token = getattr(features, "ndim", 0) == 3
     if per_token and length is not None and not model.training and features.shape[1] > length:
@@ -130,7 +135,7 @@ def refuse_trace() -> None:
 
 
 def _uniform(model: Any, state: FlixState, default: Uniform) -> AnyRouting:
-    if torch.compiler.is_compiling():
+    if tracing():
         _refuse_paged(state)
         _mark(state, default.ids)
         return default.traced(state.bank)
@@ -206,14 +211,14 @@ def refuse_folded(state: FlixState) -> None:
 def _refuse_paged(state: FlixState) -> None:
     if state.pager is not None:
         raise ConfigError(
-            "a paged model cannot be compiled: which features a batch needs is only known when it "
-            "runs; compile a model without page()"
+            "a paged model cannot be compiled, nor run under torch.func: which features a batch needs is only known "
+            "when it runs; use a model without page()"
         )
 
 
 def _mark(state: FlixState, ids: Tensor) -> None:
     """Note which features a compiled step sees; ids of no feature go where padding goes."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and torch.compiler.is_compiling():
         count = len(state.config.registry)
         place = torch.where((ids < 0) | (ids >= count), count, ids).reshape(-1)
         state.bank.present.index_fill_(0, place.to(torch.int64), True)

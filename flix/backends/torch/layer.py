@@ -20,13 +20,17 @@ from flix.backends.torch.routing import (
     AnyRouting,
     Base,
     TracedRouting,
+    as_tensors,
     current,
     make_routing,
+    tracing,
+    transforming,
 )
 from flix.backends.torch.state import FlixState
 from flix.core.adapter.adapter import LayerShape
 from flix.core.config.config import FlixConfig
 from flix.core.config.layout import LayerLayout
+from flix.core.errors import TargetError
 from flix.core.features.names import Feature
 
 
@@ -125,6 +129,10 @@ class FlixLayer(nn.Module):
         refuse_trace()
         if features is not None:
             refuse_folded(state)
+            if transforming():
+                return TracedRouting(
+                    state.bank, *as_tensors(state.config.registry, features, weights), None
+                )
             return make_routing(state.config.registry, features, weights)
         if weights is not None:
             raise messages.weights_alone()
@@ -132,7 +140,7 @@ class FlixLayer(nn.Module):
             return None
         if scope is None:
             raise messages.unrouted_layer(self.flix_name, CALL, "routed(model, row)")
-        if torch.compiler.is_compiling():
+        if tracing():
             return scope.traced(state.bank)  # type: ignore[no-any-return]
         _refuse_swallowed(self.flix_name)
         return scope.of_thread()  # type: ignore[no-any-return]
@@ -145,7 +153,7 @@ class FlixLayer(nn.Module):
         if isinstance(routing, ActiveRouting):
             if routing.entered is not self.flix_state and routing.registry != registry:
                 raise messages.other_registry(self.flix_name, routing.registry, registry)
-            if torch.compiler.is_compiling():
+            if tracing():
                 return TracedRouting(
                     self.flix_state.bank, routing.ids, routing.weights, routing.length
                 )
@@ -167,17 +175,27 @@ class FlixLayer(nn.Module):
         if carrier is not None:
             parts = Carried.apply(carrier, *values)  # type: ignore[no-untyped-call]
             values = parts[: len(values[0])], parts[len(values[0]) :]
-        sides = zip(values, (self.d_in, self.d_out), strict=True)
+        sides = zip(values, self._sizes(), strict=True)
         return tuple([part.view(-1, size) for part in parts] for parts, size in sides)  # type: ignore[return-value]
 
     def _traced_pairs(self, routing: TracedRouting) -> tuple[list[Tensor], list[Tensor]]:
         """A and B transposed of every feature with an update here, in a compiled graph."""
-        side = 2 * self.flix_place
+        side, (d_in, d_out) = 2 * self.flix_place, self._sizes()
         held = [routing.parts[i] for i, rank in enumerate(self.flix_layout.ranks) if rank]
         return (
-            [parts[side].view(-1, self.d_in) for parts in held],
-            [parts[side + 1].view(-1, self.d_out) for parts in held],
+            [parts[side].view(-1, d_in) for parts in held],
+            [parts[side + 1].view(-1, d_out) for parts in held],
         )
+
+    def _sizes(self) -> tuple[int, int]:
+        """d_in and d_out, which the features' values must have as well."""
+        now, known = (self.d_in, self.d_out), self.flix_state.bank.layout.shapes[self.flix_place]
+        if now != (known.d_in, known.d_out):
+            raise TargetError(
+                f"layer {self.flix_name!r} has the sizes {now} now, and was adapted with {(known.d_in, known.d_out)}; "
+                "resize_token_embeddings of the adapted model itself lets its features grow, too"
+            )
+        return now
 
     def _placed(self, x: Tensor, routing: ActiveRouting) -> Placed:
         dtype = x.dtype if x.is_floating_point() else self.weight.dtype
@@ -224,7 +242,7 @@ def with_grad(y: Tensor, training: bool) -> Tensor:
     error where the plain meaning is "no gradient".
     """
     if training and torch.is_grad_enabled() and not y.requires_grad and y.is_floating_point():
-        return y.requires_grad_(True) if y.is_leaf else y
+        return y.requires_grad_(True).clone()  # no leaf: models change it in place
     return y
 
 

@@ -19,7 +19,7 @@ from flix.backends.torch.routing import ActiveRouting, AnyRouting, TracedRouting
 from flix.backends.torch.rows import rows_of
 from flix.backends.torch.scaled import is_scaled_embedding, scaled
 from flix.backends.torch.state import FlixState
-from flix.backends.torch.sums import RoutedLinear, mask, traced_linear
+from flix.backends.torch.sums import RoutedLinear, stack, summed, traced_linear
 from flix.backends.torch.tokens import Token
 from flix.core.adapter.changes import fresh_pairs
 from flix.core.adapter.flat import flat_layout
@@ -182,12 +182,13 @@ class FlixLinear(FlixLayer, nn.Linear):
         a, b = self._traced_pairs(routing)
         grouped = strategy == "fused" and torch.is_grad_enabled()
         rows, scale, *order = self._traced_slots(routing, x.dtype == torch.float64, grouped)
-        if strategy != "fused" and x.device.type != "cpu":
-            # No kernels here, and reading the ids on the host would stall the device.
+        plain = not torch.compiler.is_compiling()
+        if plain or (strategy != "fused" and x.device.type != "cpu"):
+            # No kernels here, and reading the ids on the host would stall the device (or cannot be, under torch.func).
             base, dtype = self._base(x, kernel, bias), x.dtype
-            bank_a, bank_b = torch.cat(a).to(dtype), torch.cat(b).to(dtype)
-            scale, rows = scale.to(dtype), used(rows)
-            return traced_linear(x, base, scale, rows, bank_a, bank_b, strategy)
+            bank = stack((a, b), self.d_in, self.d_out, dtype, end=1)
+            rows = used(rows, len(bank[0]) - 1)
+            return traced_linear(x, base, scale.to(dtype), rows, *bank, strategy)
         straight = kernel if self.flix_transposed else kernel.t()
         y: Tensor = routed_linear(x, straight, bias, scale, rows, *order, a, b, strategy)[0]
         return y
@@ -244,14 +245,16 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
         x, count, length, routing = rows_of(self, x, routing, trailing=0)
         base = nn.Embedding.forward(self, x)
         tokens = x.reshape(count, length)
-        if isinstance(routing, TracedRouting):
-            return self._scaled(base + self._traced(tokens, routing, base.dtype).view_as(base))
-        placed = self._placed(x, routing)
-        self._check_single(routing, self.flix_strategy)
-        if not placed.active or count == 0:
-            return with_grad(self._scaled(base), self.training)
-        pairs = self._pairs_of(*self._values(placed, routing, base.device))
-        return self._scaled(base + self._sum(tokens, placed, pairs, base.dtype).view_as(base))
+        # Lookups are no products: autocast leaves them in the kernel's dtype.
+        with torch.autocast(x.device.type, enabled=False):
+            if isinstance(routing, TracedRouting):
+                return self._scaled(base + self._traced(tokens, routing, base.dtype).view_as(base))
+            placed = self._placed(x, routing)
+            self._check_single(routing, self.flix_strategy)
+            if not placed.active or count == 0:
+                return with_grad(self._scaled(base), self.training)
+            pairs = self._pairs_of(*self._values(placed, routing, base.device))
+            return self._scaled(base + self._sum(tokens, placed, pairs, base.dtype).view_as(base))
 
     def _scaled(self, y: Tensor) -> Tensor:
         """What transformers' scaled embeddings do to the looked-up row; the update is scaled with its kernel."""
@@ -270,7 +273,12 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
             users = first.any(1).nonzero().squeeze(1)
             start += a.shape[0]
             h = F.embedding(tokens[users], a.t()).to(dtype)
-            part = (h * factor[users, None, None].to(dtype)) @ b.to(dtype)
+            own = factor[users, None, None].to(dtype)
+            if placed.live is None:
+                part = (h * own) @ b.to(dtype)
+            else:  # a factor of 0 selects, whatever the values are, and has a gradient all the same
+                u = h @ b.to(dtype)
+                part = torch.where(own == 0, u.nan_to_num() * own, u * own)
             total = total.index_add(0, users, part)
         return total
 
@@ -279,10 +287,10 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
         if not pairs[0]:
             return tokens.new_zeros(*tokens.shape, self.d_out, dtype=dtype)
         rows, scale, *_ = self._traced_slots(routing, self.weight.dtype == torch.float64)
-        a, b = torch.cat(pairs[0]).to(dtype), torch.cat(pairs[1]).to(dtype)
-        factor = mask(scale, used(rows), a.shape[0]).to(dtype)
-        h = F.embedding(tokens, a.t()) * factor[:, None, :]
-        return torch.matmul(h, b)
+        a, b = stack(pairs, self.d_in, self.d_out, dtype, end=1)
+        own = used(rows, len(b) - 1)
+        h = F.embedding(tokens, a.t()).gather(2, own[:, None, :].expand(-1, tokens.shape[1], -1))
+        return summed(h, scale.to(dtype), b[own])
 
 
 def _conv1d_class() -> type[nn.Module] | None:

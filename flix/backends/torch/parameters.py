@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from flix.backends import messages
 from flix.backends.torch.patches import optimizers
 from flix.core.adapter.adapter import Pair
 from flix.core.adapter.flat import FlatLayout
@@ -54,6 +56,7 @@ class Bank(nn.Module):
         ids: the other way round.
         keys: their names here.
         layout: where pairs lie in the vectors.
+        broken: ids of the features that were named for values that are not finite.
         present: buffer: which features a compiled forward has seen since the last optimizer step.
     """
 
@@ -66,6 +69,7 @@ class Bank(nn.Module):
     def __init__(self, features: Sequence[Feature], layout: FlatLayout) -> None:
         super().__init__()
         self.register_buffer("present", torch.zeros(len(features) + 1, dtype=torch.bool), False)
+        self.broken: set[int] = set()
         self.arrange(features, layout)
 
     def arrange(self, features: Sequence[Feature], layout: FlatLayout) -> None:
@@ -153,11 +157,27 @@ class InForce:
         vectors = {i: whole(parameter) for i, parameter in self._held.items()}
         values = vectors if pager is None else pager.vectors(self._held)
         sizes = bank.layout.sizes
+        self._warn(values)
         self.parts = {i: value.detach().split_with_sizes(sizes[i]) for i, value in values.items()}
         self.carriers: tuple[Tensor, ...] | None = None
         if grad and any(vector.requires_grad for vector in vectors.values()):
             where = next(iter(values.values())).device
             self.carriers = Spread.apply(bank, self._held, where, *vectors.values())  # type: ignore[no-untyped-call]
+
+    def _warn(self, values: Mapping[int, Tensor]) -> None:
+        """Name, once, the features whose values are not finite; on a device only where no gradients are recorded.
+
+        There one look would make every step wait for the device.
+        """
+        new = {i: v for i, v in values.items() if i not in self.bank.broken}
+        if not new or (self.grad and next(iter(new.values())).device.type != "cpu"):
+            return
+        if not all(math.isfinite(v.sum().item()) for v in new.values()):
+            broken = [i for i, v in new.items() if not v.isfinite().all()]
+            self.bank.broken.update(broken)
+            if broken:
+                names = [":".join(self.bank.features[i]) for i in broken]
+                warnings.warn(messages.not_finite(names), stacklevel=2)
 
     def fresh(self) -> bool:
         """Whether the parameters are what they were."""
@@ -206,7 +226,6 @@ class Spread(torch.autograd.Function):
         return tuple(one.expand(a + b) for a, b in zip(totals, totals, strict=True))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         _refuse_changed(ctx)
         count = len(ctx.sizes)
@@ -259,6 +278,5 @@ class Carried(torch.autograd.Function):
         return tuple(part.view_as(part) for part in (*a, *b))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return torch.cat(grads).to(ctx.device), None, None

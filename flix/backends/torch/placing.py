@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,10 @@ class Placed:
     Attributes:
         active: ids of the features whose parameters take part, ascending.
         union: the number of their ranks, U.
-        rows: int64 ``[N, R]``: the slot of the union that each slot of a row is.
+        rows: int64 ``[N, R]``: the slot of the union that each slot of a row is; U where it is unused.
         scale: ``[N, R]``, weight times s_f; it carries gradient where the weights do.
         host: the same on the host.
+        learned: whether the weights are, so that features with the weight 0 are there for its gradient.
     """
 
     active: tuple[int, ...]
@@ -31,6 +33,7 @@ class Placed:
     rows: Tensor
     scale: Tensor
     host: UnionPlan
+    learned: bool = False
     _grouped: tuple[Tensor, Tensor, Tensor] | None = None
     _masks: dict[torch.dtype, Tensor] = field(default_factory=dict)
     _strategies: dict[Any, str] = field(default_factory=dict)
@@ -56,9 +59,21 @@ class Placed:
         found = self._masks.get(dtype)
         if found is None:
             scale = self.scale.detach().to(dtype)
-            zeros = scale.new_zeros(scale.shape[0], self.union)
-            found = self._masks[dtype] = zeros.scatter_add_(1, self.rows, scale)
+            zeros = scale.new_zeros(scale.shape[0], self.union + 1)
+            found = zeros.scatter_add_(1, self.rows, scale)[:, : self.union]
+            self._masks[dtype] = found
         return found
+
+    @cached_property
+    def live(self) -> Tensor | None:
+        """``rows``, but U where the factor of a slot is 0: its feature serves the factor's gradient, no row.
+
+        None where there are no such slots.
+        """
+        if not self.learned:
+            return None
+        live = torch.where(self.scale.detach() == 0, self.union, self.rows)
+        return None if torch.equal(live, self.rows) else live
 
     def grouped(self) -> tuple[Tensor, Tensor, Tensor]:
         """What the kernels need, see :meth:`UnionPlan.grouped`."""

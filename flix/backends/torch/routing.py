@@ -37,6 +37,16 @@ class Base:
 BASE = Base()
 
 
+def transforming() -> bool:
+    """Whether one of torch.func's transforms (``grad``, ``vmap``, ``jvp``) runs: tensors may have no values to read."""
+    return torch._C._are_functorch_transforms_active()  # no public function asks this
+
+
+def tracing() -> bool:
+    """Whether ids stay tensors whose values nothing may depend on."""
+    return torch.compiler.is_compiling() or transforming()
+
+
 class _Current(threading.local):
     """This thread's state.
 
@@ -124,7 +134,9 @@ class ActiveRouting:
                 weights = self.weights.reshape(self.flat.shape).to(device=device, dtype=wide)
                 scale = weights.gather(1, upload(union.slots, device)) * scale
             rows = upload(union.rows, device)
-            found = self._placed[key] = Placed(union.active, union.union, rows, scale, union)
+            learned = self.weights is not None and self.weights.requires_grad
+            found = Placed(union.active, union.union, rows, scale, union, learned)
+            self._placed[key] = found
         return found
 
     def enter(self, state: FlixState) -> ActiveRouting:
@@ -208,6 +220,8 @@ class TracedRouting:
             held = bank.held()
             parts = {i: whole(p).split_with_sizes(sizes[i]) for i, p in held.items()}
         self.bank, self.parts = bank, parts
+        if weights is not None and not (weights.requires_grad and torch.is_grad_enabled()):
+            ids = torch.where(weights == 0, -1, ids)  # inactive, whatever its values are
         self.lead = tuple(ids.shape[:-1])
         self.flat = ids.reshape(-1, ids.shape[-1])
         self.weights = None if weights is None else weights.reshape(self.flat.shape)
@@ -242,6 +256,8 @@ class Uniform:
     """
 
     def __init__(self, registry: FeatureRegistry, ids: Tensor, weights: Tensor | None) -> None:
+        if weights is not None:
+            ids = torch.where(weights == 0, -1, ids)  # inactive, whatever its values are
         self.registry, self.ids, self.weights = registry, ids, weights
         self._by_thread: dict[int, ActiveRouting] = {}
 
@@ -279,6 +295,15 @@ def weight_tensor(weights: Any) -> Tensor | None:
     return torch.as_tensor(np.asarray(weights))
 
 
+def as_tensors(
+    registry: FeatureRegistry, features: Any, weights: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Routing as tensors, of whatever was given."""
+    features, weights = unpacked(registry, features, weights)
+    ids = features if isinstance(features, Tensor) else torch.as_tensor(host_ids(features))
+    return ids, weight_tensor(weights)
+
+
 def make_routing(
     registry: FeatureRegistry,
     features: Any,
@@ -310,6 +335,8 @@ def make_routing(
         on_host = (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
     check_routing(ids, on_host, registry, batch=batch)
     ids = ids.astype(np.int64, copy=True)
+    if tensor is not None and not (tensor.requires_grad and torch.is_grad_enabled()):
+        ids[on_host == 0] = -1  # inactive, whatever its values are
     return ActiveRouting(ids, tensor, registry, length, touched(ids) if touched else (), batch)
 
 

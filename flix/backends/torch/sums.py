@@ -7,33 +7,40 @@ backward are the input and the rank-space activations; stacked rows are made aga
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flix.backends.torch.parameters import Values
+from flix.backends.torch.parameters import Carried, Values
 from flix.backends.torch.placing import Placed
 
 # Copying pair by pair costs about a microsecond for each, whatever its size.
 _MOST_BLOCKS = 512
 
 
-Stack = tuple[Tensor, Tensor]
-"""A of a batch's union ``[U, d_in]``, and B of it transposed ``[U, d_out]``."""
+def stack(
+    values: Values, d_in: int, d_out: int, dtype: torch.dtype, end: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The union of a batch's features: A ``[U, d_in]`` and B transposed ``[U, d_out]``, and ``end`` rows of zeros."""
+    made = (
+        _union(side, size, end, dtype) for side, size in zip(values, (d_in, d_out), strict=True)
+    )
+    return tuple(made)  # type: ignore[return-value]
 
 
-def stack(values: Values, d_in: int, d_out: int, dtype: torch.dtype) -> Stack:
-    """The union of a batch's features."""
-    a, b = values
-    return torch.cat(a).view(-1, d_in).to(dtype), torch.cat(b).view(-1, d_out).to(dtype)
+def _union(parts: Sequence[Tensor], size: int, end: int, dtype: torch.dtype) -> Tensor:
+    """One side of the union; the rows of zeros at its end are what unused slots read."""
+    zeros = (parts[0].new_zeros(end, size),) if end else ()
+    return torch.cat((*(part.view(-1, size) for part in parts), *zeros)).to(dtype)
 
 
 def mask(scale: Tensor, rows: Tensor, union: int) -> Tensor:
     """Each example's factor for every row of the union: ``[N, U]``."""
-    return scale.new_zeros(scale.shape[0], union).scatter_add_(1, rows, scale)
+    return scale.new_zeros(scale.shape[0], union + 1).scatter_add_(1, rows, scale)[:, :union]
 
 
 def _own(
@@ -47,33 +54,30 @@ def _own(
 
     Args:
         parts: of each feature of the union.
-        rows: ``[N, R]``: rows of the union.
+        rows: ``[N, R]``: rows of the union; U of unused slots, which are zeros.
         blocks: the same pair by pair (see ``UnionPlan``), where it is known: each part is then copied once, straight
             to its place, not first to the union.
     """
     if blocks is None or len(blocks) > _MOST_BLOCKS:
-        union = torch.cat(tuple(parts)).view(-1, size).to(dtype)
+        union = _union(parts, size, 1, dtype)
         return union.index_select(0, rows.reshape(-1)).view(*rows.shape, size)
-    own = [parts[i] if i >= 0 else parts[0].new_zeros(-i * size) for i in blocks]
+    own = [parts[i].view(-1) if i >= 0 else parts[0].new_zeros(-i * size) for i in blocks]
     return torch.cat(own).to(dtype).view(*rows.shape, size)
 
 
-def _shared(
-    values: Values,
-    d_in: int,
-    d_out: int,
-    scale: Tensor,
-    rows: Tensor,
-    strategy: str,
-    dtype: torch.dtype,
-    union: Stack | None,
-    factor: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A ``[K, d_in]``, B ``[K, d_out]`` and factors ``[N, K]`` of what all examples are multiplied with."""
-    a, b = stack(values, d_in, d_out, dtype) if union is None else union
-    if strategy == "single":
-        return a.index_select(0, rows[0]), b.index_select(0, rows[0]), scale
-    return a, b, mask(scale, rows, a.shape[0]) if factor is None else factor
+def finite(*values: Tensor | None) -> bool:
+    """Whether all values are finite, as their sums tell; False while a CUDA graph is captured, which cannot say."""
+    given = [value for value in values if value is not None]
+    if given and given[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    wide = torch.float64 if given and given[0].dtype == torch.float64 else torch.float32
+    return all(math.isfinite(value.sum(dtype=wide).item()) for value in given)
+
+
+def _scaled(h: Tensor, scale: Tensor, live: Tensor | None) -> Tensor:
+    """Rank-space activations times their factors, which select: 0 times whatever is 0."""
+    z = h * scale[:, None, :]
+    return z if live is None else z.masked_fill_((scale == 0)[:, None, :], 0)
 
 
 def routed_forward(
@@ -87,29 +91,58 @@ def routed_forward(
     *,
     blocks: Sequence[int] | None = None,
     factor: Tensor | None = None,
-    union: Stack | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The output ``[N, S, d_out]`` and the rank-space activations, for the inputs of :class:`RoutedLinear`.
+    live: Tensor | None = None,
+) -> tuple[Tensor, Tensor, str]:
+    """The output ``[N, S, d_out]``, the rank-space activations, and the strategy that gave them.
+
+    Rows stay apart (docs/specification.md §1.5): gather reads each row's own ranks alone. Masked multiplies with
+    others' too, by 0, which NaN and Inf survive; so where its result is not finite, gather computes it anew.
 
     Args:
         x, kernel, bias, scale, rows, strategy, values: see :class:`RoutedLinear`.
         blocks: the rows pair by pair, if they are known.
         factor: :func:`mask`, if it was made before.
-        union: :func:`stack`, if it was made before.
+        live: see ``Placed``; where it is given, the strategy is "gather".
     """
+    if live is not None:
+        strategy, blocks = "gather", None
     count, length, d_in = x.shape
+    d_out = kernel.shape[1]
     flat = x.reshape(count * length, d_in)
-    y = torch.mm(flat, kernel) if bias is None else torch.addmm(bias, flat, kernel)
-    d_out = y.shape[1]
+    y = x.new_empty(count, length, d_out)  # itself, no view: models change it in place
+    out = y.view(-1, d_out)
+    if bias is None:
+        torch.mm(flat, kernel, out=out)
+    else:
+        torch.addmm(bias, flat, kernel, out=out)
     if strategy == "gather":
         h = torch.bmm(x, _own(values[0], d_in, rows, blocks, x.dtype).transpose(1, 2))
-        b = _own(values[1], d_out, rows, blocks, x.dtype)
-        y.view(count, length, d_out).baddbmm_(h * scale[:, None, :], b)
-    else:
-        a, b, factor = _shared(values, d_in, d_out, scale, rows, strategy, x.dtype, union, factor)
-        h = torch.mm(flat, a.t()).view(count, length, a.shape[0])
-        y.addmm_((h * factor[:, None, :]).flatten(0, 1), b)
-    return y.view(count, length, d_out), h
+        b = _own(values[1], d_out, rows if live is None else live, blocks, x.dtype)
+        y.baddbmm_(_scaled(h, scale, live), b)
+        return y, h, strategy
+    a, b, factor = _shared(values, d_in, d_out, scale, rows, strategy, x.dtype, factor)
+    h = torch.mm(flat, a.t()).view(count, length, a.shape[0])
+    out.addmm_((h * factor[:, None, :]).flatten(0, 1), b)
+    if strategy == "masked" and not finite(y):
+        return routed_forward(x, kernel, bias, scale, rows, "gather", values, blocks=blocks)
+    return y, h, strategy
+
+
+def _shared(
+    values: Values,
+    d_in: int,
+    d_out: int,
+    scale: Tensor,
+    rows: Tensor,
+    strategy: str,
+    dtype: torch.dtype,
+    factor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A ``[K, d_in]``, B ``[K, d_out]`` and factors ``[N, K]`` of what all examples are multiplied with."""
+    a, b = stack(values, d_in, d_out, dtype)
+    if strategy == "single":
+        return a.index_select(0, rows[0]), b.index_select(0, rows[0]), scale
+    return a, b, mask(scale, rows, a.shape[0]) if factor is None else factor
 
 
 def routed_backward(
@@ -127,6 +160,7 @@ def routed_backward(
     need_pairs: bool = True,
     blocks: Sequence[int] | None = None,
     factor: Tensor | None = None,
+    live: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, of the scale, and of the pairs: A of the union ``[U, d_in]`` and then B ``[U, d_out]``, flat.
 
@@ -134,50 +168,71 @@ def routed_backward(
         grad: of the output, ``[N, S, d_out]``, contiguous.
         h: what the forward gave.
         need_x, need_scale, need_pairs: which are wanted; None stands for the others.
-        blocks, factor: as for :func:`routed_forward`.
+        blocks, factor, live: as for :func:`routed_forward`.
     """
+    if live is not None:
+        blocks = None
     count, length, d_in = x.shape
     flat, dy = x.reshape(count * length, d_in), grad.flatten(0, 1)
     d_out = dy.shape[1]
     d_scale = dx = d_pairs = None
     if need_pairs:
-        d_pairs = x.new_zeros(sum(part.numel() for side in values for part in side))
-        total = d_pairs.numel() // (d_in + d_out)
-        da, db = d_pairs[: total * d_in].view(-1, d_in), d_pairs[total * d_in :].view(-1, d_out)
+        # A row before those of A and a row after those of B take what unused slots would add.
+        end = 1 + sum(part.numel() for part in values[0]) // d_in
+        room = x.new_zeros(end * (d_in + d_out))
+        d_pairs = room[d_in:-d_out]
+        da, db = room[: end * d_in].view(end, d_in), room[end * d_in :].view(end, d_out)
     if strategy == "gather":
-        index = rows.reshape(-1)
+        acting = rows if live is None else live
+        index = acting.reshape(-1)
         # One copy of the rows at a time, and the largest tensor, dx, last: this is where memory peaks.
         dh = torch.bmm(grad, _own(values[1], d_out, rows, blocks, x.dtype).transpose(1, 2))
         if need_scale:
             d_scale = (dh * h).sum(1)
         if need_pairs:
-            each = torch.bmm((h * scale[:, None, :]).transpose(1, 2), grad)
+            each = torch.bmm(_scaled(h, scale, live).transpose(1, 2), grad)
             db.index_add_(0, index, each.view(-1, d_out))
             del each
-        dh = dh * scale[:, None, :]
+        dh = _scaled(dh, scale, live)
         if need_pairs:
             each = torch.bmm(dh.transpose(1, 2), x)
-            da.index_add_(0, index, each.view(-1, d_in))
+            da.index_add_(0, (index + 1) % end, each.view(-1, d_in))
             del each
         if need_x:
             dx = torch.mm(dy, kernel.t()).view_as(x)
-            dx.baddbmm_(dh, _own(values[0], d_in, rows, blocks, x.dtype))
+            dx.baddbmm_(dh, _own(values[0], d_in, acting, blocks, x.dtype))
         return dx, d_scale, d_pairs
-    a, b, factor = _shared(values, d_in, d_out, scale, rows, strategy, x.dtype, None, factor)
+    a, b, factor = _shared(values, d_in, d_out, scale, rows, strategy, x.dtype, factor)
     dh = torch.mm(dy, b.t()).view(count, length, b.shape[0])
     if need_scale:
         d_factor = (dh * h).sum(1)
-        d_scale = d_factor if strategy == "single" else d_factor.gather(1, rows)
+        d_scale = d_factor if strategy == "single" else F.pad(d_factor, (0, 1)).gather(1, rows)
     flat_h = (h * factor[:, None, :]).flatten(0, 1)
     flat_dh = (dh * factor[:, None, :]).flatten(0, 1)
     if need_pairs and strategy == "single":
-        da.index_add_(0, rows[0], torch.mm(flat_dh.t(), flat))
+        da[1:].index_add_(0, rows[0], torch.mm(flat_dh.t(), flat))
         db.index_add_(0, rows[0], torch.mm(flat_h.t(), dy))
     elif need_pairs:
-        torch.mm(flat_dh.t(), flat, out=da)
-        torch.mm(flat_h.t(), dy, out=db)
+        torch.mm(flat_dh.t(), flat, out=da[1:])
+        torch.mm(flat_h.t(), dy, out=db[:-1])
     if need_x:
         dx = torch.mm(dy, kernel.t()).addmm_(flat_dh, a).view_as(x)
+    if strategy == "masked" and not finite(dx, d_pairs):
+        h = torch.bmm(x, _own(values[0], d_in, rows, blocks, x.dtype).transpose(1, 2))
+        return routed_backward(
+            grad,
+            x,
+            kernel,
+            scale,
+            rows,
+            h,
+            "gather",
+            values,
+            need_x=need_x,
+            need_scale=need_scale,
+            need_pairs=need_pairs,
+            blocks=blocks,
+        )
     return dx, d_scale, d_pairs
 
 
@@ -201,7 +256,7 @@ class RoutedLinear(torch.autograd.Function):
         strategy: str,
         values: Values,
     ) -> Tensor:
-        y, h = routed_forward(
+        y, h, strategy = routed_forward(
             x,
             kernel,
             bias,
@@ -211,16 +266,17 @@ class RoutedLinear(torch.autograd.Function):
             values,
             blocks=placed.host.blocks,
             factor=placed.mask(x.dtype) if strategy == "masked" else None,
+            live=placed.live,
         )
-        ctx.save_for_backward(x, kernel, scale, h)
+        ctx.save_for_backward(x, kernel, bias, scale, carrier, h)
         ctx.strategy, ctx.placed, ctx.values = strategy, placed, values
-        ctx.like = None if carrier is None else (carrier.device, carrier.dtype)
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, kernel, scale, h = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return (*_differentiable(ctx, grad), None, None, None)
+        x, kernel, _, scale, carrier, h = ctx.saved_tensors
         needs, placed = ctx.needs_input_grad, ctx.placed
         grad = grad.contiguous()
         dx, d_scale, d_pairs = routed_backward(
@@ -237,37 +293,62 @@ class RoutedLinear(torch.autograd.Function):
             need_pairs=needs[4],
             blocks=placed.host.blocks,
             factor=placed.mask(x.dtype) if ctx.strategy == "masked" else None,
+            live=placed.live,
         )
         flat, dy = x.reshape(-1, x.shape[-1]), grad.flatten(0, 1)
         d_kernel = torch.mm(flat.t(), dy) if needs[1] else None
         d_bias = dy.sum(0) if needs[2] else None
         if d_pairs is not None:
-            d_pairs = d_pairs.to(*ctx.like)
+            d_pairs = d_pairs.to(carrier.device, carrier.dtype)
         return dx, d_kernel, d_bias, d_scale, d_pairs, None, None, None
+
+
+def _differentiable(ctx: Any, grad: Tensor) -> Iterator[Tensor | None]:
+    """The gradients of :class:`RoutedLinear` as plain operations, which are differentiated again (``create_graph``)."""
+    # Aliases: one input may be made of another, and only its direct part is wanted here.
+    given: list[Any] = [None if v is None else v.view_as(v) for v in ctx.saved_tensors[:5]]
+    x, kernel, bias, scale, carrier = given
+    values: Values = ctx.values
+    if carrier is not None:
+        parts = Carried.apply(carrier, *values)  # type: ignore[no-untyped-call]
+        values = parts[: len(values[0])], parts[len(values[0]) :]
+    a, b = stack(values, x.shape[-1], kernel.shape[1], x.dtype, end=1)
+    base = x @ kernel if bias is None else x @ kernel + bias
+    y = traced_linear(x, base, scale, ctx.placed.rows, a, b, ctx.strategy)
+    needs = ctx.needs_input_grad[:5]
+    wanted = [v for v, need in zip(given, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
+    return (next(found) if need else None for need in needs)
 
 
 def traced_linear(
     x: Tensor, base: Tensor, scale: Tensor, rows: Tensor, a: Tensor, b: Tensor, strategy: str
 ) -> Tensor:
-    """The same sum in plain differentiable operations, for compilers that trace the model.
+    """The same sum in plain differentiable operations, for compilers and other transforms that trace the model.
 
-    Used where ``kernels`` has no operator for the device. Its cost grows with the registered features.
+    Used where ``kernels`` has no operator. Its cost grows with the registered features. "masked" is "gather" here,
+    which keeps rows apart whatever the values are, since nothing may depend on those.
 
     Args:
         x: ``[N, S, d_in]``.
         base: the frozen layer's output, ``[N, S, d_out]``.
         scale: ``[N, R]``, 0 where a slot is unused.
-        rows: int64 ``[N, R]``: rows of the bank.
-        a: A of every registered feature, stacked ``[rows, d_in]``.
-        b: B of every registered feature, transposed and stacked ``[rows, d_out]``.
+        rows: int64 ``[N, R]``: rows of the bank; of unused slots, the last.
+        a: A of every registered feature, stacked, and a row of zeros ``[rows + 1, d_in]``.
+        b: B of every registered feature, transposed and stacked, and a row of zeros ``[rows + 1, d_out]``.
         strategy: ``"gather"``, ``"masked"`` or ``"single"``.
     """
-    if strategy == "gather":
-        h = torch.bmm(x, a[rows].transpose(1, 2)) * scale[:, None, :]
-        return base + torch.bmm(h, b[rows])
     if strategy == "single":
-        h = torch.matmul(x, a[rows[0]].t()) * scale[:1, None, :]
-        return base + torch.matmul(h, b[rows[0]])
-    mask = torch.zeros(scale.shape[0], a.shape[0], dtype=scale.dtype, device=scale.device)
-    mask = mask.scatter_add(1, rows, scale)
-    return base + torch.matmul(torch.matmul(x, a.t()) * mask[:, None, :], b)
+        scale, rows = scale[:1], rows[:1]
+    own_a = torch.where(scale[..., None] == 0, a[rows].nan_to_num(), a[rows])
+    return base + summed(torch.matmul(x, own_a.transpose(1, 2)), scale, b[rows])
+
+
+def summed(h: Tensor, scale: Tensor, b: Tensor) -> Tensor:
+    """Σ over slots of scale · h · B, differentiable: ``[N, S, d_out]`` of h ``[N, S, R]`` and B ``[N, R, d_out]``.
+
+    A slot with the factor 0 adds nothing, whatever its values are, and its factor has a gradient all the same.
+    """
+    off, factor = (scale == 0)[..., None], scale[:, None, :]
+    z = torch.where(off.transpose(1, 2), h.nan_to_num(), h) * factor
+    return torch.matmul(z, torch.where(off, b.nan_to_num(), b))

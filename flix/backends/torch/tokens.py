@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flix.backends.torch.parameters import Values
 from flix.backends.torch.placing import Placed
-from flix.backends.torch.sums import stack
+from flix.backends.torch.sums import finite, stack
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Token:
         strategy: the strategy.
     """
 
-    __slots__ = ("a", "b", "device", "dtype", "lead", "mask", "order", "places", "rows")
+    __slots__ = ("a", "b", "device", "dtype", "lead", "mask", "off", "order", "places", "rows")
 
     def __init__(
         self,
@@ -84,18 +84,24 @@ class Token:
         dtype, where = x.dtype, x.device
         self.dtype, self.device = dtype, where.type
         self.lead = None if len(placed.rows) == 1 else x.shape[:-1]
-        self.mask = self.order = self.places = None
-        a, b = stack(values, x.shape[-1], d_out, dtype)
-        if strategy == "masked":
-            self.rows, self.mask = 1, placed.mask(dtype)
-            self.a, self.b = a.t().contiguous()[None], b[None]
+        self.mask = self.off = self.order = self.places = None
+        a, b = stack(values, x.shape[-1], d_out, dtype, end=1)
+        if strategy == "masked" and finite(a, b):
+            self.rows, mask = 1, placed.mask(dtype)
+            self.a, self.b, self.off = a[:-1].t().contiguous()[None], b[None, :-1], mask == 0
+            factor = mask.amax(0)
+            if torch.equal(mask, factor * ~self.off):
+                self.b = self.b * factor[:, None]
+            else:
+                self.mask = mask
             return
-        first = alike.first if strategy == "gather" else alike.first[:1]
+        first = alike.first[:1] if strategy == "single" else alike.first
         self.rows = len(first)
-        if strategy == "gather" and alike.order is not None:
+        if strategy != "single" and alike.order is not None:
             self.order, self.places = alike.order.to(where), alike.places.to(where)
-        slots = placed.rows[torch.from_numpy(first).to(where)]
-        scale = placed.scale.detach().to(dtype)[torch.from_numpy(first).to(where)]
+        chosen = torch.from_numpy(first).to(where)
+        slots = (placed.rows if placed.live is None else placed.live)[chosen]
+        scale = placed.scale.detach().to(dtype)[chosen]
         # The factors are multiplied into B once, not into every token.
         self.a, self.b = a[slots].transpose(1, 2), b[slots] * scale[..., None]
 
@@ -118,4 +124,7 @@ class Token:
         if x.dim() != 3 or x.shape[0] != self.rows:
             x, y = x.reshape(self.rows, -1, x.shape[-1]), y.view(self.rows, -1, y.shape[-1])
         h = torch.bmm(x, self.a)
-        y.baddbmm_(h if self.mask is None else h.mul_(self.mask), self.b)
+        if self.mask is not None:
+            h.mul_(self.mask)
+        # Chosen, not multiplied with 0: h may have overflowed where a row does not use it.
+        y.baddbmm_(h if self.off is None else h.masked_fill_(self.off, 0), self.b)

@@ -175,7 +175,7 @@ def check_routing(
 
     Args:
         ids: integer ``[batch, width]`` or ``[batch, length, width]``, each -1 (padding) or a feature's id.
-        weights: None, or finite floats in the shape of ``ids``.
+        weights: None, or floats in the shape of ``ids``, finite in float32.
         registry: the registry that the ids belong to.
         batch: the number of rows expected, if known.
         lead: a layer's input's sizes but for the last, its features; ids by token are then held to its positions, too.
@@ -201,13 +201,15 @@ def check_routing(
         _check_removed(ids, registry)
     if weights is None:
         return
-    odd = ~np.isfinite(weights)
+    with np.errstate(over="ignore"):
+        odd = ~np.isfinite(np.asarray(weights, np.float32))
     if odd.any():
         place = tuple(int(i) for i in np.argwhere(odd)[0])
         feature = int(ids[place])
         name = ":".join(registry.features[feature]) if feature >= 0 else "padding"
+        end = ", beyond float32" if np.isfinite(weights[place]) else ""
         raise RoutingError(
-            f"flix_weights must be finite, got {weights[place]} in row {place[0]} for {name}"
+            f"flix_weights must be finite, got {weights[place]}{end} in row {place[0]} for {name}"
         )
 
 

@@ -25,7 +25,7 @@ class UnionPlan:
     Attributes:
         active: ids of the features that some row activates and that have an update here, ascending.
         union: the number of union rows, U: the sum of the active features' ranks.
-        rows: int64 ``[N, R]``: the union row of each slot of each example; 0 where unused.
+        rows: int64 ``[N, R]``: the union row of each slot of each example; U, a row of none, where unused.
         slots: int64 ``[N, R]``: which column of the routing each slot came from.
         scales: float64 ``[N, R]``: s_f of each slot; 0 where unused.
         blocks: the slots again, pair by pair: for each example, the places in ``active`` of its features, and -n for
@@ -84,7 +84,8 @@ def plan_union(ids: NDArray[Any], layout: LayerLayout, touched: tuple[int, ...] 
     column = (ends - lengths).ravel()[entry] + within
     feature = ids.ravel()[entry]
 
-    rows = np.zeros((count, longest), dtype=np.int64)
+    union = int(ranks[active].sum())
+    rows = np.full((count, longest), union, dtype=np.int64)
     slots = np.zeros((count, longest), dtype=np.int64)
     factor = np.zeros((count, longest), dtype=np.float64)
     rows[row, column] = offsets[feature] + within
@@ -92,7 +93,7 @@ def plan_union(ids: NDArray[Any], layout: LayerLayout, touched: tuple[int, ...] 
     factor[row, column] = scales[feature]
     return UnionPlan(
         active=tuple(active.tolist()),
-        union=int(ranks[active].sum()),
+        union=union,
         rows=rows,
         slots=slots,
         scales=factor,
@@ -135,8 +136,8 @@ class BankPart:
 
     Attributes:
         features: places in the bank of the features in use, ascending.
-        rows: int64 ``[N, R']``: rows of the stack of these features; 0 where a slot is unused. R' slots are those up
-            to the last that some row of the batch uses.
+        rows: int64 ``[N, R']``: rows of the stack of these features; the stack's size where a slot is unused. R' slots
+            are those up to the last that some row of the batch uses.
         starts, ends: the bank's rows that each feature in use begins and ends at.
     """
 
@@ -162,5 +163,6 @@ def bank_part(rows: NDArray[np.integer[Any]], ranks: Sequence[int]) -> BankPart:
     features = np.unique(owner[used])
     mine, ends = sizes[features], ends[features]
     shift = np.cumsum(mine) - ends
-    stacked = np.where(used, rows + shift[np.searchsorted(features, owner)], 0)
+    place = np.minimum(np.searchsorted(features, owner), len(features) - 1)
+    stacked = np.where(used, rows + shift[place], mine.sum())
     return BankPart(features, stacked, ends - mine, ends)

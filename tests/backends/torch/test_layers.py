@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ from flix.backends.torch import FlixEmbedding, FlixLinear, adapt, route  # noqa:
 from tests.helpers.dense import by_id, dense  # noqa: E402
 from tests.helpers.registry import ROWS, config, registry  # noqa: E402
 from tests.helpers.tolerance import assert_close  # noqa: E402
-from tests.helpers.torch import routing  # noqa: E402
+from tests.helpers.torch import randomize, routing  # noqa: E402
 
 
 def _fill(layer, seed=0):
@@ -190,3 +192,87 @@ def test_malformed_routing_is_named(ids, weights, message):
 def test_unknown_strategy_is_refused():
     with pytest.raises(ConfigError, match="strategy must be one of auto, gather, masked, single"):
         FlixLinear(6, 5, config=config(), strategy="gathered")
+
+
+@pytest.mark.parametrize("ids", [[[0, 4], [1, 5]], [[0, 4], [0, 4]], [[-1, -1], [-1, -1]]])
+@pytest.mark.parametrize("strategy", ["gather", "masked", "auto"])
+def test_the_output_may_be_changed_in_place(strategy, ids):
+    """Activations with inplace=True, masks and residuals, also where no row activates anything."""
+    layer, x = _linear(strategy).train(), torch.randn(2, 3, 6, dtype=torch.float64)
+    ids, gradients = torch.tensor(ids), []
+    for in_place in (True, False):
+        layer.zero_grad()
+        y = layer(x, flix_features=ids)
+        if in_place:
+            y *= 2
+            y += x[..., :5]
+            y[:, 0] = 0
+            torch.relu_(y)
+        else:
+            y = torch.relu((2 * y + x[..., :5]) * torch.tensor([0.0, 1, 1]).double()[:, None])
+        y.sum().backward()
+        grads = [p.grad for p in layer.flix_state.bank.parameters() if p.grad is not None]
+        assert bool(grads) == bool((ids >= 0).any())
+        gradients.append([y.detach(), *grads])
+    for one, other in zip(*gradients, strict=True):
+        assert_close(one, other)
+
+
+class _Mixed(torch.nn.Module):
+    """One layer of every kind that can be adapted."""
+
+    def __init__(self):
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        self.embed = torch.nn.Embedding(9, 6)
+        self.q = torch.nn.Linear(6, 5)
+        self.c = Conv1D(4, 5)
+
+    def forward(self, tokens):
+        return self.c(torch.tanh(self.q(self.embed(tokens))))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("auto", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_kind_of_target_in_half_precision(base, auto, compiled):
+    """Half bases and autocast, in training, evaluation and a token at a time, close to the numbers of float64."""
+    pytest.importorskip("transformers")
+    if compiled and auto is None and base == torch.float32:
+        pytest.skip("full precision")
+    torch.manual_seed(0)
+    ids, weights = (
+        torch.tensor([[0, 4], [1, 5], [-1, -1]]),
+        torch.tensor([[1, 0.5], [2, 1], [0, 0]]),
+    )
+    runs, plain = [], _Mixed().to(base)
+    for wide in (True, False):
+        model = copy.deepcopy(plain).to(torch.float64 if wide else base)
+        model = adapt(model, config(target_modules=["embed", "q", "c"]))
+        randomize(model, std=0.5)
+        half = auto if not wide else None
+        call = torch.compile(model, backend="aot_eager") if compiled and not wide else model
+        found = {}
+        for length in (1, 3):
+            tokens = torch.arange(3 * length).view(3, length)
+            given = {
+                "flix_features": ids,
+                "flix_weights": weights.to(base).double() if wide else weights,
+            }
+            with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
+                y = call(tokens, **given)
+                y.square().sum().backward()
+                with torch.no_grad():
+                    found[f"eval {length}"] = [call.eval()(tokens, **given) for _ in range(2)][-1]
+                model.train()
+            found[f"train {length}"] = y.detach()
+        found |= {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        runs.append(found)
+    coarsest = max(base, auto or base, key=lambda d: torch.finfo(d).eps)
+    expected, found = runs
+    assert {*expected} <= {*found}
+    for name, value in expected.items():
+        assert_close(found[name], value, dtype=coarsest, times=3, name=name)
+    wanted = auto or base
+    assert all(v.dtype == wanted for n, v in found.items() if n.startswith(("eval", "train")))

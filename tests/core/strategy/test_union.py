@@ -82,7 +82,7 @@ def test_the_part_of_a_bank_that_rows_use():
     ranks = (2, 3, 1, 4)  # begin at 0, 2, 5 and 6
     part = bank_part(np.array([[6, 7, 8, -1, -1], [5, -1, -1, -1, -1]], np.int32), ranks)
     assert part.features.tolist() == [2, 3]
-    assert part.rows.tolist() == [[1, 2, 3], [0, 0, 0]]
+    assert part.rows.tolist() == [[1, 2, 3], [0, 5, 5]]  # unused slots read the row after the last
     assert part.own.tolist() == [5, 6, 7, 8, 9]
 
 

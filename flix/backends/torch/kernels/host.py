@@ -55,12 +55,20 @@ def forward(
         flat = x.reshape(-1, d_in)
         y = flat @ kernel if bias is None else torch.addmm(bias, flat, kernel)
         return y.view(count, length, -1), h
-    factor = scale[:, :width].to(x.dtype)
-    places = torch.from_numpy(used.rows)
-    y, ranks = routed_forward(x, kernel, bias, factor, places, strategy, values)
-    if strategy != "masked":
+    factor, places, live = _slots(scale, used, x.dtype)
+    y, ranks, how = routed_forward(x, kernel, bias, factor, places, strategy, values, live=live)
+    if how != "masked":
         h[..., :width] = ranks
     return y, h
+
+
+def _slots(
+    scale: Tensor, used: BankPart, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Factors, rows and, where some are used with the factor 0, those that act (see ``Placed.live``)."""
+    factor, places = scale[:, : used.rows.shape[1]].to(dtype), torch.from_numpy(used.rows)
+    live = torch.where(factor == 0, int((used.ends - used.starts).sum()), places)
+    return factor, places, None if torch.equal(live, places) else live
 
 
 def backward(
@@ -88,20 +96,24 @@ def backward(
     if width == 0 or x.numel() == 0:
         plain = (dy.flatten(0, 1) @ kernel.t()).view_as(x) if need_x else torch.empty_like(x)
         return plain, d_scale, d_a, d_b
+    factor, places, live = _slots(scale, used, x.dtype)
     ranks = h[..., :width].to(x.dtype)
+    if live is not None:
+        strategy = "gather"
     if strategy == "masked":
         ranks = torch.matmul(x, torch.cat(values[0]).to(x.dtype).t())
     dx, d_factor, d_pairs = routed_backward(
         dy.contiguous(),
         x,
         kernel,
-        scale[:, :width].to(x.dtype),
-        torch.from_numpy(used.rows),
+        factor,
+        places,
         ranks,
         strategy,
         values,
         need_x=need_x,
         need_scale=need_scale,
+        live=live,
     )
     assert d_pairs is not None
     if d_factor is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flix.backends.torch.kernels import host
+from flix.core.errors import ConfigError
 
 
 def _where(strategy: str) -> Any:
@@ -116,6 +117,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
     x, kernel, scale, rows, order, starts, h, *params = ctx.saved_tensors
     a, b = params[: len(params) // 2], params[len(params) // 2 :]
+    if torch.is_grad_enabled():
+        raise ConfigError(
+            f"gradients of gradients (create_graph=True) are not offered for a compiled model, nor by strategy "
+            f"{ctx.strategy!r} of the kernels; use the eager model with strategy='gather'"
+        )
     if dy is None:
         return (None,) * 7 + ([None] * len(a), [None] * len(a), None)
     need_x, need_kernel, need_bias, need_scale = ctx.needs_input_grad[:4]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,16 @@ def routes(
     return rows, slots, scale, order, starts
 
 
+@routes.register_vmap
+def _(
+    info: Any, dims: Any, ids: Tensor, ranks: Any, scales: Any, wide: bool, grouped: bool
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    ids = ids.movedim(dims[0], 0)
+    found = routes(ids.flatten(0, 1), ranks, scales, wide, False)
+    some = tuple(value.view(*ids.shape[:2], -1) for value in found[:3])
+    return (*some, *found[3:]), (0, 0, 0, None, None)
+
+
 def group(rows: Tensor, bank: int) -> tuple[Tensor, Tensor]:
     """The slots of each bank row: (order, starts) as ``routes`` gives them; unused slots come last."""
     found, order = torch.where(rows < 0, bank, rows).reshape(-1).sort(stable=True)
@@ -86,9 +97,9 @@ def group(rows: Tensor, bank: int) -> tuple[Tensor, Tensor]:
     return order.to(_INT), torch.searchsorted(found, edges).to(_INT)
 
 
-def used(rows: Tensor) -> Tensor:
-    """Rows to index a bank with: that of an unused slot is 0, where its factor of 0 makes nothing of it."""
-    return rows.clamp(min=0).to(torch.int64)
+def used(rows: Tensor, bank: int) -> Tensor:
+    """Rows to index a bank with that has a row of zeros at its end, which is that of unused slots."""
+    return torch.where(rows < 0, bank, rows).to(torch.int64)
 
 
 @routes.register_fake

@@ -31,6 +31,12 @@ def _dot(a, b, acc, precision: tl.constexpr, widen: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=precision)
 
 
+@triton.jit
+def _scaled(c, factor):
+    """c times factor, which selects: 0 times whatever is 0, so that a slot's values reach no row that is not theirs."""
+    return tl.where(factor != 0, c * factor, 0.0)
+
+
 @triton.jit(do_not_specialize=["tokens", "length", "span", "pieces"])
 def down(
     v,
@@ -88,13 +94,13 @@ def down(
         tl.store(z + row[:, None] * slots + slot[None, :], out, mask=both)
         if grad:
             c = tl.load(h + m[:, None] * slots + slot[None, :], mask=both, other=0.0)
-            c = (c * factor[None, :]).to(v.dtype.element_ty)
+            c = _scaled(c, factor[None, :]).to(v.dtype.element_ty)
             acc = _dot(tl.trans(c), tile, acc, precision, widen)
     if grad:
         row = piece.to(tl.int64) * slots + slot
         tl.store(
             part + row[:, None] * size + cols[None, :],
-            acc,
+            tl.where((factor != 0)[:, None], acc, 0.0),
             mask=live[:, None] & inside[None, :],
         )
 
@@ -146,8 +152,8 @@ def up(
     first = tl.arange(0, block_s)
     if blocks == 1:
         u = tl.load(rows + n * slots + first, mask=first < slots, other=-1)
-        w = tl.trans(_bank(at, u, cols, size, source).to(dtype))
         factor = tl.load(scale + n * slots + first, mask=first < slots, other=0.0)
+        w = tl.trans(_bank(at, tl.where(factor != 0, u, -1), cols, size, source).to(dtype))
     if biased:
         shift = tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
     if grad:
@@ -164,8 +170,8 @@ def up(
             live = slot < slots
             if blocks > 1:
                 u = tl.load(rows + n * slots + slot, mask=live, other=-1)
-                w = tl.trans(_bank(at, u, cols, size, source).to(dtype))
                 factor = tl.load(scale + n * slots + slot, mask=live, other=0.0)
+                w = tl.trans(_bank(at, tl.where(factor != 0, u, -1), cols, size, source).to(dtype))
             z_in = here[:, None] & live[None, :]
             c = tl.zeros([block_t, block_s], dtype=tl.float32)
             for k in tl.static_range(chunks):
@@ -173,7 +179,7 @@ def up(
                 c += tl.load(z + row[:, None] * slots + slot[None, :], mask=z_in, other=0.0)
             if keep and chunk == 0:
                 tl.store(h + m[:, None] * slots + slot[None, :], c, mask=z_in)
-            c = (c * factor[None, :]).to(dtype)
+            c = _scaled(c, factor[None, :]).to(dtype)
             total = _dot(c, w, total, precision, widen)
             if grad:
                 tile = tl.load(x + tile_at, mask=both, other=0.0)
@@ -185,7 +191,7 @@ def up(
         row = piece.to(tl.int64) * slots + first
         tl.store(
             part + row[:, None] * size + cols[None, :],
-            acc,
+            tl.where((factor != 0)[:, None], acc, 0.0),
             mask=(first < slots)[:, None] & inside[None, :],
         )
 
@@ -307,10 +313,12 @@ def gather_tokens(
             m = (n * length + item % length).to(tl.int64)
             both = here[:, None] & (j < rank)[None, :]
             c = tl.load(coefficient + m[:, None] * slots + slot, mask=both, other=0.0)
-            c *= tl.load(scale + n[:, None] * slots + slot, mask=both, other=0.0)
+            factor = tl.load(scale + n[:, None] * slots + slot, mask=both, other=0.0)
+            c = _scaled(c, factor)
+            acting = tl.sum((factor != 0).to(tl.int32), axis=1) > 0
             tile = tl.load(
                 v + m[:, None] * size + cols[None, :],
-                mask=here[:, None] & inside[None, :],
+                mask=acting[:, None] & inside[None, :],
                 other=0.0,
             )
             acc = _dot(tl.trans(c.to(tile.dtype)), tile, acc, precision, widen)
@@ -358,7 +366,9 @@ def single_tokens(
         total += tl.sum(w * x[:, None], axis=0)
     if part == 0:
         tl.store(h + m * slots + slot, total, mask=live)
-    c = total * tl.load(scale + n * slots + slot, mask=live, other=0.0)
+    factor = tl.load(scale + n * slots + slot, mask=live, other=0.0)
+    c = _scaled(total, factor)
+    u = tl.where(factor != 0, u, -1)
     begin = part * span
     end = tl.minimum(begin + span, size_out)
     for k in range(begin, end, block_o):

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from flix import ConfigError  # noqa: E402
 from flix.backends.torch import FlixConv1D, FlixLinear, adapt  # noqa: E402
+from tests.helpers.isolation import WAYS, check  # noqa: E402
 from tests.helpers.registry import ROWS, config  # noqa: E402
 from tests.helpers.tolerance import assert_all_close  # noqa: E402
 from tests.helpers.torch import layer_pairs, live_pairs, randomize, routing  # noqa: E402
@@ -231,3 +232,12 @@ def test_other_dtypes_are_refused():
         ConfigError, match="needs an input of float16, bfloat16, float32, got float64"
     ):
         layer(torch.zeros(1, 6, dtype=torch.float64, device=DEVICE), flix_features=[[0]])
+
+
+@pytest.mark.filterwarnings("ignore:values of", "ignore:overflow", "ignore:invalid value")
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("length", [1, 3, 40])
+def test_rows_stay_apart(length, way, learned):
+    x = torch.randn(5, length, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    check(_layer("fused", 8, 6), x, way, learned=learned)
