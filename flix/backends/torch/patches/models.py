@@ -19,6 +19,7 @@ from flix.backends import messages
 from flix.backends.torch import bypassed, scopes
 from flix.backends.torch.calls import generation_routing, routing_of
 from flix.backends.torch.parameters import BANK
+from flix.backends.torch.patches.resizing import resizing
 from flix.backends.torch.routing import current
 from flix.backends.torch.state import FlixState
 from flix.core.config.config import FlixConfig
@@ -104,6 +105,8 @@ def routed_class(base: type[nn.Module]) -> type[nn.Module]:
     }
     if callable(getattr(base, "generate", None)):
         members["generate"] = _generate_of(base)
+    if callable(getattr(base, "resize_token_embeddings", None)):
+        members["resize_token_embeddings"] = resizing(base)
     if hasattr(base, "init_continuous_batching"):
         members["init_continuous_batching"] = _refuse_continuous_batching
     if issubclass(base, nn.Sequential):
