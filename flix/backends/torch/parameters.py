@@ -172,7 +172,7 @@ class InForce:
         new = {i: v for i, v in values.items() if i not in self.bank.broken}
         if not new or (self.grad and next(iter(new.values())).device.type != "cpu"):
             return
-        if not all(math.isfinite(v.sum().item()) for v in new.values()):
+        if not math.isfinite(torch.stack([v.sum() for v in new.values()]).sum().item()):
             broken = [i for i, v in new.items() if not v.isfinite().all()]
             self.bank.broken.update(broken)
             if broken:

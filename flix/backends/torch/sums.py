@@ -34,8 +34,9 @@ def stack(
 
 def _union(parts: Sequence[Tensor], size: int, end: int, dtype: torch.dtype) -> Tensor:
     """One side of the union; the rows of zeros at its end are what unused slots read."""
-    zeros = (parts[0].new_zeros(end, size),) if end else ()
-    return torch.cat((*(part.view(-1, size) for part in parts), *zeros)).to(dtype)
+    flat = parts[0].dim() == 1
+    zeros = (parts[0].new_zeros(end * size if flat else (end, size)),) if end else ()
+    return torch.cat((*parts, *zeros)).view(-1, size).to(dtype)
 
 
 def mask(scale: Tensor, rows: Tensor, union: int) -> Tensor:
@@ -61,7 +62,7 @@ def _own(
     if blocks is None or len(blocks) > _MOST_BLOCKS:
         union = _union(parts, size, 1, dtype)
         return union.index_select(0, rows.reshape(-1)).view(*rows.shape, size)
-    own = [parts[i].view(-1) if i >= 0 else parts[0].new_zeros(-i * size) for i in blocks]
+    own = [parts[i] if i >= 0 else parts[0].new_zeros(-i * size) for i in blocks]
     return torch.cat(own).to(dtype).view(*rows.shape, size)
 
 
