@@ -63,6 +63,11 @@ def test_the_warning_of_the_base_alone_shows_the_call():
     assert CALL in messages.base_alone(CALL) and "-1" in messages.base_alone(CALL)
 
 
+def test_the_warning_of_values_that_are_not_finite_names_layer_and_features():
+    said = messages.not_finite("proj", [("task", "ner"), ("language", "hau")])
+    assert "'proj'" in said and "task:ner, language:hau" in said
+
+
 def test_a_shape_that_a_framework_does_not_know_is_shown_as_it_is():
     class Shape:
         def __str__(self):
@@ -75,4 +80,4 @@ def test_a_shape_that_a_framework_does_not_know_is_shown_as_it_is():
 def test_every_message_is_held_to_something_here():
     public = {n for n, _ in inspect.getmembers(messages, inspect.isfunction) if n[0] != "_"}
     own = {n for n in public if getattr(messages, n).__module__ == messages.__name__}
-    assert own == {*CASES, "without_features", "base_alone"}
+    assert own == {*CASES, "without_features", "base_alone", "not_finite"}

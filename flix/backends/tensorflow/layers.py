@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from keras import layers, ops
 
@@ -107,9 +109,20 @@ class FlixLayer(Parameters):
         grouped = tf.reshape(base, [*rows, shape.d_out])
         routed = routed_embedding if tokens else routed_linear
         y = routed(x, grouped, placed, tables, strategy, self.flix_live)
+        if tf.executing_eagerly() and not np.isfinite(tf.reduce_sum(tf.cast(y, tf.float32))):
+            self._name_broken(np.unique(routing.ids))
         y = tf.reshape(y, tf.shape(base))
         y.set_shape(base.shape)
         return y
+
+    def _name_broken(self, ids: Any) -> None:
+        """Warn, once for each, of features among these ids with values that are not finite."""
+        registry, known = self.flix_config.registry, self.flix_state.broken
+        held = self.values([i for i in ids.tolist() if 0 <= i < len(registry)])
+        found = [i for i, pair in held.items() if not all(np.isfinite(v).all() for v in pair)]
+        if fresh := [registry.features[i] for i in found if registry.features[i] not in known]:
+            known.update(fresh)
+            warnings.warn(messages.not_finite(self.flix_name, fresh), stacklevel=2)
 
     def _strategy_for(self, routing: ActiveRouting, given: Sizes) -> str:
         """The strategy for an input of these leading sizes, from shapes alone."""

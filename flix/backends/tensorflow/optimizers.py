@@ -163,6 +163,7 @@ class RowOptimizer:
                 used |= self.touched[index].value
                 self.touched[index].assign(used)
             self.rows[index] = used
+            values = tf.where(rows[:, None] > 0, values, tf.zeros([], values.dtype))
             return tf.math.unsorted_segment_sum(values, rows, size)
         rows, places = tf.unique(rows)
         summed = tf.math.unsorted_segment_sum(values, places, tf.size(rows))

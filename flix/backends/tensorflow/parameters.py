@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -35,6 +35,7 @@ class FlixState:
         frozen: ids of the features that do not train.
         version: how often features joined or left, froze or thawed; what was traced before is refused.
         flags: which layers trained before the base was frozen (``base.trainable_flags``).
+        broken: features that a warning has named for values that are not finite.
         specs: the base's inputs as they were first given, as ``tf.TensorSpec``; None before.
     """
 
@@ -42,6 +43,7 @@ class FlixState:
     frozen: tuple[int, ...] = ()
     version: int = 0
     flags: str = ""
+    broken: set[Feature] = field(default_factory=set)
     specs: Any = None
 
 

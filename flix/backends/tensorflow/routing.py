@@ -75,6 +75,15 @@ class Placed:
         )
         return tf.reshape(mask, [count, size])
 
+    @functools.cached_property
+    def used(self) -> Any:
+        """Which rows of the union each example has a slot for: bool ``[N, U]``."""
+        union, places = self.union
+        count, size = tf.shape(self.rows)[0], tf.size(union)
+        cells = tf.reshape(tf.range(count)[:, None] * size + places, [-1])
+        found = tf.math.unsorted_segment_max(tf.ones_like(cells), cells, count * size)
+        return tf.reshape(found > 0, [count, size])
+
 
 @dataclass(eq=False)
 class ActiveRouting:

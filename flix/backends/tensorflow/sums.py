@@ -4,12 +4,17 @@ A layer keeps A of all features in one table ``[1 + rows, d_in]`` and B, transpo
 row 0 of each is zero and stands for unused slots. Only rows in use are gathered, so forward and backward cost the
 same however many features are registered, and gradients are ``tf.IndexedSlices`` over the rows in use. Nothing of
 size ``[d_out, d_in]`` is made for an example.
+
+Values that are not finite stay in their rows (docs/specification.md §1.5). With ``"gather"`` each row has operands of
+its own. Wide products share them, and 0 times NaN is NaN: there :func:`_project` and :func:`_expand` look whether all
+is finite, mostly in small products that they have anyway, and leave out and mark what is not only if there is such.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from flix.backends.tensorflow.parameters import Live
@@ -32,7 +37,8 @@ def fetch(table: Any, rows: Any, live: Live, dtype: Any) -> Any:
     if live is not None:
         trains = tf.gather(live, rows)
         moving = tf.gather(table, tf.where(trains, rows, 0))
-        moving = (moving - tf.stop_gradient(moving)) * tf.cast(trains, moving.dtype)[..., None]
+        nothing = tf.zeros([], moving.dtype)
+        moving = tf.where(trains[..., None], moving - tf.stop_gradient(moving), nothing)
         values = tf.stop_gradient(values) + moving
     return tf.cast(values, dtype)
 
@@ -47,12 +53,104 @@ def _gathered_sum(x: Any, base: Any, a: Any, b: Any, scale: Any) -> Any:
 _compiled_sum = tf.function(_gathered_sum, jit_compile=True, reduce_retracing=True)
 
 
-def _shared_rows(placed: Placed, strategy: str, scale: Any) -> tuple[Any, Any]:
-    """Rows that serve the whole batch, ``[U]``, and each example's factors for them, ``[N, 1, U]``."""
-    if strategy == "single":
-        # All rows alike; each keeps its own factors, so that its weights get their own gradient.
-        return tf.reshape(placed.rows[:1], [-1]), scale[:, None, :]
-    return placed.union[0], tf.cast(placed.mask, scale.dtype)[:, None, :]
+def _finite(x: Any, axis: int | None = None) -> Any:
+    return tf.reduce_all(tf.math.is_finite(x), axis)
+
+
+def _selected(h: Any, table: Any, used: Any = None) -> Any:
+    """h ``[N, S, U]``, zero but where used ``[N, U]``, times a table ``[U, d]``: ``[N, S, d]``.
+
+    With ``used``, rows that use a row of the table that is not finite are NaN, and the others do not meet it.
+    """
+    shape, clean = tf.shape(h), table
+    if used is not None:
+        broken = ~_finite(table, 1)
+        clean = tf.where(broken[:, None], tf.zeros_like(table), table)
+    y = tf.matmul(tf.reshape(h, [shape[0] * shape[1], shape[2]]), clean)
+    y = tf.reshape(y, [shape[0], shape[1], table.shape[1]])
+    if used is not None:
+        hit = tf.reduce_any(used & broken, 1)[:, None, None]
+        y = tf.where(hit, tf.constant(np.nan, y.dtype), y)
+    return y
+
+
+def _collected(h: Any, x: Any, used: Any = None) -> Any:
+    """The sum over rows and positions of h ``[N, S, U]``, zero but where used, times x ``[N, S, d]``: ``[U, d]``.
+
+    With ``used``, only what is used by a row whose x is not finite gets NaN.
+    """
+    shape, clean = tf.shape(h), x
+    count = shape[0] * shape[1]
+    if used is not None:
+        broken = ~_finite(x, 2)
+        clean = tf.where(broken[:, :, None], tf.zeros_like(x), x)
+    flat = tf.reshape(h, [count, shape[2]])
+    y = tf.matmul(flat, tf.reshape(clean, [count, x.shape[2]]), transpose_a=True)
+    if used is not None:
+        hit = tf.reduce_any(used & tf.reduce_any(broken, 1)[:, None], 0)[:, None]
+        y = tf.where(hit, tf.constant(np.nan, y.dtype), y)
+    return y
+
+
+def _project(x: Any, a: Any, used: Any) -> Any:
+    """x ``[N, S, d_in]`` times a ``[U, d_in]``, transposed: ``[N, S, U]``, of which the cells in use go on."""
+
+    @tf.custom_gradient
+    def project(x: Any, a: Any) -> Any:
+        shape = tf.shape(x)
+        h = tf.matmul(tf.reshape(x, [shape[0] * shape[1], x.shape[2]]), a, transpose_b=True)
+        h = tf.reshape(h, [shape[0], shape[1], tf.shape(a)[0]])
+
+        def backward(dh: Any) -> tuple[Any, Any]:
+            return tf.cond(  # type: ignore[no-any-return]
+                _finite(h),  # so are x and a then
+                lambda: (_selected(dh, a), _collected(dh, x)),
+                lambda: (_selected(dh, a, used), _collected(dh, x, used)),
+            )
+
+        return h, backward
+
+    return project(x, a)
+
+
+def _expand(h: Any, b: Any, used: Any) -> Any:
+    """h ``[N, S, U]``, zero but where used ``[N, U]``, times b ``[U, d_out]``: ``[N, S, d_out]``."""
+
+    @tf.custom_gradient
+    def expand(h: Any, b: Any) -> Any:
+        y = tf.cond(_finite(b), lambda: _selected(h, b), lambda: _selected(h, b, used))
+
+        def backward(dy: Any) -> tuple[Any, Any]:
+            shape = tf.shape(h)
+            dh = tf.matmul(tf.reshape(dy, [shape[0] * shape[1], b.shape[1]]), b, transpose_b=True)
+            dh = tf.reshape(dh, shape)
+            sound = _finite(dh)  # so is dy then
+            return dh, tf.cond(sound, lambda: _collected(h, dy), lambda: _collected(h, dy, used))
+
+        return y, backward
+
+    return expand(h, b)
+
+
+def _cells(h: Any, factor: Any, used: Any) -> Any:
+    """h ``[N, S, U]`` times the rows' factors ``[N, U]`` in the cells in use, else zero, forward and backward."""
+    return tf.where(used[:, None, :], h, tf.zeros([], h.dtype)) * factor[:, None, :]
+
+
+def _one_composition(placed: Placed, scale: Any) -> tuple[Any, Any]:
+    """The rows that serve the whole batch, ``[R]``, and each example's factors for them, ``[N, 1, R]``.
+
+    Each keeps its own factors, so that its weights get their own gradient. Where routing is known only at run time,
+    rows that differ are an error there, and NaN where XLA leaves errors out.
+    """
+    if placed.rows.shape[0] != 1 and not tf.executing_eagerly():
+        alike = tf.reduce_all(placed.rows == placed.rows[:1], 1)
+        rule = (
+            "strategy 'single' needs one composition for all rows; use 'auto', 'gather' or 'masked'"
+        )
+        with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(alike), [rule])]):
+            scale = tf.where(alike[:, None], scale, tf.constant(np.nan, scale.dtype))
+    return tf.reshape(placed.rows[:1], [-1]), scale[:, None, :]
 
 
 def _summed(base: Any, h: Any, rows: Any, b: Any) -> Any:
@@ -82,7 +180,12 @@ def routed_linear(
     if strategy in ("gather", "fused"):
         a, b = (fetch(table, placed.rows, live, x.dtype) for table in tables)
         return (_compiled_sum if strategy == "fused" else _gathered_sum)(x, base, a, b, scale)
-    rows, factor = _shared_rows(placed, strategy, scale)
+    if strategy == "masked":
+        rows, used = placed.union[0], placed.used
+        a, b = (fetch(table, rows, live, x.dtype) for table in tables)
+        h = _cells(_project(x, a, used), tf.cast(placed.mask, x.dtype), used)
+        return base + _expand(h, b, used)
+    rows, factor = _one_composition(placed, scale)
     a, b = (fetch(table, rows, live, x.dtype) for table in tables)
     shape = tf.shape(base)
     h = tf.matmul(tf.reshape(x, [shape[0] * shape[1], x.shape[2]]), a, transpose_b=True)
@@ -103,12 +206,15 @@ def routed_embedding(
     """
     dtype = base.dtype
     scale = tf.cast(placed.scale, dtype)
-    gather = strategy in ("gather", "fused")
-    rows, factor = (placed.union[0], None) if gather else _shared_rows(placed, strategy, scale)
+    single = strategy == "single"
+    rows, factor = _one_composition(placed, scale) if single else (placed.union[0], None)
     columns = tf.transpose(fetch(tables[0], rows, live, dtype))  # [vocabulary, U]
     h = tf.gather(columns, tokens)  # [N, S, U]
-    if not gather:
+    if single:
         return _summed(base, h * factor, rows, fetch(tables[1], rows, live, dtype))
+    if strategy == "masked":
+        h = _cells(h, tf.cast(placed.mask, dtype), placed.used)
+        return base + _expand(h, fetch(tables[1], rows, live, dtype), placed.used)
     sizes, used = tf.shape(tokens), tf.size(rows)
     h = tf.reshape(tf.transpose(h, [0, 2, 1]), [sizes[0] * used, sizes[1]])
     h = tf.gather(h, tf.range(sizes[0])[:, None] * used + placed.union[1])  # [N, R, S]

@@ -1,5 +1,8 @@
 """Every strategy is the dense reference, forward and backward, eagerly and compiled."""
 
+import itertools
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import flix
-from flix.backends.tensorflow import FlixDense
+from flix.backends.tensorflow import FlixDense, FlixEmbedding
 from tests.helpers.dense import dense
 from tests.helpers.registry import config
 from tests.helpers.tensorflow import (
@@ -130,3 +133,148 @@ def test_strategies_agree_on_a_rank_pattern_and_no_rank_at_all():
     plain = FlixDense(D_OUT, config=made, name="none")
     y = plain(x.astype("f"), flix_features=ids, training=True)
     assert plain.flix_A is None and y.shape == (3, 9, D_OUT)
+
+
+MANY = flix.FeatureRegistry({"language": [f"l{i}" for i in range(8)], "task": ["ner", "pos"]})
+RANKS = flix.ranks.by_group(language=2, task=3)
+
+
+def many(kind, strategy, dtype):
+    """A layer of ten features, with values that are not zero."""
+    made = {"config": flix.FlixConfig(registry=MANY, ranks=RANKS), "strategy": strategy}
+    keras.utils.set_random_seed(0)
+    if kind == "linear":
+        layer = FlixDense(D_OUT, name="q", dtype=dtype, **made)
+        layer.build((None, D_IN))
+    else:
+        layer = FlixEmbedding(7, D_OUT, name="q", dtype=dtype, **made)
+        layer.build()
+    randomize([layer])
+    return layer
+
+
+def outcome(layer, compiled):
+    """A function to y, and the gradients of x, weights and tables, as float64."""
+
+    def step(x, ids, weights, dy):
+        with tf.GradientTape() as tape:
+            tape.watch([t for t in (x, weights) if t.dtype.is_floating])
+            y = layer(x, flix_features=ids, flix_weights=weights)
+        grads = tape.gradient(y, [x, weights, layer.flix_A, layer.flix_B], tf.cast(dy, y.dtype))
+        return y, [None if g is None else tf.convert_to_tensor(g) for g in grads]
+
+    function = tf.function(step) if compiled else step
+
+    def run(*given):
+        y, grads = function(*map(tf.constant, given))
+        return [None if v is None else np.asarray(tf.cast(v, tf.float64)) for v in (y, *grads)]
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:layer 'q' holds values")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("strategy", "dtype"),
+    [
+        *itertools.product(["gather", "masked"], ["float32", "mixed_float16", "mixed_bfloat16"]),
+        ("fused", "float32"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_what_is_not_finite_stays_in_its_rows(kind, strategy, dtype, compiled):
+    """One feature's values, or one row's input or gradient: all else is as it is without them."""
+    rng, count, tokens = np.random.default_rng(0), 12, 4
+    ids = np.array([[i % 3, 8 + i % 2] for i in range(count)], np.int32)
+    ids[-1] = [3, 8]  # the one row that uses feature 3
+    ids[-2, 1] = -1
+    weights = rng.uniform(0.5, 1.5, ids.shape).astype("f")
+    x = rng.integers(0, 7, (count, tokens)).astype(np.int32)
+    if kind == "linear":
+        x = rng.normal(size=(count, tokens, D_IN)).astype("f")
+    dy = rng.normal(size=(count, tokens, D_OUT)).astype("f")
+    layer = many(kind, strategy, dtype)
+    run = outcome(layer, compiled)
+    wanted = run(x, ids, weights, dy)
+    tables = [(table, table.numpy()) for table in (layer.flix_A, layer.flix_B)]
+    span, large = layer.span(3), 6e4 if dtype == "mixed_float16" else 3e38
+    for broken in ("A", "B", "both", "overflow", "x", "dy"):
+        bad_x, bad_dy = x.copy(), dy.copy()
+        for (table, value), part in zip(tables, "AB", strict=True):
+            value = value.copy()
+            if broken in (part, "both"):
+                value[span.start] = np.nan
+                value[span.stop - 1, 0] = np.inf
+            elif broken == "overflow":
+                value[span] = large
+            table.assign(value)
+        if broken == "x" and kind == "linear":
+            bad_x[-1, 0, 1] = np.nan
+            bad_x[-1, 1, 0] = np.inf
+        if broken == "dy":
+            bad_dy[-1, 0, 1] = np.nan
+            bad_dy[-1, 1] = -np.inf
+        y, dx, dw, da, db = run(bad_x, ids, weights, bad_dy)
+        same = [(y, wanted[0]), (dw, wanted[2])] + ([(dx, wanted[1])] if kind == "linear" else [])
+        for found, before in same:
+            np.testing.assert_allclose(found[:-1], before[:-1], rtol=1e-5, err_msg=broken)
+        others = np.r_[
+            [i for f in (0, 1, 2, 4, 5, 6, 7, 9) for i in range(*layer.span(f).indices(99))]
+        ]
+        own = 3 if broken in ("x", "dy") else None
+        for found, before in ((da, wanted[3]), (db, wanted[4])):
+            np.testing.assert_allclose(found[others], before[others], rtol=1e-5, atol=1e-6)
+        if broken in ("A", "B", "both"):
+            assert not np.isfinite(y[-1]).all(), "a broken feature must show in its own row"
+        assert own is None or not np.isfinite(da[layer.span(own)]).all() or kind == "embedding"
+        for table, value in tables:
+            table.assign(value)
+
+
+@pytest.mark.filterwarnings("ignore:layer 'q' holds values")
+@pytest.mark.parametrize("strategy", ["gather", "masked"])
+def test_what_is_not_finite_stays_in_its_tokens_rows(strategy):
+    layer = many("linear", strategy, "float32")
+    x = np.random.default_rng(0).normal(size=(2, 5, D_IN)).astype("f")
+    ids = np.random.default_rng(1).integers(0, 3, (2, 5, 1)).astype(np.int32)
+    wanted = layer(x, flix_features=ids).numpy()
+    value = layer.flix_B.numpy()
+    value[layer.span(3)] = np.nan
+    layer.flix_B.assign(value)
+    ids[1, 2] = 3
+    got = layer(x, flix_features=ids).numpy()
+    assert np.isnan(got[1, 2]).all()
+    got[1, 2] = wanted[1, 2]
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_warning_names_a_broken_feature_once_and_only_where_it_acts():
+    layer = many("linear", "auto", "float32")
+    value = layer.flix_B.numpy()
+    value[layer.span(3), 1] = np.inf
+    layer.flix_B.assign(value)
+    x = np.ones((2, D_IN), "f")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x, flix_features=[[0, 8], [1, 8]])
+    with pytest.warns(UserWarning, match="layer 'q' holds values .* for language:l3:"):
+        layer(x, flix_features=[[3, 8], [1, 8]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x, flix_features=[[3, 8], [1, 8]])
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_single_refuses_rows_that_differ_at_run_time_too(jit):
+    layer = many("linear", "single", "float32")
+    spec = tf.TensorSpec([None, D_IN]), tf.TensorSpec([None, 2], tf.int32)
+    function = tf.function(
+        lambda x, ids: layer(x, flix_features=ids), input_signature=spec, jit_compile=jit
+    )
+    x = np.ones((3, D_IN), "f")
+    assert_close(function(x, [[0, 8]] * 3), layer(x, flix_features=[[0, 8]] * 3))
+    if jit:
+        assert np.isnan(function(x, [[0, 8], [1, 8], [0, 8]])[1]).all()
+        return
+    with pytest.raises(tf.errors.InvalidArgumentError, match="one composition for all rows"):
+        function(x, [[0, 8], [1, 8], [0, 8]])
