@@ -93,15 +93,6 @@ def traced_otherwise(name: str, what: str, now: str) -> RoutingError:
     )
 
 
-def not_finite(path: str, features: Sequence[tuple[str, str]]) -> str:
-    """The warning for features with values that are not finite."""
-    names = ", ".join(":".join(feature) for feature in features)
-    return (
-        f"layer {path!r} holds values that are not finite (NaN or infinite) for {names}: rows that use them get NaN, "
-        "other rows do not. Remove the feature, or load an earlier version of it"
-    )
-
-
 def without_features(weights: Any, path: str, call: str) -> RoutingError:
     """An adapted layer was called without features: :func:`weights_alone` with weights, else :func:`unrouted_layer`."""
     return unrouted_layer(path, call) if weights is None else weights_alone()

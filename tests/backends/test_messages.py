@@ -63,11 +63,6 @@ def test_the_warning_of_the_base_alone_shows_the_call():
     assert CALL in messages.base_alone(CALL) and "-1" in messages.base_alone(CALL)
 
 
-def test_the_warning_of_values_that_are_not_finite_names_layer_and_features():
-    said = messages.not_finite("proj", [("task", "ner"), ("language", "hau")])
-    assert "'proj'" in said and "task:ner, language:hau" in said
-
-
 def test_a_shape_that_a_framework_does_not_know_is_shown_as_it_is():
     class Shape:
         def __str__(self):

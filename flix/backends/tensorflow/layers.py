@@ -122,7 +122,9 @@ class FlixLayer(Parameters):
         found = [i for i, pair in held.items() if not all(np.isfinite(v).all() for v in pair)]
         if fresh := [registry.features[i] for i in found if registry.features[i] not in known]:
             known.update(fresh)
-            warnings.warn(messages.not_finite(self.flix_name, fresh), stacklevel=2)
+            warnings.warn(
+                messages.not_finite([":".join(feature) for feature in fresh]), stacklevel=2
+            )
 
     def _strategy_for(self, routing: ActiveRouting, given: Sizes) -> str:
         """The strategy for an input of these leading sizes, from shapes alone."""
