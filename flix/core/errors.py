@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 
 class FlixError(Exception):
     """Base of every error that flix raises on purpose."""
 
-    # A constructor that is plainly Exception's is one that TensorFlow's autograph can raise again as the same class.
-    __init__ = Exception.__init__
+    if not TYPE_CHECKING:
+        # Plainly Exception's constructor is one that TensorFlow's autograph can raise again as the same class.
+        __init__ = Exception.__init__
 
 
 class FeatureError(FlixError, ValueError):

@@ -95,7 +95,7 @@ def _collected(h: Any, x: Any, used: Any = None) -> Any:
 def _project(x: Any, a: Any, used: Any) -> Any:
     """x ``[N, S, d_in]`` times a ``[U, d_in]``, transposed: ``[N, S, U]``, of which the cells in use go on."""
 
-    @tf.custom_gradient
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
     def project(x: Any, a: Any) -> Any:
         shape = tf.shape(x)
         h = tf.matmul(tf.reshape(x, [shape[0] * shape[1], x.shape[2]]), a, transpose_b=True)
@@ -116,7 +116,7 @@ def _project(x: Any, a: Any, used: Any) -> Any:
 def _expand(h: Any, b: Any, used: Any) -> Any:
     """h ``[N, S, U]``, zero but where used ``[N, U]``, times b ``[U, d_out]``: ``[N, S, d_out]``."""
 
-    @tf.custom_gradient
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
     def expand(h: Any, b: Any) -> Any:
         y = tf.cond(_finite(b), lambda: _selected(h, b), lambda: _selected(h, b, used))
 

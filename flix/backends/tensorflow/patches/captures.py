@@ -69,7 +69,12 @@ def at_calls(graph: Any, key: Any, check: Callable[[], None]) -> None:
     if type(graph) is FuncGraph:
         graph.__class__ = Checked
     if isinstance(graph, Checked):
-        kept(graph).setdefault("checks", {}).setdefault(key, lambda: check() or ())
+
+        def checked() -> tuple[()]:
+            check()
+            return ()
+
+        kept(graph).setdefault("checks", {}).setdefault(key, checked)
 
 
 def kept(graph: Any) -> dict[Any, Any]:
