@@ -48,8 +48,16 @@ def layer_infos(model: nn.Module) -> list[LayerInfo]:
             target, reason = None, "nn.MultiheadAttention reads its kernel and skips its forward"
         shape = LayerShape(0, 0, "") if target is None else target.shape_of(module)
         told = module is head or is_head(path)
-        infos.append(LayerInfo(path, shape.kind, shape.d_in, shape.d_out, told, reason))
+        lookup = isinstance(module, nn.Embedding)
+        infos.append(LayerInfo(path, shape.kind, shape.d_in, shape.d_out, told, reason, lookup))
     return infos
+
+
+def peft_layer(model: nn.Module) -> str | None:
+    """The path of a model's first layer of PEFT's, if it has any."""
+    library = sys.modules.get("peft.tuners.tuners_utils")
+    kind = getattr(library, "BaseTunerLayer", ())
+    return next((path for path, module in model.named_modules() if isinstance(module, kind)), None)
 
 
 def attach(

@@ -317,7 +317,15 @@ def adaptable(module: nn.Module) -> tuple[type[FlixLayer] | None, str]:
             return None, f"its class {type(module).__name__} has a forward of its own"
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             return None, "an embedding with max_norm rewrites its kernel"
+        if not module.weight.is_floating_point():  # type: ignore[operator, union-attr]
+            return None, "its kernel is quantised"
         return target, ""
+    if isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features"):
+        return None, f"its class {type(module).__name__} is no nn.Linear, as quantised layers are"
+    if not isinstance(module, nn.modules.conv._ConvNd) and any(
+        p is not None and p.dim() == 3 and min(p.shape) > 1 for p in module._parameters.values()
+    ):
+        return None, f"{type(module).__name__} stacks its kernels in one tensor, as experts do"
     return None, ""
 
 

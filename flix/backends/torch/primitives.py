@@ -11,7 +11,7 @@ from torch import nn
 from flix.backends.protocol import Counts, Pairs, Values
 from flix.backends.torch import scopes
 from flix.backends.torch.adapt import attach as attach_features
-from flix.backends.torch.adapt import become_layers, settle
+from flix.backends.torch.adapt import become_layers, peft_layer, settle
 from flix.backends.torch.adapt import layer_infos as layers
 from flix.backends.torch.heads import (
     base_parameters,
@@ -43,6 +43,11 @@ def check_plain(model: Any) -> None:
         raise TargetError(
             "the model's forward is patched on the instance (as accelerate's dispatch does); adapt it "
             "before it is dispatched or prepared"
+        )
+    if (path := peft_layer(model)) is not None:
+        raise TargetError(
+            f"{path!r} is one of PEFT's layers; fold them in (merge_and_unload()) or take them out (unload()) before "
+            "adapt, and import_peft(model, folders) makes features of saved LoRAs"
         )
     if (found := next(flix_layers(model), None)) is not None:
         raise TargetError(

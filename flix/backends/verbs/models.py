@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +13,7 @@ from flix.core.adapter.changes import fresh_pairs
 from flix.core.adapter.sharing import chosen_features
 from flix.core.adapter.summary import Summary
 from flix.core.config.config import FlixConfig
-from flix.core.config.targets import select
+from flix.core.config.targets import left_out, select
 from flix.core.errors import ConfigError
 from flix.core.strategy.decide import check_strategy
 
@@ -53,6 +54,11 @@ class Models(Shared):
         self.check_plain(model)
         infos = self.primitives.layers(model) or ()
         chosen = select(infos, config.target_modules, config.exclude_modules)
+        if said := left_out(infos, config.target_modules, config.exclude_modules):
+            warnings.warn(
+                f"'all-linear' leaves out {said}; exclude_modules says that this is meant",
+                stacklevel=2,
+            )
 
         paths = [info.path for info in chosen]
         return self.primitives.attach(model, config, paths, strategy, partial(fresh_pairs, config))

@@ -40,6 +40,7 @@ class LayerInfo:
         d_out: the output size.
         head: an output head, which "all-linear" leaves out: what the framework tells, or :func:`is_head`.
         reason: why a layer cannot be adapted.
+        lookup: a layer like an embedding, which "all-linear" does not speak of.
     """
 
     path: str
@@ -48,6 +49,7 @@ class LayerInfo:
     d_out: int = 0
     head: bool = False
     reason: str = ""
+    lookup: bool = False
 
 
 def is_head(path: str) -> bool:
@@ -135,6 +137,26 @@ def select(
             f"layer to adapt; layers that can be adapted: {listed(_adaptable(layers))}"
         )
     return tuple(adaptable)
+
+
+def left_out(layers: Sequence[LayerInfo], targets: Patterns, excluded: Patterns = ()) -> str:
+    """What "all-linear" leaves out although nobody asked for it, with the reasons; empty where there is nothing to say.
+
+    Args:
+        layers, targets, excluded: as :func:`select` takes them.
+    """
+    if targets != ALL_LINEAR:
+        return ""
+    reasons: dict[str, list[str]] = {}
+    for info in layers:
+        passed_over = info.reason and not (info.kind or info.head or info.lookup)
+        if passed_over and not (excluded and matches(info.path, excluded)):
+            reasons.setdefault(info.reason, []).append(info.path)
+    said = (
+        repr(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "") + f" ({reason})"
+        for reason, paths in reasons.items()
+    )
+    return "; ".join(said)
 
 
 def _adaptable(layers: Sequence[LayerInfo]) -> list[str]:

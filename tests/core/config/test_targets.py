@@ -48,3 +48,21 @@ def test_target_errors():
     ]:
         with pytest.raises(TargetError, match=message):
             select(LAYERS, *arguments)
+
+
+def test_what_all_linear_leaves_out_is_grouped_by_its_reason():
+    from flix.core.config.targets import ALL_LINEAR, left_out
+
+    layers = [
+        LayerInfo("a", "linear", 2, 2),
+        LayerInfo("b", "", reason="quantised"),
+        LayerInfo("c", "", reason="stacked"),
+        LayerInfo("d", "", reason="quantised"),
+        LayerInfo("norm", ""),
+        LayerInfo("head", "", head=True, reason="quantised"),
+        LayerInfo("emb", "", reason="quantised", lookup=True),
+    ]
+    said = "'b' and 1 more (quantised); 'c' (stacked)"
+    assert left_out(layers, ALL_LINEAR) == said
+    assert left_out(layers, ALL_LINEAR, ["b", "d"]) == "'c' (stacked)"
+    assert left_out(layers, ALL_LINEAR, "b|c|d") == left_out(layers, ["a"]) == ""

@@ -19,11 +19,12 @@ from flix.backends import messages
 from flix.backends.torch import bypassed, scopes
 from flix.backends.torch.calls import generation_routing, routing_of
 from flix.backends.torch.parameters import BANK
+from flix.backends.torch.patches import whisper
 from flix.backends.torch.patches.resizing import resizing
 from flix.backends.torch.routing import current
 from flix.backends.torch.state import FlixState
 from flix.core.config.config import FlixConfig
-from flix.core.errors import RoutingError
+from flix.core.errors import RoutingError, TargetError
 
 _KEPT = "_flix_routed"  # the class's own attribute that holds its subclass
 
@@ -41,6 +42,19 @@ class RoutedModel:
     @property
     def flix_config(self) -> FlixConfig:
         return self.flix_state.config
+
+    @property
+    def peft_config(self) -> Any:
+        raise AttributeError("peft_config")
+
+    @peft_config.setter
+    def peft_config(self, _: Any) -> None:
+        # What get_peft_model and add_adapter do last.
+        raise TargetError(
+            "PEFT's layers would stand around adapted ones, freeze the features and rename the layers; use one of the "
+            "two: import_peft makes features of LoRAs, merge(model, row) gives PEFT a plain model. This one has PEFT's "
+            "layers in it now: adapt or load anew"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time; copies and pickles name the model's own class instead.
@@ -104,11 +118,14 @@ def routed_class(base: type[nn.Module]) -> type[nn.Module]:
         "__doc__": base.__doc__,
     }
     if callable(getattr(base, "generate", None)):
-        members["generate"] = _generate_of(base)
+        members |= {"generate": _generate_of(base), **whisper.members_of(base)}
     if callable(getattr(base, "resize_token_embeddings", None)):
         members["resize_token_embeddings"] = resizing(base)
     if hasattr(base, "init_continuous_batching"):
         members["init_continuous_batching"] = _refuse_continuous_batching
+    for name in ("save_pretrained", "push_to_hub"):
+        if callable(getattr(base, name, None)):
+            members[name] = _refuse_whole
     if issubclass(base, nn.Sequential):
         members |= {"__len__": _len_of_sequential, "__iter__": _iter_of_sequential}
     made = type(base.__name__, (RoutedModel, base), members)
@@ -139,6 +156,15 @@ def _generate_of(base: Any) -> Any:
         return base.generate(self, *args, **kwargs)
 
     return generate
+
+
+def _refuse_whole(self: Any, *_: Any, **__: Any) -> Any:
+    """``save_pretrained`` and ``push_to_hub``: from_pretrained would drop the features, and the base answer alone."""
+    raise TargetError(
+        "save_pretrained and push_to_hub write a whole model, from which from_pretrained would read the base alone; "
+        "save(model, folder) writes the features, merge(model, row).save_pretrained(folder) one composition as a plain "
+        "model"
+    )
 
 
 def _refuse_continuous_batching(self: Any, *_: Any, **__: Any) -> Any:
