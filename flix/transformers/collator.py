@@ -27,6 +27,7 @@ from flix.core.sampling.packing import SEGMENTS, segment_lengths
 from flix.transformers.numbering import NUMBER
 
 _FROM_CONFIG: Any = object()
+_PREFERENCES = "DataCollatorForPreference"  # TRL's: each row gives two
 _KEYS = ("flix_features", "flix_weights")
 
 Row = Mapping[str, Any]
@@ -147,6 +148,12 @@ class FlixCollator:
         routing, segments = self._encode(rows)
         if segments is not None:
             routing = _per_token(routing, segments, len(rows), _length_of(batch))
+        elif type(self.collator).__name__ == _PREFERENCES and len(batch["input_ids"]) == 2 * len(
+            rows
+        ):
+            routing = routing[
+                [*range(len(rows)), *range(len(rows))]
+            ]  # all that is chosen, all that is rejected
         if numbers is not None and self.feature_dropout is not None:
             routing = drop_numbered(self.feature_dropout, routing, numbers, seed=self.seed)
         batch["flix_features"] = torch.from_numpy(routing.ids.astype(np.int64))

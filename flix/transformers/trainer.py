@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from flix.backends.torch import RoutedModel, load, save, verbs
+from flix.backends.torch import FlixLinear, RoutedModel, load, save, verbs
 from flix.core.errors import ConfigError
 from flix.data.callback import TellEpoch
 from flix.transformers.checkpoints import last_checkpoint
@@ -77,6 +77,12 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         if given is None:
             verbs.config_of(type(self).__name__, self.model)
+        held: Any = self.model
+        if "forward" in vars(held) and isinstance(held.get_output_embeddings(), FlixLinear):
+            raise ConfigError(
+                f"{type(self).__name__} uses the output head's kernel without calling it, so features there would not act; "
+                "leave the head out of target_modules"
+            )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ConfigError(_SHARDING.format("FSDP" if self.is_fsdp_enabled else "DeepSpeed"))
         settings: Any = getattr(self.model, "config", None)
@@ -262,6 +268,10 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
     ) -> Any:
         """The loss, as the Trainer computes it; its parts are counted for their features on the way."""
         whole = {**inputs}  # the Trainer may take the labels out
+        told = isinstance(whole.get("labels"), Tensor) or type(self).row_losses is not FlixTrainerMixin.row_losses  # fmt: skip
+        if not return_outputs and not (self.loss_by_feature and told):
+            # Trainers that have no logits at hand make them for this.
+            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
