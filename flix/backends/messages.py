@@ -93,6 +93,14 @@ def traced_otherwise(name: str, what: str, now: str) -> RoutingError:
     )
 
 
+def changed_kernel(verb: str, what: str) -> TargetError:
+    """A framework's own verb would change how an adapted layer is computed."""
+    return TargetError(
+        f"{verb} was called on an adapted {what}, whose features would act no more; merge(model, row) first, or do it "
+        "before adapt, which leaves out what is quantized or has a LoRA of its own"
+    )
+
+
 def without_features(weights: Any, path: str, call: str) -> RoutingError:
     """An adapted layer was called without features: :func:`weights_alone` with weights, else :func:`unrouted_layer`."""
     return unrouted_layer(path, call) if weights is None else weights_alone()

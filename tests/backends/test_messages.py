@@ -28,6 +28,11 @@ CASES = {
         flix.RoutingError,
         ["'proj'", "traced inside of disable", "called outside of disable", "-1"],
     ),
+    "changed_kernel": (
+        ("quantize", "layer 'q'"),
+        flix.TargetError,
+        ["quantize", "layer 'q'", "merge(model, row)"],
+    ),
     "other_lead": (("proj", (5, 2), (4, 2)), flix.RoutingError, ["'proj'", "[5, 2]", "[4, 2]"]),
     "doubtful_rows": (
         ("proj", (4,), (4,), "it is an expert"),

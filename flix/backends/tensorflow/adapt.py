@@ -76,6 +76,7 @@ class FlixModel(keras.Model):  # type: ignore[misc]
         self.base = base
         vars(base)["_trackable_children"] = Children(base, self.flix_state, current)
         self.autocast = False
+        self.supports_jit = False  # "auto" in a model around: see compile
         self.built = True
 
     train_function = _by_state("train_function")
@@ -86,6 +87,19 @@ class FlixModel(keras.Model):  # type: ignore[misc]
     def flix_config(self) -> FlixConfig:
         """The configuration."""
         return self.flix_state.config  # type: ignore[no-any-return]
+
+    @property
+    def output_names(self) -> Any:
+        """The base's, by which losses and metrics may be given; missing where the base has none."""
+        return self.base.output_names
+
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        """Refused.
+
+        Raises:
+            TargetError: always; merge the model first, or adapt the layers that are not quantized.
+        """
+        raise messages.changed_kernel("quantize", f"model {self.name!r}")
 
     def build(self, input_shape: Any = None) -> None:
         """The base is built already."""
@@ -172,7 +186,7 @@ class FlixModel(keras.Model):  # type: ignore[misc]
             features,
             weights,
             batch=leaves[0].shape[0] if leaves and leaves[0].shape.rank else None,
-            lengths=[x.shape[1] or tf.shape(x)[1] for x in leaves if (x.shape.rank or 0) >= 2],
+            lengths=[_length(x) for x in leaves if (x.shape.rank or 0) >= 2],
         )
         with current.under(routing=routing):
             return self.base(own)
@@ -248,6 +262,12 @@ class FlixModel(keras.Model):  # type: ignore[misc]
         attach_layers(model, dict(zip(config["paths"], config["strategies"], strict=True)))
         set_trainable_flags(base, config["trainable"])
         return model
+
+
+def _length(x: Any) -> Any:
+    if x.shape[1] is not None:
+        return x.shape[1]
+    return tf.cast(x.dense_shape[1], tf.int32) if isinstance(x, tf.SparseTensor) else tf.shape(x)[1]
 
 
 def attach(

@@ -62,7 +62,7 @@ class FlixLayer(Parameters):
         """The adapted map.
 
         Args:
-            inputs: ``[B, ..., d_in]``, or token ids ``[B, ...]``.
+            inputs: ``[B, ..., d_in]``, sparse ones, too, or token ids ``[B, ...]``.
             flix_features: int ``[B, W]`` or ``[B, T, W]``; default: the routing in force.
             flix_weights: float in that shape; default 1.
             training: Keras's; it changes nothing here.
@@ -74,10 +74,24 @@ class FlixLayer(Parameters):
             RoutingError: no routing, weights alone, routing of another registry, or routing that does not fit the
                 inputs. A model that is disabled does not look at it.
         """
+        if isinstance(inputs, tf.SparseTensor) and self.flix_kind == "linear":
+            inputs = tf.sparse.to_dense(tf.sparse.reorder(inputs))
         routing = self._routing(flix_features, flix_weights)
         if routing is None:
             return self.flix_base.call(self, inputs)
         return self._routed(inputs, routing)
+
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        """Refused, as :meth:`enable_lora` is: the layer would be called without its features from then on.
+
+        Raises:
+            TargetError: always.
+        """
+        raise messages.changed_kernel("quantize", f"layer {self.flix_name!r}")
+
+    def enable_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Refused; see :meth:`quantize`."""
+        raise messages.changed_kernel("enable_lora", f"layer {self.flix_name!r}")
 
     def _routed(self, inputs: Any, routing: ActiveRouting) -> Any:
         """The adapted map under some routing."""

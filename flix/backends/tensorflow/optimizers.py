@@ -251,8 +251,8 @@ class RowOptimizer:
 def keep_absent(optimizer: Optimizer, whole: bool = False) -> Optimizer:
     """Make a Keras optimizer, in place, leave the features absent from a batch as they are, bit by bit.
 
-    ``compile`` of an adapted model does this. It is for training loops written by hand, and for models that use
-    flix layers directly (these must be compiled again after ``load_model``, with a ``keep_absent`` optimizer)::
+    ``compile`` of an adapted model does this, and an optimizer that is built for features' tables does it by itself:
+    in loops written by hand, and in models around an adapted one or with flix layers of their own. By hand::
 
         optimizer = keep_absent(keras.optimizers.AdamW(1e-3))
 
@@ -278,3 +278,11 @@ def keep_absent(optimizer: Optimizer, whole: bool = False) -> Optimizer:
     else:
         patches.put_on(optimizer, RowOptimizer(optimizer, whole))
     return optimizer
+
+
+def _keep_if_tables(optimizer: Any, variables: Any) -> None:
+    if any(is_table(variable) for variable in variables):
+        keep_absent(optimizer)
+
+
+patches.install(_keep_if_tables)

@@ -11,7 +11,17 @@ from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.claims import over
 from tests.helpers.dense import dense
 from tests.helpers.registry import config
-from tests.helpers.tensorflow import IDS, KINDS, adapted, functional, made, pairs_of, randomize
+from tests.helpers.tensorflow import (
+    IDS,
+    KINDS,
+    X,
+    adapted,
+    flix_dense,
+    functional,
+    made,
+    pairs_of,
+    randomize,
+)
 from tests.helpers.tolerance import assert_close
 
 
@@ -176,3 +186,82 @@ def test_files_that_list_frozen_features_by_layer_are_read():
     ):
         np.testing.assert_array_equal(layer.flix_live, other.flix_live)
         assert not layer.flix_live[layer.span(5)].any() and layer.flix_live.sum() == 9
+
+
+def two_outputs():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,), name="inputs")
+    outputs = [keras.layers.Dense(n, name=name)(inputs) for name, n in (("ner", 2), ("pos", 3))]
+    return keras.Model(inputs, outputs)
+
+
+@pytest.mark.parametrize(
+    ("losses", "weights", "metrics", "named"),
+    [
+        ({"ner": "mse", "pos": "mae"}, {"ner": 2.0, "pos": 0.5}, {"ner": ["mae"]}, True),
+        (["mse", "mae"], [2.0, 0.5], [["mae"], []], False),
+        ({"ner": "mse", "pos": "mae"}, None, {"pos": "mse"}, True),
+        ("mse", None, None, False),
+    ],
+)
+def test_losses_and_metrics_are_those_of_the_plain_model(losses, weights, metrics, named):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(6, 4)).astype("f")
+    y = {"ner": rng.normal(size=(6, 2)), "pos": rng.normal(size=(6, 3))}
+    y = y if named else list(y.values())
+    found = []
+    for model in (two_outputs(), adapt(two_outputs(), config(target_modules=["ner", "pos"]))):
+        given = {"inputs": x, "flix_features": IDS} if isinstance(model, FlixModel) else x
+        model.compile("sgd", losses, loss_weights=weights, metrics=metrics)
+        found.append(model.evaluate(given, y, verbose=0, return_dict=True))
+        model.fit(given, y, verbose=0)
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_sparse_inputs_give_what_dense_ones_do():
+    inputs = keras.Input((4,), sparse=True, name="inputs")
+    model = adapt(keras.Model(inputs, keras.layers.Dense(3, name="q")(inputs)), config())
+    randomize(layer for _, layer in flix_layers(model.base))
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype("f") * (np.arange(4) % 2)
+    (layer,) = [layer for _, layer in flix_layers(model.base)]
+    wanted = dense(x, IDS, pairs_of(layer), kernel=layer.kernel.numpy().T, bias=layer.bias).y
+    sparse = tf.sparse.from_dense(x)
+    assert_close(model({"inputs": sparse, "flix_features": IDS}), wanted)
+    assert_close(tf.function(model)({"inputs": sparse, "flix_features": tf.constant(IDS)}), wanted)
+    data = tf.data.Dataset.from_tensor_slices(({"inputs": sparse, "flix_features": IDS}, wanted))
+    model.compile("sgd", "mse")
+    assert model.evaluate(data.batch(3), verbose=0) < 1e-9
+    model.fit(data.batch(3), verbose=0)
+
+
+def test_quantize_and_lora_of_keras_are_refused_by_name_on_what_is_adapted():
+    model, given = adapted("functional", target_modules=["q", "emb"])
+    randomize(layer for _, layer in flix_layers(model.base))
+    before = model(given).numpy()
+    for call, name in (
+        (lambda: model.quantize("int8"), "model 'flix_functional"),
+        (lambda: model.base.quantize("int8"), "layer '"),
+        (lambda: model.base.get_layer("q").quantize("int8"), "layer 'q'"),
+        (lambda: model.base.get_layer("emb").quantize("int8"), "layer 'emb'"),
+        (lambda: model.base.get_layer("q").enable_lora(2), "layer 'q'"),
+        (lambda: model.base.get_layer("emb").enable_lora(2), "layer 'emb'"),
+        (lambda: flix_dense().quantize("int8"), "layer 'q'"),
+    ):
+        with pytest.raises(flix.TargetError, match=f"on an adapted {name}"):
+            call()
+    assert_close(model(given), before)
+
+
+def test_a_quantized_layer_is_refused_by_name_and_others_beside_it_act():
+    plain = functional()
+    plain.get_layer("q").quantize("int8")
+    base = plain(X).numpy()
+    with pytest.raises(flix.TargetError, match=r"quantized \(int8\)"):
+        adapt(plain, config(target_modules=["q"]))
+    model = adapt(plain, config(target_modules=["out"]))
+    randomize(layer for _, layer in flix_layers(model.base))
+    with_none = np.full_like(IDS, -1)
+    assert_close(model({"inputs": X, "flix_features": with_none}), base)
+    assert np.abs(model({"inputs": X, "flix_features": IDS}) - base).max() > 1e-3

@@ -10,7 +10,8 @@ from flix.backends.tensorflow import FlixDense, adapt, keep_absent, named_pairs
 from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.dense import dense
 from tests.helpers.registry import config
-from tests.helpers.tensorflow import batch, pairs_of, randomize, sequential
+from tests.helpers.tensorflow import adapted, batch, pairs_of, randomize, sequential
+from tests.helpers.tolerance import assert_close
 
 X, IDS = batch(8, 6, seed=4)
 X = X.astype("f") / 11
@@ -243,3 +244,84 @@ def test_optimizers_that_cannot_be_exact_are_refused():
         keep_absent("adam")
     optimizer = keras.optimizers.Adam()
     assert keep_absent(keep_absent(optimizer)) is optimizer
+
+
+def outer(optimizer, **options):
+    """A model around an adapted one, with a head of its own; (model, adapted, x, ids)."""
+    model, given = adapted("sequential")
+    randomize(layer for _, layer in flix_layers(model.base))
+    x, ids = keras.Input((6,)), keras.Input((2,), dtype="int32")
+    y = keras.layers.Dense(1)(model({"inputs": x, "flix_features": ids}))
+    around = keras.Model([x, ids], y)
+    if optimizer is not None:
+        around.compile(optimizer, "mse", **options)
+    return around, model, given["inputs"], np.tile(np.array([[0, 4]], np.int32), (6, 1))
+
+
+def moved(model, before):
+    """Which features' values differ from those before."""
+    return {
+        feature
+        for name, value in named_pairs(model).items()
+        if not np.array_equal(value, before[name])
+        for feature in [tuple(name.split(".")[-2:])]
+    }
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: keras.optimizers.AdamW(1e-2, weight_decay=0.1),
+        lambda: keras.optimizers.SGD(1e-2, momentum=0.9, weight_decay=0.1),
+        lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.AdamW(1e-2)),
+    ],
+    ids=["adamw", "sgd", "scaled"],
+)
+def test_a_model_around_an_adapted_one_keeps_absent_features(optimizer, eager):
+    around, model, x, ids = outer(optimizer(), run_eagerly=eager)
+    others = np.tile(np.array([[1, 5]], np.int32), (6, 1))
+    around.fit([x, others], np.ones((6, 1)), verbose=0)  # momentum of other features, to begin with
+    before = named_pairs(model)
+    head = around.layers[-1].kernel.numpy()
+    around.fit([x, ids], np.ones((6, 1)), epochs=2, verbose=0)
+    assert moved(model, before) == {("language", "hau"), ("task", "ner")}
+    assert np.abs(around.layers[-1].kernel - head).max() > 0
+
+
+def test_a_model_around_an_adapted_one_trains_as_the_adapted_one_does():
+    """The same layers and loss, inside of another model and not: the same bits but for rounding."""
+    found = []
+    for inside in (True, False):
+        around, model, x, ids = outer(None)
+        trained = keras.Model(around.inputs, around.layers[-2].output) if inside else model
+        trained.compile(keras.optimizers.AdamW(1e-2, weight_decay=0.1), "mse", jit_compile=False)
+        given = [x, ids] if inside else {"inputs": x, "flix_features": ids}
+        trained.fit(given, np.ones((6, 6)), epochs=3, verbose=0, shuffle=False)
+        found.append(named_pairs(model))
+    for name, value in found[0].items():
+        assert_close(value, found[1][name])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loop_by_hand_with_a_plain_optimizer_keeps_absent_features(compiled):
+    around, model, x, ids = outer(None)
+    optimizer = keras.optimizers.AdamW(1e-2, weight_decay=0.1)
+
+    def step(x, ids):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(around([x, ids]) ** 2)
+        variables = around.trainable_variables
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+
+    step = tf.function(step) if compiled else step
+    before = named_pairs(model)
+    for _ in range(3):
+        step(tf.constant(x), tf.constant(ids))
+    assert moved(model, before) == {("language", "hau"), ("task", "ner")}
+
+
+def test_a_model_around_an_adapted_one_refuses_what_moves_every_row():
+    around, _, x, ids = outer(keras.optimizers.AdamW(1e-2, use_ema=True))
+    with pytest.raises(flix.ConfigError, match="use_ema=True overwrites"):
+        around.fit([x, ids], np.ones((6, 1)), verbose=0)

@@ -29,6 +29,7 @@ def become(layer: Any, path: str) -> None:
     if target is None:
         raise TargetError(f"layer {path!r} cannot be adapted: {reason or type(layer).__name__}")
     layer.__class__ = target
+    vars(layer).pop("quantize", None)  # the plain class's, which Keras puts on each layer
     # Keras keeps what it found out about the call's signature on the layer.
     layer._call_signature = inspect.signature(layer.call)
     names = list(layer._call_signature.parameters)

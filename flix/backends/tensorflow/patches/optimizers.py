@@ -1,4 +1,8 @@
-"""The methods of one Keras optimizer.
+"""The methods of Keras optimizers.
+
+What: ``build`` and ``apply`` of Keras's class of all optimizers, which put :func:`keep_absent` on one that is to train
+tables of features: in a model around an adapted one, or in a loop written by hand. When: this backend is imported.
+Undone: :func:`undo`.
 
 What: ``build``, ``apply``, ``update_step`` and ``_use_weight_decay`` of an optimizer, as attributes of the object; its
 class stays as it is. Of a ``MultiOptimizer``, which makes the optimizers inside as it is built, ``build`` alone. When:
@@ -10,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 METHODS = ("build", "apply", "update_step", "_use_weight_decay")
 
@@ -41,3 +47,33 @@ def reach_inside(optimizer: Any, visit: Callable[[Any], Any]) -> None:
             visit(inner)
     else:
         optimizer.build = build
+
+
+def install(keep: Callable[[Any, Any], None]) -> None:
+    """Wrap the class's methods, once; ``keep`` is called with an optimizer and the variables that it was built for."""
+    if hasattr(BaseOptimizer, "flix_wrapped"):
+        return
+    own = BaseOptimizer.flix_wrapped = (BaseOptimizer.build, BaseOptimizer.apply)
+
+    def build(optimizer: Any, variables: Any) -> None:
+        own[0](optimizer, variables)
+        if not hasattr(optimizer, "flix_rows"):
+            keep(optimizer, variables)
+
+    def apply(optimizer: Any, grads: Any, trainable_variables: Any = None) -> None:
+        if trainable_variables is not None and not optimizer.built:
+            trainable_variables = list(trainable_variables)
+            optimizer.build(trainable_variables)
+            if hasattr(optimizer, "flix_rows"):  # since then: its apply is another now
+                optimizer.apply(grads, trainable_variables)
+                return
+        own[1](optimizer, grads, trainable_variables)
+
+    BaseOptimizer.build, BaseOptimizer.apply = build, apply
+
+
+def undo() -> None:
+    """Give Keras's class its own methods back."""
+    if hasattr(BaseOptimizer, "flix_wrapped"):
+        BaseOptimizer.build, BaseOptimizer.apply = BaseOptimizer.flix_wrapped
+        del BaseOptimizer.flix_wrapped
