@@ -1,6 +1,6 @@
 """No adapted layer that never acts (docs/specification.md §5.1.9): models that read a kernel and skip its layer.
 
-The first uncompiled forward of each form (training or not, gradients or not, which keywords) is watched: torch shows a
+The first uncompiled forward of each form (training, gradients, several rows, which keywords) is watched: torch shows a
 function mode every operation with its arguments. A layer whose kernel went into one although the layer was not called
 is an error. Layers that were just not reached (an unused decoder, an expert without tokens, layer drop) are none, and
 neither is a look at a kernel's dtype or device. What is not watched costs a layer one look at its routing.
@@ -42,6 +42,7 @@ class Watch(TorchFunctionMode):
         self.called: set[int] = set()
         self.used: set[int] = set()
         self._gathered: dict[int, Tensor] = {}
+        self._turned: dict[int, Tensor] = {}
         self._owners: dict[int, list[FlixLayer]] = {}
         self._known: dict[int, Any] = {}
         self._look()
@@ -97,12 +98,34 @@ class Watch(TorchFunctionMode):
         """Whether a layer's input holds tokens gathered from rows."""
         return id(x) in self._gathered
 
+    def turned(self, x: Tensor) -> bool:
+        """Whether a layer's input has the sequence first, and the rows after it."""
+        return id(x) in self._turned
+
+    def _turn(self, name: str, args: Any, tensors: list[Tensor], made: Tensor) -> None:
+        """Note tensors whose first two dimensions have changed places, and what is made of them."""
+        source = tensors[0]
+        if name in ("transpose", "swapaxes", "swapdims"):
+            turns = {d % source.dim() for d in args[1:3]} == {0, 1}
+        elif name == "permute":
+            dims = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else args[1:]
+            turns = tuple(dims[:2]) == (1, 0)
+        else:
+            turns = False
+        if turns:
+            if id(source) not in self._turned and source.shape[0] == self.rows:
+                self._turned[id(made)] = made
+        elif any(id(t) in self._turned and t.shape[:2] == made.shape[:2] for t in tensors):
+            self._turned[id(made)] = made
+
     def _follow(
         self, name: str, args: Any, kwargs: Any, tensors: list[Tensor], made: Tensor
     ) -> None:
         """Note tensors of tokens that were gathered, and what is made of them one by one."""
         if made.dim() == 0 or name.startswith(_PLACED_BACK) or _without_values(name):
             return
+        if made.dim() > 1 and tensors:
+            self._turn(name, args, tensors, made)
         chosen = False
         if tensors and name == "__getitem__" and len(args) > 1:
             chosen = self._chosen(tensors[0], args[1])
@@ -172,9 +195,12 @@ def run(
     Raises:
         TargetError: adapted layers whose kernels the model uses without calling them, or which stand inside PEFT's.
     """
-    form = (type(model).__qualname__, model.training, torch.is_grad_enabled(), *kwargs)
+    if not isinstance(routing, ActiveRouting) or routing.watch is not None:
+        return forward(model, *args, **kwargs)
+    several = routing.lead[0] > 1 if routing.lead else None
+    form = (type(model).__qualname__, model.training, torch.is_grad_enabled(), several, *kwargs)
     seen = model.flix_state.forms
-    if form in seen or not isinstance(routing, ActiveRouting) or routing.watch is not None:
+    if form in seen:
         return forward(model, *args, **kwargs)
     if torch.compiler.is_compiling() or _compiled(model):
         return forward(model, *args, **kwargs)

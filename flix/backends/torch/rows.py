@@ -19,7 +19,7 @@ from flix.backends.torch.routing import AnyRouting
 
 GATHERED = "it gets tokens gathered from the batch's rows, as experts do"
 TIME_FIRST = "its inputs have the sequence first, as its block says (batch_first=False)"
-SEEN_TIME_FIRST = "its inputs had the sequence first before"
+SEEN_TIME_FIRST = "its inputs have the sequence first, as a call showed"
 
 
 def rows_of(
@@ -45,6 +45,8 @@ def rows_of(
         watch.called.add(layer.flix_place)
         if mark is None and lead and watch.gathered(x):
             mark = _mark(layer, GATHERED)
+        if mark is None and lead and watch.turned(x):
+            mark = _mark(layer, SEEN_TIME_FIRST)
     if given[: len(lead)] != lead or (mark is not None and lead):
         x, routing = _fitted(layer, x, given, routing, mark)
         given, lead = tuple(x.shape[: x.dim() - trailing]), routing.lead

@@ -135,6 +135,7 @@ def select(
         raise TargetError(
             f"target_modules={_shown(targets)} with exclude_modules={_shown(excluded)} leaves no "
             f"layer to adapt; layers that can be adapted: {listed(_adaptable(layers))}"
+            + (f"; left out: {said}" if (said := left_out(layers, targets, excluded)) else "")
         )
     return tuple(adaptable)
 

@@ -186,6 +186,35 @@ def test_layers_that_were_seen_time_first_stay_refused_when_sizes_agree():
     assert_close(model(x, flix_features=_ids(ROWS[:1] * 4)), merge(model, ROWS[0])(x))
 
 
+@pytest.mark.parametrize("turn", ["transpose", "permute"])
+def test_a_first_batch_as_long_as_it_has_rows_is_known_by_what_was_done_to_it(turn):
+    class Turned(TimeFirst):
+        def forward(self, x):
+            x = torch.tanh(x.permute(1, 0, 2) if turn == "permute" else x.transpose(0, 1))
+            return self.proj(x + 1).transpose(0, 1)
+
+    x = torch.randn(4, 4, 6).double()
+    for first in (None, 1):
+        model = _adapted(Turned())
+        if first:  # seen with one row, then with several
+            alone = model(x[:1], flix_features=_ids(ROWS[:1]))
+            assert_close(alone, merge(model, ROWS[0])(x[:1]))
+        for _ in range(2):
+            with pytest.raises(RoutingError, match=r"'proj'.*exclude_modules"):
+                model(x, flix_features=_ids())
+
+
+def test_what_is_turned_back_before_a_layer_is_in_no_doubt():
+    class Back(TimeFirst):
+        def forward(self, x):
+            return self.proj(torch.tanh(x.transpose(0, 1)).transpose(0, 1))
+
+    model, x = _adapted(Back()), torch.randn(4, 4, 6).double()
+    found = model(x, flix_features=_ids())
+    for i, row in enumerate(ROWS):
+        assert_close(found[i : i + 1], merge(model, row)(x[i : i + 1]))
+
+
 def test_a_mistake_in_the_number_of_rows_leaves_nothing_behind():
     model = _adapted(nn.Sequential(nn.Linear(6, 6)))
     x = torch.randn(5, 4, 6).double()

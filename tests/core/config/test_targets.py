@@ -65,4 +65,6 @@ def test_what_all_linear_leaves_out_is_grouped_by_its_reason():
     said = "'b' and 1 more (quantised); 'c' (stacked)"
     assert left_out(layers, ALL_LINEAR) == said
     assert left_out(layers, ALL_LINEAR, ["b", "d"]) == "'c' (stacked)"
+    with pytest.raises(TargetError, match=r"leaves no layer to adapt.*left out: 'c' \(stacked\)"):
+        select(layers, ALL_LINEAR, ["a", "b", "d"])
     assert left_out(layers, ALL_LINEAR, "b|c|d") == left_out(layers, ["a"]) == ""
