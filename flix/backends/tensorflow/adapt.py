@@ -137,6 +137,7 @@ class FlixModel(keras.Model):  # type: ignore[misc]
         ``jit_compile="auto"`` means without XLA here, which writes a whole variable where some rows are updated.
         """
         jit = False if jit_compile == "auto" else jit_compile
+        self.supports_jit = bool(jit)  # Keras would drop what was asked for
         super().compile(*args, jit_compile=jit, **kwargs)
         if self.optimizer is not None:
             keep_absent(self.optimizer, whole=bool(jit))
