@@ -53,6 +53,21 @@ def unrouted_layer(path: str, call: str, block: str = "") -> RoutingError:
     )
 
 
+def kept_by_a_cache(path: str, call: str) -> RoutingError:
+    """A layer runs in a compiled function whose cache would keep the routing of this call for later ones.
+
+    Args:
+        path: the layer.
+        call: how this framework's layers are called with routing.
+    """
+    return RoutingError(
+        f"layer {path!r} runs inside of a function that is compiled by itself (jit, checkpoint, scan, cond, ...), and its "
+        "cache would keep the routing of this call for later ones. Hand the module in as an argument (nnx.jit, nnx.remat, "
+        "nnx.scan, ...), or its routing: layer(x, flix_features=ids); or compile the whole call of the model, "
+        f"{call}"
+    )
+
+
 def _or_inside(block: str) -> str:
     return f", or inside of {block}" if block else ""
 

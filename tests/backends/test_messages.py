@@ -22,6 +22,7 @@ CASES = {
         ["'proj'", CALL, "routed(m)"],
     ),
     "swallowed": (("Block", "proj", CALL), flix.RoutingError, ["Block", "'proj'", CALL]),
+    "kept_by_a_cache": (("proj", CALL), flix.RoutingError, ["'proj'", "cache", "nnx.remat", CALL]),
     "other_registry": (("proj", "A", "B"), flix.RoutingError, ["'proj'", "B, but", "for A"]),
     "traced_otherwise": (
         ("proj", "inside of disable", "outside of disable"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flax import nnx
@@ -28,14 +28,12 @@ class FlixState:
 
     Attributes:
         config: the configuration.
-        disabled: how many ``disable`` contexts hold the model.
     """
 
     config: FlixConfig
-    disabled: int = 0
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, FlixState) or self.disabled != other.disabled:
+        if not isinstance(other, FlixState):
             return False
         if self.config is not other.config:
             if self.config != other.config:
@@ -46,16 +44,16 @@ class FlixState:
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.config.registry, self.config.scaling, self.config.seed, self.disabled))
+        return hash((self.config.registry, self.config.scaling, self.config.seed))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __deepcopy__(self, memo: Any) -> FlixState:
-        return self
+        return replace(self)
 
     def __repr__(self) -> str:
-        return f"FlixState({self.config.registry!r}, disabled={self.disabled})"
+        return f"FlixState({self.config.registry!r})"
 
 
 def flix_layers(model: nnx.Module) -> Iterator[tuple[str, FlixLayer]]:

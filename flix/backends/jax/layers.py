@@ -5,7 +5,6 @@ The base computes as it always did (its dtype rules, precision and dot_general i
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import jax
@@ -15,23 +14,22 @@ from flax import nnx
 from jax import Array
 
 from flix.backends import messages
-from flix.backends.jax import forms
+from flix.backends.jax import forms, scopes
 from flix.backends.jax.functional import add_update
 from flix.backends.jax.parameters import LayerBank, LayerSpec
-from flix.backends.jax.routing import ActiveRouting, current, make_routing
+from flix.backends.jax.patches.carrying import Carrying
+from flix.backends.jax.routing import CALL, ActiveRouting, in_force, make_routing, present_of
 from flix.backends.jax.sharding import like_kernel
 from flix.core.adapter.adapter import LayerShape
 from flix.core.config.kernels import Form, LinearEinsum, linear_einsum
 from flix.core.errors import TargetError
-
-CALL = "model(x, flix_features=ids)"
 
 
 class FlixParam(nnx.Param[Any]):
     """A table of low-rank pairs; ``nnx.Optimizer(model, tx, wrt=FlixParam)`` trains these alone."""
 
 
-class FlixLayer(nnx.Module):
+class FlixLayer(Carrying):
     """What all adapted layers share; mixed in before the layer's own class.
 
     Attributes:
@@ -81,18 +79,18 @@ class FlixLayer(nnx.Module):
 
     def _routing(self, features: Any, weights: Any) -> ActiveRouting | None:
         """The routing to run under: the one given, or the one in force; None to run the base alone."""
-        if self.flix_state.disabled:
+        if scopes.disabled(self):
             return None
+        spec = self.flix_spec
         if features is not None:
-            return make_routing(self.flix_spec.registry, features, weights, present=current.present)
-        if weights is not None:
-            raise messages.weights_alone()
-        if current.routing is not None:
-            return current.routing  # type: ignore[no-any-return]
-        if not self.deterministic:
-            raise messages.unrouted_layer(self.flix_spec.path, CALL)
-        warnings.warn(messages.base_alone(CALL), stacklevel=4)
-        return None
+            present = present_of(self, spec.path)
+            return make_routing(spec.registry, features, weights, present=present)
+        routing = None if weights is not None else in_force(self, spec.path)
+        if routing is None or routing.ids is None:
+            raise messages.without_features(weights, spec.path, CALL)
+        if routing.registry != spec.registry:
+            raise messages.other_registry(spec.path, routing.registry, spec.registry)
+        return routing
 
     def _updated(self, y: Array, x: Array, routing: ActiveRouting) -> Array:
         """y ``[..., d_out]`` plus the routed sum over x ``[..., d_in]``, or tokens ``[...]``."""

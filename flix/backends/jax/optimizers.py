@@ -16,16 +16,14 @@ import optax
 from flax import nnx
 from jax import Array
 
-from flix.backends.jax import sums
+from flix.backends.jax import sums, transforms
 from flix.backends.jax.functional import pick_rows, put_rows
 from flix.backends.jax.layers import FlixLayer
 from flix.backends.jax.parameters import Bank, LayerBank, LayerSpec, Rows
 from flix.backends.jax.sharding import left_to_compiler
+from flix.backends.jax.transforms import WHOLE
 from flix.core.errors import ConfigError
 from flix.core.features.routing import Routing
-
-WHOLE = object()
-"""Stands for a leaf that is not a table of pairs."""
 
 
 def specs_of(model: nnx.Module) -> dict[str, LayerSpec]:
@@ -48,7 +46,7 @@ def leaf_specs(tree: Any, specs: Mapping[str, LayerSpec]) -> Any:
     def of(path: tuple[Any, ...], leaf: Any) -> Any:
         if isinstance(leaf, LayerBank):
             return jax.tree.map(lambda _: leaf.spec, leaf)
-        parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+        parts = _keys(path)
         if parts and parts[-1] in ("flix_A", "flix_B"):
             return specs[".".join(parts[:-1])]
         return WHOLE
@@ -108,6 +106,7 @@ def mask_absent(
         ConfigError: on use, parameters without tables, or a state of another shape.
     """
     specs = {} if model is None else specs_of(model)
+    transforms.check(inner, "mask_absent")
     inner = optax.with_extra_args_support(inner)
 
     def update(
@@ -115,26 +114,43 @@ def mask_absent(
     ) -> tuple[Any, Any]:
         found = leaf_specs(updates, specs)
         present = _present(updates, flix_features, found)
-        masks = jax.tree.map(
-            lambda s: WHOLE if s is WHOLE else (present & s.trainable)[s.owners], found
-        )
-        changed, new_state = inner.update(updates, state, params, **extra)
-
-        def choose(rows: Any, new: Any, old: Any) -> Any:
-            if rows is WHOLE:
-                return new
-            _check_rows(rows.shape[0], new)
-            return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-        # x + (-0.0) is x, bit by bit, for every x.
-        still = jax.tree.map(
-            lambda rows, u: u if rows is WHOLE else choose(rows, u, -0.0 * jnp.ones_like(u)),
-            masks,
-            changed,
-        )
-        return still, jax.tree.map(choose, _over_state(inner, state, masks), new_state, state)
+        return _masked(inner, updates, state, params, present, found, extra)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _masked(
+    inner: Any, updates: Any, state: Any, params: Any, present: Array, specs: Any, extra: Any
+) -> tuple[Any, Any]:
+    """The inner update and its state; of features that are neither present nor trained, what was there.
+
+    Args:
+        inner, updates, state, params, extra: of an optax update.
+        present: flags by feature, bool ``[F]``, or ids as :func:`touched` gives them.
+        specs: see :func:`leaf_specs`.
+    """
+    if present.dtype != bool:
+        count = next(len(s.ranks) for s in jax.tree.leaves(specs) if s is not WHOLE)
+        present = jnp.zeros(count, bool).at[present].set(True, mode="drop")
+    masks = jax.tree.map(
+        lambda s: WHOLE if s is WHOLE else (present & s.trainable)[s.owners], specs
+    )
+    inner = optax.with_extra_args_support(inner)
+    changed, new_state = inner.update(updates, state, params, **extra)
+
+    def choose(rows: Any, new: Any, old: Any) -> Any:
+        if rows is WHOLE:
+            return new
+        _check_rows(rows.shape[0], new)
+        return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    # x + (-0.0) is x, bit by bit, for every x.
+    still = jax.tree.map(
+        lambda rows, u: u if rows is WHOLE else choose(rows, u, -0.0 * jnp.ones_like(u)),
+        masks,
+        changed,
+    )
+    return still, jax.tree.map(choose, _over_state(state, masks), new_state, state)
 
 
 def _check_rows(rows: int, leaf: Any) -> None:
@@ -145,11 +161,24 @@ def _check_rows(rows: int, leaf: Any) -> None:
         )
 
 
-def _over_state(tx: optax.GradientTransformation, state: Any, leaves: Any) -> Any:
-    """A tree of the optimizer state's structure, with the leaf of its parameter in each place, or ``WHOLE``."""
-    return optax.tree_map_params(
-        tx, lambda _, leaf: leaf, state, leaves, transform_non_params=lambda _: WHOLE
-    )
+def _over_state(state: Any, leaves: Any) -> Any:
+    """A tree of the optimizer state's structure, with the leaf of its parameter in each place, or ``WHOLE``.
+
+    A parameter's state stands under its parameter's path, whatever holds it: so do ``optax.partition`` and ``masked``
+    keep it, of whose labels ``optax.tree_map_params`` knows nothing.
+    """
+    by_path = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(leaves)}
+
+    def of(path: tuple[Any, ...], _: Any) -> Any:
+        keys = _keys(path)
+        ends = (keys[i:] for i in range(len(keys)))
+        return next((by_path[end] for end in ends if end in by_path), WHOLE)
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def sparse_step(
@@ -165,6 +194,9 @@ def sparse_step(
 
     The gradients are those of the rows that :func:`take` takes, in the structure of ``params``.
     """
+    transforms.check(tx, "an update of a batch's features")
+    if not transforms.by_rows(tx, params, specs):
+        return _spread_step(tx, grads, state, params, specs, present, **extra)
     tx = optax.with_extra_args_support(tx)
 
     def writable(spec: LayerSpec, index: Array) -> Array:
@@ -180,17 +212,36 @@ def sparse_step(
         return new if index is WHOLE else put_rows(old, index, new)
 
     for spec, leaf in zip(
-        jax.tree.leaves(_over_state(tx, state, specs)), jax.tree.leaves(state), strict=True
+        jax.tree.leaves(_over_state(state, specs)), jax.tree.leaves(state), strict=True
     ):
         if spec is not WHOLE:
             _check_rows(spec.rows, leaf)
-    small, small_state = take(reads, params), take(_over_state(tx, state, reads), state)
+    small, small_state = take(reads, params), take(_over_state(state, reads), state)
     updates, new_state = tx.update(grads, small_state, small, **extra)
     small = optax.apply_updates(small, updates)
     return (
         jax.tree.map(put, writes, params, small),
-        jax.tree.map(put, _over_state(tx, state, writes), state, new_state),
+        jax.tree.map(put, _over_state(state, writes), state, new_state),
     )
+
+
+def _spread_step(
+    tx: optax.GradientTransformation,
+    grads: Any,
+    state: Any,
+    params: Any,
+    specs: Any,
+    present: Array,
+    **extra: Any,
+) -> tuple[Any, Any]:
+    """:func:`sparse_step` for what looks at a table as a whole: at the cost of the whole tables."""
+
+    def spread(index: Any, rows: Any, table: Any) -> Any:
+        return rows if index is WHOLE else put_rows(jnp.zeros_like(table), index, rows)
+
+    whole = jax.tree.map(spread, row_indices(specs, present), grads, params)
+    updates, state = _masked(tx, whole, state, params, present, specs, extra)
+    return optax.apply_updates(params, updates), state
 
 
 def sparse_update(

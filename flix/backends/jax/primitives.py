@@ -5,7 +5,6 @@ A module is changed in place; of a pair comes a new one. A layer's tables are re
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -16,14 +15,14 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from flix.backends import messages
+from flix.backends.jax import scopes
+from flix.backends.jax.adapt import attach as attach
 from flix.backends.jax.adapt import (
-    FlixState,
     flix_layers,
     layer_infos,
     modules_of,
     put_state,
 )
-from flix.backends.jax.adapt import attach as attach
 from flix.backends.jax.layers import FlixParam
 from flix.backends.jax.merging import merged as merged
 from flix.backends.jax.parameters import Bank, LayerBank, changed, pack
@@ -38,7 +37,6 @@ from flix.core.errors import TargetError
 from flix.core.features.names import Feature
 
 M = TypeVar("M")
-_switching = threading.Lock()
 
 
 def is_bank(value: Any) -> bool:
@@ -162,6 +160,8 @@ def switch(model: Any, by: int) -> None:
         raise TargetError(
             "disable needs a model; a bank is never called: leave linear's update away"
         )
-    with _switching:
-        state: FlixState = model.flix_state
-        put_state(model, replace(state, disabled=state.disabled + by))
+    if by > 0:
+        layers = (layer for _, layer in flix_layers(model))
+        scopes.enter(scopes.Block(model.flix_state, (model, *layers)))
+    else:
+        scopes.leave(model.flix_state)

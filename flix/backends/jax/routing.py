@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -13,32 +16,60 @@ from jax import Array
 
 from flix.backends import messages
 from flix.backends.forward import Forward, by_hand
+from flix.backends.jax import scopes
 from flix.core.errors import RoutingError
 from flix.core.features.registry import FeatureRegistry
 from flix.core.features.routing import as_array, check_form, check_routing, fits, unpacked
 from flix.core.strategy.union import first_unlike
 
+CALL = "model(x, flix_features=ids)"
+"""How an adapted model is called; for messages."""
+CARRIED = "flix_carried"
+"""The attribute of a module that came through a graph in a forward, with its :class:`ActiveRouting`."""
 
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["ids", "weights", "present"],
+    meta_fields=["registry"],
+    drop_fields=["unlike", "frame"],
+)
 @dataclass(frozen=True)
 class ActiveRouting:
     """Checked routing of one forward.
 
     Attributes:
-        ids: int32 ``[W]``, ``[B, W]`` or ``[B, T, W]``.
+        ids: int32 ``[W]``, ``[B, W]`` or ``[B, T, W]``; None where only ``present`` is in force.
         weights: floats in that shape, or None for 1.
         present: the features whose rows the layers hold, where they were gathered; else None.
+        registry: what the ids belong to.
         unlike: where the ids are known, the first row that differs from row 0.
-        mapped: whether ``vmap`` took an axis off the ids.
+        frame: the program that it was put in force in, see :func:`flix.backends.jax.scopes.frame`.
     """
 
-    ids: Array
-    weights: Array | None
+    ids: Any
+    weights: Array | None = None
     present: Array | None = None
+    registry: FeatureRegistry | None = None
     unlike: int | None = None
-    mapped: bool = False
+    frame: Any = field(default_factory=scopes.frame)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether ``vmap`` took an axis off the ids."""
+        return type(self.ids).__name__ == "BatchTracer"
 
 
-current = Forward()
+class _Forward(Forward):
+    """The forward that is running; functions that are traced in it are its own."""
+
+    @contextmanager
+    def under(self, **values: Any) -> Iterator[None]:
+        with super().under(**values), scopes.own_key():
+            yield
+
+
+current = _Forward()
 
 
 def is_traced(value: Any) -> bool:
@@ -74,13 +105,8 @@ def make_routing(
         on_host = None if floats is None or is_traced(floats) else np.asarray(floats)
         check_routing(ids, on_host, registry)
         unlike = first_unlike(ids, on_host)
-    return ActiveRouting(
-        jnp.asarray(ids).astype(jnp.int32),
-        None if floats is None else jnp.asarray(floats),
-        present,
-        unlike,
-        type(features).__name__ == "BatchTracer",
-    )
+    floats = None if floats is None else jnp.asarray(floats)
+    return ActiveRouting(jnp.asarray(ids).astype(jnp.int32), floats, present, registry, unlike)
 
 
 def _as_array(what: str, value: Any) -> Any:
@@ -120,8 +146,59 @@ def leading_shape(
     return given, math.prod(lead), math.prod(given[len(lead) :])
 
 
+def in_force(holder: Any, path: str) -> ActiveRouting | None:
+    """The routing that a model or layer runs under, if any, with the features that its tables hold.
+
+    Put in force in the program that is running it counts. From around that program, it counts as the module carried
+    it in, or else where no cache of JAX's can keep it.
+
+    Args:
+        holder: the module.
+        path: the layer's, for the message.
+
+    Raises:
+        RoutingError: a cache would keep the routing of this call.
+    """
+    own, here = carried(holder), scopes.frame()
+    around = _around()
+    if own is not None or around is None:
+        return own
+    brought = vars(holder).get(CARRIED) if here is not None else None
+    sure = brought is None or brought.frame == around.frame
+    if sure and around.frame is not None and scopes.reached_inside():
+        return around
+    raise messages.kept_by_a_cache(path, CALL)
+
+
+def carried(holder: Any) -> ActiveRouting | None:
+    """What is in force in this program, or was brought into it by the module: what a graph carries on."""
+    around, here = _around(), scopes.frame()
+    if around is not None and around.frame == here:
+        return around
+    # At once, what a module brought is a copy's from a forward: that is over, or another's.
+    brought: ActiveRouting | None = vars(holder).get(CARRIED) if here is not None else None
+    if brought is not None and (around is None or around.frame is None or brought.frame == here):
+        return brought
+    return None
+
+
+def _around() -> ActiveRouting | None:
+    return current.routing if current.routing is not None else current.present  # type: ignore[no-any-return]
+
+
+def present_of(holder: Any, path: str) -> Array | None:
+    """The features whose rows a module's tables hold, where they were gathered; else None."""
+    if current.present is None and CARRIED not in vars(holder):
+        return None
+    found = in_force(holder, path)
+    return None if found is None else found.present
+
+
 def _by_hand(registry: FeatureRegistry, features: Any, weights: Any) -> ActiveRouting:
-    return make_routing(registry, features, weights, present=current.present)
+    around = current.present
+    if around is not None and around.frame != scopes.frame():
+        raise messages.kept_by_a_cache("route", CALL)
+    return make_routing(registry, features, weights, present=around and around.present)
 
 
 route = by_hand(current, _by_hand)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from numpy.typing import NDArray
 
 from flix.backends.jax.kernels import fused
@@ -145,22 +147,48 @@ def _compact(
 
 def make_mask(
     spec: LayerSpec, ids: Array, weights: Array | None, present: Array | None, dtype: jnp.dtype
-) -> Array:
-    """Each example's factor for every table row: ``[N, K]``. Arguments as for :func:`make_slots`."""
-    _, bad = _misplaced(ids, spec, present)
+) -> tuple[Array, Array]:
+    """Each example's factor for every table row, and which rows are its own: ``[N, K]`` both.
+
+    Arguments as for :func:`make_slots`.
+    """
     features = np.arange(len(spec.ranks), dtype=np.int32) if present is None else present
     hit = (ids[..., None] == features) & (ids[..., None] >= 0)
     one = jnp.ones((), dtype) if weights is None else weights[..., None]
     weight = jnp.where(hit, one, 0).sum(-2)  # [N, U]
+    own = hit.any(-2)
     if present is None:
         factor = weight[..., spec.owners] * spec.scales.astype(dtype)[spec.owners]
-    else:
-        j = np.arange(spec.widest, dtype=np.int32)
-        rank = jnp.take(spec.ranks, present, mode="fill", fill_value=0)
-        scale = jnp.take(spec.scales.astype(dtype), present, mode="fill", fill_value=0)
-        row = jnp.where(j < rank[:, None], scale[:, None], 0)
-        factor = (weight[..., None] * row).reshape(*ids.shape[:-1], -1)
-    return _poison(factor, bad)
+        return factor, own[..., spec.owners]
+    j = np.arange(spec.widest, dtype=np.int32)
+    rank = jnp.take(spec.ranks, present, mode="fill", fill_value=0)
+    scale = jnp.take(spec.scales.astype(dtype), present, mode="fill", fill_value=0)
+    used = j < rank[:, None]
+    shape = (*ids.shape[:-1], -1)
+    factor = (weight[..., None] * jnp.where(used, scale[:, None], 0)).reshape(shape)
+    return factor, (own[..., None] & used).reshape(shape)
+
+
+def _isolated(table: Array) -> tuple[Array, Array]:
+    """A table without its rows that are not all finite, and which these are: ``[K]``.
+
+    A product over all rows would bring 0 times NaN to examples that have nothing to do with them (§1.5).
+    """
+    broken = ~jnp.isfinite(table).all(-1)
+    return jnp.where(broken[:, None], 0, table), broken
+
+
+def _left_out(g: Any, _: Any) -> tuple[Any]:
+    return (g if type(g) is ad.Zero else jnp.where(jnp.isfinite(g), g, 0),)
+
+
+# The values; on the way back, what is not finite is left out. A primitive, since custom_vjp would forbid jvp.
+_finite_gradients = Primitive("flix_finite_gradients")  # type: ignore[no-untyped-call]
+_finite_gradients.def_impl(lambda y: y)
+_finite_gradients.def_abstract_eval(lambda y: y)
+mlir.register_lowering(_finite_gradients, lambda _, y: [y])
+batching.defvectorized(_finite_gradients)
+ad.deflinear2(_finite_gradients, _left_out)
 
 
 def frozen_stopped(
@@ -284,7 +312,7 @@ def routed_sum(
             present = touched(ids, len(spec.ranks))
             index = row_index(spec, present)
             a, b = fused.take_rows(a, index), fused.take_rows(b, index)
-        factor = make_mask(spec, ids, weights, present, space)
+        return _masked_sum(spec, x, a, b, ids, weights, present, dtype)
     else:
         rows, factor = make_slots(spec, ids, weights, present, space)
         if strategy == "single":
@@ -294,12 +322,42 @@ def routed_sum(
             a = fused.take_rows(a, rows)
     b = b.astype(dtype)
     if spec.shape.kind == "embedding":
-        h = _looked_up(a, x, rows if strategy != "masked" else None)
+        h = _looked_up(a, x, rows)
     else:
         form = "nsd,nrd->nsr" if strategy == "gather" else "nsd,rd->nsr"
         h = jnp.einsum(form, x, a.astype(dtype), preferred_element_type=space)
     h = (h.astype(space) * factor[:, None, :]).astype(dtype)
     return jnp.einsum("nsr,nro->nso" if strategy == "gather" else "nsr,ro->nso", h, b)
+
+
+def _masked_sum(
+    spec: LayerSpec,
+    x: Array,
+    a: Array,
+    b: Array,
+    ids: Array,
+    weights: Array | None,
+    present: Array | None,
+    dtype: jnp.dtype,
+) -> Array:
+    """:func:`routed_sum` by one product with all rows of the tables, of which each example keeps its own.
+
+    What is not finite, in a feature or an example, is taken out of the products and put into its own examples' outputs.
+    """
+    space = wide(dtype)
+    factor, own = make_mask(spec, ids, weights, present, space)
+    b, broken = _isolated(b.astype(dtype))
+    if spec.shape.kind == "embedding":
+        h = _looked_up(a, x, None)
+    else:
+        a, other = _isolated(a.astype(dtype))
+        broken |= other
+        x = jnp.where(jnp.isfinite(x).all(-1, keepdims=True), x, 0)  # the base's output tells
+        h = jnp.einsum("nsd,rd->nsr", x, a, preferred_element_type=space)
+    h = jnp.where(own[:, None, :], h.astype(space) * factor[:, None, :], 0).astype(dtype)
+    y = _finite_gradients.bind(jnp.einsum("nsr,ro->nso", h, b))
+    lost = _misplaced(ids, spec, present)[1].any(-1) | (own & broken).any(-1)
+    return jnp.where(lost[:, None, None], jnp.nan, y)
 
 
 def _looked_up(a: Array, tokens: Array, rows: Array | None) -> Array:

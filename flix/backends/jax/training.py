@@ -13,11 +13,11 @@ import optax
 from flax import nnx
 from jax import Array
 
-from flix.backends.jax import optimizers
+from flix.backends.jax import optimizers, transforms
 from flix.backends.jax.adapt import require_adapted
 from flix.backends.jax.functional import touched
 from flix.backends.jax.layers import FlixParam
-from flix.backends.jax.routing import current, is_traced
+from flix.backends.jax.routing import ActiveRouting, current, is_traced
 from flix.core.features.routing import Routing, check_routing
 
 
@@ -80,7 +80,7 @@ def value_and_grad(
         def of_rows(rows: Any) -> Any:
             values = jax.tree.unflatten(structure, jax.tree.leaves(rows))
             narrow = nnx.merge(graphdef, values, rest, copy=True)
-            with current.under(present=present):
+            with current.under(present=ActiveRouting(None, present=present)):
                 out = loss(narrow, ids, *args, **kwargs)
             value, aux = out if has_aux else (out, None)
             _, _, after = nnx.split(narrow, wrt, ...)  # type: ignore[misc]
@@ -106,12 +106,14 @@ class FlixOptimizer(nnx.Optimizer):  # type: ignore[type-arg]
 
     Raises:
         TargetError: the model is not adapted.
+        ConfigError: an optimizer that cannot keep features apart: ``optax.MultiSteps``, ``muon``.
     """
 
     def __init__(
         self, model: Any, tx: optax.GradientTransformation, *, wrt: Any = FlixParam
     ) -> None:
         require_adapted(model, "FlixOptimizer")
+        transforms.check(tx, "FlixOptimizer")
         super().__init__(model, tx, wrt=wrt)
 
     def update(self, model: Any, grads: Any, /, **kwargs: Any) -> None:  # type: ignore[override]

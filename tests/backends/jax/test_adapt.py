@@ -90,19 +90,26 @@ def test_only_adapters_get_gradients() -> None:
     assert len(jax.tree.leaves(state)) == 2 * len(PATHS)
 
 
-def test_training_without_routing_is_an_error() -> None:
+def test_a_call_without_routing_is_an_error_whichever_module_it_enters() -> None:
     model = adapted()
-    with pytest.raises(flix.RoutingError, match=r"'embed' is adapted, but no routing is in force"):
-        model(TOKENS)
-    with pytest.raises(flix.RoutingError, match="without flix_features"):
-        model(TOKENS, flix_weights=WEIGHTS)
-    model.eval()
-    with pytest.warns(UserWarning, match="base model answers alone"):
-        y = plain(model, TOKENS)
-    assert_close(y, plain(Net(), TOKENS))
-    model.train()
-    with pytest.raises(flix.RoutingError, match="no routing is in force"):
-        model(TOKENS)
+    x = jnp.ones((5, 2, 6))
+    for mode in (model.train, model.eval):
+        mode()
+        for call in (model, lambda tokens: plain(model, tokens)):
+            with pytest.raises(flix.RoutingError, match="called without routing; call it as"):
+                call(TOKENS)
+        with pytest.raises(flix.RoutingError, match="without flix_features"):
+            model(TOKENS, flix_weights=WEIGHTS)
+        for inner, given, path in (
+            (model.layers[0], x, r"layers\.0\.q"),
+            (model.layers[0].back, x, r"layers\.0\.back"),
+            (model.embed, TOKENS, "embed"),
+        ):
+            with pytest.raises(flix.RoutingError, match=f"'{path}' is adapted, but no routing is"):
+                inner(given)
+            with pytest.raises(flix.RoutingError, match=f"'{path}' is adapted, but no routing is"):
+                plain(inner, given)
+    assert_close(forward(model, TOKENS, np.full_like(IDS, -1)), plain(Net(), TOKENS))
     with route(registry(), IDS):
         x = model.layers[0].back(jnp.ones((5, 2, 6)))
     assert x.shape == (5, 2, 6)
@@ -191,7 +198,7 @@ def test_disabled_models_are_their_base_also_when_compiled() -> None:
     assert same_bits(run(model, IDS), wanted)
     assert len(traces) == 2
     assert nnx.graphdef(model) == graph
-    with pytest.raises(flix.RoutingError, match="no routing is in force"):
+    with pytest.raises(flix.RoutingError, match="called without routing"):
         model(FLOATS)
     with pytest.raises(ValueError, match="stop"), disable(model):
         raise ValueError("stop")

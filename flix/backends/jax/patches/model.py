@@ -17,17 +17,17 @@ from typing import Any
 from flax import nnx
 
 from flix.backends import messages
+from flix.backends.jax import scopes
+from flix.backends.jax.patches.carrying import Carrying
 from flix.backends.jax.patches.layers import change_class, drop_attributes
-from flix.backends.jax.routing import route
+from flix.backends.jax.routing import CALL, current, in_force, make_routing, present_of
 from flix.core.config.config import FlixConfig
 
 _making = threading.Lock()
 
 
-class RoutedModel:
+class RoutedModel(Carrying):
     """What adapted models have over their own class; ``isinstance(model, RoutedModel)`` tells them."""
-
-    __slots__ = ()  # so that instances keep their layout, and can change class
 
     flix_state: Any
 
@@ -38,7 +38,7 @@ class RoutedModel:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time; pickles name the model's own class instead.
-        state = self.__getstate__()  # type: ignore[misc]
+        state = self.__getstate__()
         return (_new_routed, (type(self).flix_plain,), state)  # type: ignore[attr-defined]
 
 
@@ -58,11 +58,20 @@ def _make_routed(base: type[nnx.Module]) -> type[nnx.Module]:
     def call(
         self: Any, *args: Any, flix_features: Any = None, flix_weights: Any = None, **kwargs: Any
     ) -> Any:
-        if self.flix_state.disabled or (flix_features is None and flix_weights is None):
-            return base.__call__(self, *args, **kwargs)
+        if scopes.disabled(self):
+            with scopes.own_key():
+                return base.__call__(self, *args, **kwargs)
         if flix_features is None:
-            raise messages.weights_alone()
-        with route(self.flix_config.registry, flix_features, flix_weights):
+            if flix_weights is not None:
+                raise messages.weights_alone()
+            if in_force(self, base.__name__) is None:
+                raise messages.unrouted_model(CALL)
+            return base.__call__(self, *args, **kwargs)
+        present = present_of(self, base.__name__)
+        routing = make_routing(
+            self.flix_config.registry, flix_features, flix_weights, present=present
+        )
+        with current.under(routing=routing):
             return base.__call__(self, *args, **kwargs)
 
     def body(namespace: dict[str, Any]) -> None:
@@ -84,7 +93,7 @@ def _make_routed(base: type[nnx.Module]) -> type[nnx.Module]:
         call.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
         call.__doc__ = base.__call__.__doc__
     keywords = {"pytree": base._pytree__is_pytree}
-    return types.new_class(base.__name__, (base, RoutedModel), keywords, body)
+    return types.new_class(base.__name__, (RoutedModel, base), keywords, body)
 
 
 def route_calls(model: nnx.Module) -> None:
