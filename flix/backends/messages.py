@@ -121,14 +121,6 @@ def without_features(weights: Any, path: str, call: str) -> RoutingError:
     return unrouted_layer(path, call) if weights is None else weights_alone()
 
 
-def base_alone(call: str) -> str:
-    """The warning for an adapted model that is evaluated without routing."""
-    return (
-        "an adapted model was called without flix_features: the base model answers alone. Call it as "
-        f"{call}, with ids of -1 if this is meant"
-    )
-
-
 def other_lead(path: str, given: Any, lead: Any, ways_out: bool = False) -> RoutingError:
     """A layer's input has other leading sizes than the routing.
 

@@ -65,10 +65,6 @@ def test_a_layer_without_features_says_whether_it_got_weights():
     assert "give both" in str(messages.without_features([1.0], "proj", CALL))
 
 
-def test_the_warning_of_the_base_alone_shows_the_call():
-    assert CALL in messages.base_alone(CALL) and "-1" in messages.base_alone(CALL)
-
-
 def test_a_shape_that_a_framework_does_not_know_is_shown_as_it_is():
     class Shape:
         def __str__(self):
@@ -81,4 +77,4 @@ def test_a_shape_that_a_framework_does_not_know_is_shown_as_it_is():
 def test_every_message_is_held_to_something_here():
     public = {n for n, _ in inspect.getmembers(messages, inspect.isfunction) if n[0] != "_"}
     own = {n for n in public if getattr(messages, n).__module__ == messages.__name__}
-    assert own == {*CASES, "without_features", "base_alone", "not_finite"}
+    assert own == {*CASES, "without_features", "not_finite"}

@@ -30,7 +30,7 @@ def frame() -> Any:
 
     What differentiates or maps (``grad``, ``vmap``) caches nothing that is traced, and so is no frame.
     """
-    trace = get_opaque_trace_state()._trace_ref()
+    trace = get_opaque_trace_state()._trace_ref()  # type: ignore[no-untyped-call]
     while type(trace).__name__ != "DynamicJaxprTrace" and hasattr(trace, "parent_trace"):
         trace = trace.parent_trace
     return None if type(trace).__name__ == "EvalTrace" else weakref.ref(trace)
@@ -95,7 +95,7 @@ class _Thread(threading.local):
 
 _blocks: ContextVar[tuple[Block, ...]] = ContextVar("flix_blocks", default=())
 _thread = _Thread()
-_context = jax.make_user_context(None) if hasattr(jax, "make_user_context") else None
+_context = jax.make_user_context(None) if hasattr(jax, "make_user_context") else None  # type: ignore[no-untyped-call]
 _inside = False  # whether a layer ever ran in a program inside of the one that its routing was put in force in
 
 
@@ -150,7 +150,7 @@ def disabled(holder: Any) -> bool:
     if frame() is None:
         return mark is not None and any(block in mark.blocks for block in open)
     if mark is not None:
-        return mark.off
+        return mark.off  # type: ignore[no-any-return]
     _check_key()
     if any(block.state is holder.flix_state for block in open):
         raise RoutingError(

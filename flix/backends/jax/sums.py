@@ -184,11 +184,11 @@ def _left_out(g: Any, _: Any) -> tuple[Any]:
 
 # The values; on the way back, what is not finite is left out. A primitive, since custom_vjp would forbid jvp.
 _finite_gradients = Primitive("flix_finite_gradients")  # type: ignore[no-untyped-call]
-_finite_gradients.def_impl(lambda y: y)
-_finite_gradients.def_abstract_eval(lambda y: y)
+_finite_gradients.def_impl(lambda y: y)  # type: ignore[no-untyped-call]
+_finite_gradients.def_abstract_eval(lambda y: y)  # type: ignore[no-untyped-call]
 mlir.register_lowering(_finite_gradients, lambda _, y: [y])
-batching.defvectorized(_finite_gradients)
-ad.deflinear2(_finite_gradients, _left_out)
+batching.defvectorized(_finite_gradients)  # type: ignore[no-untyped-call]
+ad.deflinear2(_finite_gradients, _left_out)  # type: ignore[no-untyped-call]
 
 
 def frozen_stopped(
@@ -355,7 +355,7 @@ def _masked_sum(
         x = jnp.where(jnp.isfinite(x).all(-1, keepdims=True), x, 0)  # the base's output tells
         h = jnp.einsum("nsd,rd->nsr", x, a, preferred_element_type=space)
     h = jnp.where(own[:, None, :], h.astype(space) * factor[:, None, :], 0).astype(dtype)
-    y = _finite_gradients.bind(jnp.einsum("nsr,ro->nso", h, b))
+    y = _finite_gradients.bind(jnp.einsum("nsr,ro->nso", h, b))  # type: ignore[no-untyped-call]
     lost = _misplaced(ids, spec, present)[1].any(-1) | (own & broken).any(-1)
     return jnp.where(lost[:, None, None], jnp.nan, y)
 

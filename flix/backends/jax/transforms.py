@@ -121,7 +121,9 @@ def _tried(tx: Any, structure: Any, forms: tuple[Any, ...], tables: tuple[bool, 
                 continue
             updates, state = tx.update(tree(step, rows, alive), state, params)
             if step > 1:
-                found += [u[:2] if t else u for u, t in zip(jax.tree.leaves(updates), tables, strict=True)]
+                found += [
+                    u[:2] if t else u for u, t in zip(jax.tree.leaves(updates), tables, strict=True)
+                ]
         return found
 
     try:

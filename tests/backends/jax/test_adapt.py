@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
@@ -150,7 +151,25 @@ def test_targets() -> None:
     for name, reason in (("heads", "a kernel of its own"), ("batched", "batch_axis")):
         with pytest.raises(flix.TargetError, match=reason):
             adapt(Odd(), config(target_modules=[name]))
-    assert [p for p, _ in flix_layers(adapt(Odd(), config()))] == ["fine", "late"]
+    with pytest.warns(UserWarning, match=r"leaves out 'batched' \(.*batch_axis.*'heads' \("):
+        model = adapt(Odd(), config())
+    assert [p for p, _ in flix_layers(model)] == ["fine", "late"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt(Odd(), config(exclude_modules=["batched", "heads"]))
+
+
+def test_layers_stacked_for_scan_are_named() -> None:
+    class Stacked(nnx.Module):
+        def __init__(self) -> None:
+            stack = nnx.split_rngs(splits=3)(nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs)))
+            self.layers = stack(nnx.Rngs(0))
+            self.out = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+    with pytest.warns(UserWarning, match=r"leaves out 'layers' \(.*\[3, 4, 4\] \(layers stacked"):
+        adapt(Stacked(), config())
+    with pytest.raises(flix.TargetError, match="stacked"):
+        adapt(Stacked(), config(target_modules=["layers"]))
 
 
 class Two(nnx.Module):

@@ -132,5 +132,8 @@ def test_forward_and_second_derivatives_of_masked() -> None:
         lambda f: jax.vmap(jax.grad(f))(jnp.stack([x, 2 * x])),
     ):
         np.testing.assert_allclose(
-            take(lambda x: loss(x, "masked")), take(lambda x: loss(x, "gather")), rtol=2e-4, atol=1e-4
+            take(lambda x: loss(x, "masked")),
+            take(lambda x: loss(x, "gather")),
+            rtol=2e-4,
+            atol=1e-4,
         )

@@ -28,7 +28,7 @@ class Carrying(nnx.Module):
         return carried(self), scopes.mark(self)
 
     def _graph_node_flatten(self) -> Any:
-        nodes, metadata = super()._graph_node_flatten()
+        nodes, metadata = super()._graph_node_flatten()  # type: ignore[no-untyped-call]
         routing, mark = self._flix_virtual()
         if routing is None and mark is None and not _has(self):
             return nodes, metadata
@@ -43,7 +43,7 @@ class Carrying(nnx.Module):
     def _graph_node_clear(self) -> None:
         # An existing module that a transformation updates keeps what it had itself.
         own = {name: vars(self).get(name) for name in _VIRTUAL}
-        super()._graph_node_clear()
+        super()._graph_node_clear()  # type: ignore[no-untyped-call]
         vars(self).update(own)
 
     def _graph_node_init(self, attributes: Iterable[tuple[Any, Any]]) -> None:
@@ -53,11 +53,11 @@ class Carrying(nnx.Module):
             vars(self).pop(name, None) if value is None else vars(self).update({name: value})
 
     def _pytree__flatten(self) -> Any:
-        nodes, static = super()._pytree__flatten()
+        nodes, static = super()._pytree__flatten()  # type: ignore[no-untyped-call]
         return self._flix_pytree(nodes, static, lambda value: value)
 
     def _pytree__flatten_with_paths(self) -> Any:
-        nodes, static = super()._pytree__flatten_with_paths()
+        nodes, static = super()._pytree__flatten_with_paths()  # type: ignore[no-untyped-call]
         key = jax.tree_util.GetAttrKey(CARRIED)
         return self._flix_pytree(nodes, static, lambda value: (key, value))
 

@@ -38,7 +38,7 @@ class RoutedModel(Carrying):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time; pickles name the model's own class instead.
-        state = self.__getstate__()
+        state = self.__getstate__()  # type: ignore[no-untyped-call]
         return (_new_routed, (type(self).flix_plain,), state)  # type: ignore[attr-defined]
 
 
