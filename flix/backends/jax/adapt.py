@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ from flix.backends.jax.patches.layers import become, revert
 from flix.backends.jax.patches.model import RoutedModel, route_calls, unrouted
 from flix.backends.protocol import Values
 from flix.core.config.config import FlixConfig
-from flix.core.config.targets import LayerInfo, is_head, matches
+from flix.core.config.targets import LayerInfo, is_head
 from flix.core.errors import TargetError
 
 
@@ -89,7 +88,6 @@ def attach(
         if shape is None:
             raise TargetError(f"layer {path!r} cannot be adapted: {reason}")
         shapes[path] = shape
-    _name_left_out(modules, config)
     state = FlixState(config)
     for path, spec in make_specs(config, shapes).items():
         bank = pack(spec, values(path, spec.shape), pair_dtype(kernel_of(modules[path])[...]))
@@ -97,20 +95,6 @@ def attach(
     route_calls(model)
     model.flix_state = state
     return model
-
-
-def _name_left_out(modules: dict[str, nnx.Module], config: FlixConfig) -> None:
-    """Warn of layers that "all-linear" would take, were they of a kind that can be adapted (§4.6)."""
-    out = config.exclude_modules
-    asked = {p: m for p, m in modules.items() if not is_head(p) and not (out and matches(p, out))}
-    reasons = {path: adaptable(module)[1] for path, module in asked.items()}
-    named = [f"{path!r} ({reason})" for path, reason in reasons.items() if reason]
-    if named and config.target_modules == "all-linear":
-        warnings.warn(
-            f"adapt leaves out {', '.join(named)}; name the layers to adapt in target_modules, or those to leave out "
-            "in exclude_modules",
-            stacklevel=5,
-        )
 
 
 def put_state(model: Any, state: FlixState) -> None:

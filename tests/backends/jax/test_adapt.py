@@ -151,7 +151,7 @@ def test_targets() -> None:
     for name, reason in (("heads", "a kernel of its own"), ("batched", "batch_axis")):
         with pytest.raises(flix.TargetError, match=reason):
             adapt(Odd(), config(target_modules=[name]))
-    with pytest.warns(UserWarning, match=r"leaves out 'batched' \(.*batch_axis.*'heads' \("):
+    with pytest.warns(UserWarning, match=r"leaves out 'batched' \(.*batch_axis.*; 'heads' \("):
         model = adapt(Odd(), config())
     assert [p for p, _ in flix_layers(model)] == ["fine", "late"]
     with warnings.catch_warnings():
