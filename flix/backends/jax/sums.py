@@ -172,7 +172,8 @@ def make_mask(
 def _isolated(table: Array) -> tuple[Array, Array]:
     """A table without its rows that are not all finite, and which these are: ``[K]``.
 
-    A product over all rows would bring 0 times NaN to examples that have nothing to do with them (§1.5).
+    A product over all rows would bring 0 times NaN to examples that have nothing to do with them
+    (docs/specification.md §1.5).
     """
     broken = ~jnp.isfinite(table).all(-1)
     return jnp.where(broken[:, None], 0, table), broken
@@ -357,7 +358,8 @@ def _masked_sum(
     h = jnp.where(own[:, None, :], h.astype(space) * factor[:, None, :], 0).astype(dtype)
     y = _finite_gradients.bind(jnp.einsum("nsr,ro->nso", h, b))  # type: ignore[no-untyped-call]
     lost = _misplaced(ids, spec, present)[1].any(-1) | (own & broken).any(-1)
-    return jnp.where(lost[:, None, None], jnp.nan, y)
+    # Added, not chosen: a choice would keep an array of the output's size for the backward.
+    return y + jnp.where(lost, jnp.nan, 0).astype(y.dtype)[:, None, None]
 
 
 def _looked_up(a: Array, tokens: Array, rows: Array | None) -> Array:

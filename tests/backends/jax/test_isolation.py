@@ -1,4 +1,4 @@
-"""Values of one feature that are not finite reach only rows that use it, and no other feature's gradients (§1.5)."""
+"""Values of one feature that are not finite stay with rows that use it (docs/specification.md §1.5)."""
 
 from __future__ import annotations
 
