@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flix.backends import messages
 from flix.backends.torch import scopes
@@ -56,7 +56,7 @@ def routing_of(
     batch, length = _input_shape(model, args, kwargs)
     counted = batch is not None
     if not counted and isinstance(features, Tensor | np.ndarray | Routing):
-        batch, counted = _told_by_sizes(len(features), args, kwargs)
+        batch, counted = _told_by_sizes(model, len(features), args, kwargs)
     if transforming():
         features, weights = as_tensors(state.config.registry, features, weights)
     if tracing() and isinstance(features, Tensor):
@@ -248,15 +248,18 @@ def _input_shape(
 
 
 def _told_by_sizes(
-    rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Any, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[int | None, bool]:
     """The batch's size where inputs have other names, and whether the routing's is found among their sizes.
 
-    It is the routing's if an input has it first, and 1 if all have one row; an input may have the sequence first.
+    It is the routing's if an input has it first, and 1 if all have one row; an input may have the sequence first, but
+    not that of a plain nn.Sequential.
     """
     shapes = [v.shape for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 0]
     first = {shape[0] for shape in shapes}
     if rows in first:
         return rows, True
-    second = any(len(shape) > 2 and shape[1] == rows for shape in shapes)
+    second = not isinstance(model, nn.Sequential) and any(
+        len(shape) > 2 and shape[1] == rows for shape in shapes
+    )
     return (1 if first == {1} and not second else None), second

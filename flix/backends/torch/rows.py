@@ -71,7 +71,9 @@ def _fitted(
         return x, routing  # every token of every row, as shared and dense experts get them
     if mark == SEEN_TIME_FIRST and fits and given[0] != given[1]:
         return x, routing
-    if routing.counted and (one := routing.alone()) is not None:
+    # By token, other positions than the ids' are a mistake, unless the layer is known to get tokens as they come.
+    counted = routing.counted and (mark is not None or len(lead) == 1)
+    if counted and (one := routing.alone()) is not None:
         return x, one
     if mark in (None, SEEN_TIME_FIRST):
         if given[:1] == (1,) and given[1 : len(lead)] == lead[1:] and routing.batch == lead[0]:
