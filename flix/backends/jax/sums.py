@@ -356,7 +356,7 @@ def _masked_sum(
         x = jnp.where(jnp.isfinite(x).all(-1, keepdims=True), x, 0)  # the base's output tells
         h = jnp.einsum("nsd,rd->nsr", x, a, preferred_element_type=space)
     h = jnp.where(own[:, None, :], h.astype(space) * factor[:, None, :], 0).astype(dtype)
-    y = _finite_gradients.bind(jnp.einsum("nsr,ro->nso", h, b))  # type: ignore[no-untyped-call]
+    y: Array = _finite_gradients.bind(jnp.einsum("nsr,ro->nso", h, b))  # type: ignore[no-untyped-call]
     lost = _misplaced(ids, spec, present)[1].any(-1) | (own & broken).any(-1)
     # Added, not chosen: a choice would keep an array of the output's size for the backward.
     return y + jnp.where(lost, jnp.nan, 0).astype(y.dtype)[:, None, None]
