@@ -6,21 +6,73 @@ close in any order: each takes away itself alone.
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from flix.core.features.registry import FeatureRegistry
 
-Blocks = tuple[dict[str, Any], ...]
+B = TypeVar("B")
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.open: tuple[Any, ...] = ()
+
+
+class Blocks(Generic[B]):
+    """Open blocks, in the order in which they were entered; they may be closed in any order.
+
+    Attributes:
+        thread: its ``open`` are all blocks that this thread entered, whichever of its tasks: what compilers and their
+            caches can see, which know nothing of context variables.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._task: ContextVar[tuple[B, ...]] = ContextVar(name, default=())
+        self.thread = _Thread()
+
+    @property
+    def task(self) -> tuple[B, ...]:
+        """Those that this thread, or this asyncio task, entered or was started in."""
+        return self._task.get()
+
+    def enter(self, block: B) -> None:
+        """Open a block."""
+        self._task.set((*self._task.get(), block))
+        self.thread.open = (*self.thread.open, block)
+
+    def leave(self, block: B) -> None:
+        """Close a block."""
+        self._task.set(without(block, self._task.get()))
+        self.thread.open = without(block, self.thread.open)
+
+
+def without(block: B, blocks: tuple[B, ...]) -> tuple[B, ...]:
+    """Blocks but this one, by identity."""
+    return tuple(other for other in blocks if other is not block)
+
+
+def in_task() -> bool:
+    """Whether an asyncio task runs this."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+Values = tuple[dict[str, Any], ...]
 
 
 class Forward:
     """What is in force on this thread, or in this asyncio task."""
 
     def __init__(self) -> None:
-        self._open: ContextVar[Blocks] = ContextVar("flix_forward", default=())
+        self._open: ContextVar[Values] = ContextVar("flix_forward", default=())
 
     @property
     def routing(self) -> Any:
@@ -33,7 +85,7 @@ class Forward:
         return self.innermost("present")
 
     @property
-    def blocks(self) -> Blocks:
+    def blocks(self) -> Values:
         """All that is open; for :meth:`resumed`."""
         return self._open.get()
 
@@ -51,7 +103,7 @@ class Forward:
             self._close(values)
 
     @contextmanager
-    def resumed(self, blocks: Blocks) -> Iterator[None]:
+    def resumed(self, blocks: Values) -> Iterator[None]:
         """Run with exactly these in force, as they were when something was put off."""
         before = self._open.get()
         self._open.set(blocks)
@@ -81,7 +133,7 @@ class Forward:
         return None
 
     def _close(self, block: dict[str, Any]) -> None:
-        self._open.set(tuple(other for other in self._open.get() if other is not block))
+        self._open.set(without(block, self._open.get()))
 
 
 def by_hand(

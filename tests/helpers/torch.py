@@ -11,13 +11,16 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
+from flix.backends.torch import adapt  # noqa: E402
 from flix.backends.torch.layer import flix_layers  # noqa: E402
 from flix.backends.torch.parameters import whole  # noqa: E402
 from flix.core.adapter.adapter import tensor_name  # noqa: E402
-from tests.helpers.registry import ROWS, registry  # noqa: E402
-from tests.helpers.zoo import build  # noqa: E402
+from tests.helpers.registry import ROWS, config, registry  # noqa: E402
+from tests.helpers.zoo import build, inputs_of  # noqa: E402
 
 torch.set_num_threads(1)
+
+ROW = {"language": "swa", "task": "pos"}
 
 
 def routing(rows: list[Any] = ROWS) -> tuple[Any, Any]:
@@ -94,6 +97,21 @@ def batch(name: str, rows: int = len(ROWS), length: int = 9) -> dict[str, Any]:
 
 def output(result: Any) -> Any:
     return result.logits if "logits" in result else result.last_hidden_state
+
+
+def adapted(name: str = "llama", seed: int = 0, **changes: Any) -> Any:
+    """A model of the zoo in float64, adapted, with values drawn from the seed, in evaluation mode."""
+    model = adapt(make(name), config(**changes))
+    randomize(model, seed)
+    return model.eval()
+
+
+def run(model: Any, name: str = "llama", rows: Any = None) -> Any:
+    """A model's output for some rows, without gradients."""
+    rows = rows or [ROW, {"language": "hau", "task": "ner"}, {"task": "pos"}]
+    encoded = model.flix_config.registry.encode(rows)
+    with torch.no_grad():
+        return output(model(**inputs_of(name, rows=len(rows)), flix_features=encoded))
 
 
 def dense_model(

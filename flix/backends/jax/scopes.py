@@ -7,18 +7,17 @@ that close over a module, JAX's own key holds what this thread has open (``jax.m
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import get_opaque_trace_state
 
+from flix.backends.forward import Blocks, in_task
 from flix.core.errors import RoutingError
 
 MARK = "flix_mark"
@@ -49,15 +48,7 @@ class Block:
     def __init__(self, state: Any, holders: Iterable[Any]) -> None:
         self.state, self.holders = state, (*holders,)
         self.ids = frozenset(map(id, self.holders))
-        self.task = frame() is None and _in_task()
-
-
-def _in_task() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
+        self.task = frame() is None and in_task()
 
 
 @dataclass(frozen=True)
@@ -86,14 +77,13 @@ class _Key(NamedTuple):
 
 
 class _Thread(threading.local):
-    """This thread's open blocks, and the token of the routed call that it runs; False outside of one."""
+    """The token of the routed call that this thread runs; False outside of one."""
 
     def __init__(self) -> None:
-        self.open: tuple[Block, ...] = ()
         self.call: object = False
 
 
-_blocks: ContextVar[tuple[Block, ...]] = ContextVar("flix_blocks", default=())
+_blocks: Blocks[Block] = Blocks("flix_blocks")
 _thread = _Thread()
 _context = jax.make_user_context(None) if hasattr(jax, "make_user_context") else None  # type: ignore[no-untyped-call]
 _inside = False  # whether a layer ever ran in a program inside of the one that its routing was put in force in
@@ -101,23 +91,17 @@ _inside = False  # whether a layer ever ran in a program inside of the one that 
 
 def enter(block: Block) -> None:
     """Open a block."""
-    _blocks.set((*_blocks.get(), block))
-    _thread.open = (*_thread.open, block)
+    _blocks.enter(block)
     _show()
 
 
 def leave(state: Any) -> None:
     """Close the last block of a state; blocks may be closed in any order."""
-    for block in reversed(_blocks.get()):
+    for block in reversed(_blocks.task):
         if block.state is state:
-            _blocks.set(_without(block, _blocks.get()))
-            _thread.open = _without(block, _thread.open)
+            _blocks.leave(block)
             _show()
             return
-
-
-def _without(block: Block, open: tuple[Block, ...]) -> tuple[Block, ...]:
-    return tuple(other for other in open if other is not block)
 
 
 def _show() -> None:
@@ -125,13 +109,15 @@ def _show() -> None:
     if _context is None:
         return
     in_call = _thread.call is not False
-    off = frozenset(id(block.holders[0]) for block in (_blocks.get() if in_call else _thread.open))
+    off = frozenset(
+        id(block.holders[0]) for block in (_blocks.task if in_call else _blocks.thread.open)
+    )
     key = _Key(off, _tasks(), _thread.call if in_call else None)
     _context(None if key == _Key() else key).__enter__()
 
 
 def _tasks() -> bool:
-    return any(block.task for block in _thread.open)
+    return any(block.task for block in _blocks.thread.open)
 
 
 def disabled(holder: Any) -> bool:
@@ -140,8 +126,8 @@ def disabled(holder: Any) -> bool:
     Raises:
         RoutingError: in a compiled function that cannot be told apart from one without the block.
     """
-    open, mark = _blocks.get(), vars(holder).get(MARK)
-    if not open and mark is None and not _thread.open:
+    open, mark = _blocks.task, vars(holder).get(MARK)
+    if not open and mark is None and not _blocks.thread.open:
         return False
     if any(id(holder) in block.ids for block in open):
         if mark is None and frame() is not None:
@@ -162,7 +148,7 @@ def disabled(holder: Any) -> bool:
 
 def _check_key() -> None:
     """Refuse a function that closes over a model where JAX's key does not say whose block is open."""
-    if _context is None or _tasks() or {*_blocks.get()} != {*_thread.open}:
+    if _context is None or _tasks() or {*_blocks.task} != {*_blocks.thread.open}:
         raise RoutingError(
             "a compiled function closes over an adapted model, while a task or thread of asyncio has disable open: its "
             "cache cannot tell tasks apart; hand the model in as an argument, as in nnx.jit(f)(model, x)"
@@ -171,7 +157,7 @@ def _check_key() -> None:
 
 def mark(holder: Any) -> Mark | None:
     """The mark that a module carries into a graph; None where no block is open."""
-    open, own = _blocks.get(), vars(holder).get(MARK)
+    open, own = _blocks.task, vars(holder).get(MARK)
     if not open and own is None and not _tasks():
         return None
     off = disabled(holder)
@@ -195,7 +181,7 @@ def own_key() -> Iterator[None]:
     previous = _thread.call
     # At once, a layer in a program of its own is refused; a key of its own there keeps out what others traced.
     _thread.call = None if frame() is None else object() if _inside else "traced"
-    changed = _thread.call is not None or previous or _blocks.get() or _thread.open
+    changed = _thread.call is not None or previous or _blocks.task or _blocks.thread.open
     if changed:
         _show()
     try:

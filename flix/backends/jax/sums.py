@@ -314,14 +314,12 @@ def routed_sum(
             index = row_index(spec, present)
             a, b = fused.take_rows(a, index), fused.take_rows(b, index)
         return _masked_sum(spec, x, a, b, ids, weights, present, dtype)
-    else:
-        rows, factor = make_slots(spec, ids, weights, present, space)
-        if strategy == "single":
-            rows = rows[0]
-        b = fused.take_rows(b, rows)
-        if spec.shape.kind == "linear":
-            a = fused.take_rows(a, rows)
-    b = b.astype(dtype)
+    rows, factor = make_slots(spec, ids, weights, present, space)
+    if strategy == "single":
+        rows = rows[0]
+    b = fused.take_rows(b, rows).astype(dtype)
+    if spec.shape.kind == "linear":
+        a = fused.take_rows(a, rows)
     if spec.shape.kind == "embedding":
         h = _looked_up(a, x, rows)
     else:

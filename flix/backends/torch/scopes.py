@@ -7,13 +7,11 @@ one thread apart, so compiled code refuses to go by it while a block that was en
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 
+from flix.backends.forward import Blocks, in_task
 from flix.core.errors import RoutingError
 
 OFF = "off"
@@ -26,42 +24,26 @@ class Entry:
     Attributes:
         state: what it concerns: the model's, or a layer's that is used by hand.
         value: :data:`OFF`, or the composition for all rows.
+        task: whether an asyncio task entered it.
     """
 
     __slots__ = ("state", "task", "value")
 
-    def __init__(self, state: Any, value: Any, task: bool) -> None:
-        self.state, self.value, self.task = state, value, task
+    def __init__(self, state: Any, value: Any) -> None:
+        self.state, self.value, self.task = state, value, in_task()
 
 
-class _Traced(threading.local):
-    """What compiled code sees: this thread's open blocks, and how many of them tasks entered."""
-
-    def __init__(self) -> None:
-        self.entries: tuple[Entry, ...] = ()
-        self.tasks = 0
-
-
-_entries: ContextVar[tuple[Entry, ...]] = ContextVar("flix_entries", default=())
-_traced = _Traced()
+_blocks: Blocks[Entry] = Blocks("flix_entries")
 
 
 def enter(state: Any, value: Any) -> Entry:
     """Open a block."""
-    entry = Entry(state, value, _in_task())
-    _entries.set((*_entries.get(), entry))
-    _traced.entries = (*_traced.entries, entry)
-    _traced.tasks += entry.task
+    entry = Entry(state, value)
+    _blocks.enter(entry)
     return entry
 
 
-def leave(entry: Entry) -> None:
-    """Close a block; blocks may be closed in any order."""
-    _entries.set(tuple(other for other in _entries.get() if other is not entry))
-    kept = tuple(other for other in _traced.entries if other is not entry)
-    if len(kept) < len(_traced.entries):  # not so on another thread
-        _traced.entries = kept
-        _traced.tasks -= entry.task
+leave = _blocks.leave
 
 
 def switch(state: Any, by: int) -> None:
@@ -69,7 +51,7 @@ def switch(state: Any, by: int) -> None:
     if by > 0:
         enter(state, OFF)
         return
-    for entry in reversed(_entries.get()):
+    for entry in reversed(_blocks.task):
         if entry.state is state and entry.value is OFF:
             leave(entry)
             return
@@ -82,14 +64,15 @@ def in_force(state: Any) -> Any:
         RoutingError: in compiled code, where tasks share a thread.
     """
     if torch.compiler.is_compiling():
-        entries = _traced.entries
-        if _traced.tasks:
-            raise RoutingError(
-                "compiled code cannot tell asyncio's tasks apart, and one of them has a routed or disable block open; "
-                "pass flix_features to the compiled model, or call the model uncompiled"
-            )
+        entries = _blocks.thread.open
+        for entry in entries:
+            if entry.task:
+                raise RoutingError(
+                    "compiled code cannot tell asyncio's tasks apart, and one of them has a routed or disable block "
+                    "open; pass flix_features to the compiled model, or call the model uncompiled"
+                )
     else:
-        entries = _entries.get()
+        entries = _blocks.task
     found = None
     for entry in entries:
         if entry.state is state:
@@ -97,11 +80,3 @@ def in_force(state: Any) -> Any:
                 return OFF
             found = entry.value
     return found
-
-
-def _in_task() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

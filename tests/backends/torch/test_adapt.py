@@ -15,19 +15,19 @@ from flix.backends.torch import adapt, load, merge, save, summary, trainable_par
 from flix.backends.torch.layer import flix_layers  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
 from tests.helpers.tolerance import assert_close  # noqa: E402
-from tests.helpers.torch import MODELS, batch, make, output, randomize, routing  # noqa: E402
-
-ROW = {"language": "swa", "task": "pos"}
-
-
-def _adapted(name="llama", **changes):
-    model = adapt(make(name), config(**changes))
-    randomize(model)
-    return model.eval()
+from tests.helpers.torch import (  # noqa: E402
+    MODELS,
+    ROW,
+    adapted,
+    batch,
+    make,
+    output,
+    routing,
+)
 
 
 def test_all_linear_leaves_heads_out_and_freezes_the_base():
-    model = _adapted()
+    model = adapted()
     paths = [path for path, _ in flix_layers(model)]
     assert len(paths) == 14 and "lm_head" not in paths
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
@@ -72,7 +72,7 @@ def test_adapting_a_thousand_layers_is_quick_and_so_are_its_files(count, tmp_pat
 
 def test_adapting_twice_is_refused():
     with pytest.raises(TargetError, match="adapted already"):
-        adapt(_adapted(), config())
+        adapt(adapted(), config())
 
 
 def test_multihead_attention_is_not_silently_skipped():

@@ -15,7 +15,13 @@ import flix  # noqa: E402
 from flix.backends.torch import adapt, trainable_parameters  # noqa: E402
 from tests.helpers.registry import ROWS, config, registry  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
-from tests.helpers.torch import batch, make, randomize, routing  # noqa: E402
+from tests.helpers.torch import (  # noqa: E402
+    adapted,
+    batch,
+    make,
+    randomize,
+    routing,
+)
 
 
 def _model(name):
@@ -123,14 +129,8 @@ def test_a_token_in_another_precision_has_a_union_of_its_own():
     assert_close(half, full, times=3)
 
 
-def _adapted(name="llama", **changes):
-    model = adapt(make(name), config(**changes))
-    randomize(model)
-    return model.eval()
-
-
 def test_a_batch_of_another_size_is_named():
-    model = _adapted()
+    model = adapted()
     ids, _ = routing()
     for inputs in (batch("llama", rows=3), {"inputs_embeds": torch.zeros(3, 9, 16).double()}):
         with pytest.raises(flix.RoutingError, match="routes 4 rows, but the batch has 3 rows"):

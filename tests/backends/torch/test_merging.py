@@ -25,38 +25,27 @@ from flix.backends.torch.parameters import Bank  # noqa: E402
 from tests.helpers.claims import over  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
-from tests.helpers.torch import batch, live_pairs, make, output, randomize  # noqa: E402
+from tests.helpers.torch import (  # noqa: E402
+    ROW,
+    adapted,
+    batch,
+    live_pairs,
+    make,
+    output,
+    randomize,
+    run,
+)
 from tests.helpers.zoo import RELATIVES, ZOO, inputs_of  # noqa: E402
 
-ROW = {"language": "swa", "task": "pos"}
 MADE = [name for name in ZOO if name != "minilm"]  # that one has weights of its own
 
 
-def _adapted(name="llama", **changes):
-    model = adapt(make(name), config(**changes))
-    randomize(model)
-    return model.eval()
-
-
 def test_merge_refuses_what_activates_nothing_or_is_unknown():
-    model = _adapted()
+    model = adapted()
     with pytest.raises(flix.RoutingError, match="activates none"):
         merge(model, {})
     with pytest.raises(FeatureError, match="no feature 'swq'"):
         merge(model, {"language": "swq"})
-
-
-def adapted(name="llama", seed=0, **changes):
-    model = adapt(make(name), config(**changes))
-    randomize(model, seed)
-    return model.eval()
-
-
-def run(model, name="llama", rows=None):
-    rows = rows or [ROW, {"language": "hau", "task": "ner"}, {"task": "pos"}]
-    encoded = model.flix_config.registry.encode(rows)
-    with torch.no_grad():
-        return output(model(**inputs_of(name, rows=len(rows)), flix_features=encoded))
 
 
 def values(model):

@@ -18,17 +18,19 @@ from flix.backends.torch.layer import flix_layers  # noqa: E402
 from tests.helpers.peft import answer  # noqa: E402
 from tests.helpers.registry import config, registry  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far, relative  # noqa: E402
-from tests.helpers.torch import ask, batch, make, output, randomize, routing  # noqa: E402
+from tests.helpers.torch import (  # noqa: E402
+    ROW,
+    adapted,
+    ask,
+    batch,
+    make,
+    output,
+    randomize,
+    routing,
+)
 
-ROW = {"language": "swa", "task": "pos"}
 MIX = {"language": {"hau": 0.5, "swa": -1.5}, "task": ["ner", "pos"]}
 SECOND_LAYER = r".*layers\.1\..*"
-
-
-def _adapted(name="llama", **changes):
-    model = adapt(make(name), config(**changes))
-    randomize(model)
-    return model.eval()
 
 
 CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
@@ -53,7 +55,7 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_peft_opens_it_with_equal_outputs(case, tmp_path):
     name, row, changes = CASES[case]
-    model = _adapted(name, **changes)
+    model = adapted(name, **changes)
     result = export_peft(model, row, tmp_path)
     wanted = ask(model, name, [row] * 4)
     assert_close(answer(name, tmp_path), wanted, dtype="float32")
@@ -66,7 +68,7 @@ def test_peft_opens_it_with_equal_outputs(case, tmp_path):
 def test_implied_features_come_along(tmp_path):
     implies = {("language", "swa"): [("task", "ner")]}
     known = flix.FeatureRegistry({g: list(registry().names(g)) for g in registry().groups}, implies)
-    model = _adapted(registry=known)
+    model = adapted(registry=known)
     result = export_peft(model, {"language": "swa"}, tmp_path)
     assert result.rank == 5
     wanted = ask(model, "llama", [{"language": "swa"}] * 4)
@@ -74,7 +76,7 @@ def test_implied_features_come_along(tmp_path):
 
 
 def test_a_removed_feature_leaves_the_others_exact(tmp_path):
-    model = _adapted()
+    model = adapted()
     wanted = ask(model, "llama", [ROW] * 4)
     remove_feature(model, "language", "hau")
     export_peft(model, ROW, tmp_path)
@@ -84,7 +86,7 @@ def test_a_removed_feature_leaves_the_others_exact(tmp_path):
 
 
 def test_it_equals_the_merged_model(tmp_path):
-    model = _adapted()
+    model = adapted()
     export_peft(model, MIX, tmp_path)
     merged = merge(model, MIX).eval()
     assert_close(answer("llama", tmp_path), output(merged(**batch("llama"))), dtype="float32")
@@ -94,7 +96,7 @@ def test_it_equals_the_merged_model(tmp_path):
     ("name", "served"), [("llama", True), ("gpt2", False), ("bert", False), ("t5", False)]
 )
 def test_vllm_s_rules_are_said(name, served, tmp_path):
-    model = _adapted(name)
+    model = adapted(name)
     result = export_peft(model, ROW, tmp_path / "swa-pos")
     assert result.serving.ok is served and result.max_lora_rank == 8
     module = f"--lora-modules swa-pos={tmp_path}/swa-pos"
@@ -103,7 +105,7 @@ def test_vllm_s_rules_are_said(name, served, tmp_path):
 
 
 def test_embeddings_are_held_to_the_base(tmp_path):
-    model = _adapted(target_modules=["embed_tokens", "q_proj"])
+    model = adapted(target_modules=["embed_tokens", "q_proj"])
     assert export_peft(model, ROW, tmp_path).serving.ok
     model.config.vocab_size = 41  # as if the served base had another
     (problem,) = export_peft(model, ROW, tmp_path).serving.problems
@@ -111,7 +113,7 @@ def test_embeddings_are_held_to_the_base(tmp_path):
 
 
 def test_compressing_cuts_only_when_asked_and_says_what_it_costs(tmp_path):
-    model = _adapted()
+    model = adapted()
     wanted = ask(model, "llama", [ROW] * 4)
     result = export_peft(model, ROW, tmp_path, compress_to=3)
     assert result.rank == 3 and 0.01 < result.error < 0.9
@@ -126,7 +128,7 @@ def test_compressing_cuts_only_when_asked_and_says_what_it_costs(tmp_path):
 
 def test_a_rank_above_vllm_s_largest(tmp_path):
     wide = {"ranks": {"language": 300, "task": 300}, "target_modules": ["q_proj", "embed_tokens"]}
-    model = _adapted(**wide)
+    model = adapted(**wide)
     whole = export_peft(model, ROW, tmp_path)
     assert whole.rank == 600 and whole.max_lora_rank is None
     assert "compress_to=512" in whole.message
@@ -176,7 +178,7 @@ def test_what_peft_s_format_cannot_hold_is_refused(tmp_path):
     model = _with_a_trained_head(("bert.encoder.layer.0.attention.self.query.bias",))
     with pytest.raises(flix.AdapterError, match=r"query\.bias': its module .*query' is adapted"):
         export_peft(model, ROW, tmp_path)
-    tied = _adapted("gpt2", target_modules=["c_attn"])
+    tied = adapted("gpt2", target_modules=["c_attn"])
     tied.transformer.wte.weight.requires_grad_(True)
     with pytest.raises(flix.AdapterError, match=r"wte\.weight': other modules share it; merge"):
         export_peft(tied, ROW, tmp_path)
@@ -192,7 +194,7 @@ def test_export_opens_in_peft_with_equal_outputs(name, kind, tmp_path):
         if name == "t5":
             pytest.skip("PEFT adapts T5's unused module; see docs/torch.md")
         changes["target_modules"] = [targets[name]]
-    model = _adapted(name, **changes)
+    model = adapted(name, **changes)
     report = export_peft(model, ROW, tmp_path)
     assert report.rank == 7 and report.max_lora_rank == 8
     served = peft.PeftModel.from_pretrained(make(name), tmp_path).double().eval()

@@ -14,17 +14,19 @@ from flix.backends.torch import adapt, add_feature, load, save  # noqa: E402
 from flix.backends.torch.layer import flix_layers  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
 from tests.helpers.tolerance import assert_close  # noqa: E402
-from tests.helpers.torch import batch, live_pairs, make, output, randomize, routing  # noqa: E402
-
-
-def _adapted(name="llama", **changes):
-    model = adapt(make(name), config(**changes))
-    randomize(model)
-    return model.eval()
+from tests.helpers.torch import (  # noqa: E402
+    adapted,
+    batch,
+    live_pairs,
+    make,
+    output,
+    randomize,
+    routing,
+)
 
 
 def test_add_feature_trains_alone_and_keeps_the_rest():
-    model = _adapted()
+    model = adapted()
     ids, weights = routing()
     inputs = batch("llama")
     before_out = output(model(**inputs, flix_features=ids, flix_weights=weights))
@@ -48,7 +50,7 @@ def test_add_feature_trains_alone_and_keeps_the_rest():
 
 @pytest.mark.parametrize("rank", [None, 2, 5])
 def test_add_feature_from_another(rank):
-    model = _adapted()
+    model = adapted()
     add_feature(model, "language", "kin", rank=rank, init_from="swa")
     for _, layer in flix_layers(model):
         swa = layer.flix_B[("language", "swa")] @ layer.flix_A[("language", "swa")]
@@ -61,7 +63,7 @@ def test_add_feature_from_another(rank):
 
 
 def test_add_feature_from_the_mean_of_several():
-    model = _adapted()
+    model = adapted()
     add_feature(model, "language", "kin", rank=6, init_from=["hau", "swa", "yor"])
     for path, layer in flix_layers(model):
         mean = 0
@@ -75,7 +77,7 @@ def test_add_feature_from_the_mean_of_several():
 
 
 def test_add_feature_errors():
-    model = _adapted()
+    model = adapted()
     with pytest.raises(FeatureError, match="occurs twice"):
         add_feature(model, "language", "swa", rank=2)
     with pytest.raises(FeatureError, match="no feature group 'lang'"):
@@ -85,7 +87,7 @@ def test_add_feature_errors():
 
 
 def test_load_into_another_architecture_names_the_layer(tmp_path):
-    save(_adapted(), tmp_path)
+    save(adapted(), tmp_path)
     with pytest.raises(AdapterError, match=r"another architecture.*no layer 'model\.layers\.0"):
         load(make("gpt2"), tmp_path)
     from tests.helpers.torch import llama
@@ -115,7 +117,7 @@ def test_rename_translates_layer_paths(tmp_path):
 
 
 def test_a_file_reads_without_torch(tmp_path):
-    model = _adapted()
+    model = adapted()
     save(model, tmp_path)
     adapter = flix.load_adapter(tmp_path)
     a, b = adapter.pair("model.layers.0.mlp.up_proj", ("task", "pos"))

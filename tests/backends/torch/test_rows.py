@@ -318,3 +318,13 @@ def test_a_layer_by_hand_takes_as_many_rows_as_ids():
     layer = FlixLinear(6, 6, config=config())
     with pytest.raises(RoutingError, match=r"leading shape \[1\].*= \[4\]"):
         layer(torch.randn(1, 6), flix_features=_ids())
+
+
+def test_more_rows_or_positions_of_equal_ids_than_the_input_has_are_refused():
+    model = adapt(nn.Sequential(nn.Linear(8, 8)), config()).train()
+    for shape, ids in (((1, 2, 8), (2, 1)), ((3, 4, 8), (4, 1)), ((3, 9, 8), (3, 10, 1))):
+        with pytest.raises(RoutingError):
+            model(torch.randn(shape), flix_features=torch.zeros(ids, dtype=torch.long))
+        right = ids[:-1] if len(ids) == 3 else (shape[0],)
+        fits = torch.zeros((*right[:1], *shape[1 : len(right)], 1), dtype=torch.long)
+        assert model(torch.randn(shape), flix_features=fits).shape == shape

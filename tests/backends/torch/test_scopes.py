@@ -36,7 +36,7 @@ def model():
     made = adapt(plain, flix.FlixConfig(registry=REGISTRY, ranks=2))
     randomize(made)
     yield made.eval()
-    assert scopes._entries.get() == () and scopes._traced.entries == () and not scopes._traced.tasks
+    assert scopes._blocks.task == () and scopes._blocks.thread.open == ()
 
 
 @pytest.fixture

@@ -9,26 +9,15 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from flix.backends.torch import adapt, merge_in_place, remove_feature, unmerge  # noqa: E402
-from tests.helpers.registry import config  # noqa: E402
+from flix.backends.torch import merge_in_place, remove_feature, unmerge  # noqa: E402
 from tests.helpers.tolerance import assert_close  # noqa: E402
-from tests.helpers.torch import batch, make, output, randomize  # noqa: E402
-from tests.helpers.zoo import inputs_of  # noqa: E402
-
-ROW = {"language": "swa", "task": "pos"}
-
-
-def adapted(name="llama", seed=0, **changes):
-    model = adapt(make(name), config(**changes))
-    randomize(model, seed)
-    return model.eval()
-
-
-def run(model, name="llama", rows=None):
-    rows = rows or [ROW, {"language": "hau", "task": "ner"}, {"task": "pos"}]
-    encoded = model.flix_config.registry.encode(rows)
-    with torch.no_grad():
-        return output(model(**inputs_of(name, rows=len(rows)), flix_features=encoded))
+from tests.helpers.torch import (  # noqa: E402
+    ROW,
+    adapted,
+    batch,
+    output,
+    run,
+)
 
 
 def test_copies_carry_the_state_of_their_model():

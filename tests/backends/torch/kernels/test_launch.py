@@ -6,8 +6,6 @@ switched on before Triton is imported: ``test_triton_kernels.py`` runs this modu
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 
@@ -15,48 +13,15 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from flix import ConfigError  # noqa: E402
-from flix.backends.torch import FlixConv1D, FlixLinear, adapt  # noqa: E402
+from flix.backends.torch import FlixConv1D, adapt  # noqa: E402
 from tests.helpers.isolation import WAYS, check  # noqa: E402
+from tests.helpers.kernels import DEVICE, layer_of, needs_kernels, step_of  # noqa: E402
 from tests.helpers.registry import ROWS, config  # noqa: E402
 from tests.helpers.tolerance import assert_all_close  # noqa: E402
 from tests.helpers.torch import layer_pairs, live_pairs, randomize, routing  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="no CUDA device; test_triton_kernels.py runs this module in Triton's interpreter",
-)
+pytestmark = needs_kernels
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _layer(strategy, d_in, d_out, dtype=torch.float32, settings=None, bias=True):
-    settings = settings or config()
-    layer = FlixLinear(d_in, d_out, bias, config=settings, name="layer", strategy=strategy)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    for parameter in (layer.weight, layer.bias):
-        if parameter is not None:
-            parameter.data = parameter.data.to(dtype)
-    return layer.to(DEVICE)
-
-
-def _run(layer, shape, ids, weights, dtype=torch.float32, call=None):
-    """Everything a step gives: the output and all gradients."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
-    x.requires_grad_()
-    weights = weights.to(DEVICE).clone().requires_grad_()
-    y = (call or layer)(x, flix_features=ids, flix_weights=weights)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
-    y.backward(dy.to(DEVICE, y.dtype))
-    found = {"y": y.detach(), "x": x.grad, "weights": weights.grad}
-    for feature, pair in layer_pairs(layer).items():
-        for side, parameter in zip("AB", pair, strict=True):
-            if parameter.grad is not None:
-                found[f"{side} {feature}"] = parameter.grad
-    return {name: value.cpu() for name, value in found.items() if value is not None}
 
 
 def _agree(found, expected, dtype=torch.float32):
@@ -66,7 +31,7 @@ def _agree(found, expected, dtype=torch.float32):
 
 def _compare(shape, d_out, ids, weights, dtype=torch.float32, **changes):
     found, expected = (
-        _run(_layer(s, shape[-1], d_out, dtype, **changes), shape, ids, weights, dtype)
+        step_of(layer_of(s, shape[-1], d_out, dtype, **changes), shape, ids, weights, dtype)
         for s in ("fused", "gather")
     )
     _agree(found, expected, dtype)
@@ -110,23 +75,23 @@ def test_a_feature_listed_twice_and_padding_between(length):
 
 def test_one_row_no_bias_and_half_precision_pairs():
     _compare((1, 17, 12), 9, torch.tensor([[3, 5]]), torch.ones(1, 2), bias=False)
-    layers = [_layer(s, 24, 16, torch.float16).half() for s in ("fused", "gather")]
-    found, expected = (_run(layer, (4, 8, 24), *routing(), torch.float16) for layer in layers)
+    layers = [layer_of(s, 24, 16, torch.float16).half() for s in ("fused", "gather")]
+    found, expected = (step_of(layer, (4, 8, 24), *routing(), torch.float16) for layer in layers)
     _agree(found, expected, torch.float16)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 12), (4, 0, 12), (0, 0, 12)])
 def test_empty_inputs(shape):
-    layer = _layer("fused", 12, 9)
+    layer = layer_of("fused", 12, 9)
     ids, weights = routing()
-    found = _run(layer, shape, ids[: shape[0]], weights[: shape[0]])
+    found = step_of(layer, shape, ids[: shape[0]], weights[: shape[0]])
     assert found["y"].shape == (*shape[:2], 9) and found["x"].shape == shape
 
 
 @pytest.mark.parametrize("length", [1, 40, 100])
 def test_two_runs_give_the_same_bits(length):
     ids, weights = torch.tensor([[4, 0], [4, 1], [4, 0]]), torch.ones(3, 2)
-    runs = [_run(_layer("fused", 48, 33), (3, length, 48), ids, weights) for _ in range(2)]
+    runs = [step_of(layer_of("fused", 48, 33), (3, length, 48), ids, weights) for _ in range(2)]
     for name, value in runs[0].items():
         assert torch.equal(value, runs[1][name]), name
 
@@ -134,19 +99,19 @@ def test_two_runs_give_the_same_bits(length):
 def test_transposed_kernels_and_a_trained_base():
     results = []
     for strategy in ("fused", "gather"):
-        layer = _layer(strategy, 12, 9)
+        layer = layer_of(strategy, 12, 9)
         layer.weight.data = layer.weight.data.t().contiguous()
         layer.__class__ = FlixConv1D
         layer.weight.requires_grad_(True)
         layer.bias.requires_grad_(True)
-        results.append(_run(layer, (4, 6, 12), *routing()))
+        results.append(step_of(layer, (4, 6, 12), *routing()))
         results[-1] |= {"kernel": layer.weight.grad.cpu(), "bias": layer.bias.grad.cpu()}
     _agree(*results)
 
 
 def test_absent_features_get_no_gradient_in_eager_mode():
-    layer = _layer("fused", 12, 9)
-    _run(layer, (4, 6, 12), *routing([{"language": "hau", "task": "ner"}] * 4))
+    layer = layer_of("fused", 12, 9)
+    step_of(layer, (4, 6, 12), *routing([{"language": "hau", "task": "ner"}] * 4))
     trained = {feature for feature, (a, _) in layer_pairs(layer).items() if a.grad is not None}
     assert trained == {("language", "hau"), ("task", "ner")}
 
@@ -155,7 +120,7 @@ def test_autocast():
     results = []
     for strategy in ("fused", "gather"):
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            results.append(_run(_layer(strategy, 24, 19), (4, 8, 24), *routing()))
+            results.append(step_of(layer_of(strategy, 24, 19), (4, 8, 24), *routing()))
     assert results[0]["y"].dtype == torch.bfloat16
     _agree(*results, torch.bfloat16)
 
@@ -206,7 +171,7 @@ def test_compiled_whole_graph_gives_the_plain_result(dynamic):
         results = []
         for model, call in zip(models, (compiled, models[1]), strict=True):
             model.zero_grad()
-            found = _run(model[0], (count, length, 24), ids.to(DEVICE), weights, call=call)
+            found = step_of(model[0], (count, length, 24), ids.to(DEVICE), weights, call=call)
             results.append(found)
         absent = {n for n in results[0] if n not in results[1]}
         assert all(not results[0].pop(n).any() for n in absent)
@@ -227,7 +192,7 @@ def test_ids_of_no_feature_give_nan_in_compiled_models(length):
 
 
 def test_other_dtypes_are_refused():
-    layer = _layer("fused", 6, 5).double()
+    layer = layer_of("fused", 6, 5).double()
     with pytest.raises(
         ConfigError, match="needs an input of float16, bfloat16, float32, got float64"
     ):
@@ -240,4 +205,4 @@ def test_other_dtypes_are_refused():
 @pytest.mark.parametrize("length", [1, 3, 40])
 def test_rows_stay_apart(length, way, learned):
     x = torch.randn(5, length, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    check(_layer("fused", 8, 6), x, way, learned=learned)
+    check(layer_of("fused", 8, 6), x, way, learned=learned)

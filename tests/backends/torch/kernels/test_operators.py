@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -11,13 +9,9 @@ pytest.importorskip("triton")
 
 from flix.backends.torch.kernels.operators import routed_linear, routed_linear_backward  # noqa: E402
 from flix.backends.torch.kernels.routes import routes  # noqa: E402
+from tests.helpers.kernels import DEVICE, needs_kernels  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="no CUDA device; test_triton_kernels.py runs this module in Triton's interpreter",
-)
+pytestmark = needs_kernels
 
 
 def _operands(strategy, length=5, dtype=torch.float32):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from flix.backends.torch import adapt  # noqa: E402
 from flix.backends.torch.kernels.routes import group, routes  # noqa: E402
+from tests.helpers.kernels import INTERPRETED  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import gc
-import os
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from flix import ConfigError  # noqa: E402
-from flix.backends.torch import FlixLinear  # noqa: E402
 from flix.backends.torch.kernels import tables  # noqa: E402
-from tests.helpers.registry import config  # noqa: E402
-from tests.helpers.torch import layer_pairs, routing  # noqa: E402
+from tests.helpers.kernels import INTERPRETED, layer_of, step_of  # noqa: E402
+from tests.helpers.torch import routing  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 CPU = torch.device("cpu")
 
 
@@ -84,35 +80,6 @@ def test_a_graph_is_not_captured_before_its_tables_are_made(monkeypatch):
         tables.bank_table(a, b, CPU)
 
 
-def _layer(strategy, d_in, d_out, dtype=torch.float32, settings=None, bias=True):
-    settings = settings or config()
-    layer = FlixLinear(d_in, d_out, bias, config=settings, name="layer", strategy=strategy)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    for parameter in (layer.weight, layer.bias):
-        if parameter is not None:
-            parameter.data = parameter.data.to(dtype)
-    return layer.to(DEVICE)
-
-
-def _run(layer, shape, ids, weights, dtype=torch.float32, call=None):
-    """Everything a step gives: the output and all gradients."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
-    x.requires_grad_()
-    weights = weights.to(DEVICE).clone().requires_grad_()
-    y = (call or layer)(x, flix_features=ids, flix_weights=weights)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
-    y.backward(dy.to(DEVICE, y.dtype))
-    found = {"y": y.detach(), "x": x.grad, "weights": weights.grad}
-    for feature, pair in layer_pairs(layer).items():
-        for side, parameter in zip("AB", pair, strict=True):
-            if parameter.grad is not None:
-                found[f"{side} {feature}"] = parameter.grad
-    return {name: value.cpu() for name, value in found.items() if value is not None}
-
-
 @pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),
     reason="no CUDA device; test_triton_kernels.py runs this module in Triton's interpreter",
@@ -120,8 +87,8 @@ def _run(layer, shape, ids, weights, dtype=torch.float32, call=None):
 def test_tables_are_made_once():
     from flix.backends.torch.kernels import tables
 
-    layer = _layer("fused", 12, 9)
-    run = lambda: _run(layer, (4, 6, 12), *routing())  # noqa: E731
+    layer = layer_of("fused", 12, 9)
+    run = lambda: step_of(layer, (4, 6, 12), *routing())  # noqa: E731
     run()
     before = dict(tables._tables)
     run()
