@@ -72,8 +72,8 @@ def _fitted(
     if mark == SEEN_TIME_FIRST and fits and given[0] != given[1]:
         return x, routing
     # By token, other positions than the ids' are a mistake, unless the layer is known to get tokens as they come.
-    counted = routing.counted and (mark is not None or len(lead) == 1)
-    if counted and (one := routing.alone()) is not None:
+    known = mark is not None and (mark != SEEN_TIME_FIRST or given[:2] == lead[::-1])
+    if routing.counted and (known or len(lead) == 1) and (one := routing.alone()) is not None:
         return x, one
     if mark in (None, SEEN_TIME_FIRST):
         if given[:1] == (1,) and given[1 : len(lead)] == lead[1:] and routing.batch == lead[0]:
@@ -95,7 +95,8 @@ def _flattened(tokens: int, routing: AnyRouting) -> bool:
 def _seen(layer: Any, given: tuple[int, ...], routing: AnyRouting) -> str | None:
     """What an input that does not fit tells of its layer, if the batch's size is beyond doubt."""
     lead = routing.lead
-    if len(lead) == 1 and len(given) > 1 and given[1] == lead[0] != 1 and given[0] != 1:
+    turned = len(lead) == 1 and len(given) > 1 and given[1] == lead[0] != 1 and given[0] != 1
+    if turned and routing.counted:  # else the caller gave another number of rows
         return _mark(layer, SEEN_TIME_FIRST)
     certain = lead[0] > 1 and routing.batch == lead[0] and routing.length
     if certain and len(given) == 1 and given[0] != 1 and not _flattened(given[0], routing):
