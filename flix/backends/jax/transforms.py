@@ -108,9 +108,8 @@ def _tried(tx: Any, structure: Any, forms: tuple[Any, ...], tables: tuple[bool, 
         params, found = tree(0, rows, 4), []
         state = tx.init(params)
         for step, alive in ((1, 4), (2, 2), (3, 2)):
-            if (
-                step == 1 and rows < 4
-            ):  # what whole tables leave behind of this step, the rows' state has, too
+            if step == 1 and rows < 4:
+                # What whole tables leave behind of this step, the rows' state has, too.
                 whole = tree(0, 4, 4)
                 _, full = tx.update(tree(1, 4, 4), tx.init(whole), whole)
                 state = jax.tree.map(

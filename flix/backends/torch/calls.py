@@ -125,9 +125,8 @@ def _refuse_replica(model: Any) -> None:
 
 def refuse_trace() -> None:
     """``torch.jit.trace`` records what one batch computes, and its routing is decided on the host."""
-    if (
-        torch._C._get_tracing_state() is not None
-    ):  # what torch.jit.is_tracing asks, which is not exported
+    # What torch.jit.is_tracing asks, which is not exported.
+    if torch._C._get_tracing_state() is not None:
         raise RoutingError(
             "torch.jit.trace, and ONNX export through it, would record this batch's routing for all others; use "
             "torch.export or torch.onnx.export(dynamo=True), or trace the plain model that merge(model, row) gives"

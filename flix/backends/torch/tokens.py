@@ -66,7 +66,7 @@ class Token:
         d_out: of the layer.
         placed: the rows on the layer's ranks.
         values: the parts of the features in use.
-        alike: the rows' compositions, for the strategy "gather"; None for "masked" and "single".
+        alike: the rows' compositions, for "gather", which "masked" becomes where a value is not finite.
         strategy: the strategy.
     """
 
