@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from flix.core.errors import ConfigError, FlixError
+from flix.core.errors import ConfigError, FlixError, shown
 
 
 def is_whole(value: object) -> bool:
@@ -35,7 +35,7 @@ def whole(
     """
     if not is_whole(value) or (least is not None and value < least):  # type: ignore[operator]
         more = "" if least is None else f" of {least} or more"
-        raise error(f"{what} must be a whole number{more}, got {value!r}")
+        raise error(f"{what} must be a whole number{more}, got {shown(value)}")
     return int(value)  # type: ignore[call-overload,no-any-return]
 
 
@@ -53,7 +53,18 @@ def finite(
     Raises:
         FlixError: another thing, or out of range; of the class ``error``.
     """
-    if not is_number(value) or not math.isfinite(value) or (positive and value <= 0):  # type: ignore[arg-type,operator]
+    number = _float(value)
+    if not math.isfinite(number) or (positive and number <= 0):
         kind = "positive" if positive else "finite"
-        raise error(f"{what} must be a {kind} number, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
+        raise error(f"{what} must be a {kind} number, got {shown(value)}")
+    return number
+
+
+def _float(value: object) -> float:
+    """A number as a float, NaN for another thing; whole numbers beyond every float are infinite."""
+    if not is_number(value):
+        return math.nan
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return math.inf

@@ -167,7 +167,7 @@ def every_combination(registry: FeatureRegistry) -> list[Row]:
     This stands in for the datasets where they are not known. Groups too rich for that are walked through side by
     side instead, so that every feature occurs.
     """
-    implied = {i for feature in range(len(registry)) for i in registry.implied(feature)}
+    implied = registry.implied_ids
     free = [g for g in registry.groups if not all(i in implied for i in registry.ids_of(g))]
     names = [registry.names(group) for group in free]
     count = math.prod(len(choices) for choices in names)

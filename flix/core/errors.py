@@ -7,7 +7,11 @@ by name. All of them derive from :class:`FlixError`, and (but for the missing fr
 from __future__ import annotations
 
 import difflib
+import sys
+import unicodedata
+import warnings
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING
 
 
@@ -56,7 +60,44 @@ def listed(choices: Iterable[object], limit: int = 20) -> str:
     return ", ".join(items[:limit]) + more
 
 
+# Comparing texts costs time that grows with their lengths' product: what is longer is not compared.
+_LONGEST, _MOST = 100, 10_000
+
+
 def near(name: str, choices: Iterable[str], limit: int = 3) -> str:
     """``" (did you mean ...?)"`` for the choices that look like ``name``, or an empty string."""
-    matches = difflib.get_close_matches(str(name), [str(c) for c in choices], n=limit, cutoff=0.6)
+    wanted = str(name)
+    if len(wanted) > _LONGEST:
+        return ""
+    some = [c for c in islice(map(str, choices), _MOST) if len(c) <= _LONGEST]
+    matches = [c for c in some if _plainly(c) == _plainly(wanted)][:limit]
+    matches = matches or difflib.get_close_matches(wanted, some, n=limit, cutoff=0.6)
     return f" (did you mean {' or '.join(repr(m) for m in matches)}?)" if matches else ""
+
+
+def _plainly(text: str) -> str:
+    """A text without case and compatibility, which are all that many mistypings are."""
+    return unicodedata.normalize("NFKC", text).casefold()
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """A value as a message shows it: its ``repr``, cut, whatever it is."""
+    try:
+        text = repr(value)
+    except (
+        Exception
+    ):  # an int of too many digits, a list that nests too deeply, a class of the caller's
+        return f"something of type {type(value).__name__} that cannot be shown"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def warn(text: str) -> None:
+    """Warn the code that called flix, however deep in flix the reason was found."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _ours(frame.f_globals.get("__name__")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
+
+
+def _ours(module: object) -> bool:
+    return str(module).partition(".")[0] == "flix"

@@ -102,7 +102,7 @@ class Adapter:
             AdapterError: the layer is not adapted.
             FeatureError: no such feature.
         """
-        self.config.registry.id(*feature)
+        feature = self.config.registry.features[self.config.registry.id(*feature)]
         if layer not in self.layers:
             raise AdapterError(
                 f"layer {layer!r} is not adapted{near(layer, self.layers)}; adapted layers: "

@@ -130,15 +130,15 @@ def growing(
         RankError: no rank and nothing to take it from.
     """
     names = [init_from] if isinstance(init_from, str) else list(init_from or ())
-    for origin in names:
-        config.registry.id(group, origin)
-    origins = tuple((group, origin) for origin in names)
+    registry = config.registry
+    origins = tuple(registry.features[registry.id(group, origin)] for origin in names)
     if rank is None:
         if not origins:
             raise RankError("add_feature needs a rank, or init_from to take it from")
         rank = max(config.ranks[origin] for origin in origins)  # type: ignore[index]
     grown = config.with_feature(group, name, rank=rank, alpha=alpha, implies=implies)
-    return Growth(grown, (group, name), origins)
+    feature = grown.registry.features[grown.registry.id(group, name)]
+    return Growth(grown, feature, origins)
 
 
 def removing(config: FlixConfig, group: str, name: str) -> Change:

@@ -36,9 +36,7 @@ def chosen_features(registry: FeatureRegistry, features: object) -> tuple[Featur
             "features are chosen as [(group, name), ...] or {group: name or names}, got "
             f"{features!r}"
         )
-    for feature in found:
-        registry.id(*feature)
-    return tuple(found)
+    return tuple(registry.features[registry.id(*feature)] for feature in found)
 
 
 def select_features(adapter: Adapter, features: object) -> Adapter:

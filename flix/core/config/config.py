@@ -22,7 +22,7 @@ from flix.core.config.targets import Patterns, pattern_matches
 from flix.core.errors import ConfigError, FlixError, RankError, near
 from flix.core.features.dropout import FeatureDropout
 from flix.core.features.encoding import Unknown, check_policy
-from flix.core.features.names import Feature
+from flix.core.features.names import Feature, normal, written
 from flix.core.features.registry import FeatureRegistry
 
 SCALINGS = ("lora", "rslora")
@@ -95,7 +95,7 @@ class FlixConfig:
         if isinstance(alpha, Mapping):
             values = by_feature(self.registry, alpha, "alpha")
             return {
-                f: finite(value, f"alpha of {':'.join(f)}", positive=True)
+                f: finite(value, f"alpha of {written(f)}", positive=True)
                 for f, value in values.items()
             }
         return finite(alpha, "alpha", positive=True)
@@ -188,7 +188,7 @@ class FlixConfig:
             RankError: an ill-formed rank.
         """
         registry = self.registry.with_feature(group, name, implies)
-        feature = (group, name)
+        feature = group, name = registry.features[registry.id(group, name)]
         ranks = {**self.ranks, feature: whole(rank, "rank", 0, RankError)}  # type: ignore[dict-item]
         alphas = self.alpha
         if alpha is None and isinstance(alphas, Mapping):
@@ -212,7 +212,7 @@ class FlixConfig:
             FeatureError: no such feature, or the last of its group.
         """
         registry = self.registry.without_feature(group, name)
-        return self._translated(registry, lambda f: None if f == (group, name) else f)
+        return self._translated(registry, lambda f: None if f in registry.removed else f)
 
     def with_renamed(self, group: str, name: str, new: str) -> FlixConfig:
         """The configuration with another name for one feature; every id, rank and scale stays.
@@ -221,7 +221,8 @@ class FlixConfig:
             FeatureError: no such feature, or a new name that is ill-formed or taken.
         """
         registry = self.registry.renamed(group, name, new)
-        return self._translated(registry, lambda f: (group, new) if f == (group, name) else f)
+        names = dict(zip(self.registry.features, registry.features, strict=True))
+        return self._translated(registry, lambda f: names.get(f, f))
 
     def subset(self, features: Iterable[Feature]) -> FlixConfig:
         """The configuration of some of the features and of what they imply.
@@ -303,10 +304,10 @@ def _resolve_ranks(registry: FeatureRegistry, ranks: object) -> dict[Feature, in
     found = by_feature(registry, given, "ranks")
     for feature in registry.live:
         if feature not in found:
-            raise ConfigError(f"ranks must cover every feature; {':'.join(feature)} has none")
+            raise ConfigError(f"ranks must cover every feature; {written(feature)} has none")
     found.update(dict.fromkeys(registry.removed, 0))
     return {
-        f: whole(found[f], f"the rank of {':'.join(f)}", 0, RankError) for f in registry.features
+        f: whole(found[f], f"the rank of {written(f)}", 0, RankError) for f in registry.features
     }
 
 
@@ -350,10 +351,17 @@ def _by_group(given: Any, ranks: Mapping[Feature, int]) -> Any:
     if not isinstance(given, Mapping):
         return int(given)
     found = nested(ranks)
-    named = {key[0] for key in given if isinstance(key, tuple)}
-    for group in set(found) - named:
-        if not isinstance(given[group], Mapping):
-            found[group] = int(given[group])
+    shared: dict[str, int] = {}
+    named: set[str] = set()
+    for key, value in given.items():
+        if isinstance(key, tuple):
+            named.add(normal(key[0], "a group"))
+        elif not isinstance(value, Mapping) and normal(key, "a group") in found:
+            shared[normal(key, "a group")] = int(value)
+        elif not isinstance(value, Mapping):  # "group=name"
+            named.add(normal(key.partition("=")[0].strip(), "a group"))
+    for group in shared.keys() - named:
+        found[group] = shared[group]
     return found
 
 

@@ -11,15 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flix.core.checks import finite, whole
-from flix.core.errors import RankError, listed
+from flix.core.errors import RankError, listed, shown
 from flix.core.features.encoding import Row
-from flix.core.features.names import Feature
+from flix.core.features.names import Feature, normal, normal_group, written
 from flix.core.features.registry import FeatureRegistry
 
 Ranks = dict[Feature, int]
 Rule = Callable[[FeatureRegistry], Ranks]
 ByFeature = Mapping[Any, Any]
-"""Values by feature: ``{(group, feature): value}`` or ``{group: {feature: value}}`` or ``{group: value}``."""
+"""Values by feature: ``{(group, feature): value}``, ``{group: {feature: value}}``, ``{"group=feature": value}`` or
+``{group: value}``, which may be mixed."""
 
 
 def uniform(rank: int) -> Rule:
@@ -74,11 +75,11 @@ def proportional(
         size = by_feature(registry, sizes, "sizes", number=True)
         if missing := [f for f in registry.live if f not in size]:
             raise RankError(
-                f"sizes must name every feature; missing: {listed(map(_text, missing))}"
+                f"sizes must name every feature; missing: {listed(map(written, missing))}"
             )
         for feature, n in size.items():
-            if finite(n, f"the size of {_text(feature)}", RankError) < 0:
-                raise RankError(f"the size of {_text(feature)} must be 0 or more, got {n!r}")
+            if finite(n, f"the size of {written(feature)}", RankError) < 0:
+                raise RankError(f"the size of {written(feature)} must be 0 or more, got {n!r}")
         count = len(registry.live)
         if budget < low * count:
             raise RankError(
@@ -194,35 +195,56 @@ def by_feature(
 
     Raises:
         FeatureError: an unknown group or feature.
-        RankError: a form that is none of the accepted ones.
+        RankError: a form that is none of the accepted ones, or a feature that is given twice.
     """
     if not isinstance(values, Mapping):
-        raise RankError(f"{what} must be a mapping by feature or by group, got {values!r}")
-    found: dict[Feature, Any] = {}
+        raise RankError(f"{what} must be a mapping by feature or by group, got {shown(values)}")
+    single: dict[int, Any] = {}
+    shared: dict[str, Any] = {}
+
+    def put(group: str, name: str, value: Any) -> None:
+        i = registry.id(group, name)
+        if i in single:
+            raise RankError(f"{what} give {written(registry.features[i])} twice")
+        single[i] = value
+
     for key, value in values.items():
         if isinstance(key, tuple) and len(key) == 2:
-            found[registry.features[registry.id(*key)]] = value
+            put(*key, value)
         elif isinstance(value, Mapping):
             registry.ids_of(key)
             for name, inner in value.items():
-                found[registry.features[registry.id(key, name)]] = inner
+                put(key, name, inner)
+        elif feature := _named(registry, key):
+            put(*feature, value)
         else:
-            for i in registry.ids_of(key):
-                found.setdefault(registry.features[i], value)
+            registry.ids_of(key)
+            group = normal_group(key)
+            if group in shared:
+                raise RankError(f"{what} give the group {group!r} twice, in two Unicode forms")
+            shared[group] = value
+    found = {registry.features[i]: value for i, value in single.items()}
+    for group, value in shared.items():
+        for i in registry.ids_of(group):
+            found.setdefault(registry.features[i], value)
     return found
+
+
+def _named(registry: FeatureRegistry, key: object) -> Feature | None:
+    """The feature of a key such as ``"language=hau"``; None for the name of a group."""
+    if not isinstance(key, str) or "=" not in key or normal(key, "a group") in registry.groups:
+        return None
+    group, _, name = key.partition("=")
+    return group.strip(), name.strip()
 
 
 def _complete(registry: FeatureRegistry, ranks: ByFeature, what: str) -> Ranks:
     found = by_feature(registry, ranks, f"{what} ranks")
     if missing := [f for f in registry.live if f not in found]:
         raise RankError(
-            f"{what} ranks must cover every feature; missing: {listed(map(_text, missing))}"
+            f"{what} ranks must cover every feature; missing: {listed(map(written, missing))}"
         )
-    return {f: whole(found[f], f"the rank of {_text(f)}", 0, RankError) for f in registry.live}
-
-
-def _text(feature: Feature) -> str:
-    return ":".join(feature)
+    return {f: whole(found[f], f"the rank of {written(f)}", 0, RankError) for f in registry.live}
 
 
 __all__ = [

@@ -1,11 +1,14 @@
 """Cells: the combinations of features that data comes in, and which of them are held out of training.
 
 A *cell* is all rows that name the same features, such as ``language=hau,task=ner``. Rows of code-switched text, which
-name several features of a group, form cells of their own: ``language=hau+yor,task=ner``.
+name several features of a group, form cells of their own: ``language=hau+yor,task=ner``. A name that holds a character
+that cells are written with stands in double quotes, as JSON has it: ``language="hau+yor",task=ner`` is another cell.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from typing import TypeVar
 
@@ -13,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flix.core.checks import finite
-from flix.core.errors import FeatureError, FlixError, listed, near
-from flix.core.features.names import Feature, check_group, check_name
+from flix.core.errors import FeatureError, FlixError, listed, near, shown
+from flix.core.features.names import Feature, folded, normal_group, normal_name, warn_alike
 from flix.core.features.registry import FeatureRegistry
 
 Cell = tuple[tuple[str, tuple[str, ...]], ...]
@@ -49,18 +52,16 @@ def names_of(group: str, value: object) -> tuple[str, ...]:
     elif isinstance(value, Mapping):
         names = [name for name, weight in value.items() if weight is not None]
         for name in names:
-            finite(value[name], f"the weight of {group}:{name}", FeatureError)
+            finite(value[name], f"the weight of {group}={shown(name)}", FeatureError)
     elif isinstance(value, Iterable) and not isinstance(value, bytes):
         names = list(value)
     else:
         names = []
     if not names:
         raise FeatureError(
-            f"the {group} of a row is a name, a list of names or {{name: weight}}, got {value!r}"
+            f"the {group} of a row is a name, a list of names or {{name: weight}}, got {shown(value)}"
         )
-    for name in names:
-        check_name(group, name)
-    return tuple(dict.fromkeys(str(name) for name in names))
+    return tuple(dict.fromkeys(normal_name(group, name) for name in names))
 
 
 def cell_of(features: Mapping[str, object], groups: Iterable[str] | None = None) -> Cell:
@@ -71,15 +72,60 @@ def cell_of(features: Mapping[str, object], groups: Iterable[str] | None = None)
         groups: the groups in the order they are to be named in; default: the row's own.
 
     Raises:
-        FeatureError: what :func:`names_of` refuses.
+        FeatureError: what :func:`names_of` refuses, or an ill-formed group.
     """
-    found = ((g, names_of(g, features.get(g))) for g in (features if groups is None else groups))
-    return tuple((group, tuple(sorted(names))) for group, names in found if names)
+    found: dict[str, set[str]] = {normal_group(g): set() for g in groups or ()}
+    for given, value in features.items():
+        group = normal_group(given)
+        if groups is None or group in found:
+            found.setdefault(group, set()).update(names_of(group, value))
+    return tuple((group, tuple(sorted(names))) for group, names in found.items() if names)
+
+
+# What a cell's name is written with: a part that holds one of these is quoted.
+_SIGNS = re.compile(r'[+,="\\]')
+_PART = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[^"+,=\\]+)\s*([+,=]?)')
 
 
 def cell_name(cell: Cell) -> str:
-    """A cell in words: ``language=hau,task=ner``."""
-    return ",".join(f"{group}={'+'.join(names)}" for group, names in cell)
+    """A cell in words: ``language=hau,task=ner``. Different cells have different names."""
+    return ",".join(
+        f"{quoted(group)}={'+'.join(quoted(name) for name in names)}" for group, names in cell
+    )
+
+
+def quoted(text: str) -> str:
+    """A group or name as it stands in the name of a cell."""
+    return json.dumps(text, ensure_ascii=False) if _SIGNS.search(text) else text
+
+
+def read_cell(text: str) -> dict[str, list[str]]:
+    """The groups and names in a cell's name: ``language=hau+yor,task=ner``.
+
+    Raises:
+        FeatureError: a text of another form, or a group twice.
+    """
+    found: dict[str, list[str]] = {}
+    place, group = 0, ""
+    sign = ","
+    while sign:
+        match = _PART.match(text, place)
+        before, sign = sign, match[2] if match is not None else "?"
+        if match is None or (sign == "=") != (before == ",") or (not sign) != (match.end() == len(text)):  # fmt: skip
+            raise FeatureError(
+                "features are written as group=name, joined by commas, several names of a group by '+'; "
+                f"got {shown(text)}"
+            )
+        place = match.end()
+        part = json.loads(match[1]) if match[1][0] == '"' else match[1].strip()
+        if sign == "=":
+            group = part
+            if group in found:
+                raise FeatureError(f"the group {group!r} is given twice in {shown(text)}")
+            found[group] = []
+        else:
+            found[group].append(part)
+    return found
 
 
 def features_of(cell: Cell, registry: FeatureRegistry | None = None) -> frozenset[Feature]:
@@ -115,23 +161,27 @@ class HeldOut:
     A row is held out if it activates every feature of one of the entries; an entry that names some groups only holds
     out all cells that match. Of a code-switched row, one matching combination of names is enough.
 
+    Names are compared in Unicode's NFC. A row's name that differs from an entry's only in case or by compatibility does
+    not match it, and gets a warning.
+
     Args:
-        cells: the entries, each ``{group: name}``.
+        cells: the entries, each ``{group: name}`` or, as cells are shown, ``"group=name,group=name"``.
 
     Raises:
-        MixtureError: an entry that is not such a mapping, or an empty one.
-        FeatureError: an ill-formed name.
+        MixtureError: an entry of another form, an empty one, or one with an ill-formed name.
     """
 
-    def __init__(self, cells: Iterable[Mapping[str, str]] = ()) -> None:
-        if isinstance(cells, Mapping | str):
-            raise MixtureError(f"held_out is a list of {{group: name}}, got {cells!r}")
+    def __init__(self, cells: Iterable[Mapping[str, str] | str] = ()) -> None:
+        if isinstance(cells, Mapping | str | bytes) or not isinstance(cells, Iterable):
+            raise MixtureError(f"held_out is a list of {{group: name}}, got {shown(cells)}")
         self.cells: tuple[dict[str, str], ...] = tuple(
             _entry(number, cell) for number, cell in enumerate(cells)
         )
         self.wanted: tuple[frozenset[Feature], ...] = tuple(
             frozenset(cell.items()) for cell in self.cells
         )
+        self._folded = {(group, folded(name)): name for cell in self.cells for group, name in cell.items()}  # fmt: skip
+        self._seen: set[Feature] = set()
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -151,8 +201,17 @@ class HeldOut:
         Raises:
             FeatureError: an ill-formed value, or a feature that the registry does not have.
         """
-        active = features_of(cell_of(features), registry)
+        active = self._active(cell_of(features), registry)
         return any(entry <= active for entry in self.wanted)
+
+    def _active(self, cell: Cell, registry: FeatureRegistry | None) -> frozenset[Feature]:
+        """A cell's features; warns of those that are called almost as one that is held out."""
+        active = features_of(cell, registry)
+        for group, name in active - self._seen if self.wanted else ():
+            self._seen.add((group, name))
+            if (other := self._folded.get((group, folded(name)), name)) != name:
+                warn_alike(group, [other, name])
+        return active
 
     def among(
         self, cells: Sequence[Cell], registry: FeatureRegistry | None = None
@@ -162,7 +221,7 @@ class HeldOut:
         Raises:
             FeatureError: a feature that the registry does not have.
         """
-        return covering(self.wanted, [features_of(cell, registry) for cell in cells])
+        return covering(self.wanted, [self._active(cell, registry) for cell in cells])
 
     def check_matched(self, cells: Sequence[Cell], registry: FeatureRegistry | None = None) -> None:
         """Refuse entries that match none of the cells: most likely they are misspelt.
@@ -181,17 +240,23 @@ class HeldOut:
 
 
 def _entry(number: int, cell: object) -> dict[str, str]:
-    if not isinstance(cell, Mapping):
-        raise MixtureError(f"held_out[{number}] must be {{group: name}}, got {cell!r}")
-    if not cell:
-        raise MixtureError(f"held_out[{number}] is empty: it would hold out every row")
-    for group, name in cell.items():
-        try:
-            check_group(group)
-            check_name(group, name)
-        except FeatureError as error:
-            raise MixtureError(f"held_out[{number}]: {error}") from None
-    return dict(cell)
+    entry: dict[str, str] = {}
+    try:
+        if isinstance(cell, str):
+            cell = {group: names[0] if len(names) == 1 else names for group, names in read_cell(cell).items()}  # fmt: skip
+        if not isinstance(cell, Mapping):
+            raise FeatureError(f"must be {{group: name}} or 'group=name,...', got {shown(cell)}")
+        if not cell:
+            raise FeatureError("is empty: it would hold out every row")
+        for given, name in cell.items():
+            group = normal_group(given)
+            if group in entry:
+                raise FeatureError(f"the group {group!r} is given twice, in two Unicode forms")
+            entry[group] = normal_name(group, name)
+    except FeatureError as error:
+        join = " " if str(error).startswith(("must", "is ")) else ": "
+        raise MixtureError(f"held_out[{number}]{join}{error}") from None
+    return entry
 
 
 def _reason(

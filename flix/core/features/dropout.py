@@ -10,7 +10,8 @@ import numpy as np
 
 from flix.core import rng
 from flix.core.checks import is_number
-from flix.core.errors import ConfigError
+from flix.core.errors import ConfigError, shown
+from flix.core.features.names import normal_group
 from flix.core.features.routing import Routing
 from flix.core.features.table import FeatureTable
 
@@ -29,7 +30,8 @@ class FeatureDropout:
         rescale: divide the weights that stay by (1 - rate), so that the expected update is unchanged.
 
     Raises:
-        ConfigError: a rate outside [0, 1], or a flag that is not a bool.
+        ConfigError: a rate outside [0, 1], a group given twice, or a flag that is not a bool.
+        FeatureError: an ill-formed name of a group.
     """
 
     p: float = 0.2
@@ -40,8 +42,12 @@ class FeatureDropout:
     def __post_init__(self) -> None:
         object.__setattr__(self, "p", _rate(self.p, "p"))
         if not isinstance(self.per_group, Mapping):
-            raise ConfigError(f"per_group must be {{group: rate}}, got {self.per_group!r}")
-        rates = {g: _rate(rate, f"per_group[{g!r}]") for g, rate in self.per_group.items()}
+            raise ConfigError(f"per_group must be {{group: rate}}, got {shown(self.per_group)}")
+        rates = {
+            normal_group(g): _rate(rate, f"per_group[{g!r}]") for g, rate in self.per_group.items()
+        }
+        if len(rates) < len(self.per_group):
+            raise ConfigError("per_group names a group twice, in two Unicode forms")
         object.__setattr__(self, "per_group", rates)
         for name in ("keep_one", "rescale"):
             if not isinstance(getattr(self, name), bool):
@@ -123,5 +129,5 @@ class FeatureDropout:
 
 def _rate(value: object, what: str) -> float:
     if not is_number(value) or not 0.0 <= value <= 1.0:  # type: ignore[operator]
-        raise ConfigError(f"dropout rate {what} must be a number from 0 to 1, got {value!r}")
+        raise ConfigError(f"dropout rate {what} must be a number from 0 to 1, got {shown(value)}")
     return float(value)  # type: ignore[arg-type]

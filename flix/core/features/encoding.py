@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Union
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flix.core.checks import finite, whole
-from flix.core.errors import FeatureError, RoutingError, listed, near
+from flix.core.errors import FeatureError, RoutingError, listed, near, shown, warn
+from flix.core.features.names import folded, normal, normal_group, normal_name, written
 from flix.core.features.routing import Routing
 from flix.core.features.table import FeatureTable
 
@@ -21,10 +22,12 @@ Unknown = Union[str, Mapping[str, Union[str, Sequence[str]]]]
 
 POLICIES = ("error", "skip", "mean")
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 def encode(
     registry: FeatureTable,
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     unknown: Unknown = "error",
     *,
     width: int | None = None,
@@ -38,7 +41,8 @@ def encode(
 
     Args:
         registry: the features.
-        rows: one mapping a row. A row may leave groups out (or give None).
+        rows: any iterable, gone through once, of one mapping a row. A row may leave groups out (or give None). In
+            ``{name: weight}``, names with None do not count, as tables fill them in.
         unknown: what an unknown feature does: ``"error"``; ``"skip"`` (the row's other features still act);
             ``"mean"`` (all features of its group, each with weight 1/n); or a mapping from the unknown name
             to a known one, or to several that share its weight equally. Unknown groups are always an error.
@@ -46,18 +50,40 @@ def encode(
         group_weights: a factor for every feature of a group.
 
     Raises:
-        FeatureError: an unknown group or feature, with the row's number and near matches.
-        RoutingError: a value of the wrong form, a weight that is not finite, or a width too small.
+        FeatureError: an unknown group or feature, with the row's number and near matches; or an ill-formed name.
+        RoutingError: rows that are no iterable of mappings, a value of the wrong form, a weight that is not finite in
+            float32, or a width too small or too large.
     """
     resolver = _Resolver(registry, unknown, group_weights)
+    batch = _taken(rows)
     try:
         # Rows by the thousand hold few distinct (group, value) items: each is resolved once.
-        items = [resolver[item] for row in rows for item in row.items()]
-        lengths = [len(row) for row in rows]
+        items = [resolver[item] for row in batch for item in row.items()]
+        lengths = [len(row) for row in batch]
     except (TypeError, AttributeError, FeatureError, RoutingError):
         # A list or mapping as a value (not hashable), or an error: again, so as to name the row.
-        items, lengths = _resolve_by_row(resolver, rows)
+        items, lengths = _resolve_by_row(resolver, batch)
     return _assemble(resolver, np.asarray(items, np.intp), np.asarray(lengths, np.intp), width)
+
+
+def _taken(rows: Iterable[Row]) -> Sequence[Row]:
+    """The rows, which may come from an iterator."""
+    if isinstance(rows, list | tuple):
+        return rows
+    if isinstance(rows, Mapping):
+        raise RoutingError(
+            f"rows must be an iterable of mappings, one a row, got one mapping, {shown(rows)}; "
+            "for a batch of one row, give [row]"
+        )
+    try:
+        iterator = iter(() if isinstance(rows, str | bytes) else rows)
+    except TypeError:
+        iterator = None
+    if iterator is None or isinstance(rows, str | bytes):
+        raise RoutingError(
+            f"rows must be an iterable of mappings {{group: feature}}, one a row, got {shown(rows)}"
+        )
+    return list(iterator)
 
 
 def _resolve_by_row(resolver: _Resolver, rows: Sequence[Row]) -> tuple[list[int], list[int]]:
@@ -65,10 +91,12 @@ def _resolve_by_row(resolver: _Resolver, rows: Sequence[Row]) -> tuple[list[int]
     lengths: list[int] = []
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise RoutingError(f"row {number}: a row is a mapping {{group: feature}}, got {row!r}")
+            raise RoutingError(
+                f"row {number}: a row is a mapping {{group: feature}}, got {shown(row)}"
+            )
         try:
             items.extend(
-                resolver[group, value if type(value) is str else _frozen(value)]
+                resolver[group, value if type(value) is str else members(group, value)]
                 for group, value in row.items()
             )
         except (FeatureError, RoutingError) as error:
@@ -103,6 +131,12 @@ def _assemble(
         only_implied = np.logical_and.reduceat(implied[order], first)
         weight = np.where(only_implied, 1.0, np.add.reduceat(named, first))
     weight = weight[: len(first)] * np.asarray(resolver.factors)[feature]
+    if (large := np.abs(weight) > _LARGEST).any():
+        place = int(np.argmax(large))
+        raise RoutingError(
+            f"row {row[place]}: the weight of {written(registry.features[feature[place]])} must be finite in "
+            f"float32, got {weight[place]:g}"
+        )
 
     active = np.bincount(row, minlength=batch)
     longest = int(active.max(initial=0))
@@ -110,14 +144,17 @@ def _assemble(
         width = max(longest, 1)
     elif longest > whole(width, "width", 1, RoutingError):
         number = int(np.argmax(active > width))
-        names = [":".join(registry.features[i]) for i in feature[row == number]]
+        names = [written(registry.features[i]) for i in feature[row == number]]
         raise RoutingError(
             f"row {number}: {len(names)} features are active but width is {width}; active: "
             f"{listed(names)}"
         )
     slot = np.arange(len(row)) - np.repeat(np.cumsum(active) - active, active)
-    ids = np.full((batch, width), -1, dtype=np.int32)
-    weights = np.zeros((batch, width), dtype=np.float32)
+    try:
+        ids = np.full((batch, width), -1, dtype=np.int32)
+        weights = np.zeros((batch, width), dtype=np.float32)
+    except (MemoryError, ValueError, OverflowError):
+        raise RoutingError(f"a width of {shown(width)} takes more memory than there is") from None
     ids[row, slot] = feature
     weights[row, slot] = weight
     return Routing(ids, weights, registry)
@@ -139,10 +176,14 @@ class _Resolver(dict):  # type: ignore[type-arg]
         check_policy(unknown)
         self.registry = registry
         self.unknown = unknown
+        if isinstance(unknown, Mapping):
+            self.unknown = {_unknown_name(name): given for name, given in unknown.items()}
         factors = dict.fromkeys(registry.groups, 1.0)
-        for group, factor in (group_weights or {}).items():
+        for group, factor in _factors(group_weights).items():
             registry.ids_of(group)
-            factors[group] = finite(factor, f"the weight of group {group!r}", RoutingError)
+            factors[normal_group(group)] = finite(
+                factor, f"the weight of group {group!r}", RoutingError
+            )
         self.factors = [factors[group] for group, _ in registry.features]
         self.starts: list[int] = []
         self.counts: list[int] = []
@@ -155,7 +196,7 @@ class _Resolver(dict):  # type: ignore[type-arg]
         self.registry.ids_of(group)  # refuses an unknown group, also where the value is None
         entries = [
             (feature, weight * share, False, implies)
-            for name, weight in (_members(group, value) if value is not None else ())
+            for name, weight in members(group, value)
             for feature, share, implies in self.resolve(group, name)
         ]
         brought = {f: None for e in entries if e[3] for f in self.registry.implied(e[0])}
@@ -171,23 +212,41 @@ class _Resolver(dict):  # type: ignore[type-arg]
 
     def resolve(self, group: str, name: str) -> list[tuple[int, float, bool]]:
         """The features that act for a name: (id, share of the weight, whether it implies others)."""
-        if (group, name) in self.registry:
-            return [(self.registry.id(group, name), 1.0, True)]
+        known = self.registry.find(group, name)
+        if known is not None:
+            return [(known, 1.0, True)]
+        name = normal_name(group, name)
+        names = self.registry.names(group)
+        if self.unknown == "error" or (
+            isinstance(self.unknown, Mapping) and name not in self.unknown
+        ):
+            raise FeatureError(
+                f"group {group!r} has no feature {name!r}{near(name, names)}; it has: "
+                f"{listed(names)}. To serve unknown features, choose unknown='skip', 'mean' or a "
+                "mapping {name: fallback}"
+            )
+        if isinstance(self.unknown, Mapping):
+            fallback = self.unknown[name]
+            several = [fallback] if isinstance(fallback, str) else list(fallback)
+            return [(self.registry.id(group, one), 1.0 / len(several), True) for one in several]
+        for other in names:
+            if folded(other) == folded(name):
+                warn(
+                    f"group {group!r} has no feature {name!r}, but {other!r}, which differs only in case or "
+                    f"by compatibility; {name!r} counts as unknown"
+                )
         if self.unknown == "skip":
             return []
-        if self.unknown == "mean":
-            members = self.registry.ids_of(group)
-            return [(member, 1.0 / len(members), False) for member in members]
-        if isinstance(self.unknown, Mapping) and name in self.unknown:
-            fallback = self.unknown[name]
-            names = [fallback] if isinstance(fallback, str) else list(fallback)
-            return [(self.registry.id(group, known), 1.0 / len(names), True) for known in names]
-        names_known = self.registry.names(group)
-        raise FeatureError(
-            f"group {group!r} has no feature {name!r}{near(name, names_known)}; it has: "
-            f"{listed(names_known)}. To serve unknown features, choose unknown='skip', 'mean' or a "
-            "mapping {name: fallback}"
-        )
+        ids = self.registry.ids_of(group)
+        return [(member, 1.0 / len(ids), False) for member in ids]
+
+
+def _factors(group_weights: object) -> Mapping[str, Any]:
+    if group_weights is None:
+        return {}
+    if isinstance(group_weights, Mapping):
+        return group_weights
+    raise RoutingError(f"group_weights must be {{group: factor}}, got {shown(group_weights)}")
 
 
 def check_policy(unknown: object) -> None:
@@ -195,6 +254,7 @@ def check_policy(unknown: object) -> None:
 
     Raises:
         RoutingError: neither one of the three names nor a mapping of names.
+        FeatureError: an ill-formed name in the mapping.
     """
     if isinstance(unknown, str) and unknown in POLICIES:
         return
@@ -210,42 +270,64 @@ def check_policy(unknown: object) -> None:
         )
         for name, fallback in unknown.items()
     ):
+        names = [_unknown_name(name) for name in unknown]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise RoutingError(f"unknown gives {twice!r} a fallback twice, in two Unicode forms")
         return
     raise RoutingError(
         "unknown must be 'error', 'skip', 'mean' or a mapping {name: fallback name or list}, "
-        f"got {unknown!r}"
+        f"got {shown(unknown)}"
     )
 
 
-def _frozen(value: object) -> object:
-    """A hashable form of what a row says of a group; :func:`_members` reads it."""
-    if isinstance(value, Mapping):
-        return _Weighted(value.items())
-    if isinstance(value, list | tuple | set | frozenset):
-        return tuple(value)
-    return value
+def _unknown_name(name: str) -> str:
+    return normal(name, "an unknown feature")
 
 
-class _Weighted(tuple):  # type: ignore[type-arg]
-    """The items of a {name: weight} mapping."""
+Members = tuple[tuple[str, float], ...]
+"""What a row says of one group: names with weights."""
 
 
-def _members(group: str, value: object) -> list[tuple[str, float]]:
-    """What a row says of one group, as names with weights."""
+class _Checked(tuple):  # type: ignore[type-arg]
+    """:data:`Members` that :func:`members` made."""
+
+
+def members(group: str, value: object) -> Members:
+    """What a row says of one group, as names with weights; nothing for None.
+
+    Raises:
+        RoutingError: a value of another form, or a weight that is not finite in float32.
+    """
+    if isinstance(value, _Checked):
+        return value
+    if value is None:
+        return _Checked()
     if isinstance(value, str):
-        return [(value, 1.0)]
-    if isinstance(value, _Weighted):
-        pairs = [
-            (name, finite(w, f"the weight of {group}:{name}", RoutingError)) for name, w in value
-        ]
-    elif isinstance(value, tuple):
+        return _Checked(((value, 1.0),))
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        named = {name: weight for name, weight in value.items() if weight is not None}
+        if value and not named:
+            raise RoutingError(f"group {group!r}: no name has a weight in {shown(value)}")
+        pairs = [(name, _weight(group, name, weight)) for name, weight in named.items()]
+    elif isinstance(value, list | tuple | set | frozenset):
         pairs = [(name, 1.0) for name in value]
     else:
         raise RoutingError(
             f"group {group!r} takes a feature name, a list of names or {{name: weight}}, "
-            f"got {value!r}"
+            f"got {shown(value)}"
         )
     for name, _ in pairs:
         if not isinstance(name, str):
-            raise RoutingError(f"group {group!r}: a feature's name is a string, got {name!r}")
-    return pairs
+            raise RoutingError(f"group {group!r}: a feature's name is a string, got {shown(name)}")
+    return _Checked(pairs)
+
+
+def _weight(group: str, name: object, weight: object) -> float:
+    what = f"the weight of {group}={name if isinstance(name, str) else shown(name)}"
+    number = finite(weight, what, RoutingError)
+    if abs(number) > _LARGEST:
+        raise RoutingError(f"{what} must be finite in float32, got {number:g}")
+    return number

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from flix.core.errors import FeatureError
 from flix.core.features.encoding import Row, Unknown, encode
-from flix.core.features.names import EVERY, Feature, check_name, pair
+from flix.core.features.names import EVERY, Feature, normal_group, normal_name, pair, warn_alike
 from flix.core.features.routing import Routing
 from flix.core.features.table import FeatureTable
 
@@ -26,6 +26,9 @@ class FeatureRegistry(FeatureTable):
     Raises:
         FeatureError: no group, an empty group, an ill-formed or duplicate name, an implied feature that does
             not exist, or implications that form a cycle.
+
+    Names are kept in Unicode's NFC. Two names of a group, or two groups, that differ only in case or by compatibility
+    get a warning.
     """
 
     __slots__ = ()
@@ -41,14 +44,17 @@ class FeatureRegistry(FeatureTable):
             FeatureError: unknown group, ill-formed or duplicate name, or unknown implied feature.
         """
         self.ids_of(group)
-        check_name(group, name)
-        feature = (group, name)
+        group = normal_group(group)
+        feature = (group, normal_name(group, name))
         declared = {**self._implies}
         if implies := tuple(implies):
             declared[feature] = implies
         if feature in self._removed:
-            return self._derive(self._groups, self._features, declared, self._removed - {feature})
-        return self._derive(self._groups, (*self._features, feature), declared, self._removed)
+            made = self._derive(self._groups, self._features, declared, self._removed - {feature})
+        else:
+            made = self._derive(self._groups, (*self._features, feature), declared, self._removed)
+        warn_alike(group, made.names(group), {feature[1]})
+        return made
 
     def without_feature(self, group: str, name: str) -> FeatureRegistry:
         """A registry in which one feature is gone; every id stays, the feature's own reserved for its name.
@@ -58,8 +64,7 @@ class FeatureRegistry(FeatureTable):
         Raises:
             FeatureError: no such feature, or the last of its group.
         """
-        self.id(group, name)
-        feature = (group, name)
+        feature = self._features[self.id(group, name)]
         if len(self.ids_of(group)) == 1:
             raise FeatureError(
                 f"{name!r} is the last feature of group {group!r}; a group needs at least one feature"
@@ -78,9 +83,9 @@ class FeatureRegistry(FeatureTable):
             FeatureError: no such feature, an ill-formed name, or one that the group has (or had: the ids of
                 removed features stay reserved for their names).
         """
-        self.id(group, name)
-        check_name(group, new)
-        old, feature = (group, name), (group, new)
+        old = self._features[self.id(group, name)]
+        feature = (old[0], normal_name(group, new))
+        new = feature[1]
         if feature in self._features:
             state = (
                 "was removed, and its id stays reserved" if feature in self._removed else "exists"
@@ -93,9 +98,11 @@ class FeatureRegistry(FeatureTable):
         declared = {
             put(source): tuple(put(t) for t in targets) for source, targets in self._implies.items()
         }
-        return self._derive(
+        made = self._derive(
             self._groups, tuple(put(f) for f in self._features), declared, self._removed
         )
+        warn_alike(feature[0], made.names(feature[0]), {new})
+        return made
 
     def subset(self, features: Iterable[Feature]) -> FeatureRegistry:
         """A registry of some of the features and of what they imply, with ids of its own, in the present order.
@@ -104,16 +111,22 @@ class FeatureRegistry(FeatureTable):
             FeatureError: an unknown feature, or none at all.
         """
         chosen = [self.id(*pair(feature)) for feature in features]
-        kept = {*chosen, *(i for feature in chosen for i in self._closures[feature])}
-        if not kept:
+        if not chosen:
             raise FeatureError("a registry needs at least one feature, but none was chosen")
-        names = [self._features[i] for i in sorted(kept)]
-        groups = tuple(g for g in self._groups if any(f[0] == g for f in names))
+        kept, pending = {*chosen}, chosen
+        while pending:  # what is implied is followed once, however many features imply it
+            pending = [i for feature in pending for i in self._links.get(feature, ())]
+            pending = [i for i in dict.fromkeys(pending) if i not in kept]
+            kept.update(pending)
+        names = [self._features[i] for i in sorted(kept) if i < len(self._features)]
+        present = {feature[0] for feature in names}
+        groups = tuple(g for g in self._groups if g in present)
+        left = set(names)
         declared = {
             source: found
             for source, targets in self._implies.items()
-            if (source in names or (source[1] == EVERY and source[0] in groups))
-            and (found := tuple(t for t in targets if t in names))
+            if (source in left or (source[1] == EVERY and source[0] in present))
+            and (found := tuple(t for t in targets if t in left))
         }
         return self._derive(groups, names, declared)
 
@@ -123,11 +136,14 @@ class FeatureRegistry(FeatureTable):
         Raises:
             FeatureError: the group exists already, is empty, or has an ill-formed or duplicate name.
         """
+        group = normal_group(group)
         if group in self._groups:
             raise FeatureError(f"group {group!r} exists already; add to it with with_feature")
         added = FeatureRegistry({group: names})
+        groups = (*self._groups, group)
+        warn_alike(None, groups, {group})
         return self._derive(
-            (*self._groups, group), (*self._features, *added.features), self._implies, self._removed
+            groups, (*self._features, *added.features), self._implies, self._removed
         )
 
     def with_implications(self, implies: Mapping[Feature, Iterable[Feature]]) -> FeatureRegistry:
@@ -147,15 +163,24 @@ class FeatureRegistry(FeatureTable):
         Raises:
             FeatureError: implications that form a cycle together.
         """
-        added = [feature for feature in other.live if feature not in self._features]
-        groups = (*self._groups, *(g for g in other._groups if g not in self._groups))
+        known = set(self._features)
+        added = [feature for feature in other.live if feature not in known]
+        new = [g for g in other._groups if g not in self._members]
+        groups = (*self._groups, *new)
         declared = {**other._implies, **self._implies}
         removed = self._removed.difference(other.live)
-        return self._derive(groups, (*self._features, *added), declared, removed)
+        made = self._derive(groups, (*self._features, *added), declared, removed)
+        warn_alike(None, groups, set(new))
+        by_group: dict[str, set[str]] = {}
+        for group, name in added:
+            by_group.setdefault(group, set()).add(name)
+        for group, names in by_group.items():
+            warn_alike(group, made.names(group), names)
+        return made
 
     def encode(
         self,
-        rows: Sequence[Row],
+        rows: Iterable[Row],
         unknown: Unknown = "error",
         *,
         width: int | None = None,

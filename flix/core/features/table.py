@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
-from flix.core.errors import FeatureError, listed, near
-from flix.core.features.names import EVERY, Feature, check_group, check_name, pair
+from flix.core.errors import FeatureError, listed, near, shown
+from flix.core.features.names import (
+    EVERY,
+    Feature,
+    normal,
+    normal_group,
+    normal_name,
+    pair,
+    warn_alike,
+    written,
+)
+
+_KEPT = 100  # a longer list of implied features is found anew each time it is asked for
 
 
 class FeatureTable:
@@ -15,10 +26,10 @@ class FeatureTable:
     :class:`flix.FeatureRegistry` is what users make; it derives new tables and encodes rows.
 
     Ids are the positions 0 .. len - 1 in the order of registration; the id of a feature that was removed stays
-    reserved for its name.
+    reserved for its name. What a table costs to make grows with what it is made of, and no faster.
     """
 
-    __slots__ = ("_closures", "_features", "_groups", "_ids", "_implies", "_members", "_removed")
+    __slots__ = ("_closures", "_features", "_groups", "_ids", "_implies", "_links", "_members", "_removed")  # fmt: skip
 
     def __init__(
         self,
@@ -28,19 +39,26 @@ class FeatureTable:
         if not isinstance(groups, Mapping) or not groups:
             raise FeatureError(
                 "a registry needs at least one group of features, as {group: [names]}; "
-                f"got {groups!r}"
+                f"got {shown(groups)}"
             )
         features: list[Feature] = []
-        for group, names in groups.items():
-            check_group(group)
+        kept: list[str] = []
+        for given, names in groups.items():
+            group = normal_group(given)
+            kept.append(group)
             if isinstance(names, str) or not isinstance(names, Sequence):
-                raise FeatureError(f"group {group!r} needs a list of feature names, got {names!r}")
+                raise FeatureError(
+                    f"group {group!r} needs a list of feature names, got {shown(names)}"
+                )
             if not names:
                 raise FeatureError(f"group {group!r} is empty; a group needs at least one feature")
-            for name in names:
-                check_name(group, name)
-                features.append((group, name))
-        self._fill(tuple(groups), features, dict(implies or {}))
+            features.extend((group, normal_name(group, name)) for name in names)
+        if implies is not None and not isinstance(implies, Mapping):
+            raise FeatureError(
+                f"implies must be {{(group, feature): [(group, feature), ...]}}, got {shown(implies)}"
+            )
+        self._fill(tuple(kept), features, implies or {})
+        self._warn_alike()
 
     def _fill(
         self,
@@ -53,47 +71,77 @@ class FeatureTable:
         for feature in features:
             if feature in ids:
                 raise FeatureError(
-                    f"feature {feature[1]!r} occurs twice in group {feature[0]!r}; names are unique"
+                    f"feature {feature[1]!r} occurs twice in group {feature[0]!r}; names are unique, "
+                    "in Unicode's NFC"
                 )
             ids[feature] = len(ids)
+        members: dict[str, list[int]] = {}
+        for group in groups:
+            if group in members:
+                raise FeatureError(
+                    f"the group {group!r} occurs twice; groups are unique, in Unicode's NFC"
+                )
+            members[group] = []
         self._groups = groups
         self._features = tuple(features)
         self._removed = frozenset(removed)
         self._ids = {f: i for f, i in ids.items() if f not in self._removed}
-        members: dict[str, list[int]] = {group: [] for group in groups}
         for feature, i in self._ids.items():
             members[feature[0]].append(i)
         self._members = {group: tuple(found) for group, found in members.items()}
-        self._implies = {
-            pair(source): tuple(pair(t) for t in targets) for source, targets in implies.items()
-        }
-        self._closures = self._close()
+        self._implies = _declared(implies)
+        self._links = self._link()
+        self._closures: dict[int, tuple[int, ...]] = {}
+        self._refuse_cycles()
 
-    def _close(self) -> tuple[tuple[int, ...], ...]:
-        """What each feature implies, transitively, as ids; refuses cycles and unknown names."""
-        direct: list[list[int]] = [[] for _ in self._features]
+    def _link(self) -> dict[int, list[int]]:
+        """What each feature implies itself, as ids. A group's ``*`` has a number above all ids, for its own list."""
+        links: dict[int, list[int]] = {}
+        above = len(self._features)
         for (group, name), targets in self._implies.items():
-            sources = self.ids_of(group) if name == EVERY else (self.id(group, name),)
-            for target_group, target in targets:
-                implied = self.id(target_group, target)
-                for source in sources:
-                    direct[source].append(implied)
-        closures: dict[int, tuple[int, ...]] = {}
+            if name == EVERY:
+                source, above = above, above + 1
+                for member in self.ids_of(group):
+                    links.setdefault(member, []).append(source)
+            else:
+                source = self.id(group, name)
+            links.setdefault(source, []).extend(self.id(*target) for target in targets)
+        return links
 
-        def visit(feature: int, path: tuple[int, ...]) -> tuple[int, ...]:
-            if feature in path:
-                chain = (*path[path.index(feature) :], feature)
-                text = " -> ".join(":".join(self._features[i]) for i in chain)
-                raise FeatureError(f"implications must not form a cycle; got {text}")
-            if feature not in closures:
-                found: dict[int, None] = {}
-                for implied in direct[feature]:
-                    found[implied] = None
-                    found.update(dict.fromkeys(visit(implied, (*path, feature))))
-                closures[feature] = tuple(found)
-            return closures[feature]
+    def _refuse_cycles(self) -> None:
+        done: set[int] = set()
+        for start in self._links:
+            path: dict[int, Iterator[int]] = {}
+            following: int | None = start
+            while following is not None or path:
+                if following is None:
+                    last = next(reversed(path))
+                    following = next(path[last], None)
+                    if following is None:
+                        del path[last]
+                        done.add(last)
+                elif following in path:
+                    chain = [*path]
+                    raise FeatureError(
+                        "implications must not form a cycle; got "
+                        + self._chain([*chain[chain.index(following) :], following])
+                    )
+                else:
+                    if following not in done:
+                        path[following] = iter(self._links.get(following, ()))
+                    following = None
 
-        return tuple(visit(feature, ()) for feature in range(len(self._features)))
+    def _chain(self, cycle: Sequence[int]) -> str:
+        names = [written(self._features[i]) for i in cycle if i < len(self._features)]
+        if cycle[0] >= len(self._features):  # it began at a group's "*", which has no name to show
+            names.append(names[0])
+        middle = names if len(names) <= 20 else [*names[:10], "...", *names[-9:]]
+        return " -> ".join(middle)
+
+    def _warn_alike(self) -> None:
+        warn_alike(None, self._groups)
+        for group in self._groups:
+            warn_alike(group, self.names(group))
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -129,7 +177,7 @@ class FeatureTable:
         return len(self._features)
 
     def __contains__(self, feature: object) -> bool:
-        return feature in self._ids
+        return isinstance(feature, tuple) and len(feature) == 2 and self.find(*feature) is not None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FeatureTable):
@@ -148,15 +196,29 @@ class FeatureTable:
         sizes = ", ".join(f"{group}: {len(self.ids_of(group))}" for group in self._groups)
         return f"{type(self).__name__}({sizes})"
 
+    def find(self, group: object, name: object) -> int | None:
+        """The id of a feature under whichever Unicode form of its name; None if there is none."""
+        if not isinstance(group, str) or not isinstance(name, str):
+            return None
+        found = self._ids.get((group, name))
+        if found is None and not (group.isascii() and name.isascii()):
+            try:
+                found = self._ids.get((normal(group, "a group"), normal(name, "a feature")))
+            except FeatureError:
+                return None
+        return found
+
     def id(self, group: str, name: str) -> int:
         """The id of a feature.
 
         Raises:
             FeatureError: no such group or feature; near matches are named.
         """
-        found = self._ids.get((group, name))
+        found = self.find(group, name)
         if found is None:
             names = self.names(group)  # refuses an unknown group
+            group = normal_group(group)
+            name = normal_name(group, name)
             if (group, name) in self._removed:
                 raise FeatureError(
                     f"feature {name!r} of group {group!r} was removed (its id stays reserved); "
@@ -182,17 +244,44 @@ class FeatureTable:
         Raises:
             FeatureError: no such group.
         """
-        members = self._members.get(group)
+        members = self._members.get(group) if isinstance(group, str) else None
+        if members is None and isinstance(group, str):
+            members = self._members.get(normal(group, "a group"))
         if members is None:
             raise FeatureError(
-                f"no feature group {group!r}{near(str(group), self._groups)}; "
+                f"no feature group {shown(group)}{near(str(group), self._groups)}; "
                 f"the groups are: {listed(self._groups)}"
             )
         return members
 
     def implied(self, feature: int) -> tuple[int, ...]:
         """The ids that the feature with this id implies, transitively."""
-        return self._closures[feature]
+        found = self._closures.get(feature)
+        if found is None:
+            found = tuple(self.walk_implied(feature))
+            if len(found) <= _KEPT:
+                self._closures[feature] = found
+        return found
+
+    def walk_implied(self, feature: int) -> Iterator[int]:
+        """What :meth:`implied` returns, one by one."""
+        seen = {feature}
+        pending = [iter(self._links.get(feature, ()))]
+        while pending:
+            following = next(pending[-1], None)
+            if following is None:
+                pending.pop()
+            elif following not in seen:
+                seen.add(following)
+                if following < len(self._features):
+                    yield following
+                pending.append(iter(self._links.get(following, ())))
+
+    @property
+    def implied_ids(self) -> frozenset[int]:
+        """The ids that some feature implies."""
+        found = {i for targets in self._links.values() for i in targets}
+        return frozenset(i for i in found if i < len(self._features))
 
     @classmethod
     def _derive(
@@ -228,27 +317,57 @@ class FeatureTable:
             FeatureError: a form that :meth:`to_dict` does not write, or content that breaks a rule.
         """
         try:
-            groups = tuple(data["groups"])
+            groups = tuple(normal_group(group) for group in data["groups"])
             features = [pair(feature) for feature in data["features"]]
-            implies = {
-                pair(source): [pair(t) for t in targets]
-                for source, targets in data.get("implies", [])
-            }
+            implies: dict[Feature, list[Feature]] = {}
+            for given, targets in data.get("implies", []):
+                source = pair(given)
+                if source in implies:
+                    raise FeatureError(f"what {written(source)} implies is given twice")
+                implies[source] = [pair(target) for target in targets]
             removed = [pair(feature) for feature in data.get("removed", [])]
-        except (KeyError, TypeError, ValueError) as error:
+        except FeatureError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FeatureError(
                 "a registry is written as {'groups': [...], 'features': [[group, name], ...], "
-                f"'implies': [...]}}; got something else ({error})"
+                f"'implies': [...]}}; got something else ({shown(error)})"
             ) from error
+        known = set(features)
         for feature in removed:
-            if feature not in features:
+            if feature not in known:
                 raise FeatureError(f"the removed feature {feature!r} is not among the features")
+        live = {feature[0] for feature in known.difference(removed)}
+        listed_groups = set(groups)
         for group in groups:
-            check_group(group)
-            if all(feature[0] != group or feature in removed for feature in features):
+            if group not in live:
                 raise FeatureError(f"group {group!r} is empty; a group needs at least one feature")
         for group, name in features:
-            check_name(group, name)
-            if group not in groups:
+            if name == EVERY:
+                normal_name(group, name)  # raises
+            if group not in listed_groups:
                 raise FeatureError(f"feature {name!r} names the group {group!r}, not listed")
-        return cls._derive(groups, features, implies, removed)
+        table = cls._derive(groups, features, implies, removed)
+        table._warn_alike()
+        return table
+
+
+def _declared(
+    implies: Mapping[Feature, Iterable[Feature]],
+) -> dict[Feature, tuple[Feature, ...]]:
+    """Implications as they are kept.
+
+    Raises:
+        FeatureError: an ill-formed name, no list of features, or one feature's given twice.
+    """
+    found: dict[Feature, tuple[Feature, ...]] = {}
+    for given, targets in implies.items():
+        source = pair(given)
+        if source in found:
+            raise FeatureError(f"what {written(source)} implies is given twice")
+        if isinstance(targets, str) or not isinstance(targets, Iterable):
+            raise FeatureError(
+                f"what {written(source)} implies must be a list of (group, feature), got {shown(targets)}"
+            )
+        found[source] = tuple(pair(target) for target in targets)
+    return found

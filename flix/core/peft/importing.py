@@ -18,7 +18,7 @@ from flix.core.adapter.adapter import Adapter, LayerShape, tensor_name
 from flix.core.config.config import FlixConfig, nested
 from flix.core.config.targets import exactly
 from flix.core.errors import AdapterError, ConfigError, listed
-from flix.core.features.names import Feature
+from flix.core.features.names import Feature, normal_group, normal_name
 from flix.core.features.registry import FeatureRegistry
 from flix.core.files import Path_
 
@@ -213,8 +213,13 @@ def from_peft(folders: Mapping[str, Path_], group: str, *, skip_modules: bool = 
     """
     if isinstance(folders, str | os.PathLike) or not isinstance(folders, Mapping) or not folders:
         raise ConfigError(f"from_peft takes {{feature: folder}}, got {folders!r}")
-    loras = {name: read_peft(folder, skip_modules=skip_modules) for name, folder in folders.items()}
-    registry = FeatureRegistry({group: list(loras)})
+    group = normal_group(group)
+    names = [normal_name(group, name) for name in folders]
+    registry = FeatureRegistry({group: names})  # refuses a name given twice
+    loras = {
+        name: read_peft(folder, skip_modules=skip_modules)
+        for name, folder in zip(names, folders.values(), strict=True)
+    }
     layers: dict[str, LayerShape] = {}
     for name, lora in loras.items():
         for path, (a, b) in lora.pairs.items():

@@ -20,7 +20,7 @@ _COMBINATIONS = 10_000
 
 def implied_groups(registry: FeatureRegistry) -> tuple[str, ...]:
     """The groups that rows need not name: some feature brings along each of their features."""
-    implied = {i for group in registry.groups for f in registry.ids_of(group) for i in registry.implied(f)}  # fmt: skip
+    implied = registry.implied_ids
     return tuple(g for g in registry.groups if implied.issuperset(registry.ids_of(g)))
 
 

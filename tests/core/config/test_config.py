@@ -90,7 +90,7 @@ def test_with_feature_keeps_everything_else():
     [
         ({"registry": {"language": ["hau"]}}, "registry must be a FeatureRegistry"),
         ({"ranks": "8"}, "ranks must be a rule"),
-        ({"ranks": {"language": 4}}, "task:ner has none"),
+        ({"ranks": {"language": 4}}, "task=ner has none"),
         ({"ranks": -1}, "whole number of 0 or more"),
         ({"alpha": 0}, "alpha must be a positive number"),
         ({"alpha": {"tsk": 1}}, "no feature group 'tsk'"),

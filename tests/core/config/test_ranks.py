@@ -23,7 +23,7 @@ def test_simple_rules():
     assert grouped[("language", "yor")] == 4 and grouped[("task", "pos")] == 16
     table = {"language": {"hau": 1, "swa": 0, "yor": 3}, "task": {"ner": 2, "pos": 2}}
     assert ranks.explicit(table)(REGISTRY)[("language", "swa")] == 0
-    with pytest.raises(RankError, match="must cover every feature; missing: task:ner, task:pos"):
+    with pytest.raises(RankError, match="must cover every feature; missing: task=ner, task=pos"):
         ranks.by_group(language=4)(REGISTRY)
     with pytest.raises(FeatureError, match="no feature group 'domain'"):
         ranks.by_group(language=4, task=2, domain=1)(REGISTRY)
@@ -70,7 +70,7 @@ def test_infeasible_budgets_say_what_is_feasible():
         ranks.proportional(budget=9, sizes=sizes, minimum=2)(REGISTRY)
     with pytest.raises(RankError, match="at most 20, the largest feasible budget"):
         ranks.proportional(budget=21, sizes=sizes, maximum=4)(REGISTRY)
-    with pytest.raises(RankError, match="sizes must name every feature; missing: task:ner"):
+    with pytest.raises(RankError, match="sizes must name every feature; missing: task=ner"):
         ranks.proportional(budget=50, sizes={"language": 10})(REGISTRY)
     with pytest.raises(RankError, match="at least 5, the smallest feasible lora_rank"):
         ranks.parameter_matched(lora_rank=4)(REGISTRY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from itertools import product
 
 import pytest
@@ -18,6 +19,7 @@ from flix.core.features.cells import (
     covering,
     features_of,
     names_of,
+    read_cell,
 )
 
 
@@ -117,9 +119,19 @@ def test_the_reason_is_named(entry, message):
     ("cells", "message"),
     [
         ([{}], r"held_out\[0\] is empty"),
-        ([{"task": "ner"}, "swa"], r"held_out\[1\] must be"),
+        ([{"task": "ner"}, "swa"], r"held_out\[1\]: features are written as group=name"),
+        ([{"task": "ner"}, 3], r"held_out\[1\] must be"),
         ([{"task": ["ner"]}], r"held_out\[0\]: a feature's name"),
+        (["task=ner+pos"], r"held_out\[0\]: a feature's name"),
+        ([{"task": "ner "}], r"held_out\[0\]: .*ends with a blank"),
+        ([{"ta\u200bsk": "ner"}], r"held_out\[0\]: .*U\+200B \(ZERO WIDTH SPACE\)"),
+        (
+            [{"größe": "a", "gro\u0308ße": "b"}],
+            r"held_out\[0\]: .*given twice, in two Unicode forms",
+        ),
         ({"task": "ner"}, "held_out is a list"),
+        ("task=ner", "held_out is a list"),
+        (3, "held_out is a list"),
     ],
 )
 def test_ill_formed_entries(cells, message):
@@ -131,3 +143,57 @@ def test_covering_without_entries_or_cells():
     assert covering([], [{1}]).shape == (0, 1)
     assert covering([{1}], []).shape == (1, 0)
     assert covering([{1}, {2, 3}], [{1, 2}, {2, 3}]).tolist() == [[True, False], [False, True]]
+
+
+NFC, NFD = "español", "espan\u0303ol"
+
+
+def test_names_are_compared_in_nfc():
+    assert names_of("language", [NFD, NFC]) == (NFC,)
+    assert cell_of({"gro\u0308ße": NFD}) == cell_of({"größe": NFC}) == (("größe", (NFC,)),)
+    for entry, row in ((NFC, NFD), (NFD, NFC)):
+        held = HeldOut([{"language": entry}])
+        assert held.covers({"language": row}) and held.covers({"language": ["hau", row]})
+        assert held.among([cell_of({"language": row})]).all()
+    with pytest.raises(FeatureError, match="ends with a blank"):
+        HeldOut([{"language": "eng"}]).covers({"language": "eng "})
+
+
+@pytest.mark.parametrize("name", ["ENG", "Eng", "ｅｎｇ"])
+def test_names_that_are_almost_a_held_out_one_get_a_warning(name):
+    held = HeldOut([{"language": "eng"}])
+    with pytest.warns(UserWarning, match=f"'eng' and '{name}' differ only in case or by compat"):
+        assert not held.covers({"language": name})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not held.covers({"language": name})  # once is enough
+        assert held.covers({"language": "eng"}) and not held.covers({"task": name})
+
+
+SIGNS = st.text(st.sampled_from('ab+,="\\é '), min_size=1, max_size=4).filter(
+    lambda text: text == text.strip()
+)
+odd_cells = st.dictionaries(SIGNS, st.lists(SIGNS, min_size=1, max_size=3, unique=True), min_size=1, max_size=3)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(odd_cells)
+def test_a_cells_name_can_be_read_back_so_no_two_cells_share_one(features):
+    cell = cell_of(features)
+    assert cell_of(read_cell(cell_name(cell))) == cell
+
+
+def test_names_that_hold_the_signs_of_cells_are_quoted():
+    assert cell_name(cell_of({"language": "eng+hin"})) == 'language="eng+hin"'
+    assert cell_name(cell_of({"language": ["eng", "hin"]})) == "language=eng+hin"
+    assert cell_name(cell_of({"a=b": 'c"d', "e": "f,g"})) == '"a=b"="c\\"d",e="f,g"'
+    assert read_cell(" language = eng + hin , task=ner ") == {"language": ["eng", "hin"], "task": ["ner"]}  # fmt: skip
+    assert HeldOut(["language=swa,task=ner"]).cells == ({"language": "swa", "task": "ner"},)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "a=", "=b", "a=b,", "a=b+", "a=b=c", "a+b=c", 'a="b', "a=b,a=c", "a=b,,c=d"]
+)
+def test_texts_that_are_no_cells(text):
+    with pytest.raises(FeatureError, match=r"written as group=name|given twice"):
+        read_cell(text)

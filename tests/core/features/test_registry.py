@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flix import FeatureError, FeatureRegistry
 
@@ -65,7 +68,136 @@ def test_with_feature_refuses_duplicates_and_unknown_groups():
 
 
 def test_implication_errors():
-    with pytest.raises(FeatureError, match="cycle; got language:hau -> task:ner -> language:hau"):
+    with pytest.raises(FeatureError, match="cycle; got language=hau -> task=ner -> language=hau"):
         registry(implies={("language", "hau"): [("task", "ner")], ("task", "ner"): [("language", "hau")]})  # fmt: skip
     with pytest.raises(FeatureError, match=r"no feature 'nre' .did you mean 'ner'"):
         registry(implies={("language", "hau"): [("task", "nre")]})
+
+
+MANY = 20_000
+
+
+def _chain(length):
+    features = [["g", f"n{i}"] for i in range(length)]
+    return {
+        "groups": ["g"],
+        "features": features,
+        "implies": [[features[i], [features[i + 1]]] for i in range(length - 1)],
+    }
+
+
+CROWDS = {
+    "features": {"groups": ["g"], "features": [["g", f"n{i}"] for i in range(MANY)]},
+    "groups": {
+        "groups": [f"g{i}" for i in range(MANY)],
+        "features": [[f"g{i}", "n"] for i in range(MANY)],
+    },
+    "removed": {
+        "groups": ["g"],
+        "features": [["g", f"n{i}"] for i in range(MANY)],
+        "removed": [["g", f"n{i}"] for i in range(1, MANY)],
+    },
+    "chain": _chain(MANY),
+    "star": {
+        "groups": ["g", "h"],
+        "features": [[g, f"n{i}"] for g in "gh" for i in range(MANY // 2)],
+        "implies": [[["g", "*"], [["h", f"n{i}"] for i in range(MANY // 2)]]],
+    },
+    "look alike": {
+        "groups": ["g"],
+        "features": [["g", f(f"n{i}")] for i in range(MANY // 2) for f in (str.lower, str.upper)],
+    },
+}
+
+
+@pytest.mark.parametrize("crowd", CROWDS)
+@pytest.mark.filterwarnings("ignore:.*differ only in case")
+def test_a_registry_of_a_crowd_is_made_in_time_in_proportion_to_it(crowd):
+    data = CROWDS[crowd]
+    began = time.perf_counter()
+    made = FeatureRegistry.from_dict(data)
+    group, name = data["features"][0]
+    assert len(made.encode([{group: name}] * 10)) == 10
+    assert FeatureRegistry.from_dict(made.to_dict()) == made
+    made.union(made).subset([(group, name)])
+    made.with_feature(group, "one more").renamed(group, "one more", "another")
+    assert made.implied_ids == {made.id(*t) for targets in made.implies.values() for t in targets}
+    assert len(made.groups) == len(data["groups"]) and len(made.removed_ids) == len(made.removed)
+    assert (
+        time.perf_counter() - began < 5
+    )  # 0.3 s on a quiet core; what grew with the square took minutes
+
+
+def test_long_chains_and_wide_stars_imply_what_they_say():
+    chain = FeatureRegistry.from_dict(_chain(3000))
+    assert chain.implied(0) == tuple(range(1, 3000)) and chain.implied(2999) == ()
+    assert (chain.encode([{"g": "n2990"}]).ids == range(2990, 3000)).all()
+    data = _chain(3000)
+    data["implies"].append([["g", "n2999"], [["g", "n2000"]]])
+    with pytest.raises(FeatureError, match=r"cycle; got g=n2000 -> .* -> \.\.\. -> .* -> g=n2000"):
+        FeatureRegistry.from_dict(data)
+    star = FeatureRegistry.from_dict(CROWDS["star"])
+    half = MANY // 2
+    assert star.implied(7) == tuple(range(half, MANY)) and star.implied(half) == ()
+    with pytest.raises(FeatureError, match="cycle; got g=b -> g=b"):
+        FeatureRegistry({"g": ["a", "b"]}, {("g", "*"): [("g", "b")]})
+
+
+names = st.integers(0, 7)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.one_of(names, st.sampled_from("xy")), st.lists(names, max_size=3), max_size=8))  # fmt: skip
+def test_implications_are_followed_as_a_plain_search_follows_them(edges):
+    groups = {"x": [str(i) for i in range(4)], "y": [str(i) for i in range(4, 8)]}
+    features = [(g, n) for g, held in groups.items() for n in held]
+
+    def named(source):
+        return (source, "*") if isinstance(source, str) else features[source]
+
+    declared = {named(source): [features[t] for t in targets] for source, targets in edges.items()}
+    direct = {
+        f: [t for source in (f, (f[0], "*")) for t in declared.get(source, ())] for f in features
+    }
+    reached = {f: set(direct[f]) for f in features}
+    for _ in features:
+        reached = {f: found.union(*(reached[t] for t in found)) for f, found in reached.items()}
+    if any(f in found for f, found in reached.items()):
+        with pytest.raises(FeatureError, match="cycle"):
+            FeatureRegistry(groups, declared)
+        return
+    made = FeatureRegistry(groups, declared)
+    for i, feature in enumerate(features):
+        found = made.implied(i)
+        assert {features[j] for j in found} == reached[feature] and len(found) == len(set(found))
+    assert made.implied_ids == {features.index(t) for found in direct.values() for t in found}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"groups": None}, {"groups": 3}, {"groups": [3]}, {"groups": [["a"]]}, {"groups": ["a.b"]},
+        {"groups": ["g", "g"]}, {"groups": ["g", "h"]}, {"features": None}, {"features": [3]},
+        {"features": [["g"]]}, {"features": [["g", 3]]}, {"features": [["g", "*"]]},
+        {"features": [["h", "a"]]}, {"features": [["g", "a"], ["g", "a"]]}, {"implies": 3},
+        {"implies": [3]}, {"implies": [[["g", "a"]]]}, {"implies": [[["g", "a"], 3]]},
+        {"implies": [[["g", "a"], [["g", "z"]]]]}, {"implies": [[["g", "a"], []], [["g", "a"], []]]},
+        {"removed": [["g", "z"]]}, {"removed": 3}, {"removed": [["g", "a"], ["g", "b"]]},
+    ],
+)  # fmt: skip
+def test_other_forms_of_a_registry_are_refused(change):
+    good = {"groups": ["g"], "features": [["g", "a"], ["g", "b"]], "implies": []}
+    FeatureRegistry.from_dict(good)
+    with pytest.raises(FeatureError):
+        FeatureRegistry.from_dict({**good, **change})
+    for other in (None, 3, [], "x"):
+        with pytest.raises(FeatureError):
+            FeatureRegistry.from_dict(other)
+    with pytest.raises(FeatureError):
+        FeatureRegistry({"g": ["a"]}, {("g", "a"): "xy"})
+    with pytest.raises(FeatureError):
+        FeatureRegistry({"g": ["a"]}, ["g"])
+    for group, name in ((3, "a"), ("g", 3), ("g", ["a"]), (["g"], "a"), (None, None)):
+        assert (group, name) not in FeatureRegistry({"g": ["a"]})
+        with pytest.raises(FeatureError):
+            FeatureRegistry({"g": ["a"]}).id(group, name)
