@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -62,6 +63,11 @@ def leaf_specs(tree: Any, specs: Mapping[str, LayerSpec]) -> Any:
     return found
 
 
+def acting(ids: Any) -> Any:
+    """Ids as they were given; of a routing, without those whose weights are 0."""
+    return np.where(ids.weights == 0, -1, ids.ids) if isinstance(ids, Routing) else ids
+
+
 def _present(updates: Any, ids: Any, specs: Any) -> Array:
     """Which features a batch activates, bool ``[F]``: those of ids, or any whose gradient in a layer is not zero."""
     tables = [
@@ -71,7 +77,7 @@ def _present(updates: Any, ids: Any, specs: Any) -> Array:
     ]
     count = len(tables[0][0].ranks)
     if ids is not None:
-        ids = jnp.asarray(ids.ids if isinstance(ids, Routing) else ids)
+        ids = jnp.asarray(acting(ids))
 
         def named(ids: Array) -> Array:
             return jnp.zeros(count, bool).at[jnp.where(ids < 0, count, ids)].set(True, mode="drop")

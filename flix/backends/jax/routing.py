@@ -105,6 +105,8 @@ def make_routing(
         on_host = None if floats is None or is_traced(floats) else np.asarray(floats)
         check_routing(ids, on_host, registry)
         unlike = first_unlike(ids, on_host)
+        if on_host is not None:
+            ids = np.where(on_host == 0, -1, ids)  # absent, whatever its values are
     floats = None if floats is None else jnp.asarray(floats)
     return ActiveRouting(jnp.asarray(ids).astype(jnp.int32), floats, present, registry, unlike)
 

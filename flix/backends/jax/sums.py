@@ -192,6 +192,20 @@ batching.defvectorized(_finite_gradients)  # type: ignore[no-untyped-call]
 ad.deflinear2(_finite_gradients, _left_out)  # type: ignore[no-untyped-call]
 
 
+def _quiet(values: Array, off: Array | None) -> Array:
+    """Values of slots, without what is not finite where a slot's factor is 0, there and on the way back.
+
+    Such a slot adds nothing and sends nothing back, whatever it holds; its factor has a gradient all the same.
+
+    Args:
+        off: which, in a shape that fits the values; None for none.
+    """
+    if off is None:
+        return values
+    kept = jnp.where(jnp.isfinite(values), values, 0)
+    return jnp.where(off, _finite_gradients.bind(kept), values)  # type: ignore[no-untyped-call]
+
+
 def frozen_stopped(
     spec: LayerSpec, a: Array, b: Array, present: Array | None
 ) -> tuple[Array, Array]:
@@ -267,8 +281,12 @@ def add_fused(
         fused.take_rows(table, index).reshape(present.shape[0] + 1, -1, table.shape[1])
         for table in (a, b)
     ]
-    total: Array = fused.fused_sum(target, y, x, *tables, _poison(factor, bad), place)
-    return total
+    factor = _poison(factor, bad)
+    if weights is None:
+        return fused.fused_sum(target, y, x, *tables, factor, place)  # type: ignore[no-any-return]
+    acting = jnp.where(factor == 0, present.shape[0], place)
+    total = fused.fused_sum(target, y, x, *tables, factor, acting)
+    return fused.with_factors_of_zero(total, x, *tables, factor, place)  # type: ignore[no-any-return]
 
 
 def _placed_rows(spec: LayerSpec, count: int, height: int) -> NDArray[np.int32]:
@@ -315,17 +333,21 @@ def routed_sum(
             a, b = fused.take_rows(a, index), fused.take_rows(b, index)
         return _masked_sum(spec, x, a, b, ids, weights, present, dtype)
     rows, factor = make_slots(spec, ids, weights, present, space)
+    off = each = None
+    if weights is not None:
+        off = factor == 0
+        each = (off if strategy == "gather" else off.all(0))[..., None]
+        off = off[:, None, :]
     if strategy == "single":
         rows = rows[0]
-    b = fused.take_rows(b, rows).astype(dtype)
-    if spec.shape.kind == "linear":
-        a = fused.take_rows(a, rows)
+    b = _quiet(fused.take_rows(b, rows).astype(dtype), each)
     if spec.shape.kind == "embedding":
         h = _looked_up(a, x, rows)
     else:
+        a = _quiet(fused.take_rows(a, rows).astype(dtype), each)
         form = "nsd,nrd->nsr" if strategy == "gather" else "nsd,rd->nsr"
-        h = jnp.einsum(form, x, a.astype(dtype), preferred_element_type=space)
-    h = (h.astype(space) * factor[:, None, :]).astype(dtype)
+        h = jnp.einsum(form, x, a, preferred_element_type=space)
+    h = (_quiet(h.astype(space), off) * factor[:, None, :]).astype(dtype)
     return jnp.einsum("nsr,nro->nso" if strategy == "gather" else "nsr,ro->nso", h, b)
 
 
@@ -345,6 +367,8 @@ def _masked_sum(
     """
     space = wide(dtype)
     factor, own = make_mask(spec, ids, weights, present, space)
+    off = None if weights is None else factor == 0
+    acting = own if off is None else own & ~off
     b, broken = _isolated(b.astype(dtype))
     if spec.shape.kind == "embedding":
         h = _looked_up(a, x, None)
@@ -353,9 +377,10 @@ def _masked_sum(
         broken |= other
         x = jnp.where(jnp.isfinite(x).all(-1, keepdims=True), x, 0)  # the base's output tells
         h = jnp.einsum("nsd,rd->nsr", x, a, preferred_element_type=space)
-    h = jnp.where(own[:, None, :], h.astype(space) * factor[:, None, :], 0).astype(dtype)
+    h = _quiet(h.astype(space), None if off is None else off[:, None, :]) * factor[:, None, :]
+    h = jnp.where(own[:, None, :], h, 0).astype(dtype)
     y: Array = _finite_gradients.bind(jnp.einsum("nsr,ro->nso", h, b))  # type: ignore[no-untyped-call]
-    lost = _misplaced(ids, spec, present)[1].any(-1) | (own & broken).any(-1)
+    lost = _misplaced(ids, spec, present)[1].any(-1) | (acting & broken).any(-1)
     # Added, not chosen: a choice would keep an array of the output's size for the backward.
     return y + jnp.where(lost, jnp.nan, 0).astype(y.dtype)[:, None, None]
 

@@ -18,7 +18,7 @@ from flix.backends.jax.adapt import require_adapted
 from flix.backends.jax.functional import touched
 from flix.backends.jax.layers import FlixParam
 from flix.backends.jax.routing import ActiveRouting, current, is_traced
-from flix.core.features.routing import Routing, check_routing
+from flix.core.features.routing import check_routing
 
 
 @functools.partial(
@@ -53,7 +53,8 @@ def value_and_grad(
 
     Args:
         loss: ``loss(model, ids, *args, **kwargs)``; it routes the model by these ids, ``model(x, flix_features=ids)``.
-            Other features than those of ids give NaN.
+            Other features than those of ids give NaN. Of a :class:`flix.Routing`, features whose weights are 0 are
+            absent; of ids, all that are listed are there, whatever weights the loss gives them.
         wrt: the filter of what is differentiated; with ``nnx.Any(FlixParam, ...)``, other parameters whole.
         has_aux: the loss returns ``(value, aux)``.
 
@@ -67,7 +68,7 @@ def value_and_grad(
 
     def run(model: nnx.Module, ids: Any, *args: Any, **kwargs: Any) -> tuple[Any, SparseGrads]:
         config = require_adapted(model, "value_and_grad")
-        plain = ids.ids if isinstance(ids, Routing) else ids
+        plain = optimizers.acting(ids)
         if not is_traced(plain):
             check_routing(np.asarray(plain), None, config.registry)
         present = touched(plain, len(config.registry))

@@ -7,10 +7,10 @@ is summed by row into a small dense matrix, so that clipping and scaling see it 
 rows of the table and of its slot variables (momentum, ...) are gathered, the optimizer's own ``update_step`` runs on
 them, and they are scattered back. Nothing else is touched, whatever the optimizer.
 
-A feature is in use where a row of the batch lists it, with whatever weight. Each row counts the steps that it took part
-in, and Adam's bias correction goes by that count, as it does in PyTorch for a parameter of its own: a rare feature's
-first step is a first step. Optimizers that keep other state for a whole variable (Adafactor, Nadam) go by the common
-count, and those that look at a variable as a matrix (Lamb, Adafactor) see the rows in use as one.
+A feature is in use where a row of the batch lists it with another weight than 0. Each row counts the steps that it
+took part in, and Adam's bias correction goes by that count, as it does in PyTorch for a parameter of its own: a rare
+feature's first step is a first step. Optimizers that keep other state for a whole variable (Adafactor, Nadam) go by
+the common count, and those that look at a variable as a matrix (Lamb, Adafactor) see the rows in use as one.
 """
 
 from __future__ import annotations

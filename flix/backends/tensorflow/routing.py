@@ -45,12 +45,15 @@ class Placed:
         scale: ``[N, R]``, weight times s_f, 0 where unused; it carries gradient where the weights do.
         total: the table's number of rows.
         bound: the most slots that rows can have in all, N * R, where it is known from shapes.
+        asleep: int32 ``[N, R]``: the table row of each slot whose weight is 0, which is unused otherwise; 0 for others.
+            None where there are no weights.
     """
 
     rows: Any
     scale: Any
     total: int
     bound: int | None
+    asleep: Any = None
 
     @functools.cached_property
     def union(self) -> tuple[Any, Any]:
@@ -164,11 +167,16 @@ def place(ids: Any, weights: Any, layout: LayerLayout, dtype: Any, traced: bool 
     scale = tf.where(used, scale, tf.zeros_like(scale))
     if bad is not None:
         scale = tf.where(bad[:, None], tf.constant(np.nan, dtype), scale)
+    asleep = None
+    if weights is not None:
+        # A feature with the weight 0 is absent, whatever its values are; its weight has a gradient all the same.
+        off = scale == 0
+        asleep, rows = tf.where(off, rows, 0), tf.where(off, 0, rows)
     count = ids.shape[0]
     bound = None
     if count is not None and static_width is not None:
         bound = count * static_width * layout.widest
-    return Placed(rows=rows, scale=scale, total=1 + layout.rows, bound=bound)
+    return Placed(rows=rows, scale=scale, total=1 + layout.rows, bound=bound, asleep=asleep)
 
 
 def host_values(what: str, value: Any) -> NDArray[Any] | None:

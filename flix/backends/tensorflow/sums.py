@@ -8,6 +8,7 @@ size ``[d_out, d_in]`` is made for an example.
 Values that are not finite stay in their rows (docs/specification.md §1.5). With ``"gather"`` each row has operands of
 its own. Wide products share them, and 0 times NaN is NaN: there :func:`_project` and :func:`_expand` look whether all
 is finite, mostly in small products that they have anyway, and leave out and mark what is not only if there is such.
+Slots whose weight is 0 stand at row 0, too; :func:`_with_factors_of_zero` gives their weights the gradient.
 """
 
 from __future__ import annotations
@@ -160,6 +161,36 @@ def _summed(base: Any, h: Any, rows: Any, b: Any) -> Any:
     return base + tf.reshape(y, shape)
 
 
+def _with_factors_of_zero(y: Any, placed: Placed, dtype: Any, project: Any, b: Any) -> Any:
+    """y as it is, and the gradient of factors that are 0, whose slots are no part of the sum.
+
+    Args:
+        y: ``[N, S, d_out]``.
+        placed: the batch's routing in this layer.
+        dtype: of the products.
+        project: gives the rank-space values ``[N, S, R]`` of rows of A, ``[N, R]``.
+        b: the table of B.
+    """
+    asleep = placed.asleep
+    if asleep is None:
+        return y
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def attached(y: Any, scale: Any) -> Any:
+        def products(dy: Any) -> Any:
+            back = tf.matmul(dy, tf.cast(tf.gather(b, asleep), dtype), transpose_b=True)
+            found = tf.reduce_sum(back * project(asleep), 1)
+            return tf.where(asleep > 0, tf.cast(found, scale.dtype), tf.zeros_like(scale))
+
+        def backward(dy: Any) -> tuple[Any, Any]:
+            some = tf.reduce_any(asleep > 0)
+            return dy, tf.cond(some, lambda: products(dy), lambda: tf.zeros_like(scale))
+
+        return tf.identity(y), backward
+
+    return attached(y, placed.scale)
+
+
 def routed_linear(
     x: Any, base: Any, placed: Placed, tables: tuple[Any, Any], strategy: str, live: Live
 ) -> Any:
@@ -176,6 +207,18 @@ def routed_linear(
     Returns:
         ``[N, S, d_out]``.
     """
+
+    def project(rows: Any) -> Any:
+        return tf.matmul(x, tf.cast(tf.gather(tables[0], rows), x.dtype), transpose_b=True)
+
+    y = _linear_sum(x, base, placed, tables, strategy, live)
+    return _with_factors_of_zero(y, placed, x.dtype, project, tables[1])
+
+
+def _linear_sum(
+    x: Any, base: Any, placed: Placed, tables: tuple[Any, Any], strategy: str, live: Live
+) -> Any:
+    """See :func:`routed_linear`."""
     scale = tf.cast(placed.scale, x.dtype)
     if strategy in ("gather", "fused"):
         a, b = (fetch(table, placed.rows, live, x.dtype) for table in tables)
@@ -204,6 +247,21 @@ def routed_embedding(
     Arguments as for :func:`routed_linear`, with token ids ``[N, S]`` for x, and A ``[T, vocabulary]``; ``"fused"`` is
     ``"gather"`` here.
     """
+
+    def project(rows: Any) -> Any:
+        shape = tf.shape(tokens)
+        at = tf.broadcast_to(rows[:, None, :], [shape[0], shape[1], tf.shape(rows)[1]])
+        cells = tf.stack([at, tf.broadcast_to(tokens[:, :, None], tf.shape(at))], -1)
+        return tf.cast(tf.gather_nd(tf.convert_to_tensor(tables[0]), cells), base.dtype)
+
+    y = _embedding_sum(tokens, base, placed, tables, strategy, live)
+    return _with_factors_of_zero(y, placed, base.dtype, project, tables[1])
+
+
+def _embedding_sum(
+    tokens: Any, base: Any, placed: Placed, tables: tuple[Any, Any], strategy: str, live: Live
+) -> Any:
+    """See :func:`routed_embedding`."""
     dtype = base.dtype
     scale = tf.cast(placed.scale, dtype)
     single = strategy == "single"

@@ -86,6 +86,28 @@ def test_nnx_training_sparse_and_dense_agree() -> None:
             assert_close(value, results[0][1][name], times=10)
 
 
+def test_features_with_the_weight_zero_keep_their_bits() -> None:
+    model = adapted(target_modules=FEW)
+    rows = [{"language": {"hau": 1.0, "zul": 0.0}, "task": "ner"}] * 5
+    routing = model.flix_config.registry.encode(rows)
+    optimizer = FlixOptimizer(model, optax.adamw(1e-2, weight_decay=0.1))
+    before = jax.tree.map(np.asarray, named_pairs(model))
+    for _ in range(2):
+        _, grads = value_and_grad(loss_of)(model, routing, TOKENS)
+        optimizer.update(model, grads)
+    _, grads = nnx.value_and_grad(loss_of, argnums=nnx.DiffState(0, FlixParam))(
+        model, routing, TOKENS
+    )
+    optimizer.update(model, grads, flix_features=routing)
+    after = jax.tree.map(np.asarray, named_pairs(model))
+    moved = {
+        name.rsplit(".", 1)[1]
+        for name, value in before.items()
+        if not same_bits(value, after[name])
+    }
+    assert moved == {"hau", "ner"}
+
+
 def test_value_and_grad_keeps_random_streams_and_names_errors() -> None:
     model = adapted(target_modules=FEW)
     model.layers[0].drop.rate = 0.5

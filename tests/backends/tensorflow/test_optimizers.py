@@ -74,6 +74,20 @@ def test_absent_features_are_bit_identical_after_any_optimizer(name):
         assert np.isfinite(layer.flix_A.numpy()).all()
 
 
+@pytest.mark.parametrize("eager", [True, False])
+def test_features_with_the_weight_zero_are_absent(eager):
+    model = table_model(["dense_1"])
+    optimizer = keras.optimizers.AdamW(1e-2, weight_decay=0.1)
+    model.compile(optimizer, "mse", run_eagerly=eager)
+    ids = np.concatenate([IDS, np.full((8, 1), 3, np.int32)], 1)
+    given = {**GIVEN, "flix_features": ids, "flix_weights": np.ones(ids.shape, "f")}
+    model.fit(given, TARGET, verbose=0)  # with momentum in zul, which is 3
+    given["flix_weights"][:, 2] = 0
+    before = named_pairs(model)
+    model.fit(given, TARGET, epochs=2, verbose=0)
+    some_moved_and_absent_stayed(model, before)
+
+
 def test_optimizer_inside_a_multi_optimizer():
     from keras.src.optimizers.multi_optimizer import MultiOptimizer
 

@@ -231,6 +231,104 @@ def test_what_is_not_finite_stays_in_its_rows(kind, strategy, dtype, compiled):
             table.assign(value)
 
 
+# Feature 3, which breaks, has the weight 0 in the fourth row; 9 there, and in no other.
+ZERO_IDS = np.array([[0, 8, 9], [3, 9, -1], [2, -1, -1], [0, 3, 9], [-1, -1, -1]], np.int32)
+ZERO_WEIGHTS = np.array([[1, 0.5, 2], [1.5, -1, 0], [0.5, 0, 0], [1, 0, 0], [0, 0, 0]], "f")
+OTHERS = [0, 2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore:values of")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("strategy", ["gather", "masked", "fused"])
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_a_feature_with_the_weight_zero_is_absent(kind, strategy, compiled):
+    """Whatever its values are; weights have their gradients all the same."""
+    rng, tokens = np.random.default_rng(0), kind == "embedding"
+    x = rng.integers(0, 7, (5, 4)).astype(np.int32) if tokens else None
+    x = rng.normal(size=(5, 4, D_IN)).astype("f") if x is None else x
+    dy = rng.normal(size=(5, 4, D_OUT)).astype("f")
+    dy[1] = 0  # a loss of the other rows
+    layer = many(kind, strategy, "float32")
+    run = outcome(layer, compiled)
+    wanted = run(x, ZERO_IDS, ZERO_WEIGHTS, dy)
+    for n, k in np.argwhere(ZERO_IDS >= 0):
+        more = ZERO_WEIGHTS.copy()
+        more[n, k] += 1  # the sum is linear in its weights
+        apart = layer(x, flix_features=ZERO_IDS, flix_weights=more) - wanted[0]
+        found = np.sum(dy * apart.numpy())
+        np.testing.assert_allclose(wanted[2][n, k], found, rtol=1e-3, atol=1e-4)
+    tables = [(table, table.numpy()) for table in (layer.flix_A, layer.flix_B)]
+    for a, b, bad in (
+        (np.nan, None, None),
+        (None, np.nan, None),
+        (np.inf, -np.inf, None),
+        (3e38, 3e38, None),
+        (None, None, np.nan),
+    ):
+        given, broken = x.copy(), [3]
+        for (table, value), new in zip(tables, (a, b), strict=True):
+            value = value.copy()
+            if new is not None:
+                value[layer.span(3)] = new
+            table.assign(value)
+        if bad is not None:
+            if tokens:
+                continue
+            given[3], broken = bad, [0]  # which that row uses
+        found = run(given, ZERO_IDS, ZERO_WEIGHTS, dy)
+        for values in (found[0], found[1], found[2]):
+            if bad is not None and values is not None:
+                assert not np.isfinite(values[3]).all() or values is found[1]
+        rows = OTHERS if bad is None else [0, 2, 4]
+        found[2] = np.array(found[2])
+        found[2][3, 1] = wanted[2][3, 1]  # the weight of the broken feature itself
+        for got, want in zip(found[:3], wanted[:3], strict=True):
+            if got is not None:
+                np.testing.assert_allclose(got[rows], want[rows], rtol=1e-4, atol=1e-5)
+        kept = np.arange(layer.flix_A.shape[0]) > 0  # that row stands for unused slots
+        for feature in broken:
+            kept[layer.span(feature)] = False
+        for got, want in zip(found[3:], wanted[3:], strict=True):
+            np.testing.assert_allclose(got[kept], want[kept], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:values of")
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_one_composition_with_a_weight_of_zero(kind, jit):
+    """Under "single", and by XLA; the width and batch are not known while the function is traced."""
+    x = np.ones((4, 3), np.int32) if kind == "embedding" else np.ones((4, 3, D_IN), "f")
+    ids, weights = np.array([[0, 3]] * 4, np.int32), np.array([[1, 0]] * 4, "f")
+    found = []
+    for strategy in ("single", "gather"):
+        layer = many(kind, strategy, "float32")
+
+        def step(x, ids, weights, layer=layer):
+            with tf.GradientTape() as tape:
+                tape.watch(weights)
+                loss = tf.reduce_sum(layer(x, flix_features=ids, flix_weights=weights) ** 2)
+            return loss, tape.gradient(loss, weights)
+
+        run = tf.function(
+            step,
+            input_signature=[
+                tf.TensorSpec([None, *x.shape[1:]], x.dtype),
+                tf.TensorSpec([None, None], tf.int32),
+                tf.TensorSpec([None, None]),
+            ],
+            jit_compile=jit,
+        )
+        found += [run(x, ids, weights)]
+        value = layer.flix_B.numpy()
+        value[layer.span(3)] = np.nan
+        layer.flix_B.assign(value)
+        assert_close(run(x, ids, weights)[0], found[-1][0])
+    (loss, grads), (want, want_grads) = found
+    assert_close(loss, want)
+    assert_close(grads, want_grads)
+    assert np.abs(grads).min() > 1e-3
+
+
 @pytest.mark.filterwarnings("ignore:values of")
 @pytest.mark.parametrize("strategy", ["gather", "masked"])
 def test_what_is_not_finite_stays_in_its_tokens_rows(strategy):

@@ -291,3 +291,46 @@ def _gradient(blocks: Array, table: Array) -> Array:
 
 
 fused_sum.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def with_factors_of_zero(
+    y: Array, x: Array, a: Array, b: Array, factor: Array, place: Array
+) -> Array:
+    """y as it is, and the gradient of factors that are 0, whose slots :func:`fused_sum` was not given.
+
+    Features with the weight 0 do not act (docs/specification.md §1.5), yet their weights have a gradient. It is made of
+    rows gathered for each example, and only where weights are differentiated and some are 0.
+
+    Args:
+        y: ``[N, S, d_out]``, what :func:`fused_sum` gave.
+        place: of all slots; otherwise as for :func:`fused_sum`.
+    """
+    return y
+
+
+def _zeros_forward(y: Any, x: Any, a: Any, b: Any, factor: Any, place: Any) -> tuple[Array, Any]:
+    kept = (x.value, a.value, b.value, factor.value, place.value)
+    return y.value, kept if factor.perturbed else None
+
+
+def _zeros_backward(kept: Any, g: Any) -> tuple[Any, ...]:
+    if type(g) is jax.custom_derivatives.SymbolicZero:
+        return (None,) * 6
+    if kept is None:
+        return (g, *(None,) * 5)
+    x, a, b, factor, place = kept
+
+    def products() -> Array:
+        def of(values: Array, table: Array) -> Array:
+            own = table.astype(values.dtype)[place]
+            return jnp.einsum("nsd,nwrd->nwsr", values, own, preferred_element_type=factor.dtype)
+
+        found = (of(x, a) * of(g, b)).sum((2, 3))
+        return jnp.where(factor == 0, found, 0).astype(factor.dtype)
+
+    d_factor = jax.lax.cond((factor == 0).any(), products, lambda: jnp.zeros_like(factor))
+    return g, None, None, None, d_factor, None
+
+
+with_factors_of_zero.defvjp(_zeros_forward, _zeros_backward, symbolic_zeros=True)
