@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flax import nnx
@@ -18,6 +18,7 @@ from flix.backends.protocol import Values
 from flix.core.config.config import FlixConfig
 from flix.core.config.targets import LayerInfo, is_head
 from flix.core.errors import TargetError
+from flix.core.features.names import Feature
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +29,11 @@ class FlixState:
 
     Attributes:
         config: the configuration.
+        named: features that a warning has named for values that are not finite; no part of the value.
     """
 
     config: FlixConfig
+    named: set[Feature] = field(default_factory=set)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FlixState):
@@ -50,7 +53,7 @@ class FlixState:
         return self._hash
 
     def __deepcopy__(self, memo: Any) -> FlixState:
-        return replace(self)
+        return replace(self, named=set())
 
     def __repr__(self) -> str:
         return f"FlixState({self.config.registry!r})"

@@ -22,6 +22,7 @@ from jax import Array
 
 from flix.backends import messages
 from flix.backends.jax import sums
+from flix.backends.jax.finite import name_broken
 from flix.backends.jax.kernels import fused
 from flix.backends.jax.parameters import Bank, LayerBank, LayerRows, LayerSpec, Rows
 from flix.backends.jax.routing import ActiveRouting, is_traced, leading_shape, make_routing
@@ -144,7 +145,7 @@ def _linear(
     y = jnp.matmul(x, kernel)
     if bias is not None:
         y = y + bias.astype(y.dtype)
-    return add_update(y, x, layer.spec, layer.A, layer.B, routing, strategy)
+    return _add(y, x, layer, routing, strategy)
 
 
 def _embed(tokens: Array, table: Array, layer: Any, routing: ActiveRouting, strategy: str) -> Array:
@@ -156,7 +157,13 @@ def _embed(tokens: Array, table: Array, layer: Any, routing: ActiveRouting, stra
         )
     tokens = jnp.asarray(tokens)
     y = jnp.take(table, tokens, axis=0)
-    return add_update(y, tokens, layer.spec, layer.A, layer.B, routing, strategy)
+    return _add(y, tokens, layer, routing, strategy)
+
+
+def _add(y: Array, x: Array, layer: Any, routing: ActiveRouting, strategy: str) -> Array:
+    if isinstance(layer, LayerBank):
+        name_broken(layer.spec, layer.A, layer.B, routing.ids)
+    return add_update(y, x, layer.spec, layer.A, layer.B, routing, strategy)
 
 
 def add_update(

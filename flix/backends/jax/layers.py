@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from flix.backends import messages
-from flix.backends.jax import forms, scopes
+from flix.backends.jax import finite, forms, scopes
 from flix.backends.jax.functional import add_update
 from flix.backends.jax.parameters import LayerBank, LayerSpec
 from flix.backends.jax.patches.carrying import Carrying
@@ -69,6 +69,7 @@ class FlixLayer(Carrying):
     def put(self, bank: LayerBank) -> None:
         """Set the layer's pairs, and with them its spec; the tables take the kernel's sharding."""
         self.flix_spec = bank.spec
+        finite.look_again(self)
         kernel, form = kernel_of(self), form_of(self)
         for name, table, axes in (
             ("flix_A", bank.A, form.contracted),
@@ -94,9 +95,14 @@ class FlixLayer(Carrying):
 
     def _updated(self, y: Array, x: Array, routing: ActiveRouting) -> Array:
         """y ``[..., d_out]`` plus the routed sum over x ``[..., d_in]``, or tokens ``[...]``."""
-        return add_update(
-            y, x, self.flix_spec, self.flix_A[...], self.flix_B[...], routing, self.flix_strategy
-        )
+        spec, a, b = self.flix_spec, self.flix_A[...], self.flix_B[...]
+        if routing.present is None:
+            finite.name_broken(spec, a, b, routing.ids, self.flix_state.named)
+        return add_update(y, x, spec, a, b, routing, self.flix_strategy)
+
+    def _flix_virtual(self) -> tuple[Any, Any]:
+        finite.look_at(self)
+        return super()._flix_virtual()
 
 
 class FlixLinear(FlixLayer, nnx.Linear):

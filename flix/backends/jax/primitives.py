@@ -15,7 +15,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from flix.backends import messages
-from flix.backends.jax import scopes
+from flix.backends.jax import finite, scopes
 from flix.backends.jax.adapt import attach as attach
 from flix.backends.jax.adapt import (
     flix_layers,
@@ -101,6 +101,7 @@ def write(model: M, pairs: Pairs) -> M:
     if isinstance(model, tuple):
         return model[0], bank  # type: ignore[return-value]
     for path, layer in flix_layers(model):  # type: ignore[arg-type]
+        finite.look_again(layer)
         for variable, table in ((layer.flix_A, bank[path].A), (layer.flix_B, bank[path].B)):
             if path in pairs:
                 variable[...] = jax.device_put(table, variable[...].sharding)
@@ -164,4 +165,4 @@ def switch(model: Any, by: int) -> None:
         layers = (layer for _, layer in flix_layers(model))
         scopes.enter(scopes.Block(model.flix_state, (model, *layers)))
     else:
-        scopes.leave(model.flix_state)
+        scopes.leave(model)

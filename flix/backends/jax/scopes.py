@@ -95,10 +95,12 @@ def enter(block: Block) -> None:
     _show()
 
 
-def leave(state: Any) -> None:
-    """Close the last block of a state; blocks may be closed in any order."""
+def leave(model: Any) -> None:
+    """Close the last block of a model; blocks may be closed in any order."""
     for block in reversed(_blocks.task):
-        if block.state is state:
+        if (
+            block.holders[0] is model
+        ):  # its state may be another since: nnx.jit gives that of an equal model
             _blocks.leave(block)
             _show()
             return

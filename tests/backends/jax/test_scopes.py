@@ -249,7 +249,7 @@ def test_a_block_closed_in_another_thread_leaves_nothing() -> None:
     with disable(model):
         pass
     assert_close(model(X), Net()(X))
-    scopes.leave(model.flix_state)
+    scopes.leave(model)
     with pytest.raises(flix.RoutingError, match="without routing"):
         model(X)
 

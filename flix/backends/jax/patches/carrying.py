@@ -19,6 +19,7 @@ from flix.backends.jax import scopes
 from flix.backends.jax.routing import CARRIED, carried
 
 _VIRTUAL = (CARRIED, scopes.MARK)
+STATE = "flix_state"
 
 
 class Carrying(nnx.Module):
@@ -41,14 +42,18 @@ class Carrying(nnx.Module):
         return sorted(kept, key=lambda pair: str(pair[0])), metadata
 
     def _graph_node_clear(self) -> None:
-        # An existing module that a transformation updates keeps what it had itself.
-        own = {name: vars(self).get(name) for name in _VIRTUAL}
+        # An existing module that a transformation updates keeps what it had itself. Its state would become that of an
+        # equal model, which the transformation's cache knows.
+        own = {name: vars(self).get(name) for name in (*_VIRTUAL, STATE)}
         super()._graph_node_clear()  # type: ignore[no-untyped-call]
         vars(self).update(own)
 
     def _graph_node_init(self, attributes: Iterable[tuple[Any, Any]]) -> None:
         own = {name: vars(self)[name] for name in _VIRTUAL if name in vars(self)}
+        state = vars(self).get(STATE)
         super()._graph_node_init(attributes)
+        if state is not None and vars(self)[STATE] == state:
+            vars(self)[STATE] = state
         for name, value in own.items():
             vars(self).pop(name, None) if value is None else vars(self).update({name: value})
 
