@@ -7,6 +7,7 @@ from typing import Any
 
 from flix.core.adapter.composition import Composition
 from flix.core.errors import ConfigError, RoutingError, TargetError, listed
+from flix.core.features.names import written
 
 
 def not_adapted(verb: str, model: Any) -> TargetError:
@@ -196,7 +197,7 @@ def merged(*compositions: Composition) -> RoutingError:
         compositions: what was merged into it, in order: each the ``active`` that the primitive ``merged`` was given.
     """
     held = ", then ".join(
-        " + ".join(":".join(f) + ("" if weight == 1 else f" x {weight:g}") for f, weight in active)
+        " + ".join(written(f) + ("" if weight == 1 else f" x {weight:g}") for f, weight in active)
         for active in compositions
     )
     return RoutingError(

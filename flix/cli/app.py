@@ -230,7 +230,7 @@ def share(
     adapter: AdapterFolder,
     features: Annotated[
         list[str],
-        typer.Option("--features", metavar="GROUP:NAME,...", help="The features to share."),
+        typer.Option("--features", metavar="GROUP=NAME,...", help="The features to share."),
     ],
     out: Out,
     force: Force = False,

@@ -12,6 +12,7 @@ from flix.cli.folders import check_out
 from flix.core.adapter.composition import composition
 from flix.core.adapter.files import load_adapter
 from flix.core.errors import ConfigError
+from flix.core.features.names import written
 from flix.training.errors import ModelError
 
 
@@ -82,7 +83,7 @@ def _composed(
     from flix.backends.torch import load
 
     loaded = load(model, folder).eval()  # trained heads come with it
-    return loaded, row, {":".join(feature): weight for feature, weight in active}
+    return loaded, row, {written(feature): weight for feature, weight in active}
 
 
 def _copy_tokenizer(base: str, out: Path) -> bool:

@@ -1,13 +1,13 @@
-"""Reading ``--features language=hau,task=ner``, ``--features language:hau`` and ``name=FOLDER``."""
+"""Reading ``--features language=hau,task=ner`` and ``name=FOLDER``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from flix.core.errors import ConfigError, FeatureError
 from flix.core.features.encoding import Row
-from flix.core.features.names import Feature
+from flix.core.features.names import Feature, normal_group
 from flix.core.features.registry import FeatureRegistry
 
 
@@ -25,12 +25,8 @@ def parse_features(texts: Sequence[str], registry: FeatureRegistry) -> Row:
             no number.
     """
     row: dict[str, str | dict[str, float]] = {}
-    for part in (part.strip() for text in texts for part in text.split(",")):
-        if not part:
-            continue
-        group, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or not group or not value:
-            raise FeatureError(f"--features: {part!r} is not of the form group=name")
+    for part in _parts(texts, registry):
+        group, value = _divided(part, registry)
         if group in row:
             raise FeatureError(
                 f"--features: group {group!r} is given twice; join names with '+': {group}=a+b"
@@ -40,6 +36,37 @@ def parse_features(texts: Sequence[str], registry: FeatureRegistry) -> Row:
         raise FeatureError("--features names no feature; write, e.g., language=hau,task=ner")
     registry.encode([row])
     return row
+
+
+def _parts(texts: Sequence[str], registry: FeatureRegistry) -> Iterator[str]:
+    """What commas part; a text that is one feature's whole name is one part, whatever it holds."""
+    for text in texts:
+        whole = any(feature in registry for feature in _divisions(text))
+        for part in [text] if whole else text.split(","):
+            if part.strip():
+                yield part.strip()
+
+
+def _divisions(text: str) -> list[Feature]:
+    """Every way to read a text as group=name: groups and names may hold "=", too."""
+    pieces = text.split("=")
+    return [("=".join(pieces[:i]).strip(), "=".join(pieces[i:]).strip()) for i in range(1, len(pieces))]  # fmt: skip
+
+
+def _divided(part: str, registry: FeatureRegistry) -> Feature:
+    """Group and value of a part.
+
+    Raises:
+        FeatureError: it is not of the form group=name, or there is no such group.
+    """
+    found = _divisions(part)
+    if not found or not all(found[0]):
+        like = f"; write {part.replace(':', '=', 1)!r}" if ":" in part and not found else ""
+        raise FeatureError(f"--features: {part!r} is not of the form group=name{like}")
+    known = [f for f in found if f in registry] or [f for f in found if f[0] in registry.groups]
+    group, value = (known or found)[0]
+    registry.ids_of(group)
+    return normal_group(group), value
 
 
 def _value(group: str, text: str, registry: FeatureRegistry) -> str | dict[str, float]:
@@ -63,33 +90,25 @@ def _value(group: str, text: str, registry: FeatureRegistry) -> str | dict[str, 
 
 
 def parse_choice(texts: Sequence[str], registry: FeatureRegistry) -> list[Feature]:
-    """The features that the option names: ``group:name``, separated by commas.
+    """The features that the option names: ``group=name``, or several of a group by ``+``, separated by commas.
 
     Args:
         texts: the option's values; a value that is a feature's whole name is one, whatever it holds.
-        registry: names that hold a comma are recognised by it.
+        registry: names that hold a comma, "+" or "=" are recognised by it.
 
     Raises:
         FeatureError: a part of another form, an unknown group or feature, or none at all.
     """
     found: list[Feature] = []
-    for text in texts:
-        for part in [text] if _split(text) in registry else text.split(","):
-            if not part.strip():
-                continue
-            feature = _split(part)
-            if not all(feature):
-                raise FeatureError(f"--features: {part.strip()!r} is not of the form group:name")
-            registry.id(*feature)
-            found.append(feature)
+    for part in _parts(texts, registry):
+        if "=" not in part and ":" in part:  # as it was written before
+            part = part.replace(":", "=", 1)
+        group, value = _divided(part, registry)
+        for name in [value] if (group, value) in registry else value.split("+"):
+            found.append(registry.features[registry.id(group, name.strip())])
     if not found:
-        raise FeatureError("--features names no feature; write, e.g., language:swa,task:ner")
+        raise FeatureError("--features names no feature; write, e.g., language=swa,task=ner")
     return found
-
-
-def _split(text: str) -> Feature:
-    group, _, name = text.strip().partition(":")
-    return (group.strip(), name.strip())
 
 
 def parse_folders(texts: Sequence[str]) -> dict[str, Path]:

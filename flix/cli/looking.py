@@ -13,7 +13,7 @@ from flix.core.adapter.files import load_adapter, read_description
 from flix.core.config.config import FlixConfig
 from flix.core.costs import Layers, Plan, feature_cost, plan
 from flix.core.features.encoding import Row
-from flix.core.features.names import Feature
+from flix.core.features.names import Feature, written
 from flix.core.strategy.decide import measured_on
 from flix.core.strategy.explain import Batch, Choice, explain
 
@@ -70,7 +70,7 @@ def check_adapter(folder: Path, as_json: bool) -> int:
     """Name what holds values that are not finite: 1 if anything does, else 0."""
     adapter = load_adapter(folder)
     broken = [
-        (":".join(feature), path)
+        (written(feature), path)
         for feature in adapter.config.registry.live
         for path in adapter.layers
         if not all(np.isfinite(part).all() for part in adapter.pair(path, feature))
@@ -89,10 +89,10 @@ def inspect_adapter(folder: Path, by_layer: bool, as_json: bool) -> None:
     adapter = load_adapter(folder)
     config, norms = adapter.config, update_norms(adapter)
     live = {config.registry.id(*f): f for f in config.registry.live}
-    removed = [":".join(f) for f in config.registry.features if f in config.registry.removed]
+    removed = [written(f) for f in config.registry.features if f in config.registry.removed]
     total = {f: float(np.sqrt(sum(n * n for n in per.values()))) for f, per in norms.items()}
     costs = {f: feature_cost(config, adapter.layers, f) for f in live.values()}
-    names = {i: ":".join(f) for i, f in live.items()}
+    names = {i: written(f) for i, f in live.items()}
     if as_json:
         show_json(
             {
@@ -206,7 +206,7 @@ def _planned(path: Path) -> tuple[FlixConfig, Layers, list[Row] | None, list[str
 def _show(result: Plan, known: bool) -> None:
     show_table(
         ["feature", "rank", "parameters", "FLOPs/token"],
-        [[":".join(f.feature), f.rank, f.parameters, f.flops] for f in result.features],
+        [[written(f.feature), f.rank, f.parameters, f.flops] for f in result.features],
         title=f"{len(result.features)} features in {result.layers} layers",
     )
 

@@ -12,6 +12,7 @@ from flix.core.adapter.adapter import Adapter
 from flix.core.adapter.files import load_adapter, save_adapter
 from flix.core.adapter.sharing import combine_adapters, select_features
 from flix.core.errors import AdapterError, ConfigError
+from flix.core.features.names import written
 from flix.core.peft.importing import from_peft
 
 HEADS_FILE = "trained.safetensors"  # what the torch backend writes beside an adapter
@@ -66,7 +67,7 @@ def _heads(folders: Sequence[Path]) -> list[str]:
 
 def _write(adapter: Adapter, out: Path, as_json: bool, what: str, heads: list[str]) -> None:
     save_adapter(adapter, out)
-    names = [":".join(feature) for feature in adapter.config.registry.live]
+    names = [written(feature) for feature in adapter.config.registry.live]
     if as_json:
         show_json(
             {

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core.errors import FeatureError, listed, near
+from flix.core.errors import FeatureError, listed, near, shown
 from flix.core.features.cells import Cell, MixtureError, cell_of, names_of
+from flix.core.features.names import normal_group, normal_name
 from flix.core.features.registry import FeatureRegistry
 from flix.data.sources import Source, column_names
 
@@ -31,8 +33,8 @@ def feature_columns(
     """
     if given is not None:
         names = [given] if isinstance(given, str) else list(given)
-        if not names or len(set(names)) < len(names):
-            raise MixtureError(f"columns must be names, each once, got {given!r}")
+        if not names or len({normal_group(name) for name in names}) < len(names):
+            raise MixtureError(f"columns must be names, each once, got {shown(given)}")
         if registry is not None:
             for name in names:
                 registry.ids_of(name)
@@ -40,7 +42,8 @@ def feature_columns(
     declared = list(dict.fromkeys(name for source in sources for name in source.features))
     present = set(declared).union(*(column_names(source) for source in sources))
     if registry is not None:
-        groups = [group for group in registry.groups if group in present]
+        by_group = {unicodedata.normalize("NFC", name): name for name in sorted(present)}
+        groups = [by_group[group] for group in registry.groups if group in by_group]
         wanted = f"the registry's groups ({listed(registry.groups)})"
     else:
         usual = [name for name in ("language", "task") if name in present]
@@ -90,12 +93,49 @@ class Table:
         return {name: column.values[column.codes[row]] for name, column in self.columns.items()}
 
 
+def kept_features(source: Source, columns: Sequence[str]) -> Source:
+    """The source with the names that it declares as registries keep them, by column.
+
+    Raises:
+        FeatureError: an ill-formed value or name.
+        MixtureError: features are declared twice for a column, in two Unicode forms.
+    """
+    by_group = {unicodedata.normalize("NFC", name): name for name in columns}
+    found: dict[str, Any] = {}
+    for given, value in source.features.items():
+        name = by_group.get(unicodedata.normalize("NFC", str(given)), given)
+        if name in found:
+            raise MixtureError(f"{source.label} declares {name!r} twice, in two Unicode forms")
+        try:
+            found[name] = kept_value(name, value)
+        except FeatureError as error:
+            raise FeatureError(f"{source.label}: {error}") from None
+    return replace(source, features=found)
+
+
+def kept_value(group: str, value: Any) -> Any:
+    """What a row says of one group, with its names as registries keep them.
+
+    Raises:
+        FeatureError: what :func:`flix.core.features.cells.names_of` refuses.
+    """
+    names = names_of(group, value)
+    if value is None or isinstance(value, str):
+        return names[0] if names else None
+    if not isinstance(value, Mapping):
+        return list(names)
+    kept: dict[str, float] = dict.fromkeys(names, 0.0)
+    for name, weight in value.items():
+        if weight is not None:
+            kept[normal_name(group, name)] += weight
+    return kept
+
+
 def check_columns(source: Source, columns: Sequence[str]) -> None:
     """Refuse a source that does not say, once and only once, what its rows have of each feature column.
 
     Raises:
         MixtureError: a column that is missing, declared beside one of the dataset, or declared for no column.
-        FeatureError: an ill-formed declared value.
     """
     present = column_names(source)
     for name in source.features:
@@ -109,10 +149,6 @@ def check_columns(source: Source, columns: Sequence[str]) -> None:
                 f"{source.label} declares {name!r} and has a column of that name; "
                 "leave out one of the two"
             )
-        try:
-            names_of(name, source.features[name])
-        except FeatureError as error:
-            raise FeatureError(f"{source.label}: {error}") from None
     for name in columns:
         if name not in source.features and name not in present:
             raise MixtureError(
@@ -154,8 +190,10 @@ def read_table(source: Source, columns: Sequence[str]) -> Table:
 def _read_column(source: Source, name: str) -> Column:
     import pyarrow as pa  # type: ignore[import-untyped]
 
-    selected = source.dataset.select_columns([name]).with_format("arrow")[:]
-    chunks = selected.column(name)
+    # The column alone, past the dataset's own reading, which copies its description each time.
+    chunks = source.dataset.data.column(name)
+    if (chosen := source.dataset._indices) is not None:  # by select, shuffle or filter
+        chunks = chunks.take(chosen.column(0))
     if chunks.null_count:
         row = int(np.argmax(chunks.is_null().to_numpy()))
         raise MixtureError(
@@ -176,7 +214,7 @@ def _read_column(source: Source, name: str) -> Column:
         )
     for place, value in enumerate(values):
         try:
-            names_of(name, value)
+            values[place] = kept_value(name, value)
         except FeatureError as error:
             row = int(np.argmax(codes == place))
             raise FeatureError(f"{source.label}, row {row}: {error}") from None

@@ -11,17 +11,26 @@ from numpy.typing import NDArray
 
 from flix.core import rng
 from flix.core.checks import whole
-from flix.core.errors import MissingFrameworkError, listed
-from flix.core.features.cells import Cell, HeldOut, MixtureError, cell_name, cell_of, features_of
-from flix.core.features.names import Feature
+from flix.core.errors import FeatureError, MissingFrameworkError, listed
+from flix.core.features.cells import (
+    Cell,
+    HeldOut,
+    MixtureError,
+    cell_name,
+    cell_of,
+    features_of,
+    quoted,
+)
+from flix.core.features.names import Feature, normal_group, warn_alike
 from flix.core.features.registry import FeatureRegistry
 from flix.core.sampling.schedule import Schedule, probabilities, walk
 from flix.data import streaming
 from flix.data.caps import Cap, caps_of
-from flix.data.columns import check_columns, feature_columns, read_table
+from flix.data.columns import check_columns, feature_columns, kept_features, read_table
 from flix.data.display import table_of
+from flix.data.joining import joined
 from flix.data.rows import TrainRows
-from flix.data.sources import Source, as_sources, datasets_library, is_streamed, stream_size
+from flix.data.sources import Source, as_sources, is_streamed, stream_size
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -72,10 +81,11 @@ class Mixture:
         epoch_size: int | None = None,
         registry: FeatureRegistry | None = None,
     ) -> None:
-        self.sources: tuple[Source, ...] = tuple(as_sources(sources))
+        given = as_sources(sources)
         self.temperature = temperature
         self.seed = whole(seed, "seed", 0, MixtureError)
-        self.columns: tuple[str, ...] = feature_columns(self.sources, columns, registry)
+        self.columns: tuple[str, ...] = feature_columns(given, columns, registry)
+        self.sources: tuple[Source, ...] = tuple(kept_features(s, self.columns) for s in given)
         for source in self.sources:
             check_columns(source, self.columns)
         self.excluded = held_out if isinstance(held_out, HeldOut) else HeldOut(held_out)
@@ -83,6 +93,7 @@ class Mixture:
         self._tables = [read_table(s, self.columns) for s in self.sources if not is_streamed(s)]
         self._streams = [s for s in self.sources if is_streamed(s)]
         self._collect()
+        self._check_names()
         held = self._check_held_out()
         self._held_rows: NDArray[np.bool_] = held[self._cell_of_row]
         trained = np.flatnonzero(~held)
@@ -139,7 +150,8 @@ class Mixture:
                     cells[cell] = place
                     names.append(cell_name(cell))
                 else:  # which cells its rows are of is not known before they are read
-                    names.append(f"{cell_name(cell)}{',' if cell else ''}... ({source.name})")
+                    known = f"{cell_name(cell)}," if cell else ""
+                    names.append(f"{known}... ({quoted(str(source.name))})")
             self._cell_of_stream.append(place)
         self._cells, self._names = keys, names
         self._sizes: NDArray[np.int64] = np.array(counts, np.int64)
@@ -148,6 +160,34 @@ class Mixture:
     def _opaque(self) -> list[Source]:
         """Streamed sources whose rows' cells are not known before they are read."""
         return [s for s in self._streams if set(s.features) != set(self.columns)]
+
+    def _check_names(self) -> None:
+        """Refuse what a given registry does not have, with its source; without one, warn of names that look alike."""
+        if self._given is None:
+            names: dict[str, dict[str, None]] = {}
+            for cell in self._cells:
+                for group, members in cell:
+                    names.setdefault(group, {}).update(dict.fromkeys(members))
+            for group, found in names.items():
+                warn_alike(group, found)
+            return
+        for table in self._tables:
+            for number, cell in enumerate(table.cells):
+                try:
+                    features_of(cell, self._given)
+                except FeatureError as error:
+                    row = int(np.argmax(table.cell_codes == number))
+                    raise FeatureError(f"{table.source.label}, row {row}: {error}") from None
+        for source in self._streams:
+            try:
+                features_of(cell_of(source.features), self._given)
+            except FeatureError as error:
+                raise FeatureError(f"{source.label}: {error}") from None
+        for number, entry in enumerate(self.excluded.cells):
+            try:
+                features_of(cell_of(entry), self._given)
+            except FeatureError as error:
+                raise MixtureError(f"held_out[{number}]: {error}") from None
 
     def _check_held_out(self) -> NDArray[np.bool_]:
         if not self._opaque:
@@ -167,7 +207,7 @@ class Mixture:
                 f"{source.label} is streamed: what its rows activate is not known before they are "
                 "read; give the mixture a registry"
             )
-        groups: dict[str, dict[str, None]] = {name: {} for name in self.columns}
+        groups: dict[str, dict[str, None]] = {normal_group(name): {} for name in self.columns}
         for cell in self._cells:
             for group, names in cell:
                 groups[group].update(dict.fromkeys(names))
@@ -260,7 +300,8 @@ class Mixture:
                 seen, those of small cells several times.
 
         Raises:
-            MixtureError: an argument out of its range, or columns of different types.
+            MixtureError: an argument out of its range, columns of different types, or a streamed source with no row
+                to train on (its first one is read to see).
         """
         whole(epoch, "an epoch", 0, MixtureError)
         whole(shuffle_buffer, "shuffle_buffer", 0, MixtureError)
@@ -278,6 +319,7 @@ class Mixture:
                     keep = streaming.KeepTrained(
                         *self._rule(source.label), frozenset(source.features)
                     )
+                    streaming.check_gives(source, keep, self.columns)
                     stream = streaming.with_features(source)
                     streams.append(stream.filter(keep, input_columns=list(self.columns)))
                     p.append(share * stream_size(source))
@@ -319,17 +361,7 @@ class Mixture:
     @cached_property
     def _joined(self) -> Any:
         """All rows that have numbers, with the feature columns, as one dataset."""
-        library = datasets_library()
-        parts = []
-        for table in self._tables:
-            part = table.source.dataset
-            for name, value in table.source.features.items():
-                part = part.add_column(name, [value] * len(table))
-            parts.append(part)
-        try:
-            return library.concatenate_datasets(parts)
-        except ValueError as error:
-            raise streaming.not_alike(error) from error
+        return joined(self._tables)
 
     def _need_numbers(self, what: str) -> None:
         for source in self._streams:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Union
 
 from flix.core.checks import whole
-from flix.core.errors import MissingFrameworkError, listed
-from flix.core.features.cells import MixtureError
+from flix.core.errors import MissingFrameworkError, listed, shown
+from flix.core.features.cells import MixtureError, cell_name, cell_of
 
 if TYPE_CHECKING:
     import datasets
@@ -38,6 +39,12 @@ class Source:
     def label(self) -> str:
         """How messages begin."""
         return f"source {self.name!r}"
+
+    @property
+    def described(self) -> str:
+        """The label, with what all rows activate."""
+        cell = cell_name(cell_of(self.features))
+        return f"{self.label} ({cell})" if cell else self.label
 
 
 def datasets_library() -> Any:
@@ -78,10 +85,9 @@ def as_sources(given: object) -> list[Source]:
         ]
     if not found:
         raise MixtureError("a mixture needs at least one source, got none")
-    names = [source.name for source in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise MixtureError(f"there are {names.count(name)} sources of the name {name!r}")
+    for name, count in Counter(source.name for source in found).items():
+        if count > 1:
+            raise MixtureError(f"there are {count} sources of the name {name!r}")
     return found
 
 
@@ -115,7 +121,9 @@ def _source(item: Any, name: str, library: Any) -> Source:
             f"features, got {type(source.dataset).__name__}"
         )
     if not isinstance(source.features, Mapping):
-        raise MixtureError(f"{label}: features must be {{group: name}}, got {source.features!r}")
+        raise MixtureError(
+            f"{label}: features must be {{group: name}}, got {shown(source.features)}"
+        )
     if is_streamed(source):
         if source.size is not None:
             whole(source.size, f"{label}: the size", 1, MixtureError)
@@ -150,8 +158,21 @@ def stream_size(source: Source) -> int:
 
 
 def column_names(source: Source) -> list[str]:
-    """The columns of a source; of a stream that does not know them, those of its first row."""
+    """The columns of a source; of a stream that does not know them, those of its first row.
+
+    Raises:
+        MixtureError: it would have to be read for that, and is empty.
+    """
     names = source.dataset.column_names
     if names is None:
-        names = list(next(iter(source.dataset), {}))
+        names = next(iter(source.dataset), None)
+        if names is None:
+            raise empty(source)
     return list(names)
+
+
+def empty(source: Source) -> MixtureError:
+    """The error for a stream without rows."""
+    return MixtureError(
+        f"{source.described} is empty: its stream gives no row, so nothing of it can be drawn; leave it out"
+    )

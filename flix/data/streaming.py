@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flix.core.errors import FeatureError
+from flix.core.errors import FeatureError, FlixError
 from flix.core.features.cells import HeldOut, HeldOutError, MixtureError, cell_name, cell_of
 from flix.core.features.registry import FeatureRegistry
-from flix.data.sources import Source, datasets_library
+from flix.data.sources import Source, datasets_library, empty
 
 STOPPING = ("all_exhausted", "first_exhausted", "all_exhausted_without_replacement")
 
@@ -92,6 +92,22 @@ def with_features(source: Source) -> Any:
     return stream.map(AddFeatures(declared), features=known)
 
 
+def check_gives(source: Source, keep: KeepTrained, columns: Sequence[str]) -> None:
+    """Refuse a streamed source without a row to train on, at which an interleaved stream would end without a word.
+
+    Raises:
+        MixtureError: it is empty, or all of its rows are held out.
+    """
+    # A pipeline of its own, so that the one that is read later starts at the first row.
+    kept = with_features(source).filter(keep, input_columns=list(columns))
+    if next(iter(kept), None) is None:
+        if next(iter(source.dataset), None) is None:
+            raise empty(source)
+        raise MixtureError(
+            f"{source.described}: every row of the stream is held out; nothing of it can be drawn, leave it out"
+        )
+
+
 def interleave(
     streams: Sequence[Any],
     probabilities: Sequence[float],
@@ -116,6 +132,8 @@ def interleave(
             seed=seed,
             stopping_strategy=stopping_strategy,
         )
+    except FlixError:  # of a row that was read to know the columns
+        raise
     except ValueError as error:
         raise not_alike(error) from error
     return mixed.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else mixed
@@ -129,11 +147,13 @@ def chain(streams: Sequence[Any]) -> Any:
     """
     try:
         return datasets_library().concatenate_datasets(list(streams))
+    except FlixError:  # of a row that was read to know the columns
+        raise
     except ValueError as error:
         raise not_alike(error) from error
 
 
-def not_alike(error: ValueError) -> MixtureError:
+def not_alike(error: Exception) -> MixtureError:
     """The error for sources that cannot become one dataset."""
     return MixtureError(
         "the sources cannot be put into one dataset, since a column has different types in two of "

@@ -124,10 +124,11 @@ def _implies(settings: Settings) -> dict[Feature, list[Feature]]:
 
 
 def _pair(text: str) -> Feature:
-    group, colon, name = text.partition(":")
-    if not colon or not group or not name:
-        raise SettingsError(f"implies: features are written as group:name, got {text!r}")
-    return group, name
+    # With ":", as it was written before, where there is no "=".
+    group, sign, name = text.partition("=" if "=" in text else ":")
+    if not sign or not group.strip() or not name.strip():
+        raise SettingsError(f"implies: features are written as group=name, got {text!r}")
+    return group.strip(), name.strip()
 
 
 def build_corpus(

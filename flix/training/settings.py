@@ -220,7 +220,7 @@ class Settings(Form):
         datasets: sources of rows.
         held_out: combinations never trained on; a row is held out if it has all the features of one.
         registry: the features by group; default: as the datasets name them.
-        implies: features that others bring along, ``{"task:ner": ["family:word"], "task:*": ["shared:all"]}``.
+        implies: features that others bring along, ``{"task=ner": ["family=word"], "task=*": ["shared=all"]}``.
         ranks: a rule with its arguments, or one rank for all.
         alpha, scaling, target_modules, exclude_modules, rank_pattern: as for ``FlixConfig``.
         feature_dropout: rates, or one rate for all groups.

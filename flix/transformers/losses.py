@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flix.core.features.names import written
 from flix.core.features.registry import FeatureRegistry
 from flix.core.sampling.packing import IGNORED
 
@@ -119,7 +120,7 @@ class FeatureLosses:
         return True
 
     def take(self, device: Any, reduce: Any = None) -> dict[str, float]:
-        """The mean loss of each feature that acted, as ``{"group:feature": loss}``, and begin anew.
+        """The mean loss of each feature that acted, as ``{"group=feature": loss}``, and begin anew.
 
         Args:
             device: where the sums of a process that has none are made.
@@ -134,7 +135,7 @@ class FeatureLosses:
             totals = reduce(totals)
         sums, counts = totals[:, :-1].tolist()
         return {
-            ":".join(feature): loss / count
+            written(feature): loss / count
             for feature, loss, count in zip(self.registry.features, sums, counts, strict=True)
             if count
         }

@@ -48,7 +48,7 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
     - A training dataset with ``set_epoch``, as a :class:`flix.data.Mixture`'s, is told every epoch, also the one in
       which a run is resumed, and under a shuffling sampler in several processes, where accelerate's loaders do not.
     - All features share one weight decay, whatever they are called.
-    - Logs hold ``loss/<group>:<feature>``: the mean loss, since the last log, of the labels in rows in which the
+    - Logs hold ``loss/<group>=<feature>``: the mean loss, since the last log, of the labels in rows in which the
       feature acted; in evaluation ``eval_loss/...``. It comes from the logits of the same forward, and is left out for
       models whose loss is not the usual one for their outputs (override :meth:`row_losses`).
     - Under DDP, ``find_unused_parameters`` is on unless the arguments say otherwise. Several GPUs in one process are

@@ -46,7 +46,7 @@ CASES = {
     "merged": (
         (((("task", "ner"), 1.0), (("task", "pos"), 0.5)), ((("language", "hau"), 1.0),)),
         flix.RoutingError,
-        ["composition task:ner + task:pos x 0.5, then language:hau, for", "merged"],
+        ["composition task=ner + task=pos x 0.5, then language=hau, for", "merged"],
     ),
 }
 

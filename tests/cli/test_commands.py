@@ -112,9 +112,9 @@ def test_inspect(adapter: Path) -> None:
         for layer, norm in entry["norms"].items():
             assert norm == pytest.approx(np.linalg.norm(delta(loaded, layer, active)), rel=1e-6)
         assert entry["norm"] == pytest.approx(sum(n * n for n in entry["norms"].values()) ** 0.5)
-    assert data["features"][1]["implies"] == ["task:ner"]
+    assert data["features"][1]["implies"] == ["task=ner"]
     text = run(app, ["inspect", str(adapter), "--layers"]).stdout
-    assert "language:swa" in text and "norm of update" in text and "linear" in text
+    assert "language=swa" in text and "norm of update" in text and "linear" in text
 
 
 def test_plan_of_an_adapter(adapter: Path) -> None:
@@ -163,10 +163,15 @@ def test_plan_of_a_configuration(config: Callable[..., Path]) -> None:
         (["language = hau:0.25+swa:.75"], {"language": {"hau": 0.25, "swa": 0.75}}),
         (["task=a:b+c"], {"task": "a:b+c"}),
         (["task=a:b+c:0.5"], None),
+        (["a=b=c,d"], {"a=b": "c,d"}),
+        (["a=b=c,d", "task=ner"], {"a=b": "c,d", "task": "ner"}),
+        (["a=b=e:2"], {"a=b": {"e": 2.0}}),
     ],
 )
 def test_features_option(texts: list[str], wanted: object) -> None:
-    registry = flix.FeatureRegistry({"language": ["hau", "swa"], "task": ["ner", "a:b+c"]})
+    registry = flix.FeatureRegistry(
+        {"language": ["hau", "swa"], "task": ["ner", "a:b+c"], "a=b": ["c,d", "e"]}
+    )
     if wanted is None:
         with pytest.raises(flix.FeatureError):
             parse_features(texts, registry)
@@ -178,6 +183,8 @@ def test_features_option(texts: list[str], wanted: object) -> None:
     ("text", "message"),
     [
         ("language", "not of the form group=name"),
+        ("language:hau", "write 'language=hau'"),
+        ("language=h\u200bau", "U+200B (ZERO WIDTH SPACE)"),
         ("langage=hau", "did you mean 'language'?"),
         ("language=hua", "did you mean 'hau'?"),
         ("language=hau:x", "must be a number"),
@@ -206,7 +213,7 @@ def test_feature_mistakes_end_with_2(
         ({"ranks": {"rule": "by_group", "language": 1}}, "must cover every feature"),
         ({"ranks": {"rule": "parameter_matched", "lora_rank": 2}}, "smallest feasible"),
         ({"held_out": [{"language": "zul"}]}, "held_out[0]"),
-        ({"implies": {"task": "shared:all"}}, "group:name"),
+        ({"implies": {"task": "shared=all"}}, "group=name"),
     ],
 )
 def test_configuration_mistakes_end_with_2(

@@ -31,7 +31,7 @@ def test_merge_and_export(
     common = ["--base", models[model], "--features", "language=hau:0.5+swa,task=ner"]
     merged = tmp_path / "merged"
     said = ok("merge", adapter, *common, "--out", merged)
-    assert said["features"]["language:hau"] == 0.5 and said["tokenizer"] is True
+    assert said["features"]["language=hau"] == 0.5 and said["tokenizer"] is True
     cls = transformers.AutoModelForSeq2SeqLM if model == "t5" else transformers.AutoModelForCausalLM
     plain = cls.from_pretrained(merged)
     assert "Routed" not in str(type(plain).__mro__)

@@ -47,42 +47,46 @@ def same(first: flix.Adapter, second: flix.Adapter, feature: tuple[str, str]) ->
 
 
 def test_share(adapter: Path, tmp_path: Path) -> None:
-    said = ok("share", adapter, "--features", "language:hau", "--out", tmp_path / "hau")
-    assert said["features"] == ["language:hau"] and said["layers"] == 2
+    said = ok("share", adapter, "--features", "language=hau", "--out", tmp_path / "hau")
+    assert said["features"] == ["language=hau"] and said["layers"] == 2
     whole, alone = flix.load_adapter(adapter), flix.load_adapter(tmp_path / "hau")
     assert said["parameters"] == sum(t.size for t in alone.tensors.values())
     assert alone.config.registry.features == (("language", "hau"),)
     assert same(whole, alone, ("language", "hau"))
     # swa implies the task, which comes along
-    said = ok("share", adapter, "--features", "language:swa,", "--out", tmp_path / "swa")
-    assert said["features"] == ["language:swa", "task:ner"]
-    both = ok("share", adapter, "--features", "language:hau, task:ner", "--out", tmp_path / "b")
+    said = ok("share", adapter, "--features", "language=swa,", "--out", tmp_path / "swa")
+    assert said["features"] == ["language=swa", "task=ner"]
+    both = ok("share", adapter, "--features", "language=hau, task=ner", "--out", tmp_path / "b")
     again = ok(
-        "share", adapter, "--features", "language:hau", "--features", "task:ner",
+        "share", adapter, "--features", "language=hau", "--features", "task=ner",
         "--out", tmp_path / "c",
     )  # fmt: skip
-    assert both["features"] == again["features"] == ["language:hau", "task:ner"]
+    assert both["features"] == again["features"] == ["language=hau", "task=ner"]
+    several = ok("share", adapter, "--features", "language=hau+swa", "--out", tmp_path / "d")
+    assert several["features"] == ["language=hau", "language=swa", "task=ner"]
+    before = ok("share", adapter, "--features", "language:hau", "--out", tmp_path / "e")
+    assert before["features"] == ["language=hau"]
 
 
 def test_share_takes_names_that_hold_separators(adapter: Path, tmp_path: Path) -> None:
     odd = renamed(adapter, tmp_path / "odd", "hau", "a:b,c")
-    said = ok("share", odd, "--features", "language:a:b,c", "--out", tmp_path / "out")
-    assert said["features"] == ["language:a:b,c"]
+    said = ok("share", odd, "--features", "language=a:b,c", "--out", tmp_path / "out")
+    assert said["features"] == ["language=a:b,c"]
 
 
 def test_share_says_that_heads_stay_behind(adapter: Path, tmp_path: Path) -> None:
     (adapter / "trained.safetensors").write_bytes(b"")
-    arguments = ["share", str(adapter), "--features", "task:ner", "--out", str(tmp_path / "out")]
+    arguments = ["share", str(adapter), "--features", "task=ner", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, arguments)
-    assert "shared task:ner" in result.stdout and "heads" in result.stdout
+    assert "shared task=ner" in result.stdout and "heads" in result.stdout
     assert not (tmp_path / "out" / "trained.safetensors").exists()
 
 
 def test_combine(adapter: Path, tmp_path: Path) -> None:
-    ok("share", adapter, "--features", "language:hau", "--out", tmp_path / "hau")
+    ok("share", adapter, "--features", "language=hau", "--out", tmp_path / "hau")
     other = renamed(adapter, tmp_path / "other", "hau", "yor")
     said = ok("combine", tmp_path / "hau", other, "--out", tmp_path / "all")
-    assert said["features"] == ["language:hau", "language:yor", "language:swa", "task:ner"]
+    assert said["features"] == ["language=hau", "language=yor", "language=swa", "task=ner"]
     joined = flix.load_adapter(tmp_path / "all")
     assert same(flix.load_adapter(adapter), joined, ("language", "hau"))
     assert same(flix.load_adapter(other), joined, ("language", "yor"))
@@ -91,7 +95,7 @@ def test_combine(adapter: Path, tmp_path: Path) -> None:
 def test_combine_with_conflicts(adapter: Path, tmp_path: Path) -> None:
     other = changed(adapter, tmp_path / "other")
     out = tmp_path / "all"
-    mistake("task:ner (", "combine", adapter, other, "--out", out)
+    mistake("task=ner (", "combine", adapter, other, "--out", out)
     assert not out.exists()
     for policy, winner in (("keep", adapter), ("replace", other)):
         ok("combine", adapter, other, "--out", out, "--conflicts", policy, "--force")
@@ -121,19 +125,19 @@ def test_import(tmp_path: Path) -> None:
     one, two = peft_lora(tmp_path / "one", 2), peft_lora(tmp_path / "two", 3)
     out = tmp_path / "out"
     said = ok("import", f"ner={one}", f"pos={two}", "--group", "task", "--out", out)
-    assert said["features"] == ["task:ner", "task:pos"] and said["layers"] == 1
+    assert said["features"] == ["task=ner", "task=pos"] and said["layers"] == 1
     wanted = flix.from_peft({"ner": one, "pos": two}, "task")
     for feature in (("task", "ner"), ("task", "pos")):
         assert same(wanted, flix.load_adapter(out), feature)
     text = CliRunner().invoke(app, ["inspect", str(out)]).stdout
-    assert "task:pos" in text and "2 features in task (2)" in text
+    assert "task=pos" in text and "2 features in task (2)" in text
 
 
 def test_import_leaves_modules_out_when_asked(tmp_path: Path) -> None:
     lora = peft_lora(tmp_path / "one", modules_to_save=["score"])
     arguments = ["import", f"ner={lora}", "--group", "task", "--out", tmp_path / "out"]
     mistake("more than low-rank pairs", *arguments)
-    assert ok(*arguments, "--skip-modules")["features"] == ["task:ner"]
+    assert ok(*arguments, "--skip-modules")["features"] == ["task=ner"]
 
 
 def test_mistakes_end_with_2(adapter: Path, tmp_path: Path) -> None:
@@ -142,13 +146,13 @@ def test_mistakes_end_with_2(adapter: Path, tmp_path: Path) -> None:
     full.mkdir()
     (full / "x").write_text("x")
     share = ["share", adapter, "--features"]
-    mistake("did you mean 'hau'?", *share, "language:hua", "--out", out)
-    mistake("not of the form group:name", *share, "language", "--out", out)
+    mistake("did you mean 'hau'?", *share, "language=hua", "--out", out)
+    mistake("not of the form group=name", *share, "language", "--out", out)
     mistake("names no feature", *share, ",", "--out", out)
-    mistake("is not empty", *share, "task:ner", "--out", full)
-    mistake("is a file", *share, "task:ner", "--out", full / "x")
-    mistake("another folder", *share, "task:ner", "--out", adapter, "--force")
-    mistake("is not an adapter", "share", full, "--features", "task:ner", "--out", out)
+    mistake("is not empty", *share, "task=ner", "--out", full)
+    mistake("is a file", *share, "task=ner", "--out", full / "x")
+    mistake("another folder", *share, "task=ner", "--out", adapter, "--force")
+    mistake("is not an adapter", "share", full, "--features", "task=ner", "--out", out)
     mistake("two adapters or more", "combine", adapter, "--out", out)
     mistake("given twice", "combine", adapter, adapter, "--out", out)
     lora = peft_lora(tmp_path / "lora", use_dora=True)
@@ -164,7 +168,7 @@ def test_mistakes_end_with_2(adapter: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["share", "combine", "import"])
 def test_no_framework_is_loaded(command: str, adapter: Path, tmp_path: Path) -> None:
     arguments = {
-        "share": ["share", str(adapter), "--features", "task:ner"],
+        "share": ["share", str(adapter), "--features", "task=ner"],
         "combine": ["combine", str(adapter), str(changed(adapter, tmp_path / "o"))],
         "import": ["import", f"ner={peft_lora(tmp_path / 'l')}", "--group", "task"],
     }[command]
@@ -190,10 +194,10 @@ def test_removed_features_are_not_listed_as_live(adapter: Path, tmp_path: Path) 
     )
     data = ok("inspect", tmp_path / "less")
     assert [(e["id"], e["feature"]) for e in data["features"]] == [(1, "swa"), (2, "ner")]
-    assert data["features"][0]["implies"] == ["task:ner"] and data["removed"] == ["language:hau"]
+    assert data["features"][0]["implies"] == ["task=ner"] and data["removed"] == ["language=hau"]
     text = CliRunner().invoke(app, ["inspect", str(tmp_path / "less"), "--layers"]).stdout
     assert "2 features in language (1), task (1)" in text
-    assert text.count("language:hau") == 1 and "ids reserved: language:hau" in text
+    assert text.count("language=hau") == 1 and "ids reserved: language=hau" in text
     planned = ok("plan", tmp_path / "less")
     assert [e["feature"] for e in planned["features"]] == ["swa", "ner"]
     shown = CliRunner().invoke(app, ["plan", str(tmp_path / "less")]).stdout

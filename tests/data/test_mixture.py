@@ -162,7 +162,7 @@ def test_caps():
     for cap, message in [
         (0, "a cap must be a whole number of 1 or more, got 0"),
         (2.5, "whole number"),
-        ({"task": {"ner": 0}}, "the cap of task:ner must be"),
+        ({"task": {"ner": 0}}, "the cap of task=ner must be"),
         ({"tsk": 3}, r"no group or trained cell 'tsk' .did you mean 'task'"),
         ({"task": {"nre": 3}}, r"no row has the task 'nre' .did you mean 'ner'"),
     ]:

@@ -105,7 +105,7 @@ def config(tmp_path: Path, models: dict[str, Path], data: Path) -> Write:
                 for task in TASKS
             ],
             "held_out": [{"language": "yor", "task": "rev"}],
-            "implies": {"task:*": "shared:all"},
+            "implies": {"task=*": "shared=all"},
             "ranks": {"rule": "by_group", "language": 1, "task": 2, "shared": 2},
             "feature_dropout": {"per_group": {"language": 0.5}},
             "seed": 3,

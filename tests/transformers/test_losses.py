@@ -56,11 +56,11 @@ def test_sums() -> None:
     assert held.add(losses, counts, ids, weights)
     found = held.take("cpu")
     # Weighted by tokens; a weight of 0 (swa) takes no part; what did not act is not there.
-    assert found == {"language:hau": 3.0, "task:ner": 2.0, "task:pos": 5.0}
+    assert found == {"language=hau": 3.0, "task=ner": 2.0, "task=pos": 5.0}
     assert held.take("cpu") == {}
     by_token = torch.tensor([[[0], [0], [1]], [[-1], [1], [1]]])
     assert held.add(losses, counts, by_token, None)  # shifted: one position fewer than ids
-    assert held.take("cpu") == {"language:hau": 2.0}
+    assert held.take("cpu") == {"language=hau": 2.0}
     assert not held.add(losses, counts, torch.zeros(2, 5, 1, dtype=torch.long), None)
     assert not held.add(losses, counts, torch.zeros(3, 1, dtype=torch.long), None)
     doubled = FeatureLosses(registry())
@@ -85,7 +85,7 @@ def recomputed(model: Any, batches: list[Any], shift: bool) -> dict[str, float]:
             losses = F.cross_entropy(scores, wanted, reduction="none").tolist()
             for feature in batch["flix_features"][row].tolist():
                 if feature >= 0:
-                    name = ":".join(registry().features[feature])
+                    name = "=".join(registry().features[feature])
                     sums.setdefault(name, []).extend(losses)
     return {name: sum(values) / len(values) for name, values in sums.items()}
 
@@ -130,7 +130,7 @@ def test_logs(tmp_path: Path, kind: str) -> None:
         assert by_feature(entry) == pytest.approx(mine, rel=1e-4)
         # The mean over a group that every row names, weighted by its rows, is the loss itself.
         # (transformers 4 divides the sum of a causal model's losses by one label a row too many.)
-        whole = sum(by_feature(entry)[f"task:{task}"] for task in ("ner", "pos")) / 2
+        whole = sum(by_feature(entry)[f"task={task}"] for task in ("ner", "pos")) / 2
         if kind != "causal" or not transformers.__version__.startswith("4."):
             assert whole == pytest.approx(entry["loss"], rel=1e-4)
 
@@ -143,7 +143,7 @@ def test_packed_logs(tmp_path: Path) -> None:
     made = trainer(tmp_path, model, packed, collator, eval_dataset=packed, max_steps=2)
     made.train()
     found = by_feature(made.evaluate(), "eval_loss/")
-    assert set(found) == {f"{g}:{n}" for g, n in registry().features}
+    assert set(found) == {f"{g}={n}" for g, n in registry().features}
     one = FlixCollator(model.flix_config)
     flat = [one([{k: v for k, v in r.items() if k != "text"}]) for r in [{**r, "language": r["language"] or "yor"} for r in rows(12, "tokens")]]  # fmt: skip
     assert found == pytest.approx(recomputed(model, flat, True), rel=1e-3)

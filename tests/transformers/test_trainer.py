@@ -68,7 +68,7 @@ def test_evaluation_drops_nothing(tmp_path: Path) -> None:
             assert (batch["flix_features"] >= 0).any(1).all()
     assert all((batch["flix_features"] == -1).all() for batch in made.get_train_dataloader())
     found = made.evaluate()
-    assert "eval_loss/task:ner" in found and "eval_loss/language:hau" in found
+    assert "eval_loss/task=ner" in found and "eval_loss/language=hau" in found
 
 
 @pytest.mark.parametrize("kind", ["datasets", "list", "stream", "torch stream"])

@@ -92,7 +92,7 @@ def test_fine_tunings_losses_are_those_of_the_merged_models(tmp_path, by_feature
         count += len(text) - 1
     assert evaluated == pytest.approx(total / count, rel=1e-4)
     assert _logged(trainer, "loss")[0] == pytest.approx(total / count, rel=1e-3)
-    assert bool(_logged(trainer, "loss/task:pos")) == by_feature
+    assert bool(_logged(trainer, "loss/task=pos")) == by_feature
 
 
 def test_fine_tuning_trains_the_features_of_its_rows_alone(tmp_path):

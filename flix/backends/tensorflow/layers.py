@@ -18,6 +18,7 @@ from flix.backends.tensorflow.sums import routed_embedding, routed_linear
 from flix.core.config.config import FlixConfig
 from flix.core.config.kernels import Form, LinearEinsum, linear_einsum
 from flix.core.errors import TargetError
+from flix.core.features.names import written
 from flix.core.features.routing import fits
 from flix.core.strategy.decide import decide, facts_of
 
@@ -137,7 +138,7 @@ class FlixLayer(Parameters):
         if fresh := [registry.features[i] for i in found if registry.features[i] not in known]:
             known.update(fresh)
             warnings.warn(
-                messages.not_finite([":".join(feature) for feature in fresh]), stacklevel=2
+                messages.not_finite([written(feature) for feature in fresh]), stacklevel=2
             )
 
     def _strategy_for(self, routing: ActiveRouting, given: Sizes) -> str:

@@ -25,6 +25,7 @@ from flix.backends import messages
 from flix.backends.forward import Forward, by_hand
 from flix.backends.tensorflow.patches.captures import at_calls, kept, late, traced_function
 from flix.core.config.layout import LayerLayout
+from flix.core.features.names import written
 from flix.core.features.registry import FeatureRegistry
 from flix.core.features.routing import as_array, check_form, check_routing, unpacked
 from flix.core.strategy.union import first_unlike
@@ -332,7 +333,7 @@ def _checked_at_run_time(ids: Any, registry: FeatureRegistry) -> Any:
     if registry.removed:
         gone = registry.removed_ids
         bad |= tf.reduce_any(ids[..., None] == tf.constant(gone, ids.dtype), axis=-1)
-        names = ", ".join(f"{i} ({':'.join(registry.features[i])})" for i in gone)
+        names = ", ".join(f"{i} ({written(registry.features[i])})" for i in gone)
         rule += f", and not those of features that were removed, {names}"
     check = tf.debugging.Assert(~tf.reduce_any(bad), [f"{rule}; got", ids], summarize=64)
     with tf.control_dependencies([check]):

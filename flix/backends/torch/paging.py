@@ -24,6 +24,7 @@ from flix.backends.torch.parameters import Bank
 from flix.backends.torch.patches.models import state_of
 from flix.backends.torch.routing import host_ids
 from flix.core.errors import ConfigError, listed
+from flix.core.features.names import written
 from flix.core.features.routing import Routing
 
 
@@ -93,7 +94,7 @@ class Pager:
         wanted = {i: p for i in sorted(ids) if (p := self._bank.parameter(i)) is not None}
         need = sum(p.nbytes for p in wanted.values())
         if need > self.budget:
-            names = [":".join(self._bank.features[i]) for i in wanted]
+            names = [written(self._bank.features[i]) for i in wanted]
             raise ConfigError(
                 f"the batch's {len(wanted)} features ({listed(names, 5)}) take {need:,} bytes on "
                 f"{self.device}, but the budget of page() is {self.budget:,}; raise the budget, or mix "
@@ -164,7 +165,7 @@ def page(model: nn.Module, budget: int, *, device: Any = None) -> Pager:
     where = _base_device(model) if device is None else torch.device(device)
     for i, parameter in state.bank.held().items():
         if hasattr(parameter, "device_mesh"):
-            name = ":".join(state.bank.features[i])
+            name = written(state.bank.features[i])
             raise ConfigError(f"the parameter of {name} is sharded; a sharded bank cannot be paged")
         host = parameter.detach().cpu()
         parameter.data = host.pin_memory() if where.type == "cuda" else host

@@ -26,7 +26,7 @@ from flix.backends.torch.patches import optimizers
 from flix.core.adapter.adapter import Pair
 from flix.core.adapter.flat import FlatLayout
 from flix.core.errors import listed
-from flix.core.features.names import Feature
+from flix.core.features.names import Feature, written
 
 BANK = "flix_bank"
 """The name under which a model, or a layer that is used by hand, holds its bank."""
@@ -176,7 +176,7 @@ class InForce:
             broken = [i for i, v in new.items() if not v.isfinite().all()]
             self.bank.broken.update(broken)
             if broken:
-                names = [":".join(self.bank.features[i]) for i in broken]
+                names = [written(self.bank.features[i]) for i in broken]
                 warnings.warn(messages.not_finite(names), stacklevel=2)
 
     def fresh(self) -> bool:
@@ -258,7 +258,7 @@ def _joined(pieces: Sequence[Tensor | int]) -> Tensor:
 def _refuse_changed(ctx: Any) -> None:
     held = ctx.held.items()
     changed = [
-        ":".join(ctx.bank.features[i])
+        written(ctx.bank.features[i])
         for (i, p), version in zip(held, ctx.versions, strict=True)
         if version is not None and p._version != version
     ]

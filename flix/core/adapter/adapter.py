@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from flix.core.config.config import FlixConfig, nested
 from flix.core.config.targets import exactly
 from flix.core.errors import AdapterError, TargetError, listed, near
-from flix.core.features.names import Feature
+from flix.core.features.names import Feature, written
 
 Pair = tuple[NDArray[Any], NDArray[Any]]
 """A ``[r, d_in]`` and B ``[d_out, r]`` of a feature in a layer."""
@@ -213,11 +213,11 @@ def checked_pairs(
             if not rank:
                 continue
             if feature not in layer:
-                raise AdapterError(f"layer {path!r} has no pair of {':'.join(feature)}")
+                raise AdapterError(f"layer {path!r} has no pair of {written(feature)}")
             a, b = layer[feature]
             if a.shape != (rank, shape.d_in) or b.shape != (shape.d_out, rank):
                 raise AdapterError(
-                    f"layer {path!r}: the pair of {':'.join(feature)} must have the shapes "
+                    f"layer {path!r}: the pair of {written(feature)} must have the shapes "
                     f"{[rank, shape.d_in]} and {[shape.d_out, rank]}, got {list(a.shape)} and {list(b.shape)}"
                 )
             found += ((a_name + end, a), (b_name + end, b))

@@ -8,6 +8,7 @@ from flix.core.adapter.adapter import Adapter, LayerShape
 from flix.core.config.config import FlixConfig
 from flix.core.config.layout import LayerLayout
 from flix.core.errors import AdapterError, near
+from flix.core.features.names import written
 
 
 def check_fits(adapter: Adapter, layers: Mapping[str, LayerShape], what: str = "the model") -> None:
@@ -67,11 +68,11 @@ def check_same(adapter: Adapter, config: FlixConfig, layouts: Mapping[str, Layer
         for i, feature in enumerate(features):
             if layout.ranks[i] != theirs.ranks[i]:
                 raise AdapterError(
-                    f"layer {path!r}: {':'.join(feature)} has rank {layout.ranks[i]} in the model and "
+                    f"layer {path!r}: {written(feature)} has rank {layout.ranks[i]} in the model and "
                     f"{theirs.ranks[i]} in the adapter"
                 )
             if layout.scales[i] != theirs.scales[i]:
                 raise AdapterError(
-                    f"layer {path!r}: {':'.join(feature)} has another scale in the model than in the "
+                    f"layer {path!r}: {written(feature)} has another scale in the model than in the "
                     "adapter (alpha or scaling differ)"
                 )

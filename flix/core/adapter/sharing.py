@@ -13,7 +13,7 @@ from flix.core.adapter.adapter import Adapter, LayerShape, tensor_name
 from flix.core.config.config import FlixConfig, nested
 from flix.core.config.targets import exactly
 from flix.core.errors import AdapterError, ConfigError, FeatureError, listed
-from flix.core.features.names import EVERY, Feature, pair
+from flix.core.features.names import EVERY, Feature, pair, written
 from flix.core.features.registry import FeatureRegistry
 
 CONFLICTS = ("error", "keep", "replace")
@@ -165,7 +165,7 @@ def combining(named: Mapping[str, Adapter], conflicts: str = "error") -> Combina
             if what and conflicts == "replace":
                 owners[feature] = number
             elif what:
-                clashes.append(f"{':'.join(feature)} ({names[first]} and {names[number]}: {what})")
+                clashes.append(f"{written(feature)} ({names[first]} and {names[number]}: {what})")
     if clashes and conflicts == "error":
         raise AdapterError(
             f"{len(clashes)} feature(s) differ between adapters: {listed(clashes, 5)}. Choose "
@@ -287,7 +287,7 @@ def _alpha(adapter: Adapter, feature: Feature, scaling: str) -> float | None:
     ranks = {config.rank(path, feature) for path in adapter.layers} - {0}
     if len(ranks) > 1:
         raise AdapterError(
-            f"{':'.join(feature)} has ranks {listed(sorted(ranks))} under scaling={config.scaling!r}, and no "
+            f"{written(feature)} has ranks {listed(sorted(ranks))} under scaling={config.scaling!r}, and no "
             f"alpha keeps its scales under the first adapter's {scaling!r}; combine adapters of one scaling"
         )
     if not ranks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flix.core.features.names import Feature
+from flix.core.features.names import Feature, written
 from flix.core.tables import text_table
 
 
@@ -32,5 +32,5 @@ class Summary:
             f"{len(self.layers)} adapted layers; {self.trainable:,} trainable of {self.total:,} "
             f"parameters ({share:.2f}%)"
         )
-        rows = [(":".join(f), self.ranks[f], count) for f, count in self.features.items()]
+        rows = [(written(f), self.ranks[f], count) for f, count in self.features.items()]
         return head + "\n" + text_table(["feature", "rank", "parameters"], rows)

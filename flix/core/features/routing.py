@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flix.core.errors import RoutingError
+from flix.core.features.names import written
 from flix.core.features.table import FeatureTable
 
 
@@ -206,7 +207,7 @@ def check_routing(
     if odd.any():
         place = tuple(int(i) for i in np.argwhere(odd)[0])
         feature = int(ids[place])
-        name = ":".join(registry.features[feature]) if feature >= 0 else "padding"
+        name = written(registry.features[feature]) if feature >= 0 else "padding"
         end = ", beyond float32" if np.isfinite(weights[place]) else ""
         raise RoutingError(
             f"flix_weights must be finite, got {weights[place]}{end} in row {place[0]} for {name}"
@@ -217,7 +218,7 @@ def _check_removed(ids: NDArray[Any], registry: FeatureTable) -> None:
     found = np.isin(ids, registry.removed_ids)
     if found.any():
         place = tuple(int(i) for i in np.argwhere(found)[0])
-        name = ":".join(registry.features[int(ids[place])])
+        name = written(registry.features[int(ids[place])])
         raise RoutingError(
             f"flix_features has the id {int(ids[place])} in row {place[0]}: {name}, which was removed; "
             "make ids with registry.encode(rows)"

@@ -20,6 +20,7 @@ from flix.core.adapter.composition import Composition, lora_pair
 from flix.core.adapter.lowrank import nearest
 from flix.core.checks import whole
 from flix.core.errors import AdapterError, listed
+from flix.core.features.names import written
 from flix.core.files import Path_, write_files
 from flix.core.peft.vllm import ServingReport, check_vllm
 
@@ -132,7 +133,7 @@ def as_peft(
     pairs = {layer: lora_pair(adapter, layer, active) for layer in adapter.layers}
     rank = max((a.shape[0] for a, _ in pairs.values()), default=0)
     if rank == 0:
-        names = listed(":".join(feature) for feature, _ in active)
+        names = listed(written(feature) for feature, _ in active)
         raise AdapterError(f"nothing to export: {names} have rank 0 in every layer")
     tensors: dict[str, NDArray[np.float32]] = {}
     for layer, (a, b) in pairs.items():

@@ -249,7 +249,7 @@ def test_conflicts_and_banks(tmp_path: Path) -> None:
     ours = (config(), random_bank(config(), LAYERS))
     theirs = (config(), random_bank(config(), {"q": (5, 7), "k": (4, 2)}, seed=1))
     save(theirs, tmp_path)
-    with pytest.raises(flix.AdapterError, match=r"language:hau .*other values in A of layer 'q'"):
+    with pytest.raises(flix.AdapterError, match=r"language=hau .*other values in A of layer 'q'"):
         load_features(ours, tmp_path)
     kept = load_features(ours, tmp_path, conflicts="keep")
     assert bits(kept) == bits(ours)

@@ -111,7 +111,7 @@ def test_removed_features_leave_the_rest_as_it_was() -> None:
     assert cfg == model.flix_config
     assert [cfg.registry.id("task", name) for name in ("ner", "pos")] == [4, 5]
     assert_close(forward(model, ids, WEIGHTS), y)
-    with pytest.raises(flix.RoutingError, match="language:swa, which was removed"):
+    with pytest.raises(flix.RoutingError, match="language=swa, which was removed"):
         model(TOKENS, flix_features=IDS)
     assert np.isnan(np.asarray(forward(model, IDS))[[1, 4]]).all()
     assert np.isfinite(np.asarray(forward(model, IDS))[[0, 2, 3]]).all()

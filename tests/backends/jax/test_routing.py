@@ -38,7 +38,7 @@ def run(x: Any, layer: Any, ids: Any, weights: Any = None, strategy: str = "auto
         (np.zeros((4, 2), np.int32), None, r"leading shape \[5, 3\]"),
         (IDS, WEIGHTS[:, :2], "shape of flix_features"),
         (IDS, WEIGHTS.astype(np.int32), "floating point"),
-        (IDS, np.where(IDS == 5, np.nan, WEIGHTS), "row 1 for task:pos"),
+        (IDS, np.where(IDS == 5, np.nan, WEIGHTS), "row 1 for task=pos"),
     ],
 )
 def test_bad_routing_is_named(ids: Any, weights: Any, match: str) -> None:

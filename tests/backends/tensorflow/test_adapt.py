@@ -40,7 +40,7 @@ def test_adapted_model_starts_as_its_base_and_only_its_tables_train(kind):
     assert (
         table.trainable == sum(table.features.values()) and table.features["language", "yor"] == 0
     )
-    assert "task:pos" in str(table)
+    assert "task=pos" in str(table)
     model.trainable = False
     assert model.trainable_variables == []
     model.trainable = True

@@ -80,9 +80,9 @@ def test_removed_features_leave_the_rest_as_it_was(tmp_path):
     assert model.flix_config.registry.id("task", "pos") == 5
     assert_close(model({**GIVEN, "flix_features": ids}), y)
     assert not model.compiled
-    with pytest.raises(flix.RoutingError, match="language:swa, which was removed"):
+    with pytest.raises(flix.RoutingError, match="language=swa, which was removed"):
         model(GIVEN)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="language:swa"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="language=swa"):
         model.predict(GIVEN, verbose=0)  # not by the old trace
     # In graphs, too, where ids are known at run time only; in .keras files; in SavedModels.
     compiled(model).save(tmp_path / "m.keras")
@@ -96,7 +96,7 @@ def test_removed_features_leave_the_rest_as_it_was(tmp_path):
         lambda: again.predict(GIVEN, verbose=0),
         lambda: served.serve(GIVEN),
     ):
-        with pytest.raises(tf.errors.InvalidArgumentError, match="language:swa"):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="language=swa"):
             call()
 
 
@@ -194,7 +194,7 @@ def test_one_features_file_loads_into_another_model(tmp_path):
 
 def test_conflicts():
     theirs = to_adapter(adapted(1))
-    with pytest.raises(flix.AdapterError, match=r"language:hau .*other values in A of layer 'up'"):
+    with pytest.raises(flix.AdapterError, match=r"language=hau .*other values in A of layer 'up'"):
         load_features(adapted(), theirs)
     model = adapted()
     before = bits(model)

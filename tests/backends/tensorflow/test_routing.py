@@ -41,7 +41,7 @@ def test_routing_in_force_reaches_layers_by_hand():
         ([[0.0, 4.0]] * 3, None, "integer ids"),
         ([0, 1, 2], None, "shape"),
         ([[0, 4]] * 2, None, "flix_features routes"),
-        ([[0, 4]] * 3, [[1.0, 1.0], [1.0, np.nan], [1.0, 1.0]], "row 1 for task:ner"),
+        ([[0, 4]] * 3, [[1.0, 1.0], [1.0, np.nan], [1.0, 1.0]], "row 1 for task=ner"),
         ([[0, 4]] * 3, [[1.0, 1.0], [1.0, 1e39], [1.0, 1.0]], "beyond float32 in row 1"),
         ([[0, 4]] * 3, [[1.0]] * 3, "flix_weights must have the shape"),
         ([[0, 4]] * 3, [[1, 1]] * 3, "floating point"),

@@ -355,7 +355,7 @@ def test_a_warning_names_a_broken_feature_once_and_only_where_it_acts():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layer(x, flix_features=[[0, 8], [1, 8]])
-    with pytest.warns(UserWarning, match=r"values of .*language:l3.* are NaN or infinite"):
+    with pytest.warns(UserWarning, match=r"values of .*language=l3.* are NaN or infinite"):
         layer(x, flix_features=[[3, 8], [1, 8]])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -174,7 +174,7 @@ def test_a_routing_object_is_routing():
         (
             torch.zeros(4, 1, dtype=torch.int64),
             torch.tensor([[1.0], [float("nan")], [1.0], [1.0]]),
-            r"finite, got nan in row 1 for language:hau",
+            r"finite, got nan in row 1 for language=hau",
         ),
         (
             torch.zeros(4, 1, dtype=torch.int64),

@@ -137,7 +137,7 @@ def test_into_an_adapted_model_that_lacks_their_layers(tmp_path):
 def test_into_a_group_that_exists(tmp_path):
     folders, wanted = three(tmp_path)
     model = import_peft(make("llama"), {"ner": folders["ner"]}, "task")
-    with pytest.raises(AdapterError, match=r"task:ner .*ranks"):
+    with pytest.raises(AdapterError, match=r"task=ner .*ranks"):
         import_peft(model, {"ner": folders["topic"]}, "task")
     import_peft(model, {"pos": folders["pos"]}, "task")
     import_peft(model, {"ner": folders["topic"]}, "task", conflicts="replace")

@@ -149,7 +149,7 @@ def test_in_a_deep_model_rows_keep_the_merged_models_numbers(strategy):
 def test_a_broken_feature_is_named_once():
     layer = _linear()
     layer_pairs(layer)[BROKEN][1].data.fill_(float("nan"))
-    with pytest.warns(UserWarning, match=r"values of language:swa are NaN or infinite"):
+    with pytest.warns(UserWarning, match=r"values of language=swa are NaN or infinite"):
         layer(_x(), flix_features=torch.tensor(IDS))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -161,6 +161,6 @@ def test_weights_beyond_float32_are_refused():
     weights = torch.tensor(WEIGHTS, dtype=torch.float64)
     weights[2, 0] = 1e300
     with pytest.raises(
-        flix.RoutingError, match=r"got 1e\+300, beyond float32 in row 2 for language:zul"
+        flix.RoutingError, match=r"got 1e\+300, beyond float32 in row 2 for language=zul"
     ):
         _linear()(_x(), flix_features=torch.tensor(IDS), flix_weights=weights)

@@ -119,7 +119,7 @@ def test_adapters_of_other_layers_and_ranks_keep_their_own_outputs():
         ({"alpha": 7.0}, "scales 1 and 3.5 in layer 'a.q'"),
         ({"rank_pattern": {"b.q": 1}}, "ranks 2 and 1 in layer 'a.b.q'"),
         ({"layers": {"a.q": LAYERS["a.q"]}}, "ranks 2 and 0 in layer 'a.b.q'"),
-        ({"implies": None}, "task:ner .*it implies other features"),
+        ({"implies": None}, "task=ner .*it implies other features"),
     ],
 )
 def test_what_differs_is_named(change, message):

@@ -39,7 +39,7 @@ def test_removed_features_are_refused_by_name_and_by_id():
         after.encode([{"language": "swa"}, {"language": "hau"}])
     from flix.core.features.routing import check_routing
 
-    with pytest.raises(flix.RoutingError, match=r"id 0 in row 1: language:hau, which was removed"):
+    with pytest.raises(flix.RoutingError, match=r"id 0 in row 1: language=hau, which was removed"):
         check_routing(np.array([[1], [0]]), None, after)
     assert after.encode([{"language": "x"}], "mean").ids.tolist() == [[1]]
 

@@ -133,6 +133,6 @@ def test_ids_of_an_input_of_other_sizes_are_refused(ids: Any, lead: Any, named: 
 def test_weights_beyond_float32_are_refused() -> None:
     """They would be infinite where they are used."""
     ids, weights = np.array([[0], [1]]), np.array([[1.0], [-1e39]])
-    beyond = r"got -1e\+39, beyond float32 in row 1 for language:swa"
+    beyond = r"got -1e\+39, beyond float32 in row 1 for language=swa"
     with pytest.raises(flix.RoutingError, match=beyond):
         check_routing(ids, weights, registry())

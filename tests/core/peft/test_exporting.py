@@ -33,7 +33,7 @@ def test_peft_form_pads_to_one_rank_and_is_exact(tmp_path):
     assert tensors["base_model.model.emb.lora_embedding_A"].shape == (5, 7)
     report = write_peft(tmp_path, config, tensors)
     assert report.max_lora_rank == 8 and "got emb" in report.message  # no name that vLLM knows
-    with pytest.raises(AdapterError, match="language:swa have rank 0 in every layer"):
+    with pytest.raises(AdapterError, match="language=swa have rank 0 in every layer"):
         as_peft(original, ((("language", "swa"), 1.0),))
 
 

@@ -198,8 +198,8 @@ def test_a_merged_model_refuses_to_route(name):
         for given in ({"flix_features": ids}, {"flix_weights": weights}):
             with pytest.raises(
                 RoutingError,
-                match=r"merged model; it holds the composition language:hau \+ language:swa x 0\.5 "
-                r"\+ task:ner, for all rows",
+                match=r"merged model; it holds the composition language=hau \+ language=swa x 0\.5 "
+                r"\+ task=ner, for all rows",
             ):
                 twin(**inputs, **given)
         assert_close(output(twin(**inputs)), expected, name=kind)
@@ -222,7 +222,7 @@ def test_a_merged_model_adapted_anew_routes_again():
     ids, weights = routing()
     found = output(again.eval()(**inputs_of("llama"), flix_features=ids, flix_weights=weights))
     twice = merge(again, {"task": "pos"})
-    with pytest.raises(RoutingError, match=r"\+ task:ner, then task:pos, for all rows"):
+    with pytest.raises(RoutingError, match=r"\+ task=ner, then task=pos, for all rows"):
         twice(**inputs_of("llama"), flix_features=ids)
     ids, weights = routing([{"task": "pos"}] * 4)
     expected = output(again(**inputs_of("llama"), flix_features=ids, flix_weights=weights))
