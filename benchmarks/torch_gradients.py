@@ -55,8 +55,9 @@ def pair_gradients(
             found[name] = None
             continue
         if (pair.shape, pair.stride()) != (parameter.shape, parameter.stride()):
-            offset = pair.storage_offset() - parameter.storage_offset()
-            gradient = gradient.contiguous().as_strided(pair.shape, pair.stride(), offset)
+            gradient = gradient.contiguous()  # it may be a view, too
+            offset = pair.storage_offset() - parameter.storage_offset() + gradient.storage_offset()
+            gradient = gradient.as_strided(pair.shape, pair.stride(), offset)
         found[name] = gradient.detach().cpu().numpy()
     return found
 

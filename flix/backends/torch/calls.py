@@ -220,7 +220,8 @@ def _mark(state: FlixState, ids: Tensor) -> None:
     if torch.is_grad_enabled() and torch.compiler.is_compiling():
         count = len(state.config.registry)
         place = torch.where((ids < 0) | (ids >= count), count, ids).reshape(-1)
-        state.bank.present.index_fill_(0, place.to(torch.int64), True)
+        present = state.bank.present
+        present.index_fill_(0, place.to(present.device, torch.int64), True)
         state.traced = True
 
 

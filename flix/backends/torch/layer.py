@@ -165,8 +165,7 @@ class FlixLayer(nn.Module):
         """The parts of the batch's features, and the carrier of their gradient where one is recorded."""
         found = routing.in_force(self.flix_state)
         values = found.values(placed.active, self.flix_place, device)
-        grad = torch.is_grad_enabled() and found.carriers is not None
-        return values, found.carriers[self.flix_place] if grad else None  # type: ignore[index]
+        return values, found.carrier(self.flix_place)
 
     def _pairs_of(
         self, values: Values, carrier: Tensor | None
@@ -206,18 +205,18 @@ class FlixLayer(nn.Module):
             raise messages.rows_differ(row)
 
     def _traced_slots(
-        self, routing: TracedRouting, wide: bool, grouped: bool = False
+        self, routing: TracedRouting, like: Tensor, grouped: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Each row's slots on the whole bank, in a compiled graph: rows, factors, and order and starts if wanted.
 
-        See :func:`flix.backends.torch.kernels.routes.routes`; the factors are s_f times the weights.
+        See :func:`flix.backends.torch.kernels.routes.routes`; the factors are s_f times the weights. ``like`` has the
+        layer's dtype, and the device that all of them are on: ids may come from the host.
         """
-        layout = self.flix_layout
-        rows, slots, scale, *order = routes(
-            routing.flat, layout.ranks, layout.scales, wide, grouped
-        )
+        layout, ids = self.flix_layout, routing.flat.to(like.device)
+        wide = like.dtype == torch.float64
+        rows, slots, scale, *order = routes(ids, layout.ranks, layout.scales, wide, grouped)
         if routing.weights is not None:
-            scale = routing.weights.to(scale.dtype).gather(1, slots) * scale
+            scale = routing.weights.to(scale).gather(1, slots) * scale
         return rows, scale, *order
 
 

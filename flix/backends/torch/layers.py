@@ -157,17 +157,24 @@ class FlixLinear(FlixLayer, nn.Linear):
         self._check_single(routing, strategy)
         if not placed.active or x.shape[0] == 0:
             return with_grad(self._base(x, kernel, bias), self.training)
-        values, carrier = self._values(placed, routing, x.device)
         straight = kernel if self.flix_transposed else kernel.t()
         if strategy == "fused":
-            pairs = self._pairs_of(values, carrier)
-            y: Tensor = routed_linear(
-                x, straight, bias, placed.scale, *placed.grouped(), *pairs, strategy
-            )[0]
-            return y
+            return self._fused(x, straight, bias, placed, routing)
+        values, carrier = self._values(placed, routing, x.device)
         scale = placed.scale.to(x.dtype)
         return RoutedLinear.apply(  # type: ignore[no-any-return, no-untyped-call]
             x, straight, bias, scale, carrier, placed, strategy, values
+        )
+
+    def _fused(
+        self, x: Tensor, kernel: Tensor, bias: Tensor | None, placed: Placed, routing: ActiveRouting
+    ) -> Tensor:
+        # Triton is loaded when it is needed.
+        from flix.backends.torch.kernels.eager import FusedLinear
+
+        found, place = routing.in_force(self.flix_state), self.flix_place
+        return FusedLinear.apply(  # type: ignore[no-any-return, no-untyped-call]
+            x, kernel, bias, placed.scale, found.carrier(place), placed, found, place
         )
 
     def _traced(
@@ -181,7 +188,7 @@ class FlixLinear(FlixLayer, nn.Linear):
         strategy = strategy_for(self.flix_strategy, x, rows=most, union=None)
         a, b = self._traced_pairs(routing)
         grouped = strategy == "fused" and torch.is_grad_enabled()
-        rows, scale, *order = self._traced_slots(routing, x.dtype == torch.float64, grouped)
+        rows, scale, *order = self._traced_slots(routing, x, grouped)
         plain = not torch.compiler.is_compiling()
         if plain or (strategy != "fused" and x.device.type != "cpu"):
             # No kernels here, and reading the ids on the host would stall the device (or cannot be, under torch.func).
@@ -286,7 +293,7 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
         pairs = self._traced_pairs(routing)
         if not pairs[0]:
             return tokens.new_zeros(*tokens.shape, self.d_out, dtype=dtype)
-        rows, scale, *_ = self._traced_slots(routing, self.weight.dtype == torch.float64)
+        rows, scale, *_ = self._traced_slots(routing, self.weight)
         a, b = stack(pairs, self.d_in, self.d_out, dtype, end=1)
         own = used(rows, len(b) - 1)
         h = F.embedding(tokens, a.t()).gather(2, own[:, None, :].expand(-1, tokens.shape[1], -1))

@@ -14,6 +14,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -143,7 +144,6 @@ class InForce:
     """The vectors of a batch's features, split for the layers of a bank.
 
     Attributes:
-        parts: of each feature, by id: of A and B transposed of each layer in turn.
         carriers: of each layer, by place: where the gradient of its pairs goes; None where nothing trains.
         grad: whether it was made where gradients are recorded.
         tokens: what layers keep for a token of a generation while no value changes, by place.
@@ -156,9 +156,8 @@ class InForce:
         self.tokens: dict[int, Any] = {}
         vectors = {i: whole(parameter) for i, parameter in self._held.items()}
         values = vectors if pager is None else pager.vectors(self._held)
-        sizes = bank.layout.sizes
         self._warn(values)
-        self.parts = {i: value.detach().split_with_sizes(sizes[i]) for i, value in values.items()}
+        self._vectors = {i: value.detach() for i, value in values.items()}
         self.carriers: tuple[Tensor, ...] | None = None
         if grad and any(vector.requires_grad for vector in vectors.values()):
             where = next(iter(values.values())).device
@@ -191,6 +190,29 @@ class InForce:
         if a[0].device != device:  # layers of one model may lie on several devices
             a, b = [part.to(device) for part in a], [part.to(device) for part in b]
         return a, b
+
+    def carrier(self, place: int) -> Tensor | None:
+        """Where the gradient of a layer's pairs goes; None where none is recorded."""
+        return self.carriers[place] if self.carriers and torch.is_grad_enabled() else None
+
+    def vector(self, feature: int) -> Tensor:
+        """A feature's, by id."""
+        return self._vectors[feature]
+
+    @cached_property
+    def parts(self) -> dict[int, tuple[Tensor, ...]]:
+        """Of each feature, by id: A and B transposed of each layer in turn; kernels go by addresses and need none."""
+        sizes = self.bank.layout.sizes
+        return {i: v.split_with_sizes(sizes[i]) for i, v in self._vectors.items()}  # type: ignore[misc]
+
+    @cached_property
+    def addresses(self) -> tuple[torch.device, tuple[int, ...]] | None:
+        """On which device the vectors lie, and where; None where they are not of one dtype and on one device."""
+        vectors = self._vectors.values()
+        if len({(vector.dtype, vector.device) for vector in vectors}) > 1:
+            return None
+        where = next(iter(vectors)).device
+        return where, tuple(vector.data_ptr() for vector in vectors)
 
 
 def _seen(held: Iterable[Any]) -> tuple[Any, ...] | None:
@@ -228,31 +250,34 @@ class Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         _refuse_changed(ctx)
-        count = len(ctx.sizes)
-        pieces: list[Tensor | int] = []  # A of each feature, B of each, layer by layer
+        features = zip(ctx.sizes, ctx.devices, ctx.needs_input_grad[3:], strict=True)
+        # Neighbours of one shape are one matrix in each layer's gradient: hundreds of views fewer than one by one.
+        runs = [(*key, len(list(run))) for key, run in itertools.groupby(features)]
+        pieces: list[list[Tensor | int]] = [[] for _ in runs]  # of A and B, layer by layer
         for place, grad in enumerate(grads):
-            side = 2 * place
-            lengths = [sizes[k] for k in (side, side + 1) for sizes in ctx.sizes]
-            pieces += lengths if grad is None else grad.split_with_sizes(lengths)
-        found = (
-            _joined(pieces[i::count]).to(device) if needed else None
-            for i, (device, needed) in enumerate(
-                zip(ctx.devices, ctx.needs_input_grad[3:], strict=True)
-            )
-        )
+            sides = (2 * place, 2 * place + 1)
+            lengths = [sizes[side] * count for side in sides for sizes, *_, count in runs]
+            parts = None if grad is None else iter(grad.split_with_sizes(lengths))
+            for side in sides:
+                for held, (sizes, *_, count) in zip(pieces, runs, strict=True):
+                    size = sizes[side]
+                    held.append(size if parts is None else next(parts).view(count, size))
+        found: list[Tensor | None] = []
+        for (_, device, needed, count), held in zip(runs, pieces, strict=True):
+            found += _joined(held, count).to(device).unbind(0) if needed else [None] * count
         return (None, None, None, *found)
 
 
-def _joined(pieces: Sequence[Tensor | int]) -> Tensor:
-    """One tensor of many; numbers stand for that many zeros."""
+def _joined(pieces: Sequence[Tensor | int], count: int) -> Tensor:
+    """One matrix of many, side by side; numbers stand for that many columns of zeros."""
     if all(type(piece) is Tensor for piece in pieces):
-        return torch.cat(pieces)  # type: ignore[arg-type]
+        return torch.cat(pieces, 1)  # type: ignore[arg-type]
     like = next(piece for piece in pieces if not isinstance(piece, int))
     made: list[Tensor] = []
     for missing, group in itertools.groupby(pieces, lambda piece: isinstance(piece, int)):
         some: list[Any] = list(group)
-        made += [like.new_zeros(sum(some))] if missing else some
-    return torch.cat(made)
+        made += [like.new_zeros(count, sum(some))] if missing else some
+    return torch.cat(made, 1)
 
 
 def _refuse_changed(ctx: Any) -> None:

@@ -276,7 +276,7 @@ class RoutedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         if torch.is_grad_enabled():
-            return (*_differentiable(ctx, grad), None, None, None)
+            return (*differentiable(ctx, grad), None, None, None)
         x, kernel, _, scale, carrier, h = ctx.saved_tensors
         needs, placed = ctx.needs_input_grad, ctx.placed
         grad = grad.contiguous()
@@ -304,7 +304,7 @@ class RoutedLinear(torch.autograd.Function):
         return dx, d_kernel, d_bias, d_scale, d_pairs, None, None, None
 
 
-def _differentiable(ctx: Any, grad: Tensor) -> Iterator[Tensor | None]:
+def differentiable(ctx: Any, grad: Tensor) -> Iterator[Tensor | None]:
     """The gradients of :class:`RoutedLinear` as plain operations, which are differentiated again (``create_graph``)."""
     # Aliases: one input may be made of another, and only its direct part is wanted here.
     given: list[Any] = [None if v is None else v.view_as(v) for v in ctx.saved_tensors[:5]]
@@ -315,7 +315,7 @@ def _differentiable(ctx: Any, grad: Tensor) -> Iterator[Tensor | None]:
         values = parts[: len(values[0])], parts[len(values[0]) :]
     a, b = stack(values, x.shape[-1], kernel.shape[1], x.dtype, end=1)
     base = x @ kernel if bias is None else x @ kernel + bias
-    y = traced_linear(x, base, scale, ctx.placed.rows, a, b, ctx.strategy)
+    y = traced_linear(x, base, scale.to(x.dtype), ctx.placed.rows, a, b, ctx.strategy)
     needs = ctx.needs_input_grad[:5]
     wanted = [v for v, need in zip(given, needs, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))

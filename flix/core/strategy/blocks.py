@@ -7,6 +7,7 @@ registers and shared memory to what a Hopper chip has; times wait for one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 # Programs wanted of a launch: some for every multiprocessor of a large GPU. With partial gradients fewer, since each
@@ -65,6 +66,7 @@ class Blocks:
         return self.chunks > 1 and self.chunks * self.slots > _CHUNKS
 
 
+@lru_cache(maxsize=1024)
 def cut(count: int, length: int, slots: int, size: int, itemsize: int, grad: bool) -> Blocks:
     """Blocks for ``count`` rows of ``length`` tokens, ``slots`` slots and ``size`` columns."""
     block_s = _block(slots, _SLOTS)
@@ -107,6 +109,7 @@ class TokenBlocks(NamedTuple):
     slots: int
 
 
+@lru_cache(maxsize=1024)
 def cut_tokens(tokens: int, slots: int, size_in: int, size_out: int) -> TokenBlocks:
     """Blocks for single tokens: few tokens share the output's columns among several programs."""
     block_s = power(slots)

@@ -181,7 +181,8 @@ def decide(asked: str, facts: Facts, table: Mapping[str, Measured] = TABLE) -> D
         return Decision(asked, "asked", facts)
     measured = measured_on(facts.device, table)
     kernel = measured.fused_from
-    if kernel is not None and facts.lacks is None and facts.positions >= kernel:
+    runs = facts.lacks is None and not _few_copies(facts, measured)
+    if kernel is not None and runs and facts.positions >= kernel:
         return Decision("fused", "kernel", facts, measured, kernel)
     if facts.examples == 1:  # other rows cannot be known to be alike
         return Decision("single", "alone", facts)
@@ -230,14 +231,20 @@ def measured_on(device: str, table: Mapping[str, Measured] = TABLE) -> Measured:
     return found
 
 
+def _few_copies(facts: Facts, measured: Measured) -> bool:
+    """Whether copies are kept between calls, and few: nothing is faster than what is copied already."""
+    if not facts.kept or facts.union is None:
+        return False
+    return facts.kept * facts.rows <= measured.kept_copies * facts.union
+
+
 def _gather_from(facts: Facts, measured: Measured) -> float:
     """Positions a row from which gather is faster than masked."""
     if facts.union is None:
         return measured.union_unknown
     start = _NEVER
     if facts.kept:
-        few = facts.kept * facts.rows <= measured.kept_copies * facts.union
-        return facts.positions if few else _NEVER
+        return facts.positions if _few_copies(facts, measured) else _NEVER
     for ratio, positions in measured.gather_from:
         if facts.union >= ratio * facts.rows:
             start = positions

@@ -112,11 +112,27 @@ def test_copies_that_are_kept_are_made_while_they_are_few():
 
 
 def test_kernels_that_nobody_measured_are_never_chosen():
-    for device in ("torch-cuda", "jax-gpu", "jax-tpu", "tensorflow-gpu", *TABLE):
+    unmeasured = {name for name, entry in TABLE.items() if entry.fused_from is None}
+    assert {"torch-cpu", "jax-cpu", "tensorflow-cpu"} <= unmeasured
+    for device in ("jax-tpu", "tensorflow-gpu", *unmeasured):
         for examples, positions, union in [(16, 512, 64), (1, 64, 16), (4096, 1, 9999), (8, 1, None)]:  # fmt: skip
             decision = decide("auto", facts(examples, positions, 16, union, device))
             assert decision.strategy in ("gather", "masked", "single")
     assert decide("fused", facts(device="torch-cuda")).strategy == "fused"
+
+
+def test_on_a_cuda_device_triton_computes_all_but_what_is_copied_already():
+    for examples, positions, union in [(16, 512, 64), (1, 64, 16), (4096, 1, 9999), (8, 1, None)]:
+        one = facts(examples, positions, 16, union, "torch-cuda")
+        assert decide("auto", one).strategy == "fused"
+        without = decide("auto", one._replace(lacks="Triton")).strategy
+        assert without == ("single" if examples == 1 else "gather")
+    tokens = facts(64, 1, 16, 16 * 10, "torch-cuda")
+    assert decide("auto", tokens._replace(kept=64)).strategy == "gather"
+    tokens = tokens._replace(examples=512)
+    assert decide("auto", tokens._replace(kept=80)).strategy == "gather"
+    assert decide("auto", tokens._replace(kept=81)).strategy == "fused"
+    assert decide("auto", tokens._replace(kept=81, lacks="Triton")).strategy == "masked"
 
 
 def test_kernels_are_chosen_where_they_were_measured_and_run():

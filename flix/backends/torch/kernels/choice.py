@@ -33,6 +33,9 @@ def strategy_for(
         ConfigError: ``"fused"`` where it cannot run.
     """
     device = x.device.type
+    if asked == "masked" and device != "cpu":
+        # Rows that masked mixes must be told apart by their values, and the host would wait for the device to see them.
+        asked = "gather"
     dtype = _NAMES.get(x.dtype, str(x.dtype))
     lacks = triton_lacks(device, dtype, triton=TRITON, interpreted=INTERPRETED)
     facts = Facts(x.shape[0], x.shape[1], rows, union, f"torch-{device}", kept, lacks)

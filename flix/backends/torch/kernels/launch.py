@@ -40,10 +40,19 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
+def _tf32() -> bool:
+    """Whether torch is told to multiply float32 in TF32; the first of its two ways to say so fails after the second."""
+    settings = torch.backends.cuda.matmul
+    try:
+        return bool(settings.allow_tf32)
+    except RuntimeError:
+        return bool(settings.fp32_precision == "tf32")
+
+
 def _products(x: Tensor) -> dict[str, Any]:
     """How kernels multiply: float32 as torch is told to; the interpreter needs help with bfloat16."""
     return {
-        "precision": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "precision": "tf32" if x.dtype == torch.float32 and _tf32() else "ieee",
         "widen": x.device.type == "cpu" and x.dtype == torch.bfloat16,
     }
 
@@ -204,6 +213,13 @@ def forward(
     strategy: str,
 ) -> tuple[Tensor, Tensor]:
     """y ``[N, S, d_out]`` and h ``[N, S, R]`` float32; see ``operators.routed_linear`` for the arguments."""
+    return outputs(x, kernel, bias, scale, rows, bank_table(a, b, x.device))
+
+
+def outputs(
+    x: Tensor, kernel: Tensor, bias: Tensor | None, scale: Tensor, rows: Tensor, table: Table
+) -> tuple[Tensor, Tensor]:
+    """:func:`forward` on a bank whose table is made."""
     count, length, d_in = x.shape
     d_out = kernel.shape[1]
     x = x.contiguous()
@@ -212,7 +228,7 @@ def forward(
     if out.numel() == 0:
         return out, h
     with _on(x):
-        batch = _Sum(bank_table(a, b, x.device), rows, scale)
+        batch = _Sum(table, rows, scale)
         if length == 1:
             batch.single(x, A, bias, out, h)
         else:
@@ -241,17 +257,46 @@ def backward(
 
     What is not needed is empty.
     """
+    table = bank_table(a, b, x.device)
+    d_a, d_b = (x.new_empty((table.rows, v.shape[2]), dtype=table.dtype) for v in (x, dy))
+    given = dy, x, kernel, scale, rows, order, starts, h, table, (d_a, d_b), need_x, need_scale
+    dx, d_scale = gradients(*given)
+    return dx, scale.new_zeros(0) if d_scale is None else d_scale, d_a, d_b
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    kernel: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    h: Tensor,
+    table: Table,
+    pairs: tuple[Tensor, Tensor] | None,
+    need_x: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x, which has no meaning where it is not needed, and of scale, None where it is not.
+
+    Args:
+        dy, x, kernel, scale, rows, order, starts, h: as for :func:`backward`.
+        table: the bank's.
+        pairs: where the gradients of A ``[bank rows, d_in]`` and of B transposed ``[bank rows, d_out]`` go; None if
+            they are not needed.
+        need_x, need_scale: what is needed.
+    """
     length, d_in, d_out = x.shape[1], x.shape[2], dy.shape[2]
     x, dy = x.contiguous(), dy.contiguous()
-    bank = sum(p.shape[0] for p in a)
     dx = torch.empty_like(x)
-    d_a, d_b = (x.new_empty((bank, size), dtype=a[0].dtype) for size in (d_in, d_out))
-    d_scale = scale.new_zeros(scale.shape if need_scale else 0)
     if x.numel() == 0 or dy.numel() == 0:
-        return dx.zero_(), d_scale, d_a.zero_(), d_b.zero_()
+        for room in pairs or ():
+            room.zero_()
+        return dx.zero_(), torch.zeros_like(scale) if need_scale else None
     with _on(x):
-        batch = _Sum(bank_table(a, b, x.device), rows, scale)
-        by_parts = partial(length, batch.slots)
+        batch = _Sum(table, rows, scale)
+        by_parts = pairs is not None and partial(length, batch.slots)
         if length == 1:
             dz = torch.empty_like(h)
             batch.single(dy, B, None, dx, dz)
@@ -263,23 +308,20 @@ def backward(
         if by_parts:
             block_c = cut_parts(d_in, d_out)
             chunks_a = parts(d_in, block_c)
-            kernels.gather_parts[(bank, chunks_a + parts(d_out, block_c))](
+            kernels.gather_parts[(table.rows, chunks_a + parts(d_out, block_c))](
                 part_a,
                 part_b,
                 order,
                 starts,
-                d_a,
-                d_b,
+                *pairs,  # type: ignore[misc]
                 *(at_a.pieces, at_b.pieces, batch.slots, d_in, d_out, chunks_a),
                 block_e=8,
                 block_c=block_c,
                 num_warps=4,
             )
-        else:
-            batch.gather_tokens(x, dz, order, starts, d_a)
-            batch.gather_tokens(dy, h, order, starts, d_b)
-    if need_scale:
-        d_scale = (dz * h).sum(1)
+        elif pairs is not None:
+            batch.gather_tokens(x, dz, order, starts, pairs[0])
+            batch.gather_tokens(dy, h, order, starts, pairs[1])
     if need_x:
         dx.view(-1, d_in).addmm_(dy.view(-1, d_out), kernel.t())
-    return dx, d_scale, d_a, d_b
+    return dx, (dz * h).sum(1) if need_scale else None

@@ -7,7 +7,7 @@ no bytes are uploaded, and a captured CUDA graph finds the table it was captured
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flix.backends.torch.parameters import InForce
+from flix.core.adapter.flat import FlatLayout
 from flix.core.errors import ConfigError
 from flix.core.strategy.union import bank_rows
 
@@ -44,6 +46,7 @@ class Table(NamedTuple):
 
 
 _tables: OrderedDict[Any, Table] = OrderedDict()
+_of_layouts: WeakKeyDictionary[FlatLayout, OrderedDict[Any, Table]] = WeakKeyDictionary()
 # Those that CUDA graphs read at every replay, by the memory they point into: a graph is of no use after that is freed.
 _captured: WeakKeyDictionary[torch.UntypedStorage, dict[Any, Table]] = WeakKeyDictionary()
 
@@ -79,8 +82,7 @@ def bank_table(a: Sequence[Tensor], b: Sequence[Tensor], device: torch.device) -
     Tensors that are not contiguous, or of another dtype than the first, are copied for the time of the call.
 
     Raises:
-        ConfigError: a CUDA graph is being captured, and the table is not there yet: the graph would read it anew from
-            memory of the host that is long used for something else.
+        ConfigError: a CUDA graph is being captured, and the table is not there yet.
     """
     given, dtype = (*a, *b), a[0].dtype
     params = [
@@ -88,22 +90,71 @@ def bank_table(a: Sequence[Tensor], b: Sequence[Tensor], device: torch.device) -
     ]
     ranks = tuple(p.shape[0] for p in a)
     sizes = a[0].shape[1], b[0].shape[1]
-    key = (device, dtype, sizes, ranks, tuple(p.data_ptr() for p in params))
-    copied = any(p is not q for p, q in zip(params, given, strict=True))
-    found = None if copied else _tables.get(key)
-    if found is None:
+    if any(p is not q for p, q in zip(params, given, strict=True)):
         if _capturing(device):
-            raise ConfigError(
-                "a CUDA graph of fused layers is captured after a run outside it with the same features and "
-                "parameters, which prepares their tables; run the model once before torch.cuda.graph"
+            raise _unprepared()
+        return _table(params, ranks, sizes, device)._replace(held=params)
+    key = (device, dtype, sizes, ranks, tuple(p.data_ptr() for p in params))
+    return _kept(_tables, key, device, a[0], lambda: _table(params, ranks, sizes, device))
+
+
+def layer_table(found: InForce, place: int, active: tuple[int, ...], device: torch.device) -> Table:
+    """The table of some features in one of a model's layers.
+
+    Where the features' vectors are alike it follows from their addresses, and no part of them has to be made.
+
+    Args:
+        found: the vectors.
+        place: the layer's.
+        active: the features' ids.
+        device: of the table.
+
+    Raises:
+        ConfigError: as :func:`bank_table`.
+    """
+    layout = found.bank.layout
+    shape, ranks = layout.shapes[place], layout.layouts[place].ranks
+    if found.addresses is None or found.addresses[0] != device:  # parts are copied, each by itself
+        a, b = (
+            [v.view(ranks[i], size) for i, v in zip(active, side, strict=True)]
+            for side, size in zip(
+                found.values(active, place, device), (shape.d_in, shape.d_out), strict=True
             )
-        found = _table(params, ranks, sizes, device)
-        if copied:
-            return found._replace(held=params)
-        _tables[key] = found
-        while len(_tables) > _KEPT:
-            _tables.popitem(last=False)
-    _tables.move_to_end(key)
-    if _capturing(device):
-        _captured.setdefault(a[0].untyped_storage(), {})[key] = found
+        )
+        return bank_table(a, b, device)._replace(held=(a, b))
+
+    def make() -> Table:
+        a, b = found.values(active, place, device)
+        return _table([*a, *b], tuple(ranks[i] for i in active), (shape.d_in, shape.d_out), device)
+
+    tables = _of_layouts.setdefault(layout, OrderedDict())
+    return _kept(tables, (place, active, found.addresses), device, found.vector(active[0]), make)
+
+
+def _kept(
+    tables: OrderedDict[Any, Table],
+    key: Any,
+    device: torch.device,
+    part: Tensor,
+    make: Callable[[], Table],
+) -> Table:
+    """A table out of those that are kept, or made and kept; ``part`` lies in the memory that it points into."""
+    found, capturing = tables.get(key), _capturing(device)
+    if found is None:
+        if capturing:
+            raise _unprepared()
+        found = tables[key] = make()
+        while len(tables) > _KEPT:
+            tables.popitem(last=False)
+    tables.move_to_end(key)
+    if capturing:
+        _captured.setdefault(part.untyped_storage(), {})[key] = found
     return found
+
+
+def _unprepared() -> ConfigError:
+    """The graph would read its table anew from memory of the host that is long used for something else."""
+    return ConfigError(
+        "a CUDA graph of fused layers is captured after a run outside it with the same features and "
+        "parameters, which prepares their tables; run the model once before torch.cuda.graph"
+    )

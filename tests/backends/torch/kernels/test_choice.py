@@ -20,15 +20,29 @@ def _strategy(asked="auto", device="cpu", dtype=torch.bfloat16, examples=16, len
     return choice.strategy_for(asked, x, **{"rows": 16, "union": 64, **known})
 
 
-def test_auto_takes_no_kernels_that_nobody_measured(monkeypatch):
+def test_auto_on_a_cpu(monkeypatch):
     monkeypatch.setattr(choice, "TRITON", True)
-    for device in ("cpu", "cuda"):
-        assert _strategy(device=device) == _strategy(device=device, union=None) == "gather"
-        assert _strategy(device=device, length=1) == "masked"
-        assert _strategy(device=device, length=1, examples=4096, union=9999) == "gather"
-        assert _strategy(device=device, examples=1) == "single"
+    assert _strategy() == _strategy(union=None) == "gather"
+    assert _strategy(length=1) == "masked"
+    assert _strategy(length=1, examples=4096, union=9999) == "gather"
+    assert _strategy(examples=1) == "single"
     assert _strategy("masked") == "masked"
-    assert _strategy("fused", device="cuda") == "fused"
+
+
+def test_auto_on_a_cuda_device_takes_the_kernels_where_they_run(monkeypatch):
+    monkeypatch.setattr(choice, "TRITON", True)
+    for known in ({}, {"union": None}, {"length": 1}, {"examples": 1}):
+        assert _strategy(device="cuda", **known) == "fused"
+    assert _strategy(device="cuda", dtype=torch.float64) == "gather"
+    assert _strategy(device="cuda", length=1, kept=16) == "gather"
+    monkeypatch.setattr(choice, "TRITON", False)
+    assert _strategy(device="cuda") == _strategy(device="cuda", length=1) == "gather"
+    assert _strategy(device="cuda", examples=1) == "single"
+
+
+def test_masked_on_a_cuda_device_is_gather():
+    """To see whether a broken value reached other rows, the host would wait for the device in every layer."""
+    assert _strategy("masked", device="cuda") == "gather"
 
 
 def test_fused_says_what_it_lacks(monkeypatch):

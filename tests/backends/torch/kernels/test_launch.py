@@ -206,3 +206,65 @@ def test_other_dtypes_are_refused():
 def test_rows_stay_apart(length, way, learned):
     x = torch.randn(5, length, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     check(layer_of("fused", 8, 6), x, way, learned=learned)
+
+
+class _Twice(torch.nn.Module):
+    """Layers of several sizes, one of which runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(12, 20), torch.nn.Linear(20, 12)
+        self.unused = torch.nn.Linear(12, 12)
+
+    def forward(self, x):
+        return self.first(self.second(self.first(x).tanh()).tanh())
+
+
+def _model(strategy):
+    torch.manual_seed(0)
+    settings = config(rank_pattern={"second": {("task", "pos"): 0, ("language", "zul"): 3}})
+    model = adapt(_Twice(), settings, strategy=strategy)
+    randomize(model)
+    return model.to(DEVICE)
+
+
+def test_a_model_whose_layers_differ_and_run_twice():
+    """Gradients of all layers become one vector a feature; a layer without one leaves zeros in it."""
+    found = []
+    for strategy in ("fused", "gather"):
+        model, x = _model(strategy), torch.ones(4, 70, 12, device=DEVICE, requires_grad=True)
+        ids, weights = routing(ROWS)
+        model(x, flix_features=ids, flix_weights=weights).square().sum().backward()
+        grads = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
+        found.append({"x": x.grad.cpu(), **grads})
+    assert len(found[1]) > 4
+    _agree(*found)
+
+
+def test_gradients_of_gradients():
+    found = []
+    for strategy in ("fused", "gather"):
+        model, x = _model(strategy), torch.ones(4, 3, 12, device=DEVICE, requires_grad=True)
+        ids, weights = routing(ROWS)
+        y = model(x, flix_features=ids, flix_weights=weights)
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        first.square().sum().backward()
+        grads = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
+        found.append({"x": x.grad.cpu(), **grads})
+    _agree(*found)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="older torch")
+@pytest.mark.parametrize(("asked", "wanted"), [("tf32", True), ("ieee", False)])
+def test_float32_is_multiplied_as_torch_is_told(asked, wanted, request):
+    """The older of torch's two settings raises once the newer was used."""
+    from flix.backends.torch.kernels import launch
+
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    request.addfinalizer(lambda: setattr(settings, "fp32_precision", before))
+    settings.fp32_precision = asked
+    assert launch._tf32() is wanted
+    one = torch.ones(1)
+    assert launch._products(one)["precision"] == asked
+    assert launch._products(one.bfloat16())["precision"] == "ieee"
