@@ -30,10 +30,12 @@ class FlixState:
     Attributes:
         config: the configuration.
         named: features that a warning has named for values that are not finite; no part of the value.
+        acted: layers that ran, and whether in evaluation; neither.
     """
 
     config: FlixConfig
     named: set[Feature] = field(default_factory=set)
+    acted: set[tuple[str, bool]] = field(default_factory=set)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FlixState):
@@ -53,7 +55,7 @@ class FlixState:
         return self._hash
 
     def __deepcopy__(self, memo: Any) -> FlixState:
-        return replace(self, named=set())
+        return replace(self, named=set(), acted=set())
 
     def __repr__(self) -> str:
         return f"FlixState({self.config.registry!r})"

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from flix.backends import messages
-from flix.backends.jax import finite, forms, scopes
+from flix.backends.jax import bypassed, finite, forms, scopes
 from flix.backends.jax.functional import add_update
 from flix.backends.jax.parameters import LayerBank, LayerSpec
 from flix.backends.jax.patches.carrying import Carrying
@@ -58,6 +58,7 @@ class FlixLayer(Carrying):
     ) -> Array:
         """The layer's own call, with routing as in the model's; default: the one in force."""
         routing = self._routing(flix_features, flix_weights)
+        bypassed.ran(self)
         y = super().__call__(inputs, *args, **kw)  # type: ignore[misc]
         return y if routing is None else self._updated(y, inputs, routing)
 
@@ -108,12 +109,16 @@ class FlixLayer(Carrying):
 class FlixLinear(FlixLayer, nnx.Linear):
     """nnx.Linear, adapted: ``[B, ..., d_in]`` to ``[B, ..., d_out]``."""
 
+    kernel = bypassed.Kernel()
+
 
 class FlixLinearGeneral(FlixLayer, nnx.LinearGeneral):
     """nnx.LinearGeneral, adapted: ``[B, ..., *in]`` to ``[B, ..., *out]``.
 
     d_in and d_out are the products of its features, row-major in the kernel's order.
     """
+
+    kernel = bypassed.Kernel()
 
     def _updated(self, y: Array, x: Array, routing: ActiveRouting) -> Array:
         outputs = tuple(self.out_features)
@@ -125,6 +130,8 @@ class FlixLinearGeneral(FlixLayer, nnx.LinearGeneral):
 
 class FlixEinsum(FlixLayer, nnx.Einsum):
     """nnx.Einsum, adapted, where its equation is a linear map of the input with one kernel matrix."""
+
+    kernel = bypassed.Kernel()
 
     def __call__(
         self, inputs: Array, einsum_str: str | None = None, *args: Any, **kw: Any

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from flix.backends import messages
 from flix.backends.protocol import Values
+from flix.backends.tensorflow import bypassed
 from flix.backends.tensorflow.base import (
     FEATURES,
     INPUTS,
@@ -181,7 +182,7 @@ class FlixModel(keras.Model):  # type: ignore[misc]
                 raise messages.weights_alone()
             if current.routing is None:
                 raise messages.unrouted_model(CALL)
-            return self.base(own)
+            return self._watched(own, training)
         routing = make_routing(
             self.flix_config.registry,
             features,
@@ -190,7 +191,10 @@ class FlixModel(keras.Model):  # type: ignore[misc]
             lengths=[_length(x) for x in leaves if (x.shape.rank or 0) >= 2],
         )
         with current.under(routing=routing):
-            return self.base(own)
+            return self._watched(own, training)
+
+    def _watched(self, own: Any, training: Any) -> Any:
+        return bypassed.run(self, own, training, lambda: flix_layers(self.base))
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
         """The base's layers pass their masks on themselves."""

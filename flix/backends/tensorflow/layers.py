@@ -11,6 +11,8 @@ import tensorflow as tf
 from keras import layers, ops
 
 from flix.backends import messages
+from flix.backends.tensorflow import bypassed
+from flix.backends.tensorflow.bypassed import WatchedKernel
 from flix.backends.tensorflow.parameters import FlixState, Parameters, config_from
 from flix.backends.tensorflow.patches.saving import register
 from flix.backends.tensorflow.routing import ActiveRouting, in_force, is_off, make_routing
@@ -80,6 +82,7 @@ class FlixLayer(Parameters):
         routing = self._routing(flix_features, flix_weights)
         if routing is None:
             return self.flix_base.call(self, inputs)
+        bypassed.ran(self)
         return self._routed(inputs, routing)
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
@@ -200,7 +203,7 @@ class FlixLayer(Parameters):
 
 
 @register
-class FlixDense(FlixLayer, layers.Dense):  # type: ignore[misc]
+class FlixDense(FlixLayer, WatchedKernel, layers.Dense):  # type: ignore[misc]
     """A frozen Dense layer plus each row's sum of low-rank updates, before the activation (docs/specification.md §1.1).
 
     In a model, ``adapt`` turns the targets into this class. By hand::
@@ -223,7 +226,7 @@ class FlixDense(FlixLayer, layers.Dense):  # type: ignore[misc]
 
 
 @register
-class FlixEinsumDense(FlixLayer, layers.EinsumDense):  # type: ignore[misc]
+class FlixEinsumDense(FlixLayer, WatchedKernel, layers.EinsumDense):  # type: ignore[misc]
     """A frozen EinsumDense layer plus each row's own sum of low-rank updates, before the activation.
 
     The kernel counts as a matrix ``[d_in, d_out]``: the axes that it shares with the input, in the kernel's order

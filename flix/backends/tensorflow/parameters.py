@@ -36,6 +36,7 @@ class FlixState:
         version: how often features joined or left, froze or thawed; what was traced before is refused.
         flags: which layers trained before the base was frozen (``base.trainable_flags``).
         broken: features that a warning has named for values that are not finite.
+        acted: layers that ran, and whether the model trained then.
         specs: the base's inputs as they were first given, as ``tf.TensorSpec``; None before.
     """
 
@@ -44,6 +45,7 @@ class FlixState:
     version: int = 0
     flags: str = ""
     broken: set[Feature] = field(default_factory=set)
+    acted: set[tuple[str, bool]] = field(default_factory=set)
     specs: Any = None
 
 

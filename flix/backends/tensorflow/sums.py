@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from flix.backends.tensorflow.parameters import Live
+from flix.backends.tensorflow.patches.captures import in_branch
 from flix.backends.tensorflow.routing import Placed
 
 
@@ -161,30 +162,35 @@ def _summed(base: Any, h: Any, rows: Any, b: Any) -> Any:
     return base + tf.reshape(y, shape)
 
 
-def _with_factors_of_zero(y: Any, placed: Placed, dtype: Any, project: Any, b: Any) -> Any:
+def _with_factors_of_zero(y: Any, placed: Placed, dtype: Any, project: Any, tables: Any) -> Any:
     """y as it is, and the gradient of factors that are 0, whose slots are no part of the sum.
 
     Args:
         y: ``[N, S, d_out]``.
         placed: the batch's routing in this layer.
         dtype: of the products.
-        project: gives the rank-space values ``[N, S, R]`` of rows of A, ``[N, R]``.
-        b: the table of B.
+        project: gives the rank-space values ``[N, S, R]`` of rows ``[N, R]`` of A.
+        tables: A and B.
     """
     asleep = placed.asleep
     if asleep is None:
         return y
 
+    def values() -> tuple[Any, Any]:
+        return project(tables[0], asleep), tf.cast(tf.gather(tables[1], asleep), dtype)
+
+    kept = values() if in_branch() else None  # a loop's gradient cannot reach variables
+
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def attached(y: Any, scale: Any) -> Any:
-        def products(dy: Any) -> Any:
-            back = tf.matmul(dy, tf.cast(tf.gather(b, asleep), dtype), transpose_b=True)
-            found = tf.reduce_sum(back * project(asleep), 1)
-            return tf.where(asleep > 0, tf.cast(found, scale.dtype), tf.zeros_like(scale))
-
         def backward(dy: Any) -> tuple[Any, Any]:
+            def products() -> Any:
+                h, b = kept or values()
+                found = tf.reduce_sum(tf.matmul(dy, b, transpose_b=True) * h, 1)
+                return tf.where(asleep > 0, tf.cast(found, scale.dtype), tf.zeros_like(scale))
+
             some = tf.reduce_any(asleep > 0)
-            return dy, tf.cond(some, lambda: products(dy), lambda: tf.zeros_like(scale))
+            return dy, tf.cond(some, products, lambda: tf.zeros_like(scale))
 
         return tf.identity(y), backward
 
@@ -208,11 +214,11 @@ def routed_linear(
         ``[N, S, d_out]``.
     """
 
-    def project(rows: Any) -> Any:
-        return tf.matmul(x, tf.cast(tf.gather(tables[0], rows), x.dtype), transpose_b=True)
+    def project(a: Any, rows: Any) -> Any:
+        return tf.matmul(x, tf.cast(tf.gather(a, rows), x.dtype), transpose_b=True)
 
     y = _linear_sum(x, base, placed, tables, strategy, live)
-    return _with_factors_of_zero(y, placed, x.dtype, project, tables[1])
+    return _with_factors_of_zero(y, placed, x.dtype, project, tables)
 
 
 def _linear_sum(
@@ -248,14 +254,14 @@ def routed_embedding(
     ``"gather"`` here.
     """
 
-    def project(rows: Any) -> Any:
+    def project(a: Any, rows: Any) -> Any:
         shape = tf.shape(tokens)
         at = tf.broadcast_to(rows[:, None, :], [shape[0], shape[1], tf.shape(rows)[1]])
         cells = tf.stack([at, tf.broadcast_to(tokens[:, :, None], tf.shape(at))], -1)
-        return tf.cast(tf.gather_nd(tf.convert_to_tensor(tables[0]), cells), base.dtype)
+        return tf.cast(tf.gather_nd(tf.convert_to_tensor(a), cells), base.dtype)
 
     y = _embedding_sum(tokens, base, placed, tables, strategy, live)
-    return _with_factors_of_zero(y, placed, base.dtype, project, tables[1])
+    return _with_factors_of_zero(y, placed, base.dtype, project, tables)
 
 
 def _embedding_sum(

@@ -17,7 +17,7 @@ from typing import Any
 from flax import nnx
 
 from flix.backends import messages
-from flix.backends.jax import scopes
+from flix.backends.jax import bypassed, scopes
 from flix.backends.jax.patches.carrying import Carrying
 from flix.backends.jax.patches.layers import change_class, drop_attributes
 from flix.backends.jax.routing import CALL, current, in_force, make_routing, present_of
@@ -66,13 +66,13 @@ def _make_routed(base: type[nnx.Module]) -> type[nnx.Module]:
                 raise messages.weights_alone()
             if in_force(self, base.__name__) is None:
                 raise messages.unrouted_model(CALL)
-            return base.__call__(self, *args, **kwargs)
+            return bypassed.run(self, base.__call__, args, kwargs)
         present = present_of(self, base.__name__)
         routing = make_routing(
             self.flix_config.registry, flix_features, flix_weights, present=present
         )
         with current.under(routing=routing):
-            return base.__call__(self, *args, **kwargs)
+            return bypassed.run(self, base.__call__, args, kwargs)
 
     def body(namespace: dict[str, Any]) -> None:
         namespace.update(

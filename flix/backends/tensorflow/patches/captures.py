@@ -28,6 +28,14 @@ def traced_function() -> Any:
     return graph
 
 
+def in_branch() -> bool:
+    """Whether a loop or branch is being traced, or a function inside of one."""
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    while graph is not None and not isinstance(graph, ControlFlowFuncGraph):
+        graph = getattr(graph, "outer_graph", None)
+    return graph is not None
+
+
 def late(graph: Any, key: str, look_up: Callable[[], Any], spec: Any) -> Any:
     """What stands in a graph for a value that is looked up at each call.
 
