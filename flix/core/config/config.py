@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Union
 
 from flix.core.checks import finite, is_whole, whole
 from flix.core.config.layout import LayerLayout
+from flix.core.config.overrides import Overrides
+from flix.core.config.patterns import compiled
 from flix.core.config.ranks import Rule, by_feature
 from flix.core.config.renaming import (
     Translate,
@@ -18,7 +19,7 @@ from flix.core.config.renaming import (
     renamed_fallbacks,
     renamed_pattern,
 )
-from flix.core.config.targets import Patterns, pattern_matches
+from flix.core.config.targets import ALL_LINEAR, Patterns
 from flix.core.errors import ConfigError, FlixError, RankError, near
 from flix.core.features.dropout import FeatureDropout
 from flix.core.features.encoding import Unknown, check_policy
@@ -74,14 +75,14 @@ class FlixConfig:
         put(self, "target_modules", _patterns(self.target_modules, "target_modules"))
         put(self, "exclude_modules", _patterns(self.exclude_modules, "exclude_modules", empty=True))
         patterns = self._resolve_rank_pattern()
-        put(self, "_patterns", patterns)
+        put(self, "_patterns", Overrides(patterns))
         given = self.rank_pattern.values()
         put(
             self,
             "rank_pattern",
             {p: _by_group(v, r) for v, (p, r) in zip(given, patterns, strict=True)},
         )
-        put(self, "_layers", {})
+        put(self, "_updates", {})
         if self.feature_dropout is not None:
             if not isinstance(self.feature_dropout, FeatureDropout):
                 raise ConfigError(
@@ -106,37 +107,49 @@ class FlixConfig:
                 f"rank_pattern must be {{pattern: rank or ranks}}, got {self.rank_pattern!r}"
             )
         resolved = []
+        count = 0
         for pattern, value in self.rank_pattern.items():
-            _compiles(pattern, "rank_pattern")
             what = f"rank_pattern[{pattern!r}]"
             if isinstance(value, Mapping):
                 ranks = by_feature(self.registry, value, what)
             else:
                 ranks = dict.fromkeys(self.registry.live, value)
             resolved.append((pattern, {f: whole(r, what, 0, RankError) for f, r in ranks.items()}))
+            count += len(ranks)
+            Overrides.check_count(count)
         return tuple(resolved)
 
     def rank(self, layer: str, feature: Feature) -> int:
         """The rank of a feature in a layer: ``rank_pattern``'s where it speaks, else ``ranks``'."""
-        if (rank := self._ranks_of(layer).get(feature)) is not None:
+        if (rank := self._overrides.ranks(layer).get(feature)) is not None:
             return rank
         return int(self.ranks[feature])  # type: ignore[index]
 
     def layer_ranks(self, layer: str) -> tuple[int, ...]:
         """The ranks of all features in a layer, in the order of their ids."""
-        ranks = {**self.ranks, **self._ranks_of(layer)}  # type: ignore[dict-item]
+        ranks = {**self.ranks, **self._overrides.ranks(layer)}  # type: ignore[dict-item]
         return tuple(ranks[f] for f in self.registry.features)
 
-    def _ranks_of(self, layer: str) -> dict[Feature, int]:
-        """What ``rank_pattern`` says of a layer. Kept: with many layers and patterns, matching again would show."""
-        kept: dict[str, dict[Feature, int]] = self._layers  # type: ignore[attr-defined]
-        if layer not in kept:
-            found: dict[Feature, int] = {}
-            for pattern, ranks in reversed(self._patterns):  # type: ignore[attr-defined]
-                if pattern_matches(layer, pattern):
-                    found.update(ranks)
-            kept[layer] = found
-        return kept[layer]
+    def updates(self, layer: str) -> tuple[tuple[int, int], ...]:
+        """Id and rank of the features that have an update in a layer, in the order of their ids."""
+        kept: dict[tuple[int, ...], tuple[tuple[int, int], ...]] = self._updates  # type: ignore[attr-defined]
+        return self._overrides.once(
+            kept,
+            layer,
+            lambda: tuple((i, r) for i, r in enumerate(self.layer_ranks(layer)) if r),
+        )
+
+    def check_size(self, layers: Iterable[str]) -> None:
+        """Refuse a ``rank_pattern`` that takes long to work out for these layers.
+
+        Raises:
+            ConfigError: it does.
+        """
+        self._overrides.check_size(layers, len(self.registry))
+
+    @property
+    def _overrides(self) -> Overrides:
+        return self._patterns  # type: ignore[attr-defined, no-any-return]
 
     def scale(self, layer: str, feature: Feature) -> float:
         """s_f (docs/specification.md §1.2) in a layer; 0 where the feature has rank 0."""
@@ -285,7 +298,7 @@ class FlixConfig:
             return cls(**values)
         except FlixError:
             raise
-        except (TypeError, AttributeError, KeyError) as error:
+        except (TypeError, AttributeError, KeyError, ValueError, OverflowError) as error:
             raise ConfigError(f"a configuration with a value of the wrong form: {error}") from error
 
 
@@ -313,7 +326,8 @@ def _resolve_ranks(registry: FeatureRegistry, ranks: object) -> dict[Feature, in
 
 def _patterns(value: object, what: str, empty: bool = False) -> str | tuple[str, ...]:
     if isinstance(value, str) and value:
-        _compiles(value, what)
+        if value != ALL_LINEAR:
+            compiled(value, what)
         return value
     if isinstance(value, list | tuple | set | frozenset) and all(
         isinstance(item, str) and item for item in value
@@ -322,13 +336,6 @@ def _patterns(value: object, what: str, empty: bool = False) -> str | tuple[str,
             return tuple(value)
         raise ConfigError(f"{what} must name at least one layer, got none")
     raise ConfigError(f"{what} must be a string or a list of suffixes, got {value!r}")
-
-
-def _compiles(pattern: object, what: str) -> None:
-    try:
-        re.compile(pattern)  # type: ignore[call-overload]
-    except (re.error, TypeError) as error:
-        raise ConfigError(f"{what}: {pattern!r} is not a regular expression ({error})") from error
 
 
 def nested(values: Mapping[Feature, Any]) -> dict[str, Any]:

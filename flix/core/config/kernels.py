@@ -46,6 +46,13 @@ class Form:
         """The permutation of the kernel's axes that leaves a reshape to ``[d_in, d_out]``."""
         return (*self.contracted, *self.free)
 
+    def at(self, rows: NDArray[Any], columns: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+        """Where in the kernel's own shape entries of its matrix ``[d_out, d_in]`` stand, by axis."""
+        contracted = np.unravel_index(columns, [self.shape[i] for i in self.contracted])
+        places = dict(zip(self.contracted, contracted, strict=True))
+        places.update(zip(self.free, np.unravel_index(rows, self.sizes), strict=True))
+        return tuple(places[axis] for axis in range(len(self.shape)))
+
     def unflatten(self, matrix: NDArray[Any]) -> NDArray[Any]:
         """``[d_in, d_out]`` in the kernel's own shape."""
         split = matrix.reshape([self.shape[i] for i in self.order])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Union
 
+from flix.core.config.patterns import compiled, exactly
 from flix.core.errors import TargetError, listed, near
 
 ALL_LINEAR = "all-linear"
@@ -62,25 +61,18 @@ def matches(path: str, patterns: Patterns) -> bool:
     """Whether a path matches: a string is a regular expression for the whole path, a list holds suffixes.
 
     A suffix matches whole path components: ``"q"`` matches ``layers.0.q`` but not ``layers.0.seq``.
+
+    Raises:
+        ConfigError: a pattern that is none, or that breaks a rule of :mod:`flix.core.config.patterns`.
     """
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, path) is not None
+        return compiled(patterns, "the pattern")(path)
     return any(path == suffix or path.endswith("." + suffix) for suffix in patterns)
 
 
 def pattern_matches(path: str, pattern: str) -> bool:
     """Whether a key of ``rank_pattern`` matches a path: a regular expression for its last components."""
-    return _ending(pattern).fullmatch(path) is not None
-
-
-def exactly(paths: Sequence[str]) -> str:
-    """A key of ``rank_pattern`` that matches exactly these paths."""
-    return f"^(?:{'|'.join(map(re.escape, paths))})"
-
-
-@functools.lru_cache(maxsize=4096)
-def _ending(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(?:.*\.)?(?:{pattern})")
+    return compiled(pattern, "rank_pattern", ending=True)(path)
 
 
 def select(
@@ -175,3 +167,9 @@ def _refuse_unmatched(pattern: str, layers: Sequence[LayerInfo]) -> None:
 
 def _shown(patterns: Patterns) -> str:
     return repr(patterns if isinstance(patterns, str) else list(patterns))
+
+
+__all__ = [
+    "ALL_LINEAR", "HEADS", "LayerInfo", "Patterns", "exactly", "is_head", "left_out", "matches", "pattern_matches",
+    "select",
+]  # fmt: skip

@@ -1,0 +1,53 @@
+"""Ranks of some layers: which patterns count, and what would take too long is refused."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from flix import ConfigError, FeatureRegistry, FlixConfig
+from flix.core.config.overrides import Overrides
+
+A, B = ("g", "a"), ("g", "b")
+
+
+def test_the_first_pattern_that_names_a_feature_counts():
+    found = Overrides([("q", {A: 1}), ("x.q", {A: 2, B: 3}), ("k", {B: 4})])
+    assert found.ranks("x.q") == {A: 1, B: 3} and found.ranks("q") == {A: 1}
+    assert found.ranks("x.k") == {B: 4} and found.ranks("v") == {}
+    assert found.ranks("y.q") is found.ranks("q")  # layers that the same patterns match share it
+
+
+def test_updates_are_the_ranks_above_nothing():
+    registry = FeatureRegistry({"g": ["a", "b", "c"]})
+    config = FlixConfig(registry=registry, ranks={A: 1, B: 0, ("g", "c"): 2}, rank_pattern={"q": {"g": {"b": 3, "c": 0}}})  # fmt: skip
+    assert config.updates("k") == ((0, 1), (2, 2)) and config.updates("q") == ((0, 1), (1, 3))
+
+
+def config(patterns, features=1):
+    registry = FeatureRegistry({"g": [str(i) for i in range(features)]})
+    return FlixConfig(registry=registry, ranks=0, rank_pattern=patterns)
+
+
+def test_what_would_take_too_long_is_refused_soon():
+    began = time.perf_counter()
+    with pytest.raises(ConfigError, match="more than 2,000 patterns"):
+        config({f"x{i}": 1 for i in range(3000)})
+    with pytest.raises(ConfigError, match="gives more than 4,000,000 ranks"):
+        config({f"x{i}": 1 for i in range(1500)}, 5000)
+    many = config({f"x.*{i}": 1 for i in range(1500)})
+    with pytest.raises(ConfigError, match="too many, or too involved"):
+        many.check_size("y" * 100 for _ in range(10_000))
+    involved = config({rf".*a.{{{i}}}": 1 for i in range(60, 100)})
+    with pytest.raises(ConfigError, match="too many, or too involved"):
+        involved.check_size(f"{i:b}".replace("1", "a") * 10 for i in range(2000))
+    apart = config({f"x{i}": {"g": {"0": 1}} for i in range(1500)}, 5000)
+    with pytest.raises(ConfigError, match="gives more than 4,000,000 ranks"):
+        apart.check_size(f"x{i}" for i in range(1500))
+    assert time.perf_counter() - began < 10
+
+
+def test_what_people_have_is_not_refused():
+    layers = [f"model.layers.{i}.{part}" for i in range(48) for part in ("q", "k", "v", "o", "up", "down", "gate")]  # fmt: skip
+    config({f"layers.{i}.q": i + 1 for i in range(48)}, 1000).check_size(layers)
