@@ -1,26 +1,44 @@
-"""The checkpoints of a run."""
+"""The checkpoints of a run, and which of them are complete.
+
+A Trainer writes a checkpoint file by file. So :data:`MANIFEST` is written last, and names all the files that are there
+with their digests; it is removed before the first of them is written over. A checkpoint whose files are those that it
+names is one run's at one step, whatever was killed, copied or written over in between.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from flix.core.adapter.files import TENSOR_FILE
+from flix.core.errors import AdapterError, shown
+from flix.core.files import sync_folder, write_file
+from flix.core.strictjson import parsed
 
 PREFIX = "checkpoint-"
+MANIFEST = "flix_checkpoint.json"
+STATE = "trainer_state.json"
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     """The latest complete checkpoint in a Trainer's output folder, or None.
 
-    The Trainer writes ``trainer_state.json`` last. A run that was killed while it wrote a checkpoint leaves one
-    without it, or with a part of it, which is passed over.
+    One that a killed run left half written, or that another run half overwrote, is passed over.
     """
-    complete = [
+    found = [
         path
         for path in Path(output_dir).glob(f"{PREFIX}*")
-        if path.name.removeprefix(PREFIX).isdigit() and _is_complete(path)
+        if path.name.removeprefix(PREFIX).isdigit()
     ]
-    return max(complete, key=checkpoint_step, default=None)
+    for path in sorted(found, key=checkpoint_step, reverse=True):
+        if incomplete(path) is None:
+            return path
+    return None
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -28,9 +46,81 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def begin(checkpoint: Path) -> None:
+    """Before anything of a checkpoint is written: what an earlier one left under its name is none from here on."""
+    files = _named(checkpoint) or {}
+    for name in (
+        STATE,
+        MANIFEST,
+        *files,
+    ):  # without its state no checkpoint is complete, by any rule
+        (checkpoint / name).unlink(missing_ok=True)
+    if files:
+        sync_folder(checkpoint)
+
+
+def finish(checkpoint: Path) -> None:
+    """After everything of a checkpoint was written: name its files."""
+    files = {
+        str(path.relative_to(checkpoint).as_posix()): _described(path)
+        for path in _files(checkpoint)
+    }
+    said = {"format": "flix checkpoint", "version": 1, "files": files}
+    write_file(checkpoint / MANIFEST, (json.dumps(said, indent=1) + "\n").encode())
+
+
+def incomplete(checkpoint: Path) -> str | None:
+    """Why a checkpoint is not complete; None if it is.
+
+    One of flix before format 2, which names no files, is taken for complete if its Trainer's state, written last, is.
+    """
+    if not (checkpoint / MANIFEST).is_file():
+        if _is_of_today(checkpoint / TENSOR_FILE):
+            return f"it has no {MANIFEST}, which is written last"
+        try:
+            json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{STATE} cannot be read ({error})"
+        return None
+    files = _named(checkpoint)
+    if files is None:
+        return f"{MANIFEST} is damaged"
+    for name, said in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _described(path) != said:
+            return f"{name} is another than the one that was saved"
+    return None if STATE in files else f"{MANIFEST} names no {STATE}"
+
+
+def _files(checkpoint: Path) -> Iterator[Path]:
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path != checkpoint / MANIFEST and not path.name.endswith(".part"):
+            yield path
+
+
+def _described(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _named(checkpoint: Path) -> dict[str, Any] | None:
+    """The files that a manifest names; None without one, or one that is damaged."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+        said = parsed((checkpoint / MANIFEST).read_bytes(), shown(str(checkpoint)))
+        files = said["files"]
+        inside = all(not os.path.isabs(n) and ".." not in Path(n).parts for n in files)
+        return dict(files) if inside else None
+    except (OSError, AdapterError, TypeError, KeyError, ValueError):
+        return None
+
+
+def _is_of_today(path: Path) -> bool:
+    """Whether an adapter's file is of version 2, that is, of a flix that names a checkpoint's files."""
+    from flix.core.adapter.stored import StoredTensors
+
+    with suppress(OSError, ValueError), open(path, "rb", buffering=0) as file:
+        return StoredTensors(file).metadata.get("version") is not None
+    return path.exists()

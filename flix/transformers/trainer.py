@@ -19,6 +19,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from flix.backends.torch import FlixLinear, RoutedModel, load, save, verbs
 from flix.core.errors import ConfigError
 from flix.data.callback import TellEpoch
+from flix.transformers import checkpoints
 from flix.transformers.checkpoints import last_checkpoint
 from flix.transformers.collator import FlixCollator
 from flix.transformers.losses import FeatureLosses, unreduced
@@ -198,7 +199,7 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
             args, kwargs: as the Trainer's.
 
         Raises:
-            ConfigError: True, and there is none.
+            ConfigError: True, and there is none; a checkpoint that is not complete.
         """
         if resume_from_checkpoint is True:
             found = last_checkpoint(self.args.output_dir)
@@ -207,8 +208,14 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
                     f"nothing to resume: {str(self.args.output_dir)!r} holds no complete checkpoint"
                 )
             resume_from_checkpoint = str(found)
-        elif isinstance(resume_from_checkpoint, Path):
-            resume_from_checkpoint = str(resume_from_checkpoint)
+        elif isinstance(resume_from_checkpoint, str | os.PathLike):
+            given = Path(resume_from_checkpoint)
+            if given.is_dir() and (why := checkpoints.incomplete(given)) is not None:
+                raise ConfigError(
+                    f"nothing to resume: the checkpoint {str(given)!r} is not complete: {why}; load(model, folder) reads "
+                    "its adapter alone"
+                )
+            resume_from_checkpoint = str(given)
         self._losses.take("cpu")
         if self.args.world_size > 1 and self.model_wrapped is self.model:
             # An evaluation before the training marks the model as prepared; accelerate would then not wrap it in
@@ -226,6 +233,29 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's, file by file; the last one names them all (:mod:`flix.transformers.checkpoints`)."""
+        state: Any = self.state
+        if self.args.should_save:
+            name = f"{checkpoints.PREFIX}{state.global_step}"
+            checkpoints.begin(Path(self._get_output_dir(trial=trial), name))
+        self.accelerator.wait_for_everyone()  # every process writes into it
+        save_state = state.save_to_json
+
+        def save_state_and_finish(path: str) -> None:
+            save_state(path)  # the last of the Trainer's files; older checkpoints go after it
+            checkpoints.finish(Path(path).parent)
+
+        state.save_to_json = save_state_and_finish
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            del state.save_to_json
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # every process has written its own file
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load(self.model, resume_from_checkpoint)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 
+from flix import ConfigError  # noqa: E402
 from flix.transformers import last_checkpoint  # noqa: E402
+from flix.transformers.checkpoints import begin, incomplete  # noqa: E402
 from tests.helpers.registry import registry  # noqa: E402
+from tests.helpers.stops import Stopped, stopping  # noqa: E402
 from tests.helpers.transformers import dataset, losses, rows, same, state, trainer  # noqa: E402
 
 RESUME = {
@@ -103,7 +109,7 @@ def test_mixtures_resume(tmp_path: Path) -> None:
     assert [ids.tolist() for ids in masks] == [ids.tolist() for ids in seen[4:]]
 
 
-def test_last_checkpoint_is_complete(tmp_path: Path) -> None:
+def test_last_checkpoint_of_flix_before_format_2_is_complete(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path / "none") is None
     for step, text in ((2, "{}"), (10, "{}"), (12, '{"epoch":'), (20, None)):
         folder = tmp_path / f"checkpoint-{step}"
@@ -112,3 +118,90 @@ def test_last_checkpoint_is_complete(tmp_path: Path) -> None:
             (folder / "trainer_state.json").write_text(text)
     (tmp_path / "checkpoint-best").mkdir()
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+SAVED = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
+
+
+def run(folder: Path, seed: int = 0, **settings: Any) -> Any:
+    made = trainer(folder, **{**SAVED, "seed": seed, **settings})
+    made.train()
+    return made
+
+
+def test_a_checkpoint_names_all_of_its_files(tmp_path: Path) -> None:
+    run(tmp_path)
+    folder = tmp_path / "checkpoint-4"
+    said = json.loads((folder / "flix_checkpoint.json").read_text())
+    held = {path.name for path in folder.iterdir()} - {"flix_checkpoint.json"}
+    assert {*said["files"]} == held
+    assert {"flix.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= held  # fmt: skip
+    assert incomplete(folder) is None and last_checkpoint(tmp_path) == folder
+    (folder / "notes.txt").write_text("mine")
+    assert last_checkpoint(tmp_path) == folder
+
+
+def test_a_checkpoint_that_is_half_another_runs_is_passed_over(tmp_path: Path) -> None:
+    """Whichever of its files are the other run's, and however they came there."""
+    run(tmp_path / "a")
+    run(tmp_path / "b", seed=7)
+    one, other = (tmp_path / name / "checkpoint-4" for name in "ab")
+    differ = [p.name for p in one.iterdir() if p.read_bytes() != (other / p.name).read_bytes()]
+    assert {"flix.safetensors", "optimizer.pt", "flix_checkpoint.json"} <= {*differ}
+    for name in differ:
+        kept = (one / name).read_bytes()
+        for content in ((other / name).read_bytes(), kept[: len(kept) // 2], b"", None):
+            if content is None:
+                (one / name).unlink()
+            else:
+                (one / name).write_bytes(content)
+            assert incomplete(one) is not None, name
+            assert last_checkpoint(tmp_path / "a") == tmp_path / "a" / "checkpoint-2"
+        with pytest.raises(ConfigError, match="is not complete"):
+            trainer(tmp_path / "a", **SAVED).train(resume_from_checkpoint=str(one))
+        (one / name).write_bytes(kept)
+    assert incomplete(one) is None
+
+
+def test_a_run_that_is_stopped_over_anothers_checkpoints_leaves_none_that_is_mixed(
+    tmp_path: Path,
+) -> None:
+    wanted = run(tmp_path / "new", seed=7, save_steps=4)
+    adapters = {}
+    for seed, name in ((0, "old"), (7, "new")):
+        run(tmp_path / name, seed=seed)
+        adapters[name] = (tmp_path / name / "checkpoint-4" / "flix.safetensors").read_bytes()
+    assert adapters["old"] != adapters["new"]
+    made = wanted
+    seen = set()
+    for stopped in range(1, 60, 3):
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+        shutil.copytree(tmp_path / "old", tmp_path / "x")
+        made.args.output_dir = str(tmp_path / "x")
+        with stopping(stopped, tidy=False) as begun, suppress(Stopped):
+            made._save_checkpoint(made.model, None)
+        found = last_checkpoint(tmp_path / "x")
+        assert found is not None
+        if found.name == "checkpoint-2":
+            seen.add("earlier")
+            continue
+        is_new = (found / "flix.safetensors").read_bytes() == adapters["new"]
+        optimizer = torch.load(found / "optimizer.pt")
+        reference = torch.load(tmp_path / ("new" if is_new else "old") / "checkpoint-4" / "optimizer.pt")  # fmt: skip
+        assert str(optimizer["state"]) == str(reference["state"])
+        seen.add("new" if is_new else "old")
+        if stopped > len(begun):
+            break
+    assert seen == {"old", "earlier", "new"}
+
+
+def test_manifests_of_strangers_name_nothing_outside(tmp_path: Path) -> None:
+    (tmp_path / "outside").write_text("mine")
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    for files in ({"../outside": {}}, {str(tmp_path / "outside"): {}}, [], 7, None):
+        (folder / "flix_checkpoint.json").write_text(json.dumps({"files": files}))
+        assert incomplete(folder) == "flix_checkpoint.json is damaged" or files == []
+        begin(folder)
+        assert (tmp_path / "outside").read_text() == "mine"
+        assert not (folder / "flix_checkpoint.json").exists()
