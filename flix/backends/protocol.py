@@ -13,19 +13,21 @@ A ``[r, d_in]`` and B ``[d_out, r]``, whatever the framework's own kernels look 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core.adapter.adapter import LayerShape, Pair, Rename
+from flix.core.adapter.adapter import LayerShape, Pair
+from flix.core.adapter.base import Places
 from flix.core.adapter.changes import Change
 from flix.core.adapter.composition import Composition
+from flix.core.adapter.described import Head
+from flix.core.adapter.heads import Place
+from flix.core.adapter.summary import Counts as Counts
 from flix.core.config.config import FlixConfig
 from flix.core.config.targets import LayerInfo
 from flix.core.features.names import Feature
-from flix.core.files import Path_
 from flix.core.peft.exporting import PeftFacts
 
 M = TypeVar("M")
@@ -33,21 +35,9 @@ Pairs = Mapping[str, Mapping[Feature, Pair]]
 """Values by layer path and feature; features of rank 0 in a layer are left out."""
 Values = Callable[[str, LayerShape], Mapping[Feature, Pair]]
 """The pairs that a layer starts with, by feature."""
+Samples = Mapping[str, NDArray[Any]]
 Updates = Callable[[str], NDArray[np.float64]]
 """A composition's update of a layer's kernel, ``[d_out, d_in]``."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Numbers of values beside the features' pairs.
-
-    Attributes:
-        total: in all.
-        trainable: those that train: heads that were unfrozen.
-    """
-
-    total: int = 0
-    trainable: int = 0
 
 
 class Backend(Protocol):
@@ -149,23 +139,32 @@ class Backend(Protocol):
 
 
 class SupportsHeads(Protocol):
-    """Parameters of the base that are trained with the features are part of the adapter."""
+    """Parameters of the base that are trained go with the adapter (:mod:`flix.core.adapter.heads`)."""
 
-    def save_heads(self, model: Any, folder: Path_) -> None:
-        """Write them into an adapter's folder; without any, remove those of an earlier save."""
+    def head_places(self, model: Any) -> Mapping[str, Place]:
+        """The base's parameters by all their names; ``kernel_of`` names layers that are adapted or may be."""
 
-    def remove_heads(self, folder: Path_) -> None:
-        """Remove them from an adapter's folder."""
+    def heads(self, model: Any, names: Collection[str] | None = None) -> Mapping[str, Head]:
+        """The values of these parameters, in their own dtypes, on the host; they are heads from here on, frozen or not.
 
-    def read_heads(self, model: Any, folder: Path_, rename: Rename) -> Any:
-        """Read them, checked against a model, which is not changed.
-
-        Raises:
-            AdapterError: a damaged file, or a parameter that the model lacks or has in another shape.
+        By default those that train, and those that are heads already.
         """
 
-    def put_heads(self, model: Any, heads: Any) -> None:
-        """Give parameters the values of :meth:`read_heads`, and let them train."""
+    def put_heads(self, model: M, heads: Mapping[str, Head]) -> M:
+        """Give parameters these values, in the dtypes that the model has them in, and let them train."""
+
+
+class SupportsBase(Protocol):
+    """The base that an adapter is trained on can be told (:mod:`flix.core.adapter.base`)."""
+
+    def base_name(self, model: Any) -> tuple[str | None, str | None]:
+        """What the framework knows of where the base came from: its name or folder, and its revision."""
+
+    def kernel_samples(self, model: Any, places: Mapping[str, Places]) -> Samples | None:
+        """Values of the base's own kernels ``[d_out, d_in]`` of some layers, whatever is folded into them.
+
+        None where one cannot be read: quantised, elsewhere, sharded.
+        """
 
 
 class SupportsFolding(Protocol):

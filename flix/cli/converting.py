@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from flix.core.adapter.composition import composition
 from flix.core.adapter.files import load_adapter
 from flix.core.errors import ConfigError
 from flix.core.features.names import written
+from flix.core.folders import whole_folder
 from flix.training.errors import ModelError
+
+_MODEL = (
+    "model*.safetensors", "model*.safetensors.index.json", "pytorch_model*", "config.json", "generation_config.json",
+    "adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "chat_template*",
+)  # fmt: skip
 
 
 def merge_adapter(
@@ -24,9 +32,9 @@ def merge_adapter(
     from flix.backends.torch import merge
 
     merged = merge(model, row)
-    out.mkdir(parents=True, exist_ok=True)
-    merged.save_pretrained(out)
-    tokenizer = _copy_tokenizer(base, out)
+    with whole_folder(out, key="config.json", keep=_is_no_model) as aside:
+        merged.save_pretrained(aside)
+        tokenizer = _copy_tokenizer(base, aside)
     if as_json:
         show_json({"out": str(out), "features": active, "tokenizer": tokenizer})
         return
@@ -96,6 +104,11 @@ def _copy_tokenizer(base: str, out: Path) -> bool:
         return False
     tokenizer.save_pretrained(out)
     return True
+
+
+def _is_no_model(name: str) -> bool:
+    """Whether a file is none of what an earlier model of the folder would be read from."""
+    return not any(fnmatch(name, pattern) for pattern in _MODEL)
 
 
 def _named(active: dict[str, float]) -> str:

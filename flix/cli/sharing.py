@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flix.cli.console import show, show_json
@@ -15,8 +15,6 @@ from flix.core.errors import AdapterError, ConfigError
 from flix.core.features.names import written
 from flix.core.peft.importing import from_peft
 
-HEADS_FILE = "trained.safetensors"  # what the torch backend writes beside an adapter
-
 
 def share_features(
     folder: Path, features: Sequence[str], out: Path, force: bool, as_json: bool
@@ -25,7 +23,7 @@ def share_features(
     adapter = load_adapter(folder)
     chosen = parse_choice(features, adapter.config.registry)
     check_out(out, force, folder)
-    _write(select_features(adapter, chosen), out, as_json, "shared", _heads([folder]))
+    _write(select_features(adapter, chosen), out, as_json, "shared", _heads({str(folder): adapter}))
 
 
 def combine_folders(
@@ -40,7 +38,7 @@ def combine_folders(
     adapters = {str(folder): load_adapter(folder) for folder in folders}
     check_out(out, force, *folders)
     combined = combine_adapters(adapters, conflicts=conflicts)
-    _write(combined, out, as_json, "combined", _heads(folders))
+    _write(combined, out, as_json, "combined", _heads(adapters))
 
 
 def import_folders(
@@ -61,8 +59,8 @@ def import_folders(
     _write(adapter, out, as_json, "imported", [])
 
 
-def _heads(folders: Sequence[Path]) -> list[str]:
-    return [str(folder) for folder in folders if (folder / HEADS_FILE).is_file()]
+def _heads(adapters: Mapping[str, Adapter]) -> list[str]:
+    return [folder for folder, adapter in adapters.items() if adapter.heads]
 
 
 def _write(adapter: Adapter, out: Path, as_json: bool, what: str, heads: list[str]) -> None:
@@ -81,4 +79,4 @@ def _write(adapter: Adapter, out: Path, as_json: bool, what: str, heads: list[st
         return
     show(f"{what} {', '.join(names)}: {out}")
     for folder in heads:
-        show(f"note: the trained heads of {folder} ({HEADS_FILE}) were left out")
+        show(f"note: the trained heads of {folder} were left out")

@@ -11,7 +11,12 @@ import pytest
 from flix.backends import protocol, verbs
 from flix.backends.protocol import Backend, Counts, lacking, members
 
-OPTIONAL = [protocol.SupportsHeads, protocol.SupportsFolding, protocol.SupportsPeft]
+OPTIONAL = [
+    protocol.SupportsHeads,
+    protocol.SupportsBase,
+    protocol.SupportsFolding,
+    protocol.SupportsPeft,
+]
 
 
 def test_members_are_what_a_protocol_asks_for():

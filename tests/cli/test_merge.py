@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from typer.testing import CliRunner  # noqa: E402
 from flix.backends.torch import adapt, merge, save  # noqa: E402
 from flix.cli.app import app  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
+from tests.helpers.stops import Stopped, leftovers, stopping  # noqa: E402
 from tests.helpers.tolerance import assert_close  # noqa: E402
 from tests.helpers.torch import ask, batch, make, randomize  # noqa: E402
 
@@ -114,3 +116,55 @@ def test_without_a_tokenizer_it_says_so(base, tmp_path):
         path.unlink()
     assert merge_command(base, tmp_path / "merged")["tokenizer"] is False
     assert not list((tmp_path / "merged").glob("*token*"))
+
+
+def test_over_another_model_a_stop_anywhere_leaves_one_of_them_whole(base, tmp_path):
+    """``--force``; what an earlier model was read from goes, also under other names, and other files stay."""
+    out, key = tmp_path / "merged", "model.layers.0.mlp.up_proj.weight"
+
+    def weights(folder):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        return model.state_dict()[key].float()
+
+    def merge_again():
+        adapter = str(base.parent / "adapter")
+        arguments = [
+            "merge",
+            adapter,
+            "--base",
+            str(base),
+            "--features",
+            FEATURES,
+            "--out",
+            str(out),
+            "--force",
+        ]
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+
+    merge_command(base, tmp_path / "new")
+    new = weights(tmp_path / "new")
+    old = make("llama")
+    with torch.no_grad():
+        for parameter in old.parameters():
+            parameter.mul_(2)
+    seen, at = [], 1
+    while not seen or seen[-1] is not None:
+        shutil.rmtree(out, ignore_errors=True)
+        old.save_pretrained(out, max_shard_size="20KB")  # several files and an index
+        (out / "adapter_config.json").write_text("{}")
+        (out / "notes.txt").write_text("mine")
+        with stopping(at, tidy=False) as begun:
+            try:
+                merge_again()
+                seen.append(None)
+            except Stopped:
+                seen.append(begun[at - 1])
+        assert (out / "notes.txt").read_text() == "mine"
+        is_new = (out / "tokenizer_config.json").exists()
+        assert is_new is not (out / "model.safetensors.index.json").exists()
+        assert is_new is not (out / "adapter_config.json").exists()
+        (out / "adapter_config.json").unlink(missing_ok=True)
+        assert torch.equal(weights(out), new if is_new else old.state_dict()[key].float())
+        at += 1
+    assert {"exchange", "fsync", "link", "mkdir"} <= {*seen} and leftovers(out) == []

@@ -8,6 +8,8 @@ from flix_numpy import Layer, Model
 
 import flix
 from flix.backends.verbs import Verbs
+from flix.core.adapter.described import Head
+from flix.core.adapter.heads import Place
 from flix.core.peft.exporting import PeftFacts
 from tests.helpers.registry import config
 
@@ -82,19 +84,29 @@ class Folding(flix_numpy.Primitives):
         model.row = None
         model.state.off -= 1
 
-    def save_heads(self, model, folder):
-        np.save(folder / "head.npy", model["lm_head"].kernel)
+    def head_places(self, model):
+        return {f"{p}.kernel": Place(layer.kernel.shape, [p]) for p, layer in model.items()}
 
-    def remove_heads(self, folder):
-        (folder / "head.npy").unlink(missing_ok=True)
-
-    def read_heads(self, model, folder, rename):
-        if not (folder / "head.npy").is_file():
-            raise flix.AdapterError("head.npy is missing")
-        return np.load(folder / "head.npy")
+    def heads(self, model, names=None):
+        known = vars(model).get("own_heads", ("lm_head.kernel",))
+        model.own_heads = known if names is None else tuple(names)
+        return {n: Head.of(model[n.removesuffix(".kernel")].kernel) for n in model.own_heads}
 
     def put_heads(self, model, heads):
-        model["lm_head"].kernel = heads
+        for name, head in heads.items():
+            model[name.removesuffix(".kernel")].kernel = head.array()
+        model.own_heads = tuple(heads)
+        return model
+
+    def base_name(self, model):
+        return "example", None
+
+    def kernel_samples(self, model, places):
+        kernels = getattr(model, "kernels", {}) if self.folded(model) else {}
+        return {
+            p: kernels.get(p, model[p].kernel)[where.columns, where.rows]
+            for p, where in places.items()
+        }
 
     def peft_facts(self, model):
         return PeftFacts(target_modules=list(self.shapes(model)), architecture="Model", modules={})

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from flix_conformance.checks.files import description, pack, unpack
 from flix_numpy import Primitives
 from flix_numpy.conformance import AdamW, Harness
 
@@ -73,8 +73,9 @@ class OtherSeed(Harness):
 
 @mutant("writes the description of its files in another way", "cross_files")
 class OtherDescription(Verbs):
-    def save(self, model: Any, directory: Any, features: Any = None) -> None:
-        super().save(model, directory, features)
-        path = directory / "flix_config.json"
-        text = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps(text), encoding="utf-8")
+    def save(self, model: Any, directory: Any, features: Any = None, **options: Any) -> None:
+        super().save(model, directory, features, **options)
+        path = directory / "flix.safetensors"
+        said = description(path.read_bytes())
+        said["config"]["target_modules"] = "all-linear"
+        path.write_bytes(pack(unpack(path.read_bytes()), said))

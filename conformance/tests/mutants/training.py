@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import numpy as np
+from flix_conformance.checks.files import description, pack, unpack
 from flix_numpy import Primitives
 from flix_numpy.conformance import AdamW, Harness
 
@@ -113,27 +117,25 @@ class CommonCount(AdamW):
 
 @mutant("stores B transposed", "files_round_trip")
 class StoresTransposed(Verbs, ChangedPairs):
-    def save(self, model: Any, directory: Any, features: Any = None) -> None:
+    def save(self, model: Any, directory: Any, features: Any = None, **options: Any) -> None:
         self.change_pairs(model, lambda f, a, b: (a, b.reshape(b.shape[::-1]).T.copy()))
-        super().save(model, directory, features)
+        super().save(model, directory, features, **options)
 
 
 @mutant("stores values in half precision", "files_round_trip")
 class StoresHalves(Verbs, ChangedPairs):
-    def save(self, model: Any, directory: Any, features: Any = None) -> None:
+    def save(self, model: Any, directory: Any, features: Any = None, **options: Any) -> None:
         def halved(feature: Any, *pair: Any) -> Any:
             return [p.astype(np.float16).astype(p.dtype) for p in pair]
 
         self.change_pairs(model, halved)
-        super().save(model, directory, features)
+        super().save(model, directory, features, **options)
 
 
 @mutant("loads nothing and keeps its initial values", "files_round_trip")
 class LoadsNothing(Verbs):
-    def load(
-        self, model: Any, directory: Any, rename: Any = None, *, strategy: str = "auto"
-    ) -> Any:
-        model = super().load(model, directory, rename, strategy=strategy)
+    def load(self, model: Any, directory: Any, rename: Any = None, **options: Any) -> Any:
+        model = super().load(model, directory, rename, **options)
         (layer,), config = model.values(), model.state.config
         ranks = {f: config.rank(layer.path, f) for f in config.registry.live}
         sizes = {"d_in": layer.shape.d_in, "d_out": layer.shape.d_out}
@@ -143,11 +145,9 @@ class LoadsNothing(Verbs):
 
 @mutant("starts afresh where a file is damaged", "files_refused")
 class IgnoresDamage(Verbs):
-    def load(
-        self, model: Any, directory: Any, rename: Any = None, *, strategy: str = "auto"
-    ) -> Any:
+    def load(self, model: Any, directory: Any, rename: Any = None, **options: Any) -> Any:
         try:
-            return super().load(model, directory, rename, strategy=strategy)
+            return super().load(model, directory, rename, **options)
         except ValueError:
             registry = flix.FeatureRegistry({"language": ["hau"]})
             return self.adapt(model, flix.FlixConfig(registry=registry, ranks=1))
@@ -155,11 +155,49 @@ class IgnoresDamage(Verbs):
 
 @mutant("does not look whether the adapter's sizes are the layer's", "files_refused")
 class AnySizes(Verbs):
-    def load(
-        self, model: Any, directory: Any, rename: Any = None, *, strategy: str = "auto"
-    ) -> Any:
-        path = directory / "flix_config.json"
-        text = json.loads(path.read_text(encoding="utf-8"))
-        text["layers"] = {name: vars(layer.shape) for name, layer in model.items()}
-        path.write_text(json.dumps(text, ensure_ascii=False), encoding="utf-8")
-        return super().load(model, directory, rename, strategy=strategy)
+    def load(self, model: Any, directory: Any, rename: Any = None, **options: Any) -> Any:
+        path = directory / "flix.safetensors"
+        said, tensors = description(path.read_bytes()), unpack(path.read_bytes())
+        said["layers"] = {name: vars(layer.shape) for name, layer in model.items()}
+        path.write_bytes(pack(tensors, said))
+        return super().load(model, directory, rename, **options)
+
+
+@mutant("reads the copy of the description that is for people", "files_round_trip")
+class ReadsTheCopy(Verbs):
+    def load(self, model: Any, directory: Any, rename: Any = None, **options: Any) -> Any:
+        json.loads((directory / "flix_config.json").read_text(encoding="utf-8"))
+        return super().load(model, directory, rename, **options)
+
+
+@mutant("removes the old adapter before it writes the new one", "files_one_version")
+class RemovesFirst(Verbs):
+    def save(self, model: Any, directory: Any, features: Any = None, **options: Any) -> None:
+        (directory / "flix.safetensors").unlink(missing_ok=True)
+        super().save(model, directory, features, **options)
+
+
+@mutant("writes the features into the file that is there", "files_one_version")
+class WritesInPlace(Verbs):
+    def save(self, model: Any, directory: Any, features: Any = None, **options: Any) -> None:
+        with TemporaryDirectory() as name:
+            super().save(model, name, features, **options)
+            data = (Path(name) / "flix.safetensors").read_bytes()
+        directory.mkdir(exist_ok=True)
+        (directory / "flix_config.json").write_text(json.dumps({}), encoding="utf-8")
+        half = len(data) // 2
+        for part in (data[:half], data):
+            (directory / "flix.safetensors").write_bytes(part)
+            with open(directory / "flix.safetensors") as file:
+                os.fsync(file.fileno())
+
+
+@mutant("leaves a file behind at every save that does not end", "files_one_version")
+class LeavesFiles(Verbs):
+    def save(self, model: Any, directory: Any, features: Any = None, **options: Any) -> None:
+        directory.mkdir(exist_ok=True)
+        aside = Path(mkdtemp(dir=directory))
+        super().save(model, aside, features, **options)
+        for name in ("flix.safetensors", "flix_config.json"):
+            os.replace(aside / name, directory / name)
+        os.rmdir(aside)

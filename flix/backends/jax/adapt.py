@@ -29,11 +29,13 @@ class FlixState:
 
     Attributes:
         config: the configuration.
+        heads: parameters of the base that are saved with the features; no part of the value.
         named: features that a warning has named for values that are not finite; no part of the value.
         acted: layers that ran, and whether in evaluation; neither.
     """
 
     config: FlixConfig
+    heads: tuple[str, ...] = ()
     named: set[Feature] = field(default_factory=set)
     acted: set[tuple[str, bool]] = field(default_factory=set)
 

@@ -23,6 +23,11 @@ from flix.backends.jax.adapt import (
     modules_of,
     put_state,
 )
+from flix.backends.jax.bases import base_name as base_name
+from flix.backends.jax.bases import kernel_samples as kernel_samples
+from flix.backends.jax.heads import head_places as head_places
+from flix.backends.jax.heads import heads as heads
+from flix.backends.jax.heads import put_heads as put_heads
 from flix.backends.jax.layers import FlixParam
 from flix.backends.jax.merging import merged as merged
 from flix.backends.jax.parameters import Bank, LayerBank, changed, pack

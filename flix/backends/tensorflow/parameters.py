@@ -37,6 +37,7 @@ class FlixState:
         flags: which layers trained before the base was frozen (``base.trainable_flags``).
         broken: features that a warning has named for values that are not finite.
         acted: layers that ran, and whether the model trained then.
+        heads: names of the base's variables that were saved or loaded with the features.
         specs: the base's inputs as they were first given, as ``tf.TensorSpec``; None before.
     """
 
@@ -46,6 +47,7 @@ class FlixState:
     flags: str = ""
     broken: set[Feature] = field(default_factory=set)
     acted: set[tuple[str, bool]] = field(default_factory=set)
+    heads: tuple[str, ...] = ()
     specs: Any = None
 
 

@@ -1,15 +1,15 @@
-"""Trained heads: parameters of the base that were unfrozen are saved beside the features.
+"""Trained heads: parameters of the base that were unfrozen are saved with the features.
 
 ``adapt`` freezes the whole base. A classifier head, which starts from random values, is unfrozen by hand and trains
-with the features; an adapter without it would be of no use. It goes into a file of its own, ``trained.safetensors``,
-under the names of ``model.named_parameters()``, so that the adapter's own file stays the same for every backend.
+with the features; an adapter without it would be of no use. It goes into the adapter's file under the names of
+``model.named_parameters()``.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +19,16 @@ from torch import Tensor, nn
 from flix.backends.torch.layer import flix_layers
 from flix.backends.torch.parameters import BANK, whole
 from flix.backends.torch.patches.models import state_of
-from flix.core.adapter.adapter import Rename
-from flix.core.adapter.heads import HEADS_FILE, check_heads, modules_of_heads, renamed
-from flix.core.errors import AdapterError
-from flix.core.files import Path_, write_file
+from flix.core.adapter.described import Head
+from flix.core.adapter.heads import Place, check_head, modules_of_heads
+
+Model = TypeVar("Model")
+_TAKES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 
 
 def trained_heads(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -52,75 +58,59 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-def remove_heads(folder: Path_) -> None:
-    """Remove the heads of an earlier save from a folder, if it has any."""
-    (Path(folder) / HEADS_FILE).unlink(missing_ok=True)
+def head_places(model: nn.Module) -> dict[str, Place]:
+    """The base's parameters by name, and the layers whose kernel each is: by identity, for kernels may be tied."""
+    kernels: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for weight in (vars(module).get("flix_kernel"), module._parameters.get("weight")):
+            if weight is not None and weight.ndim > 1:
+                kernels.setdefault(id(weight), []).append(path)
+    return {
+        name: Place(tuple(p.shape), kernels.get(id(p), ()), p.dtype in _TAKES)
+        for name, p in base_parameters(model)
+    }
 
 
-def save_heads(model: nn.Module, folder: Path_) -> None:
-    """Write the trained heads of an adapted model into an adapter's folder, in their own dtypes.
-
-    The file is written aside and moved into place. Without trained heads there is none, and one of an earlier save is
-    removed. Buffers (running statistics) are not saved.
-
-    Args:
-        model: an adapted model.
-        folder: the adapter's folder; made if it does not exist.
-    """
-    from safetensors.torch import save
-
-    heads = trained_heads(model)
-    state_of("save", model).heads = tuple(heads)
-    place = Path(folder)
-    if not heads:
-        remove_heads(folder)
-        return
-    place.mkdir(parents=True, exist_ok=True)
-    data = save({name: on_host(p) for name, p in heads.items()}, metadata={"format": "pt"})
-    write_file(place / HEADS_FILE, data)
+def heads(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Head]:
+    """The trained heads of an adapted model. Buffers (running statistics) are no heads."""
+    known = dict(base_parameters(model))
+    found = trained_heads(model) if names is None else {name: known[name] for name in names}
+    for name, parameter in found.items():
+        check_head(name, Place(tuple(parameter.shape), takes=parameter.dtype in _TAKES), ())
+    state_of("save", model).heads = tuple(found)
+    return {name: as_head(on_host(parameter)) for name, parameter in found.items()}
 
 
-def read_heads(model: nn.Module, folder: Path_, rename: Rename) -> dict[str, Tensor]:
-    """The trained heads of an adapter's folder, checked against a model, which is not changed.
-
-    Args:
-        model: a plain or adapted model.
-        folder: the adapter's folder.
-        rename: translates the paths of modules, as it does those of adapted layers.
-
-    Raises:
-        AdapterError: a damaged file, or a parameter that the model does not have, or has in another shape.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(folder) / HEADS_FILE
-    if not path.is_file():
-        return {}
-    try:
-        found = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{str(path)!r} is damaged (truncated or altered): {error}") from error
-    heads = {renamed(name, rename): value for name, value in found.items()}
-    check_heads(path, heads, dict(base_parameters(model)), type(model).__name__)
-    return heads
-
-
-def put_heads(model: nn.Module, heads: dict[str, Tensor]) -> None:
-    """Give parameters the values of :func:`read_heads` and let them train."""
-    if not heads:
-        return
+def put_heads(model: Model, heads: Mapping[str, Head]) -> Model:
+    """Give parameters these values and let them train."""
+    assert isinstance(model, nn.Module)
     for name in heads:
         _make_own(model, name)
     parameters = dict(base_parameters(model))
     with torch.no_grad():
-        for name, value in heads.items():
-            parameters[name].copy_(value)
+        for name, head in heads.items():
+            parameters[name].copy_(as_tensor(head))
             parameters[name].requires_grad_(True)
     put = {id(parameters[name]) for name in heads}
     state = state_of("load", model)
     names = (name for name, p in parameters.items() if id(p) in put)
     state.heads = tuple({*state.heads, *names})
+    return model
+
+
+def as_head(value: Tensor) -> Head:
+    """A tensor on the host as files hold it: numpy lacks bfloat16, and keeps its bits."""
+    dtype = _TAKES[value.dtype]
+    if dtype == "BF16":
+        return Head(dtype, value.view(torch.int16).numpy().view(np.uint16))
+    return Head(dtype, value.numpy())
+
+
+def as_tensor(head: Head) -> Tensor:
+    """A file's head as a tensor."""
+    if head.dtype == "BF16":
+        return torch.from_numpy(head.values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(head.values)
 
 
 _sharing: weakref.WeakSet[nn.Module] = weakref.WeakSet()

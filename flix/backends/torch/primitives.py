@@ -13,12 +13,12 @@ from flix.backends.torch import scopes
 from flix.backends.torch.adapt import attach as attach_features
 from flix.backends.torch.adapt import become_layers, peft_layer, settle
 from flix.backends.torch.adapt import layer_infos as layers
+from flix.backends.torch.bases import base_name, kernel_samples
 from flix.backends.torch.heads import (
     base_parameters,
+    head_places,
+    heads,
     put_heads,
-    read_heads,
-    remove_heads,
-    save_heads,
     shared_heads,
 )
 from flix.backends.torch.layer import flix_layers
@@ -162,21 +162,22 @@ def _bank(model: Any) -> Bank:
 __all__ = [
     "adapted",
     "attach",
+    "base_name",
     "change",
     "check_plain",
     "count",
     "fold",
     "folded",
     "frozen",
+    "head_places",
+    "heads",
+    "kernel_samples",
     "layers",
     "merged",
     "parameters",
     "peft_facts",
     "put_heads",
     "read",
-    "read_heads",
-    "remove_heads",
-    "save_heads",
     "set_frozen",
     "shapes",
     "switch",

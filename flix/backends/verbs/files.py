@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
+from flix.backends.protocol import SupportsHeads
 from flix.backends.verbs.shared import Shared, by_layer, layer_pairs, named
 from flix.core.adapter.adapter import Adapter, Rename
+from flix.core.adapter.base import differing
 from flix.core.adapter.compatibility import check_same
+from flix.core.adapter.described import Head
 from flix.core.adapter.files import save_adapter, save_pairs, stored_adapter
+from flix.core.adapter.heads import check_head, check_heads, chosen_heads
 from flix.core.adapter.sharing import select_features
+from flix.core.errors import AdapterError, listed, warn
 from flix.core.files import Path_
 from flix.core.strategy.decide import check_strategy
 
@@ -38,82 +45,127 @@ class Files(Shared):
         self.config_of("named_pairs", model)
         return {name: value.copy() for name, value in named(self.primitives.read(model)).items()}
 
-    def save(self, model: Any, directory: Path_, features: Any = None) -> None:
-        """Write the model's adapter as a folder; the base is not written.
+    def save(
+        self,
+        model: Any,
+        directory: Path_,
+        features: Any = None,
+        *,
+        heads: Collection[str] | None = None,
+    ) -> None:
+        """Write the model's adapter as a folder, whole or not at all; the base is not written.
 
-        Parameters of the base that were unfrozen, such as a classifier head, go with it where the backend offers heads
-        (torch does).
+        Parameters of the base that were unfrozen, such as a classifier head, go with it. JAX does not know what a
+        program trains: name the heads once, later saves and loads remember them.
 
         Args:
             model: an adapted model.
             directory: the folder.
             features: ``[(group, name), ...]`` or ``{group: name or names}``: these alone, and what they imply, without
                 heads; default: all. ``load_features`` takes them into another model.
+            heads: the parameters, or modules, that were trained with the features; default: those that train, and those
+                that were loaded or saved with the adapter before.
 
         Raises:
             FeatureError: an unknown feature.
             TargetError: the model is not adapted.
-            AdapterError: the path is a file.
+            AdapterError: the path is a file; a head that is no parameter, or an adapted layer's kernel.
         """
         config = self.config_of("save", model)
-        heads = self.heads()
-        if features is None:
-            primitives = self.primitives
-            save_pairs(config, primitives.shapes(model), primitives.read(model), directory)
-            if heads is not None:
-                heads.save_heads(model, directory)
+        shapes = self.primitives.shapes(model)
+        base = self.base_of(model, shapes)
+        if features is not None:
+            if heads:
+                raise AdapterError("features= saves some features alone; heads go with all of them")
+            chosen = select_features(self.adapter_of(model), features)
+            save_adapter(replace(chosen, base=base), directory)
             return
-        save_adapter(select_features(self.adapter_of(model), features), directory)
-        if heads is not None:
-            heads.remove_heads(directory)
+        save_pairs(
+            config, shapes, self.primitives.read(model), directory, self._heads(model, heads), base
+        )
+
+    def _heads(self, model: Any, names: Collection[str] | None) -> dict[str, Head]:
+        """An adapted model's heads, checked."""
+        if not self.offers(SupportsHeads):
+            if names:
+                raise AdapterError("heads: this backend knows no parameters but the features'")
+            return {}
+        layers = self.primitives.shapes(model)
+        where = self.primitives.head_places(model)  # type: ignore[attr-defined]
+        if names is not None:
+            names = chosen_heads(where, names, layers)
+        found: dict[str, Head] = dict(self.primitives.heads(model, names))  # type: ignore[attr-defined]
+        for name in found:
+            check_head(name, where[name], layers)
+        return found
 
     def load(
-        self, model: M, directory: Path_, rename: Rename = None, *, strategy: str = "auto"
+        self,
+        model: M,
+        directory: Path_,
+        rename: Rename = None,
+        *,
+        strategy: str = "auto",
+        heads: bool = True,
     ) -> M:
         """Load an adapter into a model.
 
         A plain model is adapted with the file's configuration, exactly in the file's layers; an adapted one must have
         the same layers, features and ranks, and gets the file's values. Heads that were trained with the adapter get
-        their values, too, and require gradients, as they did.
+        their values, too, and require gradients, as they did. Where the file says on which base the adapter was
+        trained, and the model's adapted kernels have other values, a warning names both.
 
         Args:
             model: a plain or adapted model.
             directory: the adapter's folder.
             rename: translates the file's layer paths to the model's.
             strategy: as for ``adapt``, for a plain model.
+            heads: False leaves trained heads out.
 
         Returns:
             The adapted model.
 
         Raises:
-            AdapterError: a damaged file, or one for another architecture (the first mismatching layer is named).
+            AdapterError: a damaged file, or one for another architecture (the first mismatching layer or head is
+                named).
             TargetError: a model that cannot be adapted.
         """
         with stored_adapter(directory, rename) as adapter:
-            heads = self.heads()
-            if heads is None:
-                return self.load_into(model, adapter, strategy=strategy)
-            self.check_fits(adapter, model)  # layers are named before heads are
-            found = heads.read_heads(model, directory, rename)
-            model = self.load_into(model, adapter, strategy=strategy)
-            heads.put_heads(model, found)
-            return model
+            return self.load_into(model, adapter, strategy=strategy, heads=heads)
 
-    def load_into(self, model: M, adapter: Adapter, *, strategy: str = "auto") -> M:
+    def load_into(
+        self, model: M, adapter: Adapter, *, strategy: str = "auto", heads: bool = True
+    ) -> M:
         """Put a numpy adapter into a model; otherwise as ``load``."""
         check_strategy(strategy)
         config = self.primitives.adapted(model)
         if config is None:
             self.check_plain(model)
-            self.check_fits(adapter, model)
-            return self.primitives.attach(
+        self.check_fits(adapter, model)  # layers are named before heads are
+        placed = bool(adapter.heads) and heads
+        if placed:
+            self._check_heads(model, adapter)
+        if said := differing(adapter.base, self.base_of(model, adapter.layers)):
+            warn(said)
+        if config is None:
+            model = self.primitives.attach(
                 model,
                 adapter.config,
                 list(adapter.layers),
                 strategy,
                 lambda path, _: layer_pairs(adapter, path),
             )
-        self.check_fits(adapter, model)
-        layouts = {path: config.layout(path) for path in self.primitives.shapes(model)}
-        check_same(adapter, config, layouts)
-        return self.primitives.write(model, by_layer(adapter))
+        else:
+            layouts = {path: config.layout(path) for path in self.primitives.shapes(model)}
+            check_same(adapter, config, layouts)
+            model = self.primitives.write(model, by_layer(adapter))
+        return self.primitives.put_heads(model, adapter.heads) if placed else model  # type: ignore[attr-defined, no-any-return]
+
+    def _check_heads(self, model: Any, adapter: Adapter) -> None:
+        if not self.offers(SupportsHeads):
+            raise AdapterError(
+                f"the adapter holds trained heads ({listed(adapter.heads, 5)}), and this backend knows no parameters "
+                "but the features'; heads=False leaves them out"
+            )
+        where = self.primitives.head_places(model)  # type: ignore[attr-defined]
+        check_heads(adapter, where, type(model).__name__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,14 @@ from flix.backends import messages
 from flix.backends.protocol import (
     Backend,
     Pairs,
-    SupportsHeads,
+    SupportsBase,
     lacking,
 )
 from flix.core.adapter.adapter import Adapter, LayerShape, Pair, tensor_name
+from flix.core.adapter.base import fingerprint, places
 from flix.core.adapter.compatibility import check_fits
 from flix.core.adapter.composition import Composition, composition
+from flix.core.adapter.described import Base
 from flix.core.config.config import FlixConfig
 from flix.core.errors import TargetError
 from flix.core.features.encoding import Row
@@ -71,8 +73,19 @@ class Shared:
         active = composition(self.config_of(verb, model), row)
         return active, self.adapter_of(model, [feature for feature, _ in active])
 
-    def heads(self) -> SupportsHeads | None:
-        return None if lacking(self.primitives, SupportsHeads) else self.primitives  # type: ignore[return-value]
+    def offers(self, protocol: type) -> bool:
+        """Whether the backend gives what is optional."""
+        return not lacking(self.primitives, protocol)
+
+    def base_of(self, model: Any, layers: Mapping[str, LayerShape]) -> Base | None:
+        """What is known of the base of a plain or adapted model, its fingerprint by these layers."""
+        if not self.offers(SupportsBase):
+            return None
+        name, revision = self.primitives.base_name(model)  # type: ignore[attr-defined]
+        looked_at = {path: places(shape) for path, shape in layers.items()}
+        samples = self.primitives.kernel_samples(model, looked_at)  # type: ignore[attr-defined]
+        base = Base(name, revision, fingerprint(layers, samples))
+        return None if base == Base() else base
 
     def supporting(self, protocol: type, verb: str) -> Any:
         if missing := lacking(self.primitives, protocol):

@@ -9,6 +9,7 @@ from typing import Any, Union
 import numpy as np
 from numpy.typing import NDArray
 
+from flix.core.adapter.described import Base, Head
 from flix.core.config.config import FlixConfig, nested
 from flix.core.config.targets import exactly
 from flix.core.errors import AdapterError, TargetError, listed, near
@@ -67,6 +68,8 @@ class Adapter:
         config: the configuration.
         layers: the adapted layers by path, in the model's order.
         tensors: ``<path>.A.<group>.<feature>`` ``[r, d_in]`` and ``<path>.B.<group>.<feature>`` ``[d_out, r]``.
+        heads: parameters of the base that were trained with the features, by their names in the model.
+        base: what the adapter was trained on, where that is known.
 
     Raises:
         AdapterError: a missing or unexpected tensor, or one of the wrong shape or dtype; it is named.
@@ -75,6 +78,8 @@ class Adapter:
     config: FlixConfig
     layers: Mapping[str, LayerShape]
     tensors: Mapping[str, NDArray[Any]] = field(repr=False)
+    heads: Mapping[str, Head] = field(default_factory=dict, repr=False)
+    base: Base | None = None
 
     def __post_init__(self) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
@@ -89,10 +94,14 @@ class Adapter:
         config: FlixConfig,
         layers: Mapping[str, LayerShape],
         tensors: Mapping[str, NDArray[Any]],
+        heads: Mapping[str, Head] | None = None,
+        base: Base | None = None,
     ) -> Adapter:
         """An adapter whose tensors are taken as they are: checked already, or of some of the features alone."""
         adapter = object.__new__(cls)
-        vars(adapter).update(config=config, layers=layers, tensors=tensors)
+        vars(adapter).update(
+            config=config, layers=layers, tensors=tensors, heads=heads or {}, base=base
+        )
         return adapter
 
     def pair(self, layer: str, feature: Feature) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -117,17 +126,17 @@ class Adapter:
         )
 
     def renamed(self, rename: Rename) -> Adapter:
-        """The same adapter with other layer paths.
+        """The same adapter with other layer paths; heads follow their modules' paths.
 
         Args:
             rename: a mapping (paths it does not name stay) or a callable, from this adapter's paths to the new.
 
         Raises:
-            AdapterError: two layers get one name, a mapping names an unknown layer, or no string comes back.
+            AdapterError: two layers or heads get one name, a mapping names an unknown layer, or no string comes back.
         """
         if rename is None:
             return self
-        renamer = _renamer(rename, self.layers)
+        renamer = _renamer(rename, {**self.layers, **{_module(name): None for name in self.heads}})
         layers: dict[str, LayerShape] = {}
         tensors: dict[str, NDArray[Any]] = {}
         for old, shape in self.layers.items():
@@ -144,10 +153,22 @@ class Adapter:
                     tensors[tensor_name(new, part, feature)] = self.tensors[
                         tensor_name(old, part, feature)
                     ]
-        return Adapter(_with_ranks_of(self.config, self.layers, layers), layers, tensors)
+        heads = {}
+        for name, head in self.heads.items():
+            path, _, own = name.rpartition(".")
+            new = f"{renamer(path)}.{own}" if path else name
+            if new in heads:
+                raise AdapterError(f"rename gives the name {new!r} to two heads, {name!r} is one")
+            heads[new] = head
+        config = _with_ranks_of(self.config, self.layers, layers)
+        return Adapter(config, layers, tensors, heads, self.base)
 
 
-def _renamer(rename: Rename, layers: Mapping[str, LayerShape]) -> Callable[[str], str]:
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _renamer(rename: Rename, layers: Mapping[str, Any]) -> Callable[[str], str]:
     if callable(rename):
         return rename
     if not isinstance(rename, Mapping):
@@ -188,10 +209,9 @@ def expected_tensors(
     ends = [f".{group}.{name}" for group, name in config.registry.features]
     for path, shape in layers.items():
         a, b = f"{path}.A", f"{path}.B"
-        for end, rank in zip(ends, config.layer_ranks(path), strict=True):
-            if rank:
-                yield a + end, (rank, shape.d_in)
-                yield b + end, (shape.d_out, rank)
+        for i, rank in config.updates(path):
+            yield a + ends[i], (rank, shape.d_in)
+            yield b + ends[i], (shape.d_out, rank)
 
 
 def checked_pairs(
@@ -209,9 +229,8 @@ def checked_pairs(
     ends = [f".{group}.{name}" for group, name in features]
     for path, shape in layers.items():
         layer, a_name, b_name = pairs[path], f"{path}.A", f"{path}.B"
-        for feature, end, rank in zip(features, ends, config.layer_ranks(path), strict=True):
-            if not rank:
-                continue
+        for i, rank in config.updates(path):
+            feature, end = features[i], ends[i]
             if feature not in layer:
                 raise AdapterError(f"layer {path!r} has no pair of {written(feature)}")
             a, b = layer[feature]
@@ -243,20 +262,36 @@ def check_tensors(
     Raises:
         AdapterError: a missing or unexpected tensor, or one of the wrong shape or dtype; it is named.
     """
-    expected = dict(expected_tensors(config, layers))
-    if expected == shapes and set(dtypes.values()).issubset(_ALLOWED):
+    # One by one: a file may describe far more tensors than it holds.
+    count = 0
+    for name, shape in expected_tensors(config, layers):
+        if shapes.get(name) != shape or dtypes[name] not in _ALLOWED:
+            raise _unlike(name, shape, shapes, dtypes, where)
+        count += 1
+        if count > len(shapes):
+            break
+    if count == len(shapes):
         return
-    for name, shape in expected.items():
-        if name not in shapes:
-            raise AdapterError(f"{where} lacks the tensor {name!r}{near(name, shapes, limit=1)}")
-        if shapes[name] != shape:
-            raise AdapterError(
-                f"{where}: tensor {name!r} must have the shape {list(shape)}, got "
-                f"{list(shapes[name])}"
-            )
-        if dtypes[name] not in _ALLOWED:
-            raise AdapterError(
-                f"{where}: tensor {name!r} must be float16, float32 or float64, got {dtypes[name]}"
-            )
-    if surplus := [name for name in shapes if name not in expected]:
+    if count < len(shapes):
+        expected = dict(expected_tensors(config, layers))
+        surplus = [name for name in shapes if name not in expected]
         raise AdapterError(f"{where} has tensors that do not belong to it: {listed(surplus, 5)}")
+    raise AdapterError(f"{where}: two layers or features give a tensor the same name; rename one")
+
+
+def _unlike(
+    name: str,
+    shape: tuple[int, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+    where: str,
+) -> AdapterError:
+    if name not in shapes:
+        return AdapterError(f"{where} lacks the tensor {name!r}{near(name, shapes, limit=1)}")
+    if shapes[name] != shape:
+        return AdapterError(
+            f"{where}: tensor {name!r} must have the shape {list(shape)}, got {list(shapes[name])}"
+        )
+    return AdapterError(
+        f"{where}: tensor {name!r} must be float16, float32 or float64, got {dtypes[name]}"
+    )

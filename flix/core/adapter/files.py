@@ -1,13 +1,16 @@
-"""An adapter's files (docs/specification.md §4.2): JSON and safetensors, no pickle, no framework."""
+"""An adapter's folder (docs/specification.md §4.2): one file that counts, no pickle, no framework.
+
+``flix.safetensors`` holds everything, the description in its metadata. ``flix_config.json`` is a copy of the
+description for people, which nothing reads where the file is of version 2. Folders of version 1 have their description
+in ``flix_config.json``, and trained heads in ``trained.safetensors``; they are read, and become version 2 when saved.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from mmap import ACCESS_READ, mmap
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,30 +24,42 @@ from flix.core.adapter.adapter import (
     check_tensors,
     checked_pairs,
 )
-from flix.core.adapter.stream import StoredTensors, write_tensors
-from flix.core.checks import is_whole
+from flix.core.adapter.described import DTYPES, Base, Head
+from flix.core.adapter.description import (
+    VERSION,
+    Description,
+    as_metadata,
+    described,
+    from_metadata,
+    read,
+)
+from flix.core.adapter.stored import StoredTensors
+from flix.core.adapter.stream import write_all, write_tensors
 from flix.core.config.config import FlixConfig
-from flix.core.errors import AdapterError, FlixError
+from flix.core.errors import AdapterError
 from flix.core.features.names import Feature
-from flix.core.files import Path_, write_files
+from flix.core.files import Path_, make_folder, sweep, write_file
 from flix.core.garbage import uncollected
+from flix.core.strictjson import parsed
 
-CONFIG_FILE = "flix_config.json"
 TENSOR_FILE = "flix.safetensors"
-FORMAT = "flix"
-VERSION = 1
+CONFIG_FILE = "flix_config.json"
+HEADS_FILE = "trained.safetensors"
+"""Of version 1."""
+_HEAD = "trained."
 
 
 @uncollected
 def save_adapter(adapter: Adapter, directory: Path_) -> None:
-    """Write an adapter's folder. Each file is written aside, synced and moved into place.
+    """Write an adapter's folder. A reader sees the old version or the new one, whole, at any moment.
 
-    Tensors are stored as float32 (float64 where they are float64).
+    Tensors are stored as float32 (float64 where they are float64), heads in their own dtypes.
 
     Raises:
         AdapterError: the path exists and is not a folder.
     """
-    _write(adapter.config, adapter.layers, list(adapter.tensors.items()), directory)
+    tensors = list(adapter.tensors.items())
+    _write(adapter.config, adapter.layers, tensors, directory, adapter.heads, adapter.base)
 
 
 @uncollected
@@ -53,13 +68,15 @@ def save_pairs(
     layers: Mapping[str, LayerShape],
     pairs: Mapping[str, Mapping[Feature, Pair]],
     directory: Path_,
+    heads: Mapping[str, Head] | None = None,
+    base: Base | None = None,
 ) -> None:
     """The same of pairs by layer and feature, which need not become an adapter first.
 
     Raises:
         AdapterError: the path exists and is not a folder; a pair is missing or has another shape.
     """
-    _write(config, layers, checked_pairs(config, layers, pairs), directory)
+    _write(config, layers, checked_pairs(config, layers, pairs), directory, heads or {}, base)
 
 
 def _write(
@@ -67,143 +84,200 @@ def _write(
     layers: Mapping[str, LayerShape],
     tensors: Sequence[tuple[str, NDArray[Any]]],
     directory: Path_,
+    heads: Mapping[str, Head],
+    base: Base | None,
 ) -> None:
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"an adapter is saved as a folder, but {str(folder)!r} is a file")
-    folder.mkdir(parents=True, exist_ok=True)
-    description = {
-        "format": FORMAT,
-        "version": VERSION,
-        "config": config.to_dict(),
-        "layers": {
-            path: {"kind": shape.kind, "d_in": shape.d_in, "d_out": shape.d_out}
-            for path, shape in layers.items()
-        },
-    }
+    named_heads = {_HEAD + name: head for name, head in heads.items()}
+    if len({*named_heads, *(name for name, _ in tensors)}) < len(named_heads) + len(tensors):
+        raise AdapterError(
+            "two layers, features or heads give a tensor the same name in the file; rename one"
+        )
+    make_folder(folder)
+    sweep(folder, TENSOR_FILE, CONFIG_FILE, HEADS_FILE)
+    description = described(config, layers, heads, base)
 
     def write(file: BinaryIO) -> None:
-        description["sha256"] = write_tensors(file, tensors, {"format": FORMAT})
+        metadata = as_metadata(description)
+        description["sha256"] = write_tensors(file, tensors, metadata, named_heads)
 
-    def describe(file: BinaryIO) -> None:  # after the tensors, whose digest it holds
-        file.write((json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())
+    def describe(file: BinaryIO) -> None:
+        write_all(file, (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())
 
-    write_files(folder, {TENSOR_FILE: write, CONFIG_FILE: describe})
+    write_file(folder / TENSOR_FILE, write)
+    # The save has landed. What follows is for people, and tidies up after version 1.
+    (folder / HEADS_FILE).unlink(missing_ok=True)
+    write_file(folder / CONFIG_FILE, describe)
 
 
 @uncollected
-def load_adapter(directory: Path_, rename: Rename = None) -> Adapter:
+def load_adapter(directory: Path_, rename: Rename = None, *, finite: bool = True) -> Adapter:
     """Read an adapter's folder into numpy; no framework is needed.
 
     Args:
         directory: the folder that :func:`save_adapter`, or a backend's ``save``, wrote.
         rename: translates layer paths, see :meth:`Adapter.renamed`.
+        finite: refuse NaN and infinite values; False reads them, to look at what is broken.
 
     Raises:
         AdapterError: a missing or damaged file, another version, or tensors that do not fit the configuration;
             the file or tensor is named.
     """
-    with stored_adapter(directory) as stored:
+    with stored_adapter(directory, finite=finite) as stored:
         tensors = dict(stored.tensors)
     # The tensors were checked as they were read; with many, checking again would show.
-    return Adapter.partial(stored.config, stored.layers, tensors).renamed(rename)
+    whole = Adapter.partial(stored.config, stored.layers, tensors, stored.heads, stored.base)
+    return whole.renamed(rename)
 
 
 @contextmanager
-def stored_adapter(directory: Path_, rename: Rename = None) -> Iterator[Adapter]:
+def stored_adapter(
+    directory: Path_, rename: Rename = None, *, finite: bool = True
+) -> Iterator[Adapter]:
     """The same while its file is open: each tensor is read when it is asked for, and belongs to who asked."""
     folder = Path(directory)
-    config, layers, digest = _described(folder / CONFIG_FILE)
     path = folder / TENSOR_FILE
     if not path.is_file():
-        raise AdapterError(f"{str(folder)!r} is not a complete adapter: it has no {TENSOR_FILE}")
-    with ExitStack() as stack:
+        kind = "a complete adapter" if (folder / CONFIG_FILE).is_file() else "an adapter"
+        raise AdapterError(f"{str(folder)!r} is not {kind}: it has no {TENSOR_FILE}")
+    try:
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise AdapterError(f"{str(path)!r} cannot be read: {error}") from error
+    with file:
         try:
-            tensors = stack.enter_context(_opened(path, config, layers, digest))
+            found = _checked(path, file, finite)
         except (OSError, ValueError) as error:
             if isinstance(error, AdapterError):
                 raise
             raise AdapterError(
                 f"{str(path)!r} is damaged (truncated or altered): {error}"
             ) from error
-        yield Adapter.partial(config, layers, tensors).renamed(rename)
+        yield found.renamed(rename)
 
 
 def read_description(path: Path_) -> tuple[FlixConfig, dict[str, LayerShape]]:
     """An adapter's configuration and layers, without its tensors.
 
     Args:
-        path: the folder, or its ``flix_config.json`` alone.
+        path: the folder, or a ``flix_config.json`` alone.
 
     Raises:
         AdapterError: a missing or damaged file, or another version.
     """
-    file = Path(path)
-    return _described(file / CONFIG_FILE if file.is_dir() else file)[:2]
+    given = Path(path)
+    folder = given if given.is_dir() else given.parent
+    tensors = folder / TENSOR_FILE
+    found = None
+    if (given.is_dir() or given.name == CONFIG_FILE) and tensors.is_file():
+        where = repr(str(tensors))
+        try:
+            with open(tensors, "rb", buffering=0) as file:
+                found = from_metadata(StoredTensors(file).metadata, where)
+        except (OSError, ValueError) as error:
+            if isinstance(error, AdapterError):
+                raise
+    if found is None:
+        found = _read_copy(given / CONFIG_FILE if given.is_dir() else given)
+    return found.config, found.layers
 
 
-def _described(file: Path) -> tuple[FlixConfig, dict[str, LayerShape], str | None]:
-    """Configuration, layers and the digest of the tensors."""
+def _read_copy(file: Path) -> Description:
+    """A description in a file of its own: of version 1, or a copy."""
     if not file.is_file():
         if file.name == CONFIG_FILE:
             raise AdapterError(f"{str(file.parent)!r} is not an adapter: it has no {CONFIG_FILE}")
         raise AdapterError(f"{str(file)!r} does not exist")
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise AdapterError(f"{str(file)!r} is damaged: {error}") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise AdapterError(f"{str(file)!r} does not describe a flix adapter (no 'format': 'flix')")
-    if data.get("version") != VERSION:
-        raise AdapterError(
-            f"{str(file)!r} has format version {data.get('version')!r}; this flix reads "
-            f"version {VERSION}"
-        )
-    try:
-        config = FlixConfig.from_dict(data["config"])
-        layers = {
-            name: LayerShape(d_in=entry["d_in"], d_out=entry["d_out"], kind=entry["kind"])
-            for name, entry in data["layers"].items()
-        }
-    except (FlixError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{str(file)!r} is damaged or was altered: {error}") from error
-    for name, shape in layers.items():
-        sizes = (shape.d_in, shape.d_out)
-        if shape.kind not in ("linear", "embedding") or any(
-            not is_whole(size) or size < 0 for size in sizes
-        ):
-            raise AdapterError(f"{str(file)!r} describes the layer {name!r} wrongly: {shape}")
-    return config, layers, data.get("sha256")
-
-
-@contextmanager
-def _opened(
-    path: Path, config: FlixConfig, layers: Mapping[str, LayerShape], digest: str | None
-) -> Iterator[StoredTensors]:
-    """A file's tensors, once they were found to be those of the adapter."""
-    with open(path, "rb", buffering=0) as file:
-        with ThreadPoolExecutor(1) as pool:  # hashing takes no turn at Python's lock
-            hashing = pool.submit(_digest, path)
-            tensors = _checked(path, file, config, layers)
-            found = hashing.result()
-        if digest is not None and found != digest:
-            raise AdapterError(
-                f"{str(path)!r} was altered: its SHA-256 is {found[:12]}..., {CONFIG_FILE} says "
-                f"{str(digest)[:12]}...; the two files must come from one save"
-            )
-        yield tensors
+        text = file.read_bytes()
+    except OSError as error:
+        raise AdapterError(f"{str(file)!r} cannot be read: {error}") from error
+    return read(parsed(text, repr(str(file))), repr(str(file)))
 
 
 @uncollected
-def _checked(
-    path: Path, file: BinaryIO, config: FlixConfig, layers: Mapping[str, LayerShape]
-) -> StoredTensors:
-    tensors = StoredTensors(file)
-    check_tensors(config, layers, tensors.shapes, tensors.dtypes, repr(str(path)))
-    return tensors
+def _checked(path: Path, file: BinaryIO, finite: bool) -> Adapter:
+    """What a file holds, once it was found to be an adapter's; its pairs are read when they are asked for."""
+    stored = StoredTensors(file)
+    where = repr(str(path))
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(stored.digest)
+        said = from_metadata(stored.metadata, where)
+        version = 1 if said is None else VERSION
+        if said is None:
+            said = _read_copy(path.parent / CONFIG_FILE)
+        heads = {name: _HEAD + name for name in said.heads} if version > 1 else {}
+        pairs = _Pairs(stored, heads.values())
+        check_tensors(said.config, said.layers, pairs.shapes, pairs.dtypes, where)
+        found, broken = reading.result()
+    if said.digest is not None and found != said.digest:
+        other = f", {CONFIG_FILE} says" if version == 1 else ", and should be"
+        raise AdapterError(
+            f"{where} was altered: its SHA-256 is {found[:12]}...{other} {said.digest[:12]}..."
+            + ("; the two files must come from one save" if version == 1 else "")
+        )
+    if broken is not None and finite:
+        raise AdapterError(
+            f"{where}: tensor {broken!r} holds values that are NaN or infinite; load_adapter(..., finite=False) reads "
+            "them"
+        )
+    if version == 1:
+        held = _heads_of_version_1(path.parent / HEADS_FILE, finite)
+    else:
+        held = _heads(stored, heads, where)
+    return Adapter.partial(said.config, said.layers, pairs, held, said.base)
 
 
-def _digest(path: Path) -> str:
-    # Mapped, so that hashing is one call, which never waits for Python's lock.
-    with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-        return hashlib.sha256(data).hexdigest()
+class _Pairs(Mapping[str, NDArray[Any]]):
+    """A file's tensors without its heads."""
+
+    def __init__(self, stored: StoredTensors, heads: Collection[str]) -> None:
+        self._stored = stored
+        self.shapes, self.dtypes = stored.shapes, stored.dtypes
+        if heads:
+            gone = {*heads}
+            self.shapes = {n: s for n, s in stored.shapes.items() if n not in gone}
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._stored[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _heads(stored: StoredTensors, names: Mapping[str, str], where: str) -> dict[str, Head]:
+    """The heads of a file, by the names of their tensors."""
+    found = {}
+    for name, tensor in names.items():
+        if tensor not in stored.shapes:
+            raise AdapterError(f"{where} lacks the tensor {tensor!r}")
+        if stored.dtypes[tensor] not in DTYPES:
+            raise AdapterError(
+                f"{where}: tensor {tensor!r} must be one of {', '.join(DTYPES)}, got {stored.dtypes[tensor]}"
+            )
+        found[name] = Head(stored.dtypes[tensor], stored[tensor])
+    return found
+
+
+def _heads_of_version_1(path: Path, finite: bool) -> dict[str, Head]:
+    if not path.is_file():
+        return {}
+    where = repr(str(path))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            stored = StoredTensors(file)
+            _, broken = stored.digest()
+            if broken is not None and finite:
+                raise AdapterError(f"{where}: tensor {broken!r} holds values that are NaN or infinite")  # fmt: skip
+            return _heads(stored, {name: name for name in stored}, where)
+    except (OSError, ValueError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"{where} is damaged (truncated or altered): {error}") from error

@@ -1,50 +1,96 @@
-"""Trained heads: which of a base's parameters go with an adapter, in a file of their own, and where they may lie."""
+"""Trained heads: which of a base's parameters go with an adapter, and where they may lie."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from flix.core.adapter.adapter import Rename
-from flix.core.errors import AdapterError, near
-
-HEADS_FILE = "trained.safetensors"
+from flix.core.adapter.adapter import Adapter
+from flix.core.errors import AdapterError, listed, near
 
 
-def renamed(name: str, rename: Rename) -> str:
-    """A parameter's name with its module's path translated."""
-    module, dot, own = name.rpartition(".")
-    if rename is None or not dot:
-        return name
-    return f"{rename(module) if callable(rename) else rename.get(module, module)}.{own}"
+@dataclass(frozen=True)
+class Place:
+    """A parameter of a model's base.
+
+    Attributes:
+        shape: its shape.
+        kernel_of: the layers whose kernel it is.
+        takes: whether it can hold a head's values: floating-point numbers.
+    """
+
+    shape: tuple[int, ...]
+    kernel_of: Collection[str] = ()
+    takes: bool = True
 
 
-def check_heads(
-    file: Any, found: Mapping[str, Any], parameters: Mapping[str, Any], model: str
-) -> None:
+def check_heads(adapter: Adapter, places: Mapping[str, Place], model: str) -> None:
     """Refuse heads that a model has no place for.
 
     Args:
-        file: where they were read, for messages.
-        found: the heads, of which the shape is looked at.
-        parameters: the model's parameters.
+        adapter: the adapter.
+        places: the parameters of the model's base by name.
         model: the model's class.
 
     Raises:
-        AdapterError: a parameter that the model does not have, or has in another shape.
+        AdapterError: a parameter that the model lacks, or has in another shape or not as numbers of floating point, or
+            one that is the kernel of an adapted layer.
     """
-    for name, value in found.items():
-        if name not in parameters:
+    for name, head in adapter.heads.items():
+        if name not in places:
             raise AdapterError(
-                f"{str(file)!r} holds the trained parameter {name!r}, which this "
-                f"{model} does not have{near(name, parameters)}; load it into a model "
-                "with the same head, or remove the file to do without"
+                f"the adapter holds the trained parameter {name!r}, which this {model} does not have"
+                f"{near(name, places)}; load it into a model with the same head, or with heads=False to do without"
             )
-        if parameters[name].shape != value.shape:
+        place = places[name]
+        if tuple(place.shape) != head.shape:
             raise AdapterError(
-                f"{str(file)!r}: the trained parameter {name!r} has the shape {list(value.shape)}, "
-                f"but this {model}'s has {list(parameters[name].shape)}"
+                f"the trained parameter {name!r} has the shape {list(head.shape)} in the adapter, but this {model}'s has "
+                f"{list(place.shape)}"
             )
+        check_head(name, place, adapter.layers)
+
+
+def check_head(name: str, place: Place, layers: Collection[str]) -> None:
+    """Refuse a head that is an adapted layer's kernel, or that holds no floating-point numbers.
+
+    Raises:
+        AdapterError: it is.
+    """
+    if kernel_of := [path for path in place.kernel_of if path in layers]:
+        raise AdapterError(
+            f"the trained parameter {name!r} is the kernel of the adapted layer {kernel_of[0]!r}: a head is a parameter "
+            "that the features do not adapt; freeze it, or leave the layer out of target_modules"
+        )
+    if not place.takes:
+        raise AdapterError(
+            f"the trained parameter {name!r} holds no float16, bfloat16, float32 or float64 in this model"
+        )
+
+
+def chosen_heads(
+    places: Mapping[str, Place], names: Collection[str], layers: Collection[str]
+) -> list[str]:
+    """Parameters by their own names or by those of modules that hold them.
+
+    Raises:
+        AdapterError: a name that is neither, or a parameter that can be no head.
+    """
+    if isinstance(names, str):
+        names = [names]
+    found: dict[str, None] = {}
+    for name in names:
+        some = [p for p in places if p == name or p.startswith(f"{name}.")]
+        if not some:
+            raise AdapterError(
+                f"heads: the model has no parameter or module {name!r}{near(name, places)}; parameters are: "
+                f"{listed(places)}"
+            )
+        found.update(dict.fromkeys(some))
+    for name in found:
+        check_head(name, places[name], layers)
+    return list(found)
 
 
 def modules_of_heads(

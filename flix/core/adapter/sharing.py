@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flix.core.adapter.adapter import Adapter, LayerShape, tensor_name
+from flix.core.adapter.base import differing
+from flix.core.adapter.described import Base
 from flix.core.config.config import FlixConfig, nested
 from flix.core.config.targets import exactly
 from flix.core.errors import AdapterError, ConfigError, FeatureError, listed
@@ -40,7 +42,7 @@ def chosen_features(registry: FeatureRegistry, features: object) -> tuple[Featur
 
 
 def select_features(adapter: Adapter, features: object) -> Adapter:
-    """An adapter of some of the features, and of what they imply; the others are left out.
+    """An adapter of some of the features, and of what they imply; the others are left out, and trained heads.
 
     Its ids are its own. Values are not copied.
 
@@ -52,7 +54,8 @@ def select_features(adapter: Adapter, features: object) -> Adapter:
         FeatureError: an unknown feature, or none at all.
     """
     config = adapter.config.subset(chosen_features(adapter.config.registry, features))
-    return _with_config(adapter, config, {f: f for f in config.registry.features})
+    chosen = _with_config(adapter, config, {f: f for f in config.registry.features})
+    return replace(chosen, heads={})
 
 
 def rename_feature(adapter: Adapter, group: str, name: str, new: str) -> Adapter:
@@ -87,7 +90,7 @@ def _with_config(
         if config.rank(path, feature)
         for part in "AB"
     }
-    return Adapter(config, adapter.layers, tensors)
+    return Adapter(config, adapter.layers, tensors, adapter.heads, adapter.base)
 
 
 @dataclass(frozen=True)
@@ -112,16 +115,16 @@ def combine_adapters(
 
     A feature that several adapters have must be the same in all of them, value for value, or ``conflicts`` says which
     counts. Adapters need not adapt the same layers: a feature has rank 0 where its own adapter has no layer. Feature
-    dropout, the policy for unknown features and the seed are the first adapter's. All must have been trained on one
-    base model; files do not say on which.
+    dropout, the policy for unknown features and the seed are the first adapter's. Trained heads are left out. All must
+    have been trained on one base model: where two adapt the same layers and say of which base, that is checked.
 
     Args:
         adapters: two or more, perhaps by name (messages use it).
         conflicts: ``"error"``; ``"keep"``, the earlier adapter counts; ``"replace"``, the later one.
 
     Raises:
-        AdapterError: a feature that differs between adapters (all are named, with what differs), or a layer of
-            different sizes.
+        AdapterError: a feature that differs between adapters (all are named, with what differs), a layer of different
+            sizes, or another base.
         ConfigError: an unknown policy.
     """
     named = _named(adapters)
@@ -134,7 +137,7 @@ def combine_adapters(
                 for part in "AB":
                     name = tensor_name(path, part, feature)
                     tensors[name] = sources[owner].tensors[name]
-    return Adapter(together.config, together.layers, tensors)
+    return Adapter(together.config, together.layers, tensors, base=_joined_base(named))
 
 
 def _named(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> dict[str, Adapter]:
@@ -200,6 +203,31 @@ def difference(first: Adapter, second: Adapter, feature: Feature) -> str:
             if not np.array_equal(one, two):
                 return f"other values in {part} of layer {path!r}"
     return ""
+
+
+def _joined_base(named: Mapping[str, Adapter]) -> Base | None:
+    """The base that all adapters say; its fingerprint where all adapt the same layers.
+
+    Raises:
+        AdapterError: adapters of the same layers that say different bases.
+    """
+    adapters = list(named.values())
+    first = adapters[0]
+    same = [dict(a.layers) == dict(first.layers) for a in adapters]
+    for (name, other), alike in zip(named.items(), same, strict=True):
+        if alike and differing(first.base, other.base) is not None:
+            raise AdapterError(
+                f"adapters are combined on one base: {next(iter(named))} was trained on {first.base}, {name} on {other.base}"
+            )
+    bases = [a.base or Base() for a in adapters]
+    names, revisions = {b.name for b in bases}, {b.revision for b in bases}
+    prints = {b.fingerprint for b in bases}
+    joined = Base(
+        name=names.pop() if len(names) == 1 else None,
+        revision=revisions.pop() if len(revisions) == 1 else None,
+        fingerprint=prints.pop() if len(prints) == 1 and all(same) else None,
+    )
+    return None if joined == Base() else joined
 
 
 def _joined_layers(named: Mapping[str, Adapter]) -> dict[str, LayerShape]:

@@ -9,6 +9,19 @@ from flix.core.tables import text_table
 
 
 @dataclass(frozen=True)
+class Counts:
+    """Numbers of values beside the features' pairs.
+
+    Attributes:
+        total: in all.
+        trainable: those that train: heads that were unfrozen.
+    """
+
+    total: int = 0
+    trainable: int = 0
+
+
+@dataclass(frozen=True)
 class Summary:
     """An adapted model in numbers; its text is a table.
 

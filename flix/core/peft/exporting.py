@@ -21,8 +21,11 @@ from flix.core.adapter.lowrank import nearest
 from flix.core.checks import whole
 from flix.core.errors import AdapterError, listed
 from flix.core.features.names import written
-from flix.core.files import Path_, write_files
+from flix.core.files import Path_, sweep, write_file
+from flix.core.folders import alone, whole_folder
 from flix.core.peft.vllm import ServingReport, check_vllm
+
+CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -233,6 +236,9 @@ def write_peft(
 ) -> PeftExport:
     """Write a folder that PEFT opens: adapter_config.json and adapter_model.safetensors.
 
+    PEFT reads both, so they change together: over another LoRA the folder is made anew beside it, with its other files,
+    and takes its place in one step (:mod:`flix.core.folders` says where a system cannot do that).
+
     Args:
         directory: the folder.
         config: PEFT's configuration.
@@ -245,11 +251,9 @@ def write_peft(
     from safetensors.numpy import save
 
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: np.ascontiguousarray(t) for name, t in tensors.items()}
     data = save(contiguous, metadata={"format": "pt"})
-    text = json.dumps(config, indent=2) + "\n"
-    write_files(folder, {"adapter_model.safetensors": data, "adapter_config.json": text.encode()})
+    _write(folder, (json.dumps(config, indent=2) + "\n").encode(), data)
     serving = check_vllm(
         config,
         {name: tensor.shape for name, tensor in tensors.items()},
@@ -262,3 +266,22 @@ def write_peft(
     )
     layers = sum(name.endswith((".lora_A.weight", ".lora_embedding_A")) for name in tensors)
     return PeftExport(int(config["r"]), layers, error, serving)
+
+
+def _write(folder: Path, config: bytes, tensors: bytes) -> None:
+    """Write both files so that a reader, at any moment and after any crash, finds those of one version."""
+    with alone(folder):
+        sweep(folder, CONFIG_FILE, TENSOR_FILE)
+        try:
+            there = (folder / CONFIG_FILE).read_bytes()
+        except OSError:
+            there = None
+        if there is None or there == config:
+            # One rename makes the version: that of the configuration, without which it is no LoRA, or of the tensors.
+            write_file(folder / TENSOR_FILE, tensors)
+            if there is None:
+                write_file(folder / CONFIG_FILE, config)
+            return
+    with whole_folder(folder, key=CONFIG_FILE) as aside:
+        (aside / TENSOR_FILE).write_bytes(tensors)
+        (aside / CONFIG_FILE).write_bytes(config)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,7 +14,19 @@ import flix_numpy
 
 import flix
 from flix import AdapterError, ConfigError, FeatureError
-from tests.helpers.example import SWA, adapted, donor, folding, plain, same, tokens, values, verbs
+from flix.core.adapter.described import Head
+from tests.helpers.example import (
+    ROW,
+    SWA,
+    adapted,
+    donor,
+    folding,
+    plain,
+    same,
+    tokens,
+    values,
+    verbs,
+)
 from tests.helpers.registry import IDS, WEIGHTS, config
 from tests.helpers.tolerance import assert_close
 
@@ -96,16 +111,68 @@ def test_heads_go_with_whole_adapters_and_with_no_selection(tmp_path):
     folding.save(model, tmp_path)
     other = folding.load(plain(), tmp_path)
     assert np.array_equal(other["lm_head"].kernel, model["lm_head"].kernel)
+    same(values(folding.load(plain(), tmp_path, heads=False)), values(model))
+    without = folding.load(plain(), tmp_path, heads=False)
+    assert np.array_equal(without["lm_head"].kernel, plain()["lm_head"].kernel)
     folding.save(model, tmp_path, [SWA])
-    assert not (tmp_path / "head.npy").exists()
+    assert flix.load_adapter(tmp_path).heads == {}
+    folding.save(model, tmp_path, heads=["lm_head"])
+    assert set(flix.load_adapter(tmp_path).heads) == {"lm_head.kernel"}
+    folding.save(model, tmp_path, heads=[])
+    assert flix.load_adapter(tmp_path).heads == {}
 
 
-def test_a_model_is_untouched_where_its_heads_cannot_be_read(tmp_path):
+def test_a_head_is_no_adapted_kernel(tmp_path):
+    model = adapted()
+    with pytest.raises(AdapterError, match=r"'q\.kernel' is the kernel of the adapted layer 'q'"):
+        folding.save(model, tmp_path, heads=["q"])
+    with pytest.raises(AdapterError, match="no parameter or module 'head'"):
+        folding.save(model, tmp_path, heads=["head"])
+    with pytest.raises(AdapterError, match="heads go with all"):
+        folding.save(model, tmp_path, [SWA], heads=["lm_head"])
+    found = verbs.to_adapter(model)
+    kernel = Head.of(model["q"].kernel)
+    flix.save_adapter(replace(found, heads={"q.kernel": kernel}), tmp_path)
+    with pytest.raises(AdapterError, match=r"'q\.kernel' is the kernel of the adapted layer 'q'"):
+        folding.load(plain(), tmp_path)
+    assert flix_numpy.primitives.adapted(folding.load(plain(), tmp_path, heads=False))
+
+
+def test_a_backend_without_heads_says_so(tmp_path):
     folding.save(adapted(), tmp_path)
-    (tmp_path / "head.npy").unlink()
     model = plain()
-    with pytest.raises(AdapterError, match=r"head\.npy is missing"):
+    with pytest.raises(AdapterError, match=r"trained heads \(lm_head\.kernel\).*heads=False"):
+        verbs.load(model, tmp_path)
+    assert flix_numpy.primitives.adapted(model) is None
+    assert flix_numpy.primitives.adapted(verbs.load(model, tmp_path, heads=False))
+    with pytest.raises(AdapterError, match="this backend knows no parameters"):
+        verbs.save(adapted(), tmp_path, heads=["lm_head"])
+
+
+def test_a_model_is_untouched_where_its_heads_have_no_place(tmp_path):
+    folding.save(adapted(), tmp_path)
+    model = plain()
+    model["lm_head"].kernel = np.zeros((5, 4), np.float32)
+    with pytest.raises(AdapterError, match=r"'lm_head\.kernel' has the shape \[5, 3\]"):  # fmt: skip
         folding.load(model, tmp_path)
     assert flix_numpy.primitives.adapted(model) is None
     with pytest.raises(AdapterError, match="layer 'k'"):  # layers are named before heads are
         folding.load(plain(k=(6, 4), lm_head=(4, 3)), tmp_path)
+
+
+def test_a_load_onto_another_base_warns_and_names_both(tmp_path):
+    folding.save(adapted(), tmp_path)
+    base = flix.load_adapter(tmp_path).base
+    assert base.name == "example" and len(base.fingerprint) == 33
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folding.load(plain(), tmp_path)
+        folding.load(adapted(), tmp_path)
+        folding.merge_in_place(model := adapted(), ROW)
+        folding.save(model, tmp_path / "folded")  # of the base's own kernels
+        verbs.load(plain(), tmp_path, heads=False)  # knows no bases
+    assert flix.load_adapter(tmp_path / "folded").base == base
+    other = plain()
+    other["q"].kernel = other["q"].kernel + 1
+    with pytest.warns(UserWarning, match=f"trained on 'example' .*{base.fingerprint}.*onto 'example'"):  # fmt: skip
+        folding.load(other, tmp_path)

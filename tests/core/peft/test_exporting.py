@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import threading
+
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from flix import Adapter, AdapterError, FeatureRegistry, FlixConfig
 from flix.core.adapter.adapter import LayerShape, expected_tensors
 from flix.core.adapter.composition import composition, delta
 from flix.core.peft.exporting import PeftFacts, as_peft, suffixes, write_peft
+from flix.core.peft.importing import read_peft
+from tests.helpers.stops import leftovers, stops
 
 REGISTRY = FeatureRegistry({"language": ["hau", "swa"], "task": ["n.e.r", "ñ ü"]})
 LAYERS = {"a.q": LayerShape(5, 3), "emb": LayerShape(7, 4, "embedding")}
@@ -54,3 +61,78 @@ def test_layers_are_named_by_their_last_part_where_it_is_exact():
 )
 def test_the_task_follows_from_the_model_s_class(architecture, task):
     assert PeftFacts([], architecture, {}).task_type == task
+
+
+def exported(seed: int, **row):
+    """A LoRA and its configuration."""
+    original = adapter()
+    tensors = {n: t + np.float32(seed) for n, t in original.tensors.items()}
+    original = Adapter(original.config, original.layers, tensors)
+    return as_peft(original, composition(original.config, row))
+
+
+@pytest.mark.parametrize("tidy", [True, False])
+@pytest.mark.parametrize("change", ["other ranks", "other values", "nothing there"])
+def test_a_stop_anywhere_leaves_one_version(tmp_path, change, tidy):
+    folder = tmp_path / "lora"
+    old = exported(1, language="hau")
+    new = exported(2, language="hau", **({"task": "ñ ü"} if change == "other ranks" else {}))
+
+    def opened():
+        """Both files, as any program reads them."""
+        config = json.loads((folder / "adapter_config.json").read_text())
+        return config, load_file(folder / "adapter_model.safetensors")
+
+    def is_(found, wanted):
+        return found[0] == wanted[0] and all(
+            np.array_equal(found[1][n], t) for n, t in wanted[1].items()
+        )
+
+    def start():
+        shutil.rmtree(folder, ignore_errors=True)
+        if change != "nothing there":
+            write_peft(folder, *old)
+            (folder / "README.md").write_text("mine")
+
+    start()
+    seen = set()
+    for stopped in stops(lambda: write_peft(folder, *new), tidy):
+        if change != "nothing there":
+            found = opened()
+            assert is_(found, new) or is_(found, old), stopped
+            seen.add("new" if is_(found, new) else "old")
+            assert read_peft(folder).pairs and (folder / "README.md").read_text() == "mine"
+        elif (folder / "adapter_config.json").exists():
+            assert is_(opened(), new)
+        assert len(leftovers(folder)) <= 1
+        if stopped is not None:
+            start()
+    assert is_(opened(), new) and leftovers(folder) == []
+    assert change == "nothing there" or seen == {"old", "new"}
+
+
+def test_a_reader_beside_writers_of_other_ranks_reads_whole_loras(tmp_path):
+    loras = [exported(1, language="hau"), exported(2, language="hau", task="ñ ü")]
+    write_peft(tmp_path / "lora", *loras[0])
+    ends = threading.Event()
+
+    def write(lora):
+        while not ends.is_set():
+            write_peft(tmp_path / "lora", *lora)
+
+    writers = [threading.Thread(target=write, args=(lora,)) for lora in loras]
+    for writer in writers:
+        writer.start()
+    try:
+        ranks = set()
+        for _ in range(300):
+            a, b = read_peft(tmp_path / "lora").pairs["a.q"]
+            _, tensors = loras[a.shape[0] != 2]
+            np.testing.assert_array_equal(a, tensors["base_model.model.a.q.lora_A.weight"])
+            np.testing.assert_array_equal(b, tensors["base_model.model.a.q.lora_B.weight"])
+            ranks.add(a.shape[0])
+    finally:
+        ends.set()
+        for writer in writers:
+            writer.join()
+    assert ranks == {2, 5} and {p.name for p in tmp_path.iterdir()} == {"lora"}

@@ -32,8 +32,16 @@ def pairs(ranks=None, dtype="f4"):
 
 def folder(path, tensors=None, **settings):
     path.mkdir(exist_ok=True)
-    save_file(pairs() if tensors is None else tensors, path / "adapter_model.safetensors")
+    tensors = pairs() if tensors is None else tensors
+    save_file(tensors, path / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **settings}
+    ranks = {
+        name.removeprefix(STEM).split(".lora_")[0]: t.shape[0]
+        for name, t in tensors.items()
+        if name.endswith(("lora_A.weight", "lora_embedding_A"))
+    }
+    unlike = {path: rank for path, rank in ranks.items() if rank != config["r"]}
+    config.setdefault("rank_pattern", unlike)
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path
 
@@ -148,11 +156,34 @@ def test_whole_modules_are_refused_or_left_out(tmp_path):
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"target_parameters": ["w"]}, "bare parameters"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
-        ({"lora_alpha": "much"}, "lora_alpha is a number"),
+        ({"lora_alpha": "much"}, "lora_alpha must be a finite number, got 'much'"),
+        ({"lora_alpha": "8"}, "lora_alpha must be a finite number, got '8'"),
+        ({"lora_alpha": True}, "lora_alpha must be a finite number, got True"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a finite number"),
+        ({"lora_alpha": None}, "lora_alpha must be a finite number, got None"),
         ({"alpha_pattern": {"(": 2}}, "alpha_pattern"),
+        ({"alpha_pattern": [2]}, r"alpha_pattern is \{pattern: number\}"),
+        (
+            {"alpha_pattern": {"q": False}},
+            r"alpha_pattern\['q'\] must be a finite number, got False",
+        ),
+        ({"alpha_pattern": {"(q+)+": 2}}, "a repeat without end inside another"),
+        ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
+        ({"use_rslora": 1}, "use_rslora must be true or false, got 1"),
+        (
+            {"r": 3, "rank_pattern": {"v": 2}},
+            r"'a\.q' has rank 4 in its tensors, and 3 by adapter_config\.json",
+        ),
+        ({"r": 4.0}, "r must be a whole number"),
+        ({"r": True}, "r must be a whole number"),
+        ({"rank_pattern": {}}, r"'a\.v' has rank 2 in its tensors, and 4"),
+        (
+            {"rank_pattern": {"v": 2, "q": 0}},
+            r"rank_pattern\['q'\] must be a whole number of 1 or more, got 0",
+        ),
     ],
 )
-def test_what_is_no_plain_lora(tmp_path, settings, message):
+def test_what_is_no_plain_lora_or_says_nonsense(tmp_path, settings, message):
     with pytest.raises(AdapterError, match=message):
         read_peft(folder(tmp_path / "l", **settings))
 
@@ -169,9 +200,10 @@ def test_files_that_are_missing_or_damaged(tmp_path):
     (path / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(AdapterError, match=r"adapter_model\.bin is a pickle, which is not read"):
         read_peft(path)
-    (path / "adapter_config.json").write_text("{")
-    with pytest.raises(AdapterError, match="cannot be read"):
-        read_peft(path)
+    for text in ("{", '{"r": 1, "r": 2}', '{"r": NaN}', "[" * 10**5, '{"peft_type": "LORA", "r": 1' + "0" * 5000 + "}"):  # fmt: skip
+        (path / "adapter_config.json").write_text(text)
+        with pytest.raises(AdapterError, match=r"adapter_config\.json' is damaged"):
+            read_peft(path)
     (path / "adapter_config.json").write_text("[]")
     with pytest.raises(AdapterError, match="no LoRA"):
         read_peft(path)
@@ -185,6 +217,15 @@ def test_files_that_are_missing_or_damaged(tmp_path):
         ({f"{STEM}a.q.lora_B.weight": np.zeros((5, 4, 1, 1), "f4")}, r"\[5, 4, 1, 1\]"),
         ({f"{STEM}a.q.lora_A.weight": np.zeros((4, 6), "i8")}, "lora_A.*must be one of F16"),
         (dict.fromkeys(pairs()), "holds no low-rank pair"),
+        (
+            {f"{STEM}a.q.lora_B.weight": np.full((5, 4), np.nan, "f4")},
+            r"q\.lora_B\.weight' holds values that are NaN",
+        ),
+        (
+            {f"{STEM}emb.lora_embedding_A": np.full((4, 6), np.inf, "f2")},
+            "lora_embedding_A' holds values that are NaN",
+        ),
+        ({"a.q.lora_A.weight": np.zeros((4, 6), "f4")}, r"'a\.q' twice, under two names"),
     ],
 )
 def test_ill_formed_tensors(tmp_path, changes, message):

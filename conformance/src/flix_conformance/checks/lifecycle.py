@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +14,7 @@ import flix
 from flix_conformance import bits, oracle
 from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import any_kind, check
-from flix_conformance.checks.files import CONFIG_FILE, TENSOR_FILE, unpack
+from flix_conformance.checks.files import TENSOR_FILE, description, unpack
 from flix_conformance.checks.outputs import check_output
 from flix_conformance.checks.training import SETTINGS, TRAJECTORY
 from flix_conformance.compare import close, close_in_norm, same_bits, same_pairs
@@ -234,10 +233,10 @@ def _donor(draw: Draw, case: Case, group: str) -> Case:
 
 def _check_file(donor: Case, folder: Path, feature: Feature) -> None:
     """Hold a file of one feature to the format."""
-    text = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    features = text["config"]["registry"]["features"]
+    data = (folder / TENSOR_FILE).read_bytes()
+    features = description(data)["config"]["registry"]["features"]
     assert features == [list(feature)], f"the file describes the features {features}"
-    tensors = unpack((folder / TENSOR_FILE).read_bytes())
+    tensors = unpack(data)
     names = [f"{donor.path}.{part}.{feature[0]}.{feature[1]}" for part in "AB"]
     assert set(tensors) == set(names), f"the file holds {sorted(tensors)}, expected {names}"
     for name, value in zip(names, donor.pairs[feature], strict=True):

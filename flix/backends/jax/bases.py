@@ -1,0 +1,35 @@
+"""The base that a model's adapter is trained on, as files know it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from numpy.typing import NDArray
+
+from flix.backends.jax.adapt import modules_of
+from flix.backends.jax.layers import form_of, kernel_of
+from flix.core.adapter.base import Places
+
+
+def base_name(model: Any) -> tuple[str | None, str | None]:
+    """nnx models have none."""
+    return None, None
+
+
+def kernel_samples(model: Any, places: Mapping[str, Places]) -> dict[str, NDArray[Any]] | None:
+    """Values of kernels; None of banks, which have none, and where one is on devices of other processes."""
+    if not isinstance(model, nnx.Module):
+        return None
+    modules, found = modules_of(model), {}
+    for path, where in places.items():
+        kernel = kernel_of(modules[path])[...]
+        if not jnp.issubdtype(kernel.dtype, jnp.floating) or not kernel.is_fully_addressable:
+            return None
+        index = form_of(modules[path]).at(where.rows, where.columns)
+        local = np.asarray(kernel) if kernel.size < 1 << 20 else kernel
+        found[path] = np.asarray(local[index], np.float64)
+    return found

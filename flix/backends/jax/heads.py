@@ -1,0 +1,76 @@
+"""Trained heads: parameters of an nnx model's base that are saved with the features.
+
+nnx knows no parameter that trains by itself: what an optimizer is made for does. So heads are named once, when they are
+saved (``save(model, folder, heads=["classifier"])``), and remembered with the model. Their names are their paths,
+``classifier.kernel``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flix.backends.jax.adapt import modules_of, put_state
+from flix.backends.jax.layers import FlixParam, adaptable, kernel_of
+from flix.core.adapter.described import Head
+from flix.core.adapter.heads import Place, check_head
+
+M = TypeVar("M")
+_TAKES = ("float64", "float32", "float16", "bfloat16")
+
+
+def base_parameters(model: Any) -> Iterator[tuple[str, Any]]:
+    """Every parameter but the features'; a shared one once. Banks have none."""
+    if isinstance(model, nnx.Module):
+        for path, node in nnx.iter_graph(model):
+            if isinstance(node, nnx.Param) and not isinstance(node, FlixParam):
+                yield ".".join(map(str, path)), node
+
+
+def head_places(model: Any) -> dict[str, Place]:
+    """The base's parameters by name, and the layers whose kernel each is."""
+    kernels: dict[int, list[str]] = {}
+    for path, module in modules_of(model).items() if isinstance(model, nnx.Module) else ():
+        if adaptable(module)[0] is not None:
+            kernels.setdefault(id(kernel_of(module)), []).append(path)
+    return {
+        name: Place(tuple(p[...].shape), kernels.get(id(p), ()), str(p[...].dtype) in _TAKES)
+        for name, p in base_parameters(model)
+    }
+
+
+def heads(model: Any, names: Collection[str] | None = None) -> dict[str, Head]:
+    """Those that are named, or were before."""
+    if not isinstance(model, nnx.Module):
+        return {}
+    state: Any = model.flix_state  # type: ignore[attr-defined]
+    if names is not None:
+        put_state(model, replace(state, heads=tuple(names)))
+    known = dict(base_parameters(model))
+    found = {}
+    for name in state.heads if names is None else names:
+        values = np.asarray(jax.device_get(known[name][...]))
+        head = Head.of(values)
+        if head is None:
+            check_head(name, Place(values.shape, takes=False), ())
+        else:
+            found[name] = head
+    return found
+
+
+def put_heads(model: M, heads: Mapping[str, Head]) -> M:
+    """Give parameters these values, in their places, and remember them."""
+    known = dict(base_parameters(model))
+    for name, head in heads.items():
+        value = known[name][...]
+        array = jnp.asarray(head.array(), value.dtype)
+        known[name][...] = jax.device_put(array, value.sharding)
+    state: Any = model.flix_state  # type: ignore[attr-defined]
+    put_state(model, replace(state, heads=tuple({**dict.fromkeys(state.heads), **heads})))
+    return model

@@ -1,0 +1,58 @@
+"""The base that a model's adapter is trained on, as files know it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from flix.backends.torch.layer import FlixLayer
+from flix.core.adapter.base import Places
+
+_READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def base_name(model: nn.Module) -> tuple[str | None, str | None]:
+    """What transformers' configuration says: the name or folder, and the commit on the hub."""
+    settings = getattr(model, "config", None)
+    said = (getattr(settings, "name_or_path", None), getattr(settings, "_commit_hash", None))
+    name, revision = (value if isinstance(value, str) and value else None for value in said)
+    return name, revision
+
+
+def kernel_samples(
+    model: nn.Module, places: Mapping[str, Places]
+) -> dict[str, NDArray[Any]] | None:
+    """Values of kernels; None where one is quantised, sharded, or not there (meta, offloaded)."""
+    found: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for path, where in places.items():
+            module: Any = model.get_submodule(path)
+            kernel = vars(module).get("flix_kernel", module._parameters.get("weight"))
+            if type(kernel) is not nn.Parameter or kernel.dtype not in _READABLE or kernel.is_meta:
+                return None
+            rows, columns = (
+                torch.from_numpy(i).to(kernel.device) for i in (where.rows, where.columns)
+            )
+            straight = _straight(module)
+            found[path] = kernel[(columns, rows) if straight else (rows, columns)].double()
+        # One copy a device instead of one a kernel.
+        devices = {value.device for value in found.values()}
+        moved: dict[str, NDArray[Any]] = {}
+        for device in devices:
+            held = {path: v for path, v in found.items() if v.device == device}
+            flat = torch.cat(list(held.values())).cpu().numpy()
+            ends = np.cumsum([len(v) for v in held.values()])[:-1]
+            moved.update(zip(held, np.split(flat, ends), strict=True))
+    return moved
+
+
+def _straight(module: Any) -> bool:
+    """Whether a layer, adapted or not, keeps its kernel ``[d_in, d_out]``."""
+    if isinstance(module, FlixLayer):
+        return module.flix_transposed
+    return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
