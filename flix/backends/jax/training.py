@@ -107,7 +107,7 @@ class FlixOptimizer(nnx.Optimizer):  # type: ignore[type-arg]
 
     Raises:
         TargetError: the model is not adapted.
-        ConfigError: an optimizer that cannot keep features apart: ``optax.MultiSteps``, ``muon``.
+        ConfigError: an optimizer that cannot keep features apart: ``optax.MultiSteps``, ``muon``, ``sm3``.
     """
 
     def __init__(

@@ -19,6 +19,8 @@ WHOLE = object()
 _REFUSED = {
     "MultiSteps": "it keeps the gradients of several batches, but only the last batch's features would move. Put it "
     "outside: nnx.Optimizer(model, optax.MultiSteps(mask_absent(tx, model), k), wrt=FlixParam)",
+    "scale_by_sm3": "it keeps one value for a column of a table, which all features share. Give the tables another, such as "
+    "adamw",
     "scale_by_muon": "it makes all rows of a matrix orthogonal to each other, and a table's rows are those of many "
     "features. Give the tables another, such as adamw, and other parameters an nnx.Optimizer of their own",
 }
@@ -35,7 +37,7 @@ def check(tx: Any, what: str) -> None:
     """
     for name in parts(tx):
         if name in _REFUSED:
-            shown = "muon" if name == "scale_by_muon" else name
+            shown = name.removeprefix("scale_by_")
             raise ConfigError(f"{what} cannot take optax's {shown}: {_REFUSED[name]}")
 
 

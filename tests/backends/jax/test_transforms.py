@@ -65,11 +65,15 @@ ROWS: dict[str, Any] = {
     "partition": optax.partition({"q": optax.adam(1e-2), "o": optax.set_to_zero()}, labels),
     "masked": optax.chain(optax.masked(optax.trace(0.9), only_q), optax.scale(-1e-2)),
     "schedule free": optax.contrib.schedule_free_sgd(1e-2),
+    "ema": optax.chain(optax.sgd(1e-1), optax.ema(0.9)),
     "apply if finite": optax.apply_if_finite(optax.adam(1e-2), 3),
     "global norm": optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1e-1, momentum=0.9)),
 }
 TABLES: dict[str, Any] = {
     "lamb": optax.lamb(1e-2, weight_decay=0.1),
+    "lars": optax.lars(1e-1, weight_decay=0.1),
+    "block rms": optax.chain(optax.clip_by_block_rms(0.01), optax.sgd(1e-1, momentum=0.9)),
+    "fromage": optax.fromage(1e-2),
     "adaptive clip": optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(1e-1, momentum=0.9)),
     "lamb in partition": optax.partition({"q": optax.lamb(1e-2), "o": optax.adam(1e-3)}, labels),
 }
@@ -134,6 +138,7 @@ def test_lamb_of_a_bank_is_that_of_its_whole_tables() -> None:
     [
         (optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(), r"MultiSteps.*mask_absent"),
         (optax.contrib.muon(1e-2), r"muon.*Give the tables another"),
+        (optax.sm3(1e-2), r"sm3.*Give the tables another"),
     ],
 )
 def test_what_cannot_keep_features_apart_is_refused_by_name(wrap: Any, tx: Any, said: str) -> None:

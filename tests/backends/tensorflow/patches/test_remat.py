@@ -6,10 +6,11 @@ import pytest
 import tensorflow as tf
 from keras.src.backend.common import remat as rematerialising
 
-from flix.backends.tensorflow import adapt
+import flix
+from flix.backends.tensorflow import adapt, route
 from flix.backends.tensorflow.patches import remat
 from flix.backends.tensorflow.paths import flix_layers
-from tests.helpers.registry import config
+from tests.helpers.registry import config, registry
 from tests.helpers.tensorflow import IDS, Block, randomize
 from tests.helpers.tolerance import assert_close
 
@@ -51,3 +52,40 @@ def test_rematerialised_blocks_give_the_plain_gradients(eager):
     for again, plain in zip(*found, strict=True):
         assert np.abs(plain).max() > 0
         assert_close(again, plain)
+
+
+class Recomputed(keras.layers.Layer):
+    """TensorFlow's own function, which runs a block again when the call is over."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.block = Block(6, name="block")
+
+    def build(self, shape):
+        self.block.build(shape)
+
+    def call(self, x):
+        return tf.recompute_grad(self.block)(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tensorflows_recompute_grad_is_refused_outside_of_its_route(compiled):
+    x = np.random.default_rng(0).normal(size=(6, 9, 6)).astype("f")
+    inputs = keras.Input((9, 6), name="inputs")
+    model = adapt(keras.Model(inputs, Recomputed()(inputs)), config(target_modules=["up", "down"]))
+    randomize(layer for _, layer in flix_layers(model.base))
+
+    def gradients(x, block=model):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(block({"inputs": x, "flix_features": IDS}) ** 2)
+        return tape.gradient(loss, x)
+
+    run = tf.function(gradients) if compiled else gradients
+    with pytest.raises(flix.RoutingError, match="no routing is in force"):
+        run(tf.constant(x))
+    with route(registry(), IDS):
+        found = gradients(tf.constant(x))
+        block = model.base.layers[1].block
+        wanted = gradients(tf.constant(x), lambda given: block(given["inputs"]))
+    assert_close(found, wanted)
