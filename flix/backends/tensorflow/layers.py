@@ -15,7 +15,7 @@ from flix.backends.tensorflow import bypassed
 from flix.backends.tensorflow.bypassed import WatchedKernel
 from flix.backends.tensorflow.parameters import FlixState, Parameters, config_from
 from flix.backends.tensorflow.patches.saving import register
-from flix.backends.tensorflow.routing import ActiveRouting, in_force, is_off, make_routing
+from flix.backends.tensorflow.routing import ActiveRouting, in_force, is_off, make_routing, sizes
 from flix.backends.tensorflow.sums import routed_embedding, routed_linear
 from flix.core.config.config import FlixConfig
 from flix.core.config.kernels import Form, LinearEinsum, linear_einsum
@@ -129,7 +129,7 @@ class FlixLayer(Parameters):
         y = routed(x, grouped, placed, tables, strategy, self.flix_live)
         if tf.executing_eagerly() and not np.isfinite(tf.reduce_sum(tf.cast(y, tf.float32))):
             self._name_broken(np.unique(routing.ids))
-        y = tf.reshape(y, tf.shape(base))
+        y = tf.reshape(y, sizes(base))
         y.set_shape(base.shape)
         return y
 
@@ -184,7 +184,11 @@ class FlixLayer(Parameters):
         if not ways:
             raise messages.other_lead(self.flix_name, given, lead)
         if "one" in ways:  # each row of the batch gets its own
-            x = tf.repeat(x, tf.shape(routing.ids)[0], axis=0)
+            x = tf.repeat(x, sizes(routing.ids)[0], axis=0)
+            given = x.shape.as_list()[: len(given)]
+        if None not in given and None not in lead and ways != {"flat"}:
+            known = math.prod(lead)  # type: ignore[arg-type]
+            return x, (known, math.prod(given) // max(known, 1)), strategy
         dynamic, rows = tf.shape(x), tf.shape(routing.ids)[:-1]
         count = tf.reduce_prod(rows)
         total = tf.reduce_prod(dynamic[: len(given)])
@@ -263,12 +267,12 @@ class FlixEinsumDense(FlixLayer, WatchedKernel, layers.EinsumDense):  # type: ig
         positions = rank - len(form.contracted)
         x = _transposed(inputs, self.flix_map.input_order(rank))
         x, rows, strategy = self._grouped(x, routing, len(form.contracted))
-        lead = tf.shape(x)[:positions]
+        lead = sizes(x)[:positions]
         kernel = tf.transpose(self.kernel, form.order)
         x = tf.reshape(x, [rows[0] * rows[1], form.d_in])
         base = tf.matmul(x, tf.reshape(kernel, [form.d_in, form.d_out]))
         y = self._sum(x, base, rows, routing, strategy)
-        y = tf.reshape(y, tf.concat([lead, form.sizes], 0))
+        y = tf.reshape(y, [*lead, *form.sizes])
         y = _transposed(y, self.flix_map.output_order(positions + len(form.sizes)))
         if self.bias is not None:
             y = ops.add(y, self.bias)

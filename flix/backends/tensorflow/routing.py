@@ -37,6 +37,18 @@ CALL = 'model({"inputs": x, "flix_features": ids})'
 current = Forward()
 
 
+def sizes(x: Any) -> list[Any]:
+    """The shape of a tensor: numbers where they are known, else scalar tensors.
+
+    Taking a size out of ``tf.shape(x)`` is an operation, which costs more in eager mode than what small layers compute.
+    """
+    static: list[Any] = x.shape.as_list()
+    if None not in static:
+        return static
+    dynamic = tf.shape(x)
+    return [dynamic[i] if n is None else n for i, n in enumerate(static)]
+
+
 @dataclass(frozen=True, eq=False)
 class Placed:
     """A batch's routing in one layout.
@@ -66,13 +78,13 @@ class Placed:
             used = tf.math.unsorted_segment_max(tf.ones_like(flat), flat, self.total) > 0
             union = tf.boolean_mask(tf.range(self.total), used)
             places = tf.gather(tf.cumsum(tf.cast(used, tf.int32)) - 1, flat)
-        return union, tf.reshape(places, tf.shape(self.rows))
+        return union, tf.reshape(places, sizes(self.rows))
 
     @functools.cached_property
     def mask(self) -> Any:
         """Each example's factor for every row of the union: ``[N, U]``."""
         union, places = self.union
-        count, size = tf.shape(self.rows)[0], tf.size(union)
+        count, size = sizes(self.rows)[0], sizes(union)[0]
         cells = tf.range(count)[:, None] * size + places
         mask = tf.math.unsorted_segment_sum(
             tf.reshape(self.scale, [-1]), tf.reshape(cells, [-1]), count * size
@@ -83,7 +95,7 @@ class Placed:
     def used(self) -> Any:
         """Which rows of the union each example has a slot for: bool ``[N, U]``."""
         union, places = self.union
-        count, size = tf.shape(self.rows)[0], tf.size(union)
+        count, size = sizes(self.rows)[0], sizes(union)[0]
         cells = tf.reshape(tf.range(count)[:, None] * size + places, [-1])
         found = tf.math.unsorted_segment_max(tf.ones_like(cells), cells, count * size)
         return tf.reshape(found > 0, [count, size])
@@ -163,7 +175,7 @@ def place(ids: Any, weights: Any, layout: LayerLayout, dtype: Any, traced: bool 
     if weights is not None:
         weights = tf.cast(tf.reshape(weights, [-1, width]), dtype)
         # By flat index: the gradient of a gather with batch_dims fails on an empty batch.
-        cells = tf.range(tf.shape(ids)[0])[:, None] * width + column
+        cells = tf.range(sizes(ids)[0])[:, None] * width + column
         scale = scale * tf.gather(tf.reshape(weights, [-1]), cells)
     scale = tf.where(used, scale, tf.zeros_like(scale))
     if bad is not None:

@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from flix.backends.tensorflow.parameters import Live
 from flix.backends.tensorflow.patches.captures import in_branch
-from flix.backends.tensorflow.routing import Placed
+from flix.backends.tensorflow.routing import Placed, sizes
 
 
 def fetch(table: Any, rows: Any, live: Live, dtype: Any) -> Any:
@@ -64,7 +64,7 @@ def _selected(h: Any, table: Any, used: Any = None) -> Any:
 
     With ``used``, rows that use a row of the table that is not finite are NaN, and the others do not meet it.
     """
-    shape, clean = tf.shape(h), table
+    shape, clean = sizes(h), table
     if used is not None:
         broken = ~_finite(table, 1)
         clean = tf.where(broken[:, None], tf.zeros_like(table), table)
@@ -81,7 +81,7 @@ def _collected(h: Any, x: Any, used: Any = None) -> Any:
 
     With ``used``, only what is used by a row whose x is not finite gets NaN.
     """
-    shape, clean = tf.shape(h), x
+    shape, clean = sizes(h), x
     count = shape[0] * shape[1]
     if used is not None:
         broken = ~_finite(x, 2)
@@ -99,9 +99,9 @@ def _project(x: Any, a: Any, used: Any) -> Any:
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def project(x: Any, a: Any) -> Any:
-        shape = tf.shape(x)
+        shape = sizes(x)
         h = tf.matmul(tf.reshape(x, [shape[0] * shape[1], x.shape[2]]), a, transpose_b=True)
-        h = tf.reshape(h, [shape[0], shape[1], tf.shape(a)[0]])
+        h = tf.reshape(h, [shape[0], shape[1], sizes(a)[0]])
 
         def backward(dh: Any) -> tuple[Any, Any]:
             return tf.cond(  # type: ignore[no-any-return]
@@ -123,7 +123,7 @@ def _expand(h: Any, b: Any, used: Any) -> Any:
         y = tf.cond(_finite(b), lambda: _selected(h, b), lambda: _selected(h, b, used))
 
         def backward(dy: Any) -> tuple[Any, Any]:
-            shape = tf.shape(h)
+            shape = sizes(h)
             dh = tf.matmul(tf.reshape(dy, [shape[0] * shape[1], b.shape[1]]), b, transpose_b=True)
             dh = tf.reshape(dh, shape)
             sound = _finite(dh)  # so is dy then
@@ -157,8 +157,8 @@ def _one_composition(placed: Placed, scale: Any) -> tuple[Any, Any]:
 
 def _summed(base: Any, h: Any, rows: Any, b: Any) -> Any:
     """base ``[N, S, d_out]`` plus h ``[N, S, U]`` times b ``[U, d_out]``, as one wide product."""
-    shape = tf.shape(base)
-    y = tf.matmul(tf.reshape(h, [shape[0] * shape[1], tf.size(rows)]), b)
+    shape = sizes(base)
+    y = tf.matmul(tf.reshape(h, [shape[0] * shape[1], sizes(rows)[0]]), b)
     return base + tf.reshape(y, shape)
 
 
@@ -236,9 +236,9 @@ def _linear_sum(
         return base + _expand(h, b, used)
     rows, factor = _one_composition(placed, scale)
     a, b = (fetch(table, rows, live, x.dtype) for table in tables)
-    shape = tf.shape(base)
+    shape = sizes(base)
     h = tf.matmul(tf.reshape(x, [shape[0] * shape[1], x.shape[2]]), a, transpose_b=True)
-    h = tf.reshape(h, [shape[0], shape[1], tf.size(rows)]) * factor
+    h = tf.reshape(h, [shape[0], shape[1], sizes(rows)[0]]) * factor
     return _summed(base, h, rows, b)
 
 
@@ -255,9 +255,9 @@ def routed_embedding(
     """
 
     def project(a: Any, rows: Any) -> Any:
-        shape = tf.shape(tokens)
-        at = tf.broadcast_to(rows[:, None, :], [shape[0], shape[1], tf.shape(rows)[1]])
-        cells = tf.stack([at, tf.broadcast_to(tokens[:, :, None], tf.shape(at))], -1)
+        shape = sizes(tokens)
+        at = tf.broadcast_to(rows[:, None, :], [shape[0], shape[1], sizes(rows)[1]])
+        cells = tf.stack([at, tf.broadcast_to(tokens[:, :, None], sizes(at))], -1)
         return tf.cast(tf.gather_nd(tf.convert_to_tensor(a), cells), base.dtype)
 
     y = _embedding_sum(tokens, base, placed, tables, strategy, live)
@@ -279,8 +279,8 @@ def _embedding_sum(
     if strategy == "masked":
         h = _cells(h, tf.cast(placed.mask, dtype), placed.used)
         return base + _expand(h, fetch(tables[1], rows, live, dtype), placed.used)
-    sizes, used = tf.shape(tokens), tf.size(rows)
-    h = tf.reshape(tf.transpose(h, [0, 2, 1]), [sizes[0] * used, sizes[1]])
-    h = tf.gather(h, tf.range(sizes[0])[:, None] * used + placed.union[1])  # [N, R, S]
+    (count, length), used = sizes(tokens), sizes(rows)[0]
+    h = tf.reshape(tf.transpose(h, [0, 2, 1]), [count * used, length])
+    h = tf.gather(h, tf.range(count)[:, None] * used + placed.union[1])  # [N, R, S]
     h = tf.transpose(h, [0, 2, 1]) * scale[:, None, :]
     return base + tf.matmul(h, fetch(tables[1], placed.rows, live, dtype))
