@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import gc
-import os
-import threading
-from collections import Counter
-from pathlib import Path
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -17,9 +10,10 @@ from torch import nn  # noqa: E402
 
 import flix  # noqa: E402
 from flix.backends.torch import adapt, disable, page, routed, trainable_parameters  # noqa: E402
+from tests.helpers.stress import in_tasks, in_threads, needs_proc, resident  # noqa: E402
 from tests.helpers.torch import randomize  # noqa: E402
 
-FEATURES, WORKERS, CALLS = 16, 8, 10_000
+FEATURES, CALLS = 16, 10_000
 REGISTRY = flix.FeatureRegistry({"language": [f"l{i}" for i in range(FEATURES)]})
 X = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
 
@@ -41,7 +35,7 @@ def _answers(model):
 
 
 def _ask(model, want, worker, call):
-    """One request of some kind, and whether its answer is right."""
+    """Whether the answer to a request of some kind is right."""
     a, b = (worker * 7 + call) % FEATURES, (worker * 5 + 3 * call) % FEATURES
     kind = (worker + call) % 4
     if kind == 0:
@@ -53,76 +47,45 @@ def _ask(model, want, worker, call):
     else:
         given = torch.tensor([[a], [b]]) if kind == 2 else [[a], [b]]
         found, key = model(X, flix_features=given), (a, b)
-    return "right" if torch.allclose(found, want[key], atol=1e-5) else "wrong"
-
-
-def _counted(work):
-    try:
-        return work()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+    return torch.allclose(found, want[key], atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("paged", [False, True])
 def test_threads_get_their_own_answers(paged):
     model = _model()
-    want, counts = _answers(model), [Counter() for _ in range(WORKERS)]
-    size = next(iter(trainable_parameters(model))).nbytes
+    want, size = _answers(model), next(iter(trainable_parameters(model))).nbytes
     pager = page(model, FEATURES // 2 * size) if paged else None
 
-    def serve(worker):
+    def ask(worker, call):
         with torch.no_grad():
-            for call in range(CALLS // WORKERS):
-                found = _counted(lambda call=call: _ask(model, want, worker, call))
-                counts[worker][found] += 1
+            return _ask(model, want, worker, call)
 
-    threads = [threading.Thread(target=serve, args=(n,)) for n in range(WORKERS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum(counts, Counter()) == {"right": CALLS}
+    assert in_threads(CALLS, ask) == {"right": CALLS}
     assert pager is None or pager.resident <= pager.budget
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("paged", [False, True])
 def test_tasks_get_their_own_answers(paged):
-    """Each holds a block of its own open while the others run."""
     model = _model()
-    want, counts = _answers(model), Counter()
+    want = _answers(model)
     if paged:
         page(model, FEATURES // 2 * next(iter(trainable_parameters(model))).nbytes)
 
-    async def serve(worker):
-        for call in range(CALLS // WORKERS):
-            a = (worker * 7 + call) % FEATURES
-            with disable(model) if call % 5 == 0 else routed(model, {"language": f"l{a}"}):
-                await asyncio.sleep(0)
-                found = _counted(lambda: model(X))
-                key = None if call % 5 == 0 else (a, a)
-                right = isinstance(found, torch.Tensor) and torch.allclose(
-                    found, want[key], atol=1e-5
-                )
-            await asyncio.sleep(0)
-            counts["right" if right else str(found)[:80]] += 1
+    def one(worker, call):
+        return (worker * 7 + call) % FEATURES
 
-    async def all_of_them():
-        await asyncio.gather(*map(serve, range(WORKERS)))
+    def block(worker, call):
+        row = {"language": f"l{one(worker, call)}"}
+        return disable(model) if call % 5 == 0 else routed(model, row)
+
+    def ask(worker, call):
+        key = None if call % 5 == 0 else (one(worker, call),) * 2
+        return torch.allclose(model(X), want[key], atol=1e-5)
 
     with torch.no_grad():
-        asyncio.run(all_of_them())
-    assert dict(counts) == {"right": CALLS}
-
-
-def _resident() -> int:
-    gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+        assert in_tasks(CALLS, block, ask) == {"right": CALLS}
 
 
 @pytest.mark.slow
@@ -140,10 +103,10 @@ def test_memory_stays_over_ten_thousand_steps():
 
     for _ in range(1000):
         step()
-    before = _resident()
+    before = resident()
     for _ in range(10_000):
         step()
-    assert _resident() < 1.02 * before
+    assert resident() < 1.02 * before
 
 
 @pytest.mark.slow
@@ -159,6 +122,6 @@ def test_memory_stays_over_ten_thousand_shapes():
                     model(x[:n, :s], flix_features=ids[:n])
 
     over(range(1, 101, 10), range(1, 101))
-    before = _resident()
+    before = resident()
     over(range(1, 101), range(1, 101))
-    assert _resident() < 1.02 * before
+    assert resident() < 1.02 * before
