@@ -12,7 +12,7 @@ WORKERS ?= auto
 KIT := $(PYTEST) --pyargs flix_conformance
 OURS := --flix-backend torch --flix-backend jax --flix-backend tensorflow
 
-.PHONY: quickstart test test-all lint conformance conformance-nightly bench bench-smoke gpu format clean
+.PHONY: quickstart test test-all lint conformance conformance-nightly torture torture-smoke bench bench-smoke gpu format clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,7 @@ test-all: $(VENV)/.dev lint
 	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) tests/core
 	$(PYTEST) -n $(WORKERS) --dist loadfile --ignore tests/core
 	$(MAKE) conformance
+	$(MAKE) torture-smoke
 
 # The kit's own tests (it must catch every mutant), the kit on the example backend, the kit on ours.
 conformance: $(VENV)/.dev
@@ -59,6 +60,13 @@ conformance: $(VENV)/.dev
 # Some hours: 20 times the examples, new ones in every run.
 conformance-nightly: $(VENV)/.dev
 	$(KIT) -n $(WORKERS) $(OURS) --flix-profile nightly --flix-report conformance/out/nightly.json
+
+# Hours; writes docs/reliability.md. Parts of it: python -m torture --help.
+torture: $(VENV)/.dev
+	$(BIN)/python -m torture
+
+torture-smoke: $(VENV)/.dev
+	$(BIN)/python -m torture --smoke
 
 # About 20 minutes; writes docs/speed.md and its plots. On a busy machine: make bench RUN="chrt -r 1".
 bench: $(VENV)/.dev

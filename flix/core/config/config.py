@@ -284,6 +284,10 @@ class FlixConfig:
         Raises:
             ConfigError: missing or unknown keys, or a value that breaks its rule.
         """
+        if not isinstance(data, Mapping):
+            raise ConfigError(
+                f"a configuration is a mapping of its fields, got {type(data).__name__}"
+            )
         known = [f.name for f in fields(cls)]
         for name in data:
             if name not in known:
