@@ -103,7 +103,7 @@ def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
 
 def packed(header: Any, body: bytes) -> bytes:
     """A safetensors file of a header and its tensors' bytes."""
-    text = json.dumps(header).encode("utf-8", "surrogatepass")
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8", "surrogatepass")
     return struct.pack("<Q", len(text)) + text + body
 
 

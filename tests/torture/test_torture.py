@@ -24,8 +24,9 @@ def _two_files():
     def write(folder, version):
         folder.mkdir(exist_ok=True)
         for name in ("a", "b"):
-            (folder / f"{name}.new").write_text(str(version))
-            os.replace(folder / f"{name}.new", folder / name)
+            aside = folder / f"{name}.{os.getpid()}"
+            aside.write_text(str(version))
+            os.replace(aside, folder / name)
             time.sleep(0.005)
 
     return write

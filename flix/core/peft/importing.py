@@ -325,9 +325,17 @@ def from_peft(folders: Mapping[str, Path_], group: str, *, skip_modules: bool = 
         for path, (a, b) in lora.pairs.items():
             ratio = lora.scales[path] / config.scale(path, (group, name))
             tensors[tensor_name(path, "A", (group, name))] = _wide(a)
-            tensors[tensor_name(path, "B", (group, name))] = (
-                _wide(b) if ratio == 1.0 else (_wide(b) * ratio).astype(_wide(b).dtype)
-            )
+            b = _wide(b)
+            if ratio != 1.0:
+                with np.errstate(over="ignore", under="ignore"):
+                    given, b = b, (b * ratio).astype(b.dtype)
+                vanished = ratio != 0 and ((b == 0) & (given != 0)).any()
+                if vanished or not np.isfinite(b).all():
+                    raise AdapterError(
+                        f"{name!r}: layer {path!r} has the scale {lora.scales[path]:.3g} beside other layers' "
+                        f"{config.scale(path, (group, name)):.3g}, and {b.dtype} cannot hold what of it goes into its B"
+                    )
+            tensors[tensor_name(path, "B", (group, name))] = b
     bases = {lora.base for lora in loras.values()}
     return Adapter(config, layers, tensors, base=bases.pop() if len(bases) == 1 else None)
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from flix import FeatureDropout, FeatureRegistry, FlixConfig, FlixError, ranks
+from flix import ConfigError, FeatureDropout, FeatureRegistry, FlixConfig, FlixError, ranks
 
 REGISTRY = FeatureRegistry({"language": ["hau", "swa"], "task": ["ner"]})
 
@@ -125,3 +125,9 @@ def test_frozen_and_keyword_only():
         config().seed = 3
     with pytest.raises(TypeError):
         FlixConfig(REGISTRY, 4)
+
+
+@pytest.mark.parametrize("value", [None, 3, True, [], "config"])
+def test_a_configuration_is_read_from_a_mapping(value):
+    with pytest.raises(ConfigError, match="a configuration is a mapping of its fields, got"):
+        FlixConfig.from_dict(value)

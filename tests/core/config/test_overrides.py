@@ -45,7 +45,9 @@ def test_what_would_take_too_long_is_refused_soon():
     apart = config({f"x{i}": {"g": {"0": 1}} for i in range(1500)}, 5000)
     with pytest.raises(ConfigError, match="gives more than 4,000,000 ranks"):
         apart.check_size(f"x{i}" for i in range(1500))
-    assert time.perf_counter() - began < 10
+    assert (
+        time.perf_counter() - began < 25
+    )  # five of them, on a machine that does other things, too
 
 
 def test_what_people_have_is_not_refused():

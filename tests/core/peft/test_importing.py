@@ -244,6 +244,16 @@ def test_loras_of_different_models(tmp_path):
         from_peft(folders, "task")
 
 
+@pytest.mark.parametrize(
+    ("patterns", "layer"), [({"emb": 8}, "emb"), ({"emb": 1e200, "q": 8, "v": 4}, "emb")]
+)
+def test_scales_that_no_value_bears(tmp_path, patterns, layer):
+    """The difference of a layer's scale goes into B, which must neither overflow nor vanish."""
+    lora = folder(tmp_path / "a", lora_alpha=1e200, alpha_pattern=patterns)
+    with pytest.raises(AdapterError, match=rf"layer '{layer}' has the scale .* float32 cannot"):
+        from_peft({"x": lora}, "g")
+
+
 def test_arguments(tmp_path):
     path = folder(tmp_path / "l")
     for wrong in (path, str(path), {}, [path]):
