@@ -3,26 +3,59 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
+
+from flix.cli.streams import drop_output, flush
 
 _OWN = ("typer", "click", "rich", "pydantic", "pydantic_core", "yaml")
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the command line and exit: 0 on success, 2 on a user's mistake (one line on standard error)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A terminal that lacks a letter shows its number instead of a traceback.
+            stream.reconfigure(errors="backslashreplace")
     try:
-        from flix.cli.app import app
-
-        app()
+        code = _run()
+        flush()  # help and the version, too, go to readers that may have left
+    except BrokenPipeError:
+        drop_output()
+        code = 0
+    except OSError as error:
+        code = _mistake(f"{error.filename or 'standard output'}: {error.strerror or error}")
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _OWN:
             raise
-        print(
-            f"flix: error: the command line needs {package}, which is not installed; install it with: "
-            'pip install "flix-peft[cli]"',
-            file=sys.stderr,
+        code = _mistake(
+            f"the command line needs {package}, which is not installed; install it with: "
+            'pip install "flix-peft[cli]"'
         )
-        raise SystemExit(2) from None
+    raise SystemExit(code)
+
+
+def _run() -> int:
+    from flix.cli.app import app
+
+    try:
+        result = app(standalone_mode=False)
+    except Exception as error:
+        # typer's errors about arguments, which it shows in four lines. (They are click's, or of a copy of its own.)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            return 2
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        more = f"; see {context.command_path} --help" if context is not None else ""
+        return _mistake(error.format_message().rstrip(".") + more)
+    return result if isinstance(result, int) else 0
+
+
+def _mistake(message: str) -> int:
+    print("flix: error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
 
 
 __all__ = ["main"]

@@ -59,7 +59,7 @@ def options(
 @app.command()
 @guarded
 def quickstart(
-    seeds: Annotated[int, typer.Option(min=1, help="Repeat with so many seeds.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Repeat with so many seeds.")] = 1,
     fast: Annotated[
         bool, typer.Option("--fast", help="A short run that only shows that all works.")
     ] = False,
@@ -67,7 +67,7 @@ def quickstart(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where results go.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=10**9, help="Training steps.")] = None,
 ) -> None:
     """Train FLix and two LoRAs on real multilingual data, and compare them."""
     from flix.cli.running import run_quickstart
@@ -88,10 +88,10 @@ def plan(
         bool, typer.Option("--explain", help="Say which strategy each layer would run, and why.")
     ] = False,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Rows of a batch, for --explain.")
+        int, typer.Option("--batch-size", min=1, max=10**9, help="Rows of a batch, for --explain.")
     ] = 16,
     length: Annotated[
-        int, typer.Option("--length", min=1, help="Positions of a row, for --explain.")
+        int, typer.Option("--length", min=1, max=10**9, help="Positions of a row, for --explain.")
     ] = 64,
     device: Annotated[
         str, typer.Option("--device", help="The class of devices, for --explain.")

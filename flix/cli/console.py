@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
 
 import typer
 
+from flix.cli.streams import drop_output, flush, say
 from flix.core.errors import FlixError
 from flix.core.tables import Cell, cell_text, is_numeric, text_table
 from flix.training.progress import Reporter, described
@@ -25,10 +28,14 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with warnings.catch_warnings():
+                plain = warnings.showwarning
+                warnings.showwarning = functools.partial(_show_warning, plain)
+                command(*args, **kwargs)
+            flush()
         except BrokenPipeError:
             # The reader of our output went away (a pager, head): no error.
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            drop_output()
             raise typer.Exit(0) from None
         except FlixError as error:
             fail(str(error))
@@ -38,8 +45,30 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             print("flix: interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
+        except Exception as error:
+            if (reason := _of_the_machine(error)) is None:
+                raise
+            fail(reason)
 
     return run
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """In words, an error of a library that is neither flix's nor the library's mistake; None for any other."""
+    kind = type(error)
+    if kind.__module__.partition(".")[0] in ("safetensors", "safetensors_rust"):
+        return f"a file cannot be written or read: {error}"
+    if kind.__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return f"out of memory: {error}. Try a smaller batch_size"
+    return None
+
+
+def _show_warning(plain: Callable[..., None], message: Any, category: Any, *more: Any, **named: Any) -> None:  # fmt: skip
+    """flix's own warnings as one line, without a place in its code."""
+    if category is UserWarning:
+        print("flix: warning: " + " ".join(str(message).split()), file=sys.stderr)
+    else:
+        plain(message, category, *more, **named)
 
 
 def fail(message: str) -> None:
@@ -54,7 +83,7 @@ def fail(message: str) -> None:
 
 def is_terminal() -> bool:
     """Whether standard output is a terminal, and rich is installed."""
-    if not sys.stdout.isatty():
+    if sys.stdout is None or not sys.stdout.isatty():
         return False
     from importlib.util import find_spec
 
@@ -62,19 +91,28 @@ def is_terminal() -> bool:
 
 
 def show_json(data: Any) -> None:
-    """Data as JSON on standard output."""
-    print(json.dumps(data, indent=1, ensure_ascii=False))
+    """Data as JSON on standard output; a number that is none (NaN, an infinity) is null, as JSON has no word for it."""
+    encoding = str(getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
+    say(json.dumps(_plain(data), indent=1, ensure_ascii=encoding != "utf8", allow_nan=False))
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    if isinstance(data, dict):
+        return {key: _plain(value) for key, value in data.items()}
+    return [_plain(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def show(text: str) -> None:
     """A line on standard output."""
-    print(text)
+    say(text)
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], title: str = "") -> None:
     """A table; columns whose cells are numbers are set to the right."""
     if not is_terminal():
-        print("\n".join([*([title] if title else []), text_table(columns, rows)]))
+        say("\n".join([*([title] if title else []), text_table(columns, rows)]))
         return
     from rich.console import Console
     from rich.markup import escape
@@ -97,9 +135,22 @@ def make_reporter(as_json: bool) -> Reporter:
 
 
 class Lines(Reporter):
-    """Plain lines; while nothing else is said, how far the work is, now and then."""
+    """Plain lines; while nothing else is said, how far the work is, now and then.
+
+    If nobody reads them any more the work goes on: hours of it are not lost to a pager that was closed.
+    """
 
     interval = 15.0
+
+    def note(self, text: str) -> None:
+        try:
+            super().note(text)
+        except OSError as error:
+            drop_output()
+            why = "nobody reads the output any more"
+            if not isinstance(error, BrokenPipeError):
+                why = f"the output cannot be written ({error.strerror})"
+            print(f"flix: {why}; the work goes on", file=sys.stderr)
 
     def start(self, what: str, total: int, done: int = 0) -> None:
         super().start(what, total, done)

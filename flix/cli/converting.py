@@ -10,10 +10,10 @@ from typing import Any
 from flix.cli.console import quiet, show, show_json
 from flix.cli.features import parse_features
 from flix.cli.folders import check_out
-from flix.core.adapter.composition import composition
+from flix.core.adapter.composition import composition, untrained, untrained_note
 from flix.core.adapter.files import load_adapter
 from flix.core.errors import ConfigError
-from flix.core.features.names import written
+from flix.core.features.names import Feature, written
 from flix.core.folders import whole_folder
 from flix.training.errors import ModelError
 
@@ -28,7 +28,7 @@ def merge_adapter(
     folder: Path, base: str, features: Sequence[str], out: Path, force: bool, as_json: bool
 ) -> None:
     """Fold one composition into the base and save a plain transformers folder."""
-    model, row, active = _composed(folder, base, features, out, force)
+    model, row, active, idle = _composed(folder, base, features, out, force)
     from flix.backends.torch import merge
 
     merged = merge(model, row)
@@ -36,8 +36,9 @@ def merge_adapter(
         merged.save_pretrained(aside)
         tokenizer = _copy_tokenizer(base, aside)
     if as_json:
-        show_json({"out": str(out), "features": active, "tokenizer": tokenizer})
+        show_json({"out": str(out), "features": active, "tokenizer": tokenizer, **_idle(idle)})
         return
+    _note(idle)
     show(f"merged {_named(active)} into {base}: {out}")
     if not tokenizer:
         show("the base has no tokenizer; none was copied")
@@ -56,7 +57,7 @@ def export_adapter(
     """Write one composition as a LoRA that PEFT and vLLM open, and say whether vLLM serves it."""
     if to != "peft":
         raise ConfigError(f"--to: flix exports to peft, got {to!r}")
-    model, row, active = _composed(folder, base, features, out, force)
+    model, row, active, idle = _composed(folder, base, features, out, force)
     from flix.backends.torch import export_peft
 
     result = export_peft(model, row, out, compress_to=compress_to)
@@ -69,17 +70,19 @@ def export_adapter(
                 "layers": result.layers,
                 "error": result.error,
                 "vllm": result.serving.to_dict(),
+                **_idle(idle),
             }
         )
         return
+    _note(idle)
     show(f"exported {_named(active)} as a LoRA of rank {result.rank}: {out}")
     show(result.message)
 
 
 def _composed(
     folder: Path, base: str, features: Sequence[str], out: Path, force: bool
-) -> tuple[Any, Any, dict[str, float]]:
-    """The base with the adapter in it, the composition as a row, and what it activates by name."""
+) -> tuple[Any, Any, dict[str, float], list[Feature]]:
+    """The base with the adapter in it, the composition as a row, what it activates, and what of that has no update."""
     adapter = load_adapter(folder)
     row = parse_features(features, adapter.config.registry)
     active = composition(adapter.config, row)
@@ -91,7 +94,18 @@ def _composed(
     from flix.backends.torch import load
 
     loaded = load(model, folder).eval()  # trained heads come with it
-    return loaded, row, {written(feature): weight for feature, weight in active}
+    acting = {feature for feature, _ in active}
+    idle = [feature for feature in untrained(adapter) if feature in acting]
+    return loaded, row, {written(feature): weight for feature, weight in active}, idle
+
+
+def _idle(features: Sequence[Feature]) -> dict[str, list[str]]:
+    return {"never_trained": [written(feature) for feature in features]}
+
+
+def _note(features: Sequence[Feature]) -> None:
+    if features:
+        show(f"note: {untrained_note(features)}")
 
 
 def _copy_tokenizer(base: str, out: Path) -> bool:

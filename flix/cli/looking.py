@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from flix import backends
 from flix.cli.console import show, show_json, show_table
 from flix.core.adapter.adapter import Adapter
+from flix.core.adapter.composition import untrained, untrained_note
 from flix.core.adapter.files import load_adapter, read_description
 from flix.core.config.config import FlixConfig
 from flix.core.costs import Layers, Plan, feature_cost, plan
@@ -93,7 +95,9 @@ def inspect_adapter(folder: Path, by_layer: bool, as_json: bool) -> None:
     total = {f: float(np.sqrt(sum(n * n for n in per.values()))) for f, per in norms.items()}
     costs = {f: feature_cost(config, adapter.layers, f) for f in live.values()}
     names = {i: written(f) for i, f in live.items()}
+    idle = untrained(adapter)
     if as_json:
+        implied = _implied(config, names)
         show_json(
             {
                 "adapter": str(folder),
@@ -106,13 +110,14 @@ def inspect_adapter(folder: Path, by_layer: bool, as_json: bool) -> None:
                         "feature": f[1],
                         "rank": costs[f].rank,
                         "parameters": costs[f].parameters,
-                        "implies": [names[j] for j in config.registry.implied(i)],
+                        "implies": implied[i],
                         "norm": total[f],
                         "norms": norms[f],
                     }
                     for i, f in live.items()
                 ],
                 "removed": removed,
+                "never_trained": [written(f) for f in idle],
                 "layers": {
                     path: {"kind": s.kind, "d_in": s.d_in, "d_out": s.d_out}
                     for path, s in adapter.layers.items()
@@ -136,10 +141,12 @@ def inspect_adapter(folder: Path, by_layer: bool, as_json: bool) -> None:
         ["id", "feature", "rank", "parameters", "norm of update", "implies"],
         [
             [i, names[i], costs[f].rank, costs[f].parameters, total[f],
-             " ".join(names[j] for j in config.registry.implied(i))]
+             _some(config, names, i)]
             for i, f in live.items()
         ],
     )  # fmt: skip
+    if idle:
+        show(f"note: {untrained_note(idle)}")
     if by_layer:
         show_table(
             ["layer", "kind", "d_in", "d_out", *names.values()],
@@ -149,6 +156,27 @@ def inspect_adapter(folder: Path, by_layer: bool, as_json: bool) -> None:
             ],
             title="norm of each feature's update by layer",
         )
+
+
+_SHOWN, _MOST = 20, 100_000
+
+
+def _some(config: FlixConfig, names: dict[int, str], feature: int) -> str:
+    """The first features that one implies; a chain of features implies more in all than anybody could read."""
+    found = [names[j] for j in islice(config.registry.walk_implied(feature), _SHOWN + 1)]
+    return " ".join([*found[:_SHOWN], *(["..."] if len(found) > _SHOWN else [])])
+
+
+def _implied(config: FlixConfig, names: dict[int, str]) -> dict[int, list[str] | None]:
+    """What each feature implies; None for those beyond the first hundred thousand names in all."""
+    found: dict[int, list[str] | None] = {}
+    left = _MOST
+    for feature in names:
+        own = [names[j] for j in islice(config.registry.walk_implied(feature), left + 1)]
+        left -= len(own)
+        found[feature] = own if left >= 0 else None
+        left = max(left, 0)
+    return found
 
 
 def show_plan(path: Path, as_json: bool, batch: Batch | None = None) -> None:

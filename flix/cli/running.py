@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from flix.cli.console import make_reporter, quiet, show, show_json, show_table
-from flix.training.errors import missing_extra
+from flix.training.errors import RunError, missing_extra
 
 
 def train_config(config: Path, resume: bool, overwrite: bool, as_json: bool) -> None:
@@ -37,6 +37,8 @@ def evaluate_adapter(config: Path, adapter: Path, out: Path | None, as_json: boo
     from flix.training.reading import read_settings
 
     settings = read_settings(config)
+    if out is not None and (out.is_dir() or (out.parent.exists() and not out.parent.is_dir())):
+        raise RunError(f"--out: {str(out)!r} cannot be a file")
     from flix.training.evaluation import evaluate
 
     quiet()

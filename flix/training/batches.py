@@ -111,6 +111,11 @@ class Texts:
         ids = ids[: self.max_target - 1] + ([self.end] if self.end is not None else [])
         return self._checked(ids, row.target)
 
+    def unknown(self, text: str) -> tuple[int, int]:
+        """How many of a text's tokens the tokenizer has no token for, and how many there are."""
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return ids.count(self.tokenizer.unk_token_id), len(ids)
+
     def _cut(self, ids: list[int], longest: int) -> list[int]:
         if len(ids) <= longest:
             return ids

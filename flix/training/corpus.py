@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flix.core import rng
-from flix.core.errors import FlixError
+from flix.core.errors import FlixError, listed
 from flix.core.features import cells
 from flix.core.features.encoding import Unknown
-from flix.core.features.names import Feature
+from flix.core.features.names import Feature, written
 from flix.core.features.registry import FeatureRegistry
 from flix.training.errors import DataError, SettingsError
 from flix.training.settings import Settings
@@ -117,10 +117,13 @@ def build_registry(settings: Settings, rows: Sequence[Row]) -> FeatureRegistry:
 
 
 def _implies(settings: Settings) -> dict[Feature, list[Feature]]:
-    return {
-        _pair(source): [_pair(t) for t in ([targets] if isinstance(targets, str) else targets)]
-        for source, targets in settings.implies.items()
-    }
+    found: dict[Feature, list[Feature]] = {}
+    for given, targets in settings.implies.items():
+        source = _pair(given)
+        if source in found:
+            raise SettingsError(f"implies: {written(source)} is given twice")
+        found[source] = [_pair(t) for t in ([targets] if isinstance(targets, str) else targets)]
+    return found
 
 
 def _pair(text: str) -> Feature:
@@ -173,6 +176,7 @@ def build_corpus(
         raise DataError("no rows are left to train on: all are held out or for evaluation")
     trained = np.zeros(len(names), bool)
     trained[everything.cells[train]] = True
+    notes += _never_trained(registry, active, places[train])
     return Corpus(
         registry=registry,
         names=names,
@@ -230,20 +234,36 @@ def _active(
 def _held_out(
     settings: Settings, registry: FeatureRegistry, active: Sequence[frozenset[int]]
 ) -> tuple[NDArray[np.bool_], list[str]]:
+    try:
+        declared = cells.HeldOut(settings.held_out).cells
+    except FlixError as error:
+        raise SettingsError(str(error)) from None
     entries = []
-    for number, cell in enumerate(settings.held_out):
-        if not cell:
-            raise SettingsError(f"held_out[{number}] is empty: it would hold out every row")
+    for number, cell in enumerate(declared):
         try:
             entries.append({registry.id(group, name) for group, name in cell.items()})
         except FlixError as error:
             raise SettingsError(f"held_out[{number}]: {error}") from None
     matched = cells.covering(entries, active)
     notes = [
-        f"held_out[{number}] ({cell_name(registry, settings.held_out[number])}) matches no row"
+        f"held_out[{number}] ({cell_name(registry, declared[number])}) matches no row"
         for number in np.flatnonzero(~matched.any(axis=1)).tolist()
     ]
     return np.asarray(matched.any(axis=0), bool), notes
+
+
+def _never_trained(
+    registry: FeatureRegistry, active: Sequence[frozenset[int]], trained: NDArray[np.int64]
+) -> list[str]:
+    """What to say of features that no training row activates."""
+    acting = frozenset().union(*(active[i] for i in np.unique(trained).tolist()))
+    idle = [written(f) for f in registry.live if registry.id(*f) not in acting]
+    if not idle:
+        return []
+    are, they = ("is", "it") if len(idle) == 1 else ("are", "they")
+    return [
+        f"no training row activates {listed(idle)}, which {are} never trained: {they} will change nothing"
+    ]
 
 
 def _held_back(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flix.core.adapter.composition import untrained, untrained_note
 from flix.core.adapter.files import load_adapter
 from flix.core.errors import FlixError
 from flix.training.corpus import Corpus, Examples, build_corpus
@@ -54,6 +55,7 @@ def evaluate(
             raise
         raise missing_extra("evaluation", "train", error) from None
     from flix.training.batches import Collator, RoutingTable, Texts
+    from flix.training.checking import unknown_targets
     from flix.training.models import load_model, load_tokenizer, locate
 
     t = settings.training
@@ -71,6 +73,12 @@ def evaluate(
     collator = Collator(
         texts, table, loaded.config, seed=settings.seed, batch_size=settings.evaluation.batch_size
     )
+    used = {int(i) for i in table.ids[corpus.evaluation.combinations].ravel()}
+    registry = loaded.config.registry
+    if idle := [feature for feature in untrained(loaded) if registry.id(*feature) in used]:
+        reporter.note(f"note: {untrained_note(idle)}")
+    for text in unknown_targets(texts, corpus, corpus.evaluation, refuse=False):
+        reporter.note(f"note: {text}")
     return score(model, settings, corpus, collator, reporter)
 
 

@@ -7,14 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from flix.core.errors import listed, near
+from flix.core.errors import listed, near, shown
 from flix.training.errors import SettingsError, missing_extra
+from flix.training.trees import Place, Tree, read_as, read_text, read_tree
 
 if TYPE_CHECKING:
     from flix.training.settings import Settings
-
-Place = tuple[Any, ...]
-"""The way to a value: keys and positions, e.g. ``("datasets", 0, "files")``."""
 
 
 def read_settings(path: str | Path) -> Settings:
@@ -24,18 +22,12 @@ def read_settings(path: str | Path) -> Settings:
         path: a YAML file; relative paths in it are relative to its folder.
 
     Raises:
-        SettingsError: no such file, no YAML, a key given twice or unknown (with near matches), or a value that
-            breaks a rule; file and line are named.
+        SettingsError: no such file, no YAML, a key given twice or unknown (with near matches), a value that breaks a
+            rule, or one that YAML reads as another thing than it looks; file and line are named.
         MissingFrameworkError: pydantic or PyYAML is not installed.
     """
     file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{file}: not UTF-8 text ({error.reason})") from None
-    except OSError as error:
-        raise SettingsError(f"{file}: cannot be read: {error.strerror or error}") from None
-    return parse_settings(text, str(file), file.parent)
+    return parse_settings(read_text(file), str(file), file.parent)
 
 
 def parse_settings(text: str, name: str = "config", folder: Path = Path(".")) -> Settings:
@@ -47,52 +39,25 @@ def parse_settings(text: str, name: str = "config", folder: Path = Path(".")) ->
         folder: what relative paths are relative to.
     """
     try:
-        import yaml
+        import yaml  # noqa: F401 - asked for here, so that its lack is one line
         from pydantic import ValidationError
 
         from flix.training.settings import Settings
     except ImportError as error:
         raise missing_extra("reading a configuration", "cli", error) from None
-    try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines = dict(_lines(tree, name)) if tree is not None else {}
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{name}:{mark.line + 1}" if mark else name
-        raise SettingsError(
-            f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}"
-        ) from None
+    tree = read_tree(text, name)
+    data = tree.data
     if not isinstance(data, dict):
-        raise SettingsError(f"{name}: a configuration is a mapping of keys, got {_short(data)}")
+        raise SettingsError(f"{name}: a configuration is a mapping of keys, got {shown(data, 60)}")
     if "base_folder" in data:
-        raise SettingsError(f"{name}:{_line(('base_folder',), lines)}: unknown key 'base_folder'")
+        line = _line(("base_folder",), tree.lines)
+        raise SettingsError(f"{name}:{line}: unknown key 'base_folder'")
     try:
         return Settings.model_validate({**data, "base_folder": folder})
     except ValidationError as error:
-        raise SettingsError(_message(error.errors(), lines, name)) from None
-
-
-def _lines(node: Any, name: str, place: Place = ()) -> Iterator[tuple[Place, int]]:
-    """The line of every key and value of a YAML tree; refuses keys given twice."""
-    import yaml
-
-    yield place, node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise SettingsError(
-                        f"{name}:{line}: key {key.value!r} is given twice (first in line {seen[key.value]})"
-                    )
-                seen[key.value] = line
-                yield from _lines(value, name, (*place, key.value))
-                yield (*place, key.value), line
-    elif isinstance(node, yaml.SequenceNode):
-        for number, value in enumerate(node.value):
-            yield from _lines(value, name, (*place, number))
+        raise SettingsError(_message(error.errors(), tree, name)) from None
+    except RecursionError:
+        raise SettingsError(f"{name}: values nest too deeply") from None
 
 
 def _line(place: Place, lines: dict[Place, int]) -> int:
@@ -101,8 +66,9 @@ def _line(place: Place, lines: dict[Place, int]) -> int:
     return lines.get(place, 1)
 
 
-def _message(errors: Sequence[Any], lines: dict[Place, int], name: str) -> str:
+def _message(errors: Sequence[Any], tree: Tree, name: str) -> str:
     """The first error by line, in words; with how many more there are."""
+    lines = tree.lines
     placed: list[tuple[int, int, Place, Any]] = []
     for error in errors:
         place = _yaml_place(tuple(error["loc"]), lines)
@@ -112,7 +78,7 @@ def _message(errors: Sequence[Any], lines: dict[Place, int], name: str) -> str:
         placed,
         key=lambda item: (item[0], item[3]["type"] != "extra_forbidden", -len(item[2]), item[1]),
     )
-    text = _text(place, error, [e for _, _, p, e in placed if p == place])
+    text = _text(place, error, [e for _, _, p, e in placed if p == place], tree.words.get(place))
     others = len({item[0] for item in placed} - {line})
     more = f" (and {others} more line{'s' if others > 1 else ''} with errors)" if others else ""
     return f"{name}:{line}: {text}{more}"
@@ -129,7 +95,7 @@ def _yaml_place(place: Place, lines: dict[Place, int]) -> Place:
     return known
 
 
-def _text(place: Place, error: Any, same: Sequence[Any]) -> str:
+def _text(place: Place, error: Any, same: Sequence[Any], word: str | None) -> str:
     path = _path(place)
     kind = error["type"]
     if kind == "extra_forbidden":
@@ -150,13 +116,18 @@ def _text(place: Place, error: Any, same: Sequence[Any]) -> str:
         return f"{path}: no rank rule {tag!r}{near(tag, tags)}; the rules are: {listed(tags)}"
     if kind == "union_tag_not_found":
         return f"{path}: ranks need a rule: uniform, by_group, explicit, proportional, compute_matched or parameter_matched"
-    if isinstance(got, bool) and any(e["type"] == "string_type" for e in same):
-        word = "no/off/false" if got is False else "yes/on/true"
-        return f"{path}: must be text; YAML reads {word} without quotes as {got} - quote it"
+    kinds = {e["type"] for e in same}
+    if word is not None and not isinstance(got, str) and kinds & {"string_type", "bool_as_number"}:
+        # What stands without quotes is not always what it looks like.
+        meant = "a number" if "bool_as_number" in kinds else "text"
+        if kinds >= {"string_type", "bool_as_number"}:
+            meant = "text or a number"
+        cure = " - quote it" if "string_type" in kinds else ""
+        return f"{path}: must be {meant}; YAML reads {word or 'nothing'} without quotes as {read_as(word)} ({got}){cure}"
     if kind == "value_error":
         return f"{path}: {_reason(error)}" if path else _reason(error)
     reasons = list(dict.fromkeys(_reason(e) for e in same))
-    return f"{path}: {' or '.join(reasons)}, got {_short(got)}" if path else reasons[0]
+    return f"{path}: {' or '.join(reasons)}, got {shown(got, 60)}" if path else reasons[0]
 
 
 def _reason(error: Any) -> str:
@@ -207,8 +178,3 @@ def _path(place: Place) -> str:
     for part in place:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

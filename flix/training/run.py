@@ -15,6 +15,7 @@ from typing import Any
 
 from flix.core.config.config import FlixConfig
 from flix.core.errors import FlixError
+from flix.core.files import write_file
 from flix.training.corpus import Corpus, build_corpus
 from flix.training.errors import RunError, missing_extra
 from flix.training.features import build_config
@@ -88,6 +89,8 @@ def train(
         import torch
         import transformers
         import yaml
+        from transformers.trainer import TRAINER_STATE_NAME
+        from transformers.trainer_callback import TrainerState
 
         from flix.training.trainer import make_trainer
     except ImportError as error:
@@ -96,6 +99,7 @@ def train(
         raise missing_extra("training", "train", error) from None
     from flix.backends.torch import adapt, load, save, summary
     from flix.training.batches import Collator, RoutingTable, Texts
+    from flix.training.checking import unknown_targets
     from flix.training.evaluation import score
     from flix.training.mixture import Mixture
     from flix.training.models import enable_checkpointing, load_model, load_tokenizer, locate
@@ -122,6 +126,8 @@ def train(
     table = RoutingTable(corpus, settings.unknown, settings.evaluation.unseen_group_weights)
     vocabulary = model.get_input_embeddings().num_embeddings
     texts = Texts(tokenizer, settings.kind, t.max_source_tokens, t.max_target_tokens, vocabulary)
+    for text in unknown_targets(texts, corpus, corpus.train):
+        reporter.note(f"note: {text}")
     collator = Collator(texts, table, config, seed=settings.seed, batch_size=t.batch_size)
     rows_a_step = t.batch_size * t.gradient_accumulation
     mixture = Mixture(
@@ -146,20 +152,25 @@ def train(
         collator=collator,
         reporter=reporter,
     )
+    before = _seconds_before(output, checkpoint)
     began = time.perf_counter()
     try:
         if checkpoint is not None and checkpoint_step(checkpoint) >= t.steps:
-            reporter.note(f"the run has its {t.steps} steps already; nothing is left to train")
+            reporter.note(
+                f"the run has its {checkpoint_step(checkpoint)} steps already; nothing is left to train"
+            )
             load(model, checkpoint)
+            began = time.perf_counter()  # nothing was trained
+            trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         reporter.stop()
-    seconds = time.perf_counter() - began
+    seconds = before + time.perf_counter() - began
     model.eval()
     save(model, output / ADAPTER)
     metrics = {
-        "steps": t.steps,
+        "steps": trainer.state.global_step,
         "seconds": round(seconds, 2),
         "trainable_parameters": counts.trainable,
         "total_parameters": counts.total,
@@ -170,7 +181,7 @@ def train(
         metrics["evaluation"] = score(model, settings, corpus, collator, reporter)
     _write(output / METRICS, metrics)
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-    (output / RESOLVED).write_text(text, encoding="utf-8")
+    write_file(output / RESOLVED, text.encode("utf-8"))
     return TrainResult(output, output / ADAPTER, metrics, model)
 
 
@@ -197,13 +208,28 @@ def _claim(output: Path, resume: bool, overwrite: bool) -> tuple[Path | None, li
     return None, used
 
 
+def _seconds_before(output: Path, checkpoint: Path | None) -> float:
+    """How long the run had trained before it is continued, as far as it says so."""
+    if checkpoint is None:
+        return 0.0
+    try:
+        earlier = json.loads((output / METRICS).read_text(encoding="utf-8"))
+        if earlier["steps"] <= checkpoint_step(checkpoint):
+            return float(earlier["seconds"])
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    return 0.0
+
+
 def _check_same(checkpoint: Path, resolved: dict[str, Any]) -> None:
     """Refuse to continue a run under settings that change what its steps mean."""
     file = checkpoint.parent / "run.json"
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(before, dict) or not isinstance(before.get("training", {}), dict):
+        raise RunError(f"{file}: holds no settings of a run")
     pairs = [
         (key, before.get(key), resolved[key]) for key in resolved if key not in _FREE | {"training"}
     ]
@@ -237,4 +263,4 @@ def _history(log: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _write(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))

@@ -5,21 +5,56 @@ Defaults are for a small run on one machine. What the file means is written in `
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictStr,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from flix.core.checks import is_number, is_whole
 
-Name = Annotated[StrictStr, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
+
+def _no_bool(value: Any) -> Any:
+    """A number; YAML reads on, yes and their like as truth values, which count as 0 and 1 in Python."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("bool_as_number", "must be a number")
+    return value
+
+
+def _of_text(value: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no text") from None
+    if "\0" in value:
+        raise ValueError("holds a NUL character, which is in no name and no path")
+    return value
+
+
+# Bounds are far above all use: they keep a slip of the keyboard from taking all memory.
+Number = BeforeValidator(_no_bool)
+Name = Annotated[StrictStr, Field(min_length=1), AfterValidator(_of_text)]
+Count = Annotated[int, Number, Field(ge=1, le=10**9)]
+CountOr0 = Annotated[int, Number, Field(ge=0, le=10**9)]
+Rank = Annotated[int, Number, Field(ge=0, le=10**6)]
 Names = Union[Name, list[Name]]
-FeatureValue = Union[Name, list[Name], dict[Name, float]]
-Rate = Annotated[float, Field(ge=0.0, le=1.0)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-ByFeature = dict[Name, Union[int, dict[Name, int]]]
+Weight = Annotated[float, Number, Field(allow_inf_nan=False)]
+FeatureValue = Union[Name, list[Name], dict[Name, Weight]]
+Rate = Annotated[float, Number, Field(ge=0.0, le=1.0)]
+Finite = Weight
+Positive = Annotated[float, Number, Field(gt=0.0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Number, Field(ge=0.0, allow_inf_nan=False)]
+ByFeature = dict[Name, Union[Rank, dict[Name, Rank]]]
 
 
 class Form(BaseModel):
@@ -57,7 +92,7 @@ class DatasetSettings(Form):
     prompt: Name | None = None
     eval_files: Names | None = None
     eval_split: Name | None = None
-    eval_rows: Annotated[int, Field(ge=0)] = 0
+    eval_rows: CountOr0 = 0
     limit: Count | None = None
 
     @model_validator(mode="after")
@@ -77,7 +112,7 @@ class UniformRanks(Form):
     """The same rank for every feature."""
 
     rule: Literal["uniform"]
-    rank: Annotated[int, Field(ge=0)]
+    rank: Rank
 
 
 class ExplicitRanks(Form):
@@ -91,11 +126,11 @@ class ProportionalRanks(Form):
     """Ranks that follow the data and sum to a budget; sizes default to the training rows of each feature."""
 
     rule: Literal["proportional"]
-    budget: Count
-    sizes: dict[Name, dict[Name, int]] | None = None
+    budget: Annotated[int, Number, Field(ge=1, le=10**7)]
+    sizes: dict[Name, Union[CountOr0, dict[Name, CountOr0]]] | None = None
     temperature: Positive = 2.0
-    minimum: Annotated[int, Field(ge=0)] = 1
-    maximum: Count = 64
+    minimum: Rank = 1
+    maximum: Rank = 64
 
 
 class ComputeMatchedRanks(Form):
@@ -116,7 +151,7 @@ class ByGroupRanks(BaseModel):
     """One rank for all features of a group; the groups are the keys beside ``rule``."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    __pydantic_extra__: dict[str, Annotated[int, Field(ge=0)]]
+    __pydantic_extra__: dict[str, Rank]
     rule: Literal["by_group"]
 
 
@@ -163,10 +198,10 @@ class TrainingSettings(Form):
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = (
         "cosine"
     )
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: CountOr0 | None = None
     warmup_ratio: Rate | None = None
-    weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
-    max_grad_norm: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 1.0
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: NotNegative = 1.0
     gradient_accumulation: Count = 1
     eval_every: Count | None = None
     save_every: Count | None = None
@@ -175,10 +210,10 @@ class TrainingSettings(Form):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     bf16: StrictBool = False
     gradient_checkpointing: StrictBool = False
-    threads: Count | None = None
+    threads: Annotated[int, Number, Field(ge=1, le=4096)] | None = None
     device: Literal["auto", "cpu"] = "auto"
-    max_source_tokens: Annotated[int, Field(ge=2)] = 512
-    max_target_tokens: Annotated[int, Field(ge=2)] = 256
+    max_source_tokens: Annotated[int, Number, Field(ge=2, le=10**7)] = 512
+    max_target_tokens: Annotated[int, Number, Field(ge=2, le=10**7)] = 256
 
     @model_validator(mode="after")
     def _one_warmup(self) -> TrainingSettings:
@@ -206,7 +241,7 @@ class EvaluationSettings(Form):
     limit: Count | None = 200
     at_end: StrictBool = True
     unseen_group_weights: dict[Name, Finite] = {}
-    samples: Annotated[int, Field(ge=0)] = 2
+    samples: CountOr0 = 2
 
 
 class Settings(Form):
@@ -236,7 +271,7 @@ class Settings(Form):
     tokenizer: Name | None = None
     output: Name = "flix-run"
     datasets: Annotated[list[DatasetSettings], Field(min_length=1)]
-    held_out: list[dict[Name, Name]] = []
+    held_out: list[Union[Name, dict[Name, Name]]] = []
     registry: dict[Name, list[Name]] | None = None
     implies: dict[Name, Names] = {}
     ranks: Ranks = UniformRanks(rule="uniform", rank=8)
@@ -244,11 +279,11 @@ class Settings(Form):
     scaling: Literal["lora", "rslora"] = "lora"
     target_modules: Names = "all-linear"
     exclude_modules: Name | list[Name] = []
-    rank_pattern: dict[Name, Union[int, ByFeature]] = {}
+    rank_pattern: dict[Name, Union[Rank, ByFeature]] = {}
     feature_dropout: DropoutSettings | None = None
     unknown: Union[Literal["error", "skip", "mean"], dict[Name, Names]] = "error"
     temperature: Positive = 2.0
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Number, Field(ge=0, lt=2**32)] = 0
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     base_folder: Path = Field(default=Path("."), exclude=True, repr=False)
@@ -268,7 +303,7 @@ class Settings(Form):
     @property
     def output_folder(self) -> Path:
         """Where a run writes."""
-        return self.base_folder / self.output
+        return self.base_folder / os.path.expanduser(self.output)
 
     def to_dict(self) -> dict[str, Any]:
         """A form that YAML and JSON can hold; read again from the same folder it gives equal settings."""

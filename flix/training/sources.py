@@ -1,8 +1,9 @@
-"""Rows from where the configuration says: JSONL files, or a dataset of a hub."""
+"""Rows from where the configuration says: files, or a dataset of a hub."""
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from flix.core.checks import is_number
-from flix.core.errors import listed, near
+from flix.core.errors import FeatureError, listed, near, shown
+from flix.core.features.names import normal_group
+from flix.data.columns import kept_value
 from flix.training.errors import DataError, missing_extra
+from flix.training.records import find_files, read_file
 from flix.training.settings import DatasetSettings, Settings
 
 Features = dict[str, Any]
@@ -51,13 +55,28 @@ def read_rows(settings: Settings) -> list[Row]:
     """
     rows: list[Row] = []
     for number, dataset in enumerate(settings.datasets):
+        declared = _declared(dataset)
         for evaluation in (False, True):
             found = _records(dataset, settings.base_folder, evaluation)
             for count, (where, record) in enumerate(found):
                 if dataset.limit is not None and count >= dataset.limit:
                     break
-                rows.append(_row(record, where, dataset, number, evaluation))
+                rows.append(_row(record, where, dataset, declared, number, evaluation))
     return rows
+
+
+def _declared(dataset: DatasetSettings) -> Features:
+    """What all rows of a dataset activate, with names as registries keep them."""
+    found: Features = {}
+    try:
+        for given, value in dataset.features.items():
+            group = normal_group(given)
+            if group in found:
+                raise FeatureError(f"the group {group!r} is given twice, in two Unicode forms")
+            found[group] = kept_value(group, value)
+    except FeatureError as error:
+        raise DataError(f"dataset {dataset_name(dataset)!r}: {error}") from None
+    return found
 
 
 def dataset_name(dataset: DatasetSettings) -> str:
@@ -79,51 +98,12 @@ def _records(
             return
     patterns = dataset.eval_files if evaluation else dataset.files
     for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
-        for file in _files(pattern, folder, dataset):
-            yield from read_jsonl(file)
-
-
-def _files(pattern: str, folder: Path, dataset: DatasetSettings) -> list[Path]:
-    absolute = Path(pattern)
-    if absolute.is_absolute():
-        root = Path(absolute.anchor)
-        found = sorted(root.glob(str(absolute.relative_to(root))))
-    else:
-        found = sorted(folder.glob(pattern))
-    files = [path for path in found if path.is_file()]
-    if not files:
-        place = (folder / pattern).parent
-        present = [p.name for p in place.iterdir()] if place.is_dir() else []
-        hint = near(Path(pattern).name, present)
-        raise DataError(
-            f"dataset {dataset_name(dataset)!r}: no file matches {str(folder / pattern)!r}{hint}"
-        )
-    return files
-
-
-def read_jsonl(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(``file:line``, record) for every line of a JSONL file; blank lines are passed over.
-
-    Raises:
-        DataError: a file that cannot be read, or a line that is no JSON object.
-    """
-    try:
-        with open(file, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                where = f"{file}:{number}"
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{where}: not valid JSON: {error}") from None
-                if not isinstance(record, dict):
-                    raise DataError(f"{where}: a row is a JSON object, got {line.strip()[:60]}")
-                yield where, record
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error.reason})") from None
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+        try:
+            files = find_files(pattern, folder)
+        except DataError as error:
+            raise DataError(f"dataset {dataset_name(dataset)!r}: {error}") from None
+        for file in files:
+            yield from read_file(file)
 
 
 def _from_hub(
@@ -133,8 +113,9 @@ def _from_hub(
         import datasets
     except ImportError as error:
         raise missing_extra("a dataset from a hub", "transformers", error) from None
-    local = folder / str(dataset.hub)
-    name = str(local) if local.exists() else str(dataset.hub)
+    given = os.path.expanduser(str(dataset.hub))
+    local = folder / given
+    name = str(local) if local.exists() else given
     try:
         loaded = datasets.load_dataset(name, name=dataset.subset, split=split)
     except Exception as error:  # the hub, the network, a script or the files: all end here
@@ -145,9 +126,14 @@ def _from_hub(
 
 
 def _row(
-    record: Mapping[str, Any], where: str, dataset: DatasetSettings, number: int, evaluation: bool
+    record: Mapping[str, Any],
+    where: str,
+    dataset: DatasetSettings,
+    declared: Features,
+    number: int,
+    evaluation: bool,
 ) -> Row:
-    features: Features = dict(dataset.features)
+    features = dict(declared)
     for group, column in dataset.feature_columns.items():
         features[group] = _feature(_column(record, column, where), group, where)
     source = _text(_column(record, dataset.source, where), dataset.source, where)
@@ -168,22 +154,28 @@ def _column(record: Mapping[str, Any], column: str, where: str) -> Any:
 
 def _text(value: Any, column: str, where: str) -> str:
     if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                raise DataError(
+                    f"{where}: column {column!r} holds half of a surrogate pair, which is no text: {shown(value, 60)}"
+                ) from None
         return value
-    if is_number(value):
+    if is_number(value) and math.isfinite(value):
         return str(value)
-    raise DataError(f"{where}: column {column!r} must hold text, got {value!r}")
+    raise DataError(f"{where}: column {column!r} must hold text, got {shown(value)}")
 
 
 def _feature(value: Any, group: str, where: str) -> Any:
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, list) and value and all(isinstance(v, str) and v for v in value):
-        return list(value)
-    if isinstance(value, dict) and value:
-        return {k: v for k, v in value.items() if v is not None}
-    raise DataError(
-        f"{where}: the {group} must be a name, a list of names or {{name: weight}}, got {value!r}"
-    )
+    try:
+        if isinstance(value, str | list | Mapping):
+            return kept_value(group, value)
+        raise FeatureError(
+            f"the {group} must be a name, a list of names or {{name: weight}}, got {shown(value)}"
+        )
+    except FeatureError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def _named(features: Features) -> dict[str, str]:

@@ -159,3 +159,84 @@ def test_precision_and_checkpointing(
     if training == {"gradient_checkpointing": True}:
         for name, value in plain.items():
             assert_close(other[name], value)
+
+
+def test_a_finished_run_keeps_its_history_when_it_is_resumed(config: Write, tmp_path: Path) -> None:
+    path = config(training={"steps": 6, "log_every": 2, "eval_every": 3, "save_every": 3})
+    assert run(app, ["train", str(path)]).exit_code == 0
+    before = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    weights = weights_of(tmp_path / "run")
+    assert [e["step"] for e in before["losses"]] == [2, 4, 6] and before["seconds"] > 0
+    for _ in range(2):
+        result = run(app, ["train", str(path), "--resume"])
+        assert result.exit_code == 0 and "has its 6 steps already" in result.stdout
+        assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == before
+        assert weights_of(tmp_path / "run") == weights
+    # Fewer steps than there are change nothing, and are not said to be what was done.
+    config(training={"steps": 3, "log_every": 2, "eval_every": 3, "save_every": 3})
+    result = run(app, ["train", str(path), "--resume"])
+    assert "has its 6 steps already" in result.stdout
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == before
+    # More go on from there, and every step stands in the history once.
+    config(training={"steps": 8, "log_every": 2, "eval_every": 3, "save_every": 3})
+    assert run(app, ["train", str(path), "--resume"]).exit_code == 0
+    after = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert [e["step"] for e in after["losses"]] == [2, 4, 6, 8] and after["steps"] == 8
+    assert after["losses"][:3] == before["losses"]
+    assert [e["step"] for e in after["evaluation_losses"]] == [3, 6, 8]
+    assert after["seconds"] > before["seconds"]
+
+
+def test_features_that_are_never_trained_are_named(config: Write, tmp_path: Path) -> None:
+    registry = {"language": ["hau", "swa", "yor", "zul"], "task": ["ner", "pos", "rev"], "shared": ["all"]}  # fmt: skip
+    path = config(registry=registry, held_out=[{"language": "yor"}], training={"steps": 2})
+    said = "language=yor, language=zul, which are never trained: they will change nothing"
+    result = run(app, ["train", str(path)])
+    assert result.exit_code == 0 and f"no training row activates {said}" in result.stdout
+    assert said in run(app, ["plan", str(path)]).stdout
+    adapter = str(tmp_path / "run" / "adapter")
+    # yor occurs in the rows to evaluate on, zul does not.
+    text = run(app, ["evaluate", str(path), adapter]).stdout
+    assert "language=yor was never trained: its update is zero and changes nothing" in text
+    assert "zul" not in text
+    shown = run(app, ["inspect", adapter]).stdout
+    assert "language=yor, language=zul were never trained: their updates are zero" in shown
+    assert ok("inspect", adapter)["never_trained"] == ["language=yor", "language=zul"]
+    base = yaml.safe_load(path.read_text())["model"]
+    for command in ("merge", "export"):
+        arguments = [command, adapter, "--base", base, "--features", "language=zul,task=ner"]
+        result = run(app, [*arguments, "--out", str(tmp_path / command)])
+        assert result.exit_code == 0 and "language=zul was never trained" in result.stdout
+        said_json = ok(*arguments, "--out", tmp_path / f"{command}2")
+        assert said_json["never_trained"] == ["language=zul"]
+
+
+def test_targets_that_the_tokenizer_has_no_tokens_for(config: Write, tmp_path: Path, models: dict[str, Path]) -> None:  # fmt: skip
+    from tokenizers import Tokenizer, models as kinds, pre_tokenizers  # isort: skip
+    from transformers import PreTrainedTokenizerFast
+
+    words = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        *(f"{t}{i}" for t in "nr" for i in range(12)),
+        *(f"p{i}" for i in range(6)),
+    ]
+    inner = Tokenizer(kinds.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")  # fmt: skip
+    made.save_pretrained(tmp_path / "words")
+    path = config(tokenizer="words", training={"steps": 1})
+    # Of pos, half of the targets have a token: the rest is said.
+    result = run(app, ["train", str(path)])
+    assert result.exit_code == 0, result.output
+    said = "unknown tokens, which the model cannot write: in "
+    assert result.stdout.count(said) == 3  # of pos, in three languages
+    assert "of task=pos,language=hau that were looked at, such as 'p" in result.stdout
+    rows = [{"lang": "hau", "source": "a", "target": text} for text in ("ŋ", "ɓ", "ɗ")]
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"files": "new.jsonl", "features": {"task": "ner"}, "feature_columns": {"language": "lang"}}  # fmt: skip
+    path = config(tokenizer="words", datasets=[data], held_out=[], implies={}, ranks=1, output="other")  # fmt: skip
+    result = run(app, ["train", str(path)])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "no token for the targets of task=ner,language=hau" in result.stderr

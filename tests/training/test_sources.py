@@ -10,7 +10,8 @@ import pytest
 
 import flix
 from flix.training.errors import DataError
-from flix.training.sources import fill, read_jsonl
+from flix.training.records import read_jsonl
+from flix.training.sources import fill
 from tests.helpers.training import corpus_of
 
 

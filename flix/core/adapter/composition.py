@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,9 @@ from numpy.typing import NDArray
 
 from flix.core.adapter.adapter import Adapter
 from flix.core.config.config import FlixConfig
-from flix.core.errors import RoutingError
+from flix.core.errors import RoutingError, listed
 from flix.core.features.encoding import Row
-from flix.core.features.names import Feature
+from flix.core.features.names import Feature, written
 
 Composition = tuple[tuple[Feature, float], ...]
 """Active features with their weights."""
@@ -56,3 +57,21 @@ def delta(adapter: Adapter, layer: str, active: Composition) -> NDArray[np.float
     a, b = lora_pair(adapter, layer, active)
     result: NDArray[np.float64] = b @ a.astype(np.float64)
     return result
+
+
+def untrained(adapter: Adapter) -> list[Feature]:
+    """The features whose update is zero in every layer that they have a rank in: none was ever trained."""
+    found = []
+    for feature in adapter.config.registry.live:
+        pairs = [adapter.pair(path, feature)[1] for path in adapter.layers]
+        if any(b.size for b in pairs) and not any(b.any() for b in pairs):
+            found.append(feature)
+    return found
+
+
+def untrained_note(features: Collection[Feature]) -> str:
+    """How it is said."""
+    names = listed(map(written, features))
+    if len(features) == 1:
+        return f"{names} was never trained: its update is zero and changes nothing"
+    return f"{names} were never trained: their updates are zero and change nothing"
