@@ -12,8 +12,8 @@ import json
 import math
 import os
 import stat
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -65,12 +65,13 @@ class StoredTensors(Mapping[str, NDArray[Any]]):
             raise ValueError(f"its header is none of safetensors ({why[:200]})") from error
         if self._first + last != whole:
             raise ValueError(f"it has {whole} bytes, and should have {self._first + last}")
+        self._size = last
         self._window, self._start, self._end = bytearray(), 0, 0
 
     def _read(self, entries: dict[str, Any]) -> int:
         """Take the tensors' names, shapes, dtypes and places from a header; where the last one ends."""
         known: dict[Any, tuple[tuple[int, ...], int | None]] = {}
-        last, in_order = 0, True
+        last, self._in_order = 0, True
         for name, entry in entries.items():
             dtype, given = entry["dtype"], tuple(entry["shape"])
             start, end = entry["data_offsets"]
@@ -85,9 +86,10 @@ class StoredTensors(Mapping[str, NDArray[Any]]):
                 )
             self.shapes[name], self.dtypes[name] = shape, dtype
             self._places[name] = start, end
-            in_order = in_order and start == last
+            if start != last:
+                self._in_order = False
             last = end
-        if not in_order:
+        if not self._in_order:
             last = 0
             for start, end in sorted(self._places.values()):
                 if start != last:
@@ -109,8 +111,8 @@ class StoredTensors(Mapping[str, NDArray[Any]]):
         return len(self._places)
 
     def _fill(self, start: int, end: int) -> None:
-        if len(self._window) < max(_BUFFER, end - start):
-            self._window = bytearray(max(_BUFFER, end - start))
+        if len(self._window) < (size := max(min(_BUFFER, self._size), end - start)):
+            self._window = bytearray(size)
         self._start = self._end = start
         window = memoryview(self._window)
         self._file.seek(self._first + start)
@@ -133,24 +135,22 @@ class StoredTensors(Mapping[str, NDArray[Any]]):
         :func:`flix.core.adapter.stream.write_tensors`; a file that says none has its plain SHA-256.
         """
         found = hashlib.sha256(_blanked(self._header, self.metadata.get("digest")))
-        order = sorted((place, name) for name, place in self._places.items())
-        piece, broken = memoryview(bytearray(_PIECE)), None
-        first = 0
-        while first < len(order):
-            # Tensors of one dtype that lie side by side are looked at together.
-            dtype, last = self.dtypes[order[first][1]], first
-            while last + 1 < len(order) and self.dtypes[order[last + 1][1]] == dtype:
-                last += 1
-            start, end = order[first][0][0], order[last][0][1]
+        piece, broken = memoryview(bytearray(min(_PIECE, self._size))), None
+        names = (
+            self._places if self._in_order else sorted(self._places, key=self._places.__getitem__)
+        )  # type: ignore[arg-type]
+        # Tensors of one dtype that lie side by side are looked at together.
+        for dtype, run in groupby(names, self.dtypes.__getitem__):
+            side_by_side = list(run)
+            start, end = self._places[side_by_side[0]][0], self._places[side_by_side[-1]][1]
             while start < end:
                 part = piece[: min(_PIECE, end - start)]
                 self._file.seek(self._first + start)
                 _fill(self._file, part)
                 found.update(part)
                 if broken is None and (at := _not_finite(part, dtype)) is not None:
-                    broken = order[bisect_right(order, ((start + at, math.inf), "")) - 1][1]
+                    broken = next(n for n in side_by_side if self._places[n][1] > start + at)
                 start += len(part)
-            first = last + 1
         return found.hexdigest(), broken
 
 

@@ -56,9 +56,9 @@ def write_tensors(
         (name, dtype, [*kept.get(name, ()), *((n, h.values) for n, h in held if h.dtype == name)])
         for name, dtype in DTYPES.items()
     ]
-    header, largest = _header(parts, metadata)
+    header, largest, whole = _header(parts, metadata)
     with ThreadPoolExecutor(2) as pool:
-        sink = _Sink(file, max(_BUFFER, len(header), largest), pool)
+        sink = _Sink(file, max(min(_BUFFER, whole), len(header), largest), pool)
         memory, _ = sink.room(len(header))
         memory[: len(header)] = header
         for _, dtype, items in parts:
@@ -78,8 +78,8 @@ def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
         left = left[file.write(left) :]
 
 
-def _header(parts: Sequence[_Part], metadata: Mapping[str, str]) -> tuple[bytes, int]:
-    """The file's first bytes, and the size of its largest tensor."""
+def _header(parts: Sequence[_Part], metadata: Mapping[str, str]) -> tuple[bytes, int, int]:
+    """The file's first bytes, the size of its largest tensor, and its own."""
     said = json.dumps(dict(metadata))
     entries = [f'{_START}{BLANK}"{"," if metadata else ""}{said[1:]}']
     start = largest = 0
@@ -96,7 +96,7 @@ def _header(parts: Sequence[_Part], metadata: Mapping[str, str]) -> tuple[bytes,
             largest, start = max(largest, size), start + size
     header = (",".join(entries) + "}").encode()
     header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header, largest
+    return len(header).to_bytes(8, "little") + header, largest, 8 + len(header) + start
 
 
 class _Sink:

@@ -13,7 +13,7 @@ V = TypeVar("V")
 # What a file may ask to be worked out before its tensors are looked at; far above what anybody writes.
 _MOST_PATTERNS = 2_000
 _MOST_RANKS = 4_000_000
-_MOST_TRIED, _MOST_EFFORT = 50_000_000, 5_000_000
+_MOST_TRIED, _MOST_EFFORT = 5_000_000, 30_000_000
 
 
 class Overrides:
@@ -77,10 +77,10 @@ class Overrides:
             ConfigError: very many patterns, or ranks of very many features that differ between very many layers.
         """
         known: set[tuple[int, ...]] = set()
-        before, characters = effort.steps, 0
+        before, tried = effort.steps, 0
         for layer in layers:
-            characters += len(layer)
-            if characters * self._tried > _MOST_TRIED or effort.steps - before > _MOST_EFFORT:
+            tried += self._tried
+            if tried > _MOST_TRIED or effort.steps - before > _MOST_EFFORT:
                 raise ConfigError(
                     f"rank_pattern has {self._tried:,} patterns, which are too many, or too involved, for so many layers"
                 )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
@@ -40,7 +41,7 @@ class Effort:
     """How much has been worked out in this process, for those who read many patterns at once.
 
     Attributes:
-        steps: that no lookup spared.
+        steps: lookups of a character; what no lookup spared counts for more.
     """
 
     steps = 0
@@ -85,9 +86,9 @@ def _compiled(pattern: str, ending: bool) -> Callable[[str], bool]:
     if len(pattern) > _LONGEST:
         raise ConfigError(f"{shown}... has {len(pattern):,} characters; at most {_LONGEST:,}")
     try:
-        re.compile(pattern)
+        _parsed(pattern)  # by itself, so that it closes no bracket of what is put around it
         whole = rf"(?:.*\.)?(?:{pattern})" if ending else pattern
-        tree = _parser.parse(whole)
+        tree = _parsed(whole)
     except (re.error, RecursionError, OverflowError, MemoryError) as error:
         raise ConfigError(f"{shown} is not a regular expression ({error})") from None
     try:
@@ -111,6 +112,12 @@ def _compiled(pattern: str, ending: bool) -> Callable[[str], bool]:
     except RecursionError:
         raise ConfigError(f"{shown} nests too deeply") from None
     return functools.partial(_tried, re.compile(whole), shown)
+
+
+def _parsed(pattern: str) -> Any:
+    with warnings.catch_warnings():  # of what future versions may read otherwise
+        warnings.simplefilter("ignore", FutureWarning)
+        return _parser.parse(pattern)
 
 
 def _tried(pattern: re.Pattern[str], shown: str, path: str) -> bool:
@@ -181,6 +188,22 @@ def _repeats(tree: Any) -> int:
     )
 
 
+def _suffix(tree: Any) -> tuple[str, bool]:
+    """The letters that whatever matches ends with, and whether it is them alone; most paths differ there."""
+    found = ""
+    for name, value in reversed(list(tree)):
+        if str(name) == "LITERAL":
+            found = chr(value) + found
+        elif str(name) == "SUBPATTERN":
+            inner, alone = _suffix(value[3])
+            found = inner + found
+            if not alone:
+                return found, False
+        elif not (str(name) == "AT" and str(value).startswith("AT_END")):
+            return found, False
+    return found, True
+
+
 class _Automaton:
     """A pattern that follows all ways at once.
 
@@ -190,6 +213,7 @@ class _Automaton:
 
     def __init__(self, tree: Any, length: int, shown: str) -> None:
         self._shown, self._most = shown, 4 * length + 300
+        self._suffix = _suffix(tree)[0]
         self._edges: list[list[_Edge]] = []
         self._jumps: list[list[tuple[str, int]]] = []
         self._work = 0
@@ -204,6 +228,9 @@ class _Automaton:
         """Whether the whole path matches."""
         if not path:
             return self._empty
+        if not path.endswith(self._suffix):
+            return False
+        effort.steps += len(path)
         states, steps = self._first, self._steps
         for character in path:
             found = steps.get((states, character))
@@ -215,7 +242,7 @@ class _Automaton:
         return self._ends[states]
 
     def _step(self, states: frozenset[int], character: str) -> frozenset[int]:
-        effort.steps += len(states)
+        effort.steps += 5 * len(states)
         self._work += len(states)
         if self._work > _MOST_WORK:
             raise ConfigError(f"{self._shown} takes too long to match; write it more simply")

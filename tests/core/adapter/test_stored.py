@@ -148,14 +148,14 @@ def test_a_large_header_that_is_refused_takes_no_longer_than_one_that_is_read(tm
     for first in ([0, 4], [4, 8]):
         entries["t0"]["data_offsets"] = first
         (tmp_path / "x").write_bytes(_text(json.dumps(entries).encode()) + bytes(200_000))
-        began = time.perf_counter()
+        began = time.process_time()
         with open(tmp_path / "x", "rb", buffering=0) as file:
             if first[0]:
                 with pytest.raises(ValueError, match="overlap"):
                     StoredTensors(file)
             else:
                 assert len(StoredTensors(file)) == 50_000
-        assert time.perf_counter() - began < 5
+        assert time.process_time() - began < 5
 
 
 def test_what_is_no_file_is_refused():

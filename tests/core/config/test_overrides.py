@@ -31,25 +31,32 @@ def config(patterns, features=1):
 
 
 def test_what_would_take_too_long_is_refused_soon():
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ConfigError, match="more than 2,000 patterns"):
         config({f"x{i}": 1 for i in range(3000)})
     with pytest.raises(ConfigError, match="gives more than 4,000,000 ranks"):
         config({f"x{i}": 1 for i in range(1500)}, 5000)
     many = config({f"x.*{i}": 1 for i in range(1500)})
     with pytest.raises(ConfigError, match="too many, or too involved"):
-        many.check_size("y" * 100 for _ in range(10_000))
+        many.check_size(f"{i}y" for i in range(10_000))
     involved = config({rf".*a.{{{i}}}": 1 for i in range(60, 100)})
     with pytest.raises(ConfigError, match="too many, or too involved"):
         involved.check_size(f"{i:b}".replace("1", "a") * 10 for i in range(2000))
     apart = config({f"x{i}": {"g": {"0": 1}} for i in range(1500)}, 5000)
     with pytest.raises(ConfigError, match="gives more than 4,000,000 ranks"):
         apart.check_size(f"x{i}" for i in range(1500))
-    assert (
-        time.perf_counter() - began < 25
-    )  # five of them, on a machine that does other things, too
+    assert time.process_time() - began < 10
 
 
 def test_what_people_have_is_not_refused():
     layers = [f"model.layers.{i}.{part}" for i in range(48) for part in ("q", "k", "v", "o", "up", "down", "gate")]  # fmt: skip
     config({f"layers.{i}.q": i + 1 for i in range(48)}, 1000).check_size(layers)
+    # Every layer by its name, as AdaLoRA writes them.
+    paths = [
+        f"base_model.model.model.layers.{i}.{part}_proj" for i in range(200) for part in "qkvo"
+    ]
+    each = config({path: 1 + i % 7 for i, path in enumerate(paths)}, 20)
+    began = time.process_time()
+    each.check_size(paths)
+    assert time.process_time() - began < 5
+    assert [each.rank(p, ("g", "3")) for p in paths] == [1 + i % 7 for i in range(800)]

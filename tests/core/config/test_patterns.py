@@ -92,10 +92,10 @@ def test_what_people_write(pattern, yes, no):
 def test_what_is_refused(pattern, message, ending):
     if ending and str(pattern).startswith("(?i)"):
         message = "is not a regular expression"  # a flag is for a whole pattern
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ConfigError, match=f"rank_pattern.*{message}"):
         compiled(pattern, "rank_pattern", ending=ending)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize(
@@ -103,11 +103,11 @@ def test_what_is_refused(pattern, message, ending):
     ["(a|a)*$", "(a|aa)+$", "(.*)(.*)(.*)(.*)(.*)(.*)x", "a?" * 40 + "a" * 40, "(a?){60}b", ".*a.{12}", r"(?!.*x).*y"],
 )  # fmt: skip
 def test_what_takes_python_for_ever_takes_moments(pattern):
-    began = time.perf_counter()
+    began = time.process_time()
     for path in ("a" * 200 + "!", "ab" * 120 + "!", "".join(random.Random(0).choice("ab") for _ in range(250))):  # fmt: skip
         compiled(pattern, "x", ending=False)(path)
         compiled(pattern.replace(".*x", "x"), "x", ending=True)(path)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_a_pattern_that_goes_through_very_many_states_gives_up():

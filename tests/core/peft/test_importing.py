@@ -254,6 +254,16 @@ def test_scales_that_no_value_bears(tmp_path, patterns, layer):
         from_peft({"x": lora}, "g")
 
 
+def test_a_scale_that_takes_a_factor_beyond_its_dtype_is_refused(tmp_path):
+    large = {n: t * np.float32(1e30) if n.endswith("lora_embedding_B") else t for n, t in pairs().items()}  # fmt: skip
+    path = folder(tmp_path / "l", large, alpha_pattern={"emb": 1e12})
+    with pytest.raises(
+        AdapterError,
+        match=r"layer 'emb' has the scale 2\.5e\+11 beside other layers' 2, and float32 cannot hold",
+    ):
+        from_peft({"x": path}, "task")
+
+
 def test_arguments(tmp_path):
     path = folder(tmp_path / "l")
     for wrong in (path, str(path), {}, [path]):
