@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -248,15 +249,18 @@ def _columns(registry: FeatureRegistry, columns: Mapping[str, str] | None) -> di
         return {group: group for group in registry.groups}
     if not isinstance(columns, Mapping) or not columns:
         raise ConfigError(f"columns must be {{group: column}}, got {columns!r}")
-    for group, column in columns.items():
+    found: dict[str, str] = {}
+    for given, column in columns.items():
+        group = unicodedata.normalize("NFC", given) if isinstance(given, str) else given
         if group not in registry.groups:
             raise FeatureError(
                 f"columns names the group {group!r}{near(str(group), registry.groups)}; the groups are: "
                 f"{listed(registry.groups)}"
             )
-        if not isinstance(column, str) or not column:
+        if not isinstance(column, str) or not column or group in found:
             raise ConfigError(f"the column of group {group!r} must be a name, got {column!r}")
-    return dict(columns)
+        found[group] = column
+    return found
 
 
 def _plain(value: Any) -> Any:

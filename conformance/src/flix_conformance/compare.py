@@ -75,7 +75,7 @@ def same_pairs(actual: Pairs, expected: Pairs, what: str) -> None:
     )
     for feature, pair in expected.items():
         for part in (0, 1):
-            label = f"{what}: {'AB'[part]} of {':'.join(feature)}"
+            label = f"{what}: {'AB'[part]} of {'='.join(feature)}"
             same_bits(actual[feature][part], pair[part], label)
 
 

@@ -86,7 +86,7 @@ class Case:
         return replace(self, **changes)
 
     def __repr__(self) -> str:
-        ranks = {":".join(f): a.shape[0] for f, (a, _) in self.pairs.items()}
+        ranks = {"=".join(f): a.shape[0] for f, (a, _) in self.pairs.items()}
         weights = "None" if self.weights is None else np.array2string(self.weights, threshold=60)
         return (
             f"{self.kind} {self.d_in} -> {self.d_out}, {self.dtype}, strategy {self.strategy!r}, "

@@ -8,6 +8,7 @@ in ``flix_config.json``, and trained heads in ``trained.safetensors``; they are 
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from flix.core.adapter.adapter import (
     Rename,
     check_tensors,
     checked_pairs,
+    expected_tensors,
 )
 from flix.core.adapter.described import DTYPES, Base, Head
 from flix.core.adapter.description import (
@@ -209,7 +211,7 @@ def _checked(path: Path, file: BinaryIO, finite: bool) -> Adapter:
         if said is None:
             said = _read_copy(path.parent / CONFIG_FILE)
         heads = {name: _HEAD + name for name in said.heads} if version > 1 else {}
-        pairs = _Pairs(stored, heads.values())
+        pairs = _Pairs(stored, heads.values(), _spellings(stored, said))
         check_tensors(said.config, said.layers, pairs.shapes, pairs.dtypes, where)
         found, broken = reading.result()
     if said.digest is not None and found != said.digest:
@@ -231,25 +233,47 @@ def _checked(path: Path, file: BinaryIO, finite: bool) -> Adapter:
 
 
 class _Pairs(Mapping[str, NDArray[Any]]):
-    """A file's tensors without its heads."""
+    """A file's tensors without its heads, and under the names that registries keep."""
 
-    def __init__(self, stored: StoredTensors, heads: Collection[str]) -> None:
-        self._stored = stored
+    def __init__(
+        self, stored: StoredTensors, heads: Collection[str], spellings: Mapping[str, str]
+    ) -> None:
+        self._stored, self._spellings = stored, spellings
         self.shapes, self.dtypes = stored.shapes, stored.dtypes
-        if heads:
+        if heads or spellings:
+            kept = {given: name for name, given in spellings.items()}
             gone = {*heads}
-            self.shapes = {n: s for n, s in stored.shapes.items() if n not in gone}
+            self.shapes = {kept.get(n, n): s for n, s in stored.shapes.items() if n not in gone}
+            self.dtypes = {kept.get(n, n): d for n, d in stored.dtypes.items() if n not in gone}
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         if name not in self.shapes:
             raise KeyError(name)
-        return self._stored[name]
+        return self._stored[self._spellings.get(name, name)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def _spellings(stored: StoredTensors, said: Description) -> dict[str, str]:
+    """How the file writes tensors of features whose names it holds in another Unicode form than NFC."""
+    odd = {
+        unicodedata.normalize("NFC", name): name
+        for name in stored.shapes
+        # Normalising costs the square of a length: what is longer is not looked for.
+        if not name.isascii() and len(name) < 400 and not unicodedata.is_normalized("NFC", name)
+    }
+    if not odd:
+        return {}
+    found = {}
+    for name, _ in expected_tensors(said.config, said.layers):
+        given = odd.get(unicodedata.normalize("NFC", name)) if len(name) < 400 else None
+        if given is not None and name not in stored.shapes:
+            found[name] = given
+    return found
 
 
 def _heads(stored: StoredTensors, names: Mapping[str, str], where: str) -> dict[str, Head]:

@@ -182,12 +182,13 @@ def combining(named: Mapping[str, Adapter], conflicts: str = "error") -> Combina
 
 def difference(first: Adapter, second: Adapter, feature: Feature) -> str:
     """In words, how a feature differs between two adapters; empty if it does not."""
-    implied = [
-        {registry.features[i] for i in registry.implied(registry.id(*feature))}
-        for registry in (first.config.registry, second.config.registry)
-    ]
-    if implied[0] != implied[1]:
-        return "it implies other features"
+    registries = (first.config.registry, second.config.registry)
+    if _said_of(registries[0], feature) != _said_of(registries[1], feature):
+        # Said in other words, the same may follow. (Where the words agree, so does what follows, or another feature
+        # differs: nothing is followed, since a chain of features would be followed from each of them.)
+        implied = [{r.features[i] for i in r.implied(r.id(*feature))} for r in registries]
+        if implied[0] != implied[1]:
+            return "it implies other features"
     for path in {**first.layers, **second.layers}:
         ranks = [a.config.rank(path, feature) if path in a.layers else 0 for a in (first, second)]
         if ranks[0] != ranks[1]:
@@ -230,6 +231,11 @@ def _joined_base(named: Mapping[str, Adapter]) -> Base | None:
     return None if joined == Base() else joined
 
 
+def _said_of(registry: FeatureRegistry, feature: Feature) -> tuple[tuple[Feature, ...], ...]:
+    """What is declared that a feature implies, for itself and for its group."""
+    return registry.declared(feature), registry.declared((feature[0], EVERY))
+
+
 def _joined_layers(named: Mapping[str, Adapter]) -> dict[str, LayerShape]:
     layers: dict[str, LayerShape] = {}
     origin: dict[str, str] = {}
@@ -255,17 +261,20 @@ def _joined_registry(
         # Without implications: they are put together below, when every feature is there.
         joined = joined.union(registry.with_implications({}))
     declared: dict[Feature, tuple[Feature, ...]] = {}
+    groups = [{*registry.groups} for registry in registries]
     for group in joined.groups:
-        rules = {r.implies.get((group, EVERY), ()) for r in registries if group in r.groups}
+        rules = {
+            registry.declared((group, EVERY))
+            for registry, present in zip(registries, groups, strict=True)
+            if group in present
+        }
         every = rules.pop() if len(rules) == 1 else ()
         if every:
             declared[(group, EVERY)] = every
-        for feature in joined.live:
-            if feature[0] != group:
-                continue
-            own = registries[owners[feature]].implies
-            more = own.get((group, EVERY), ()) if not every else ()
-            if found := tuple(dict.fromkeys((*own.get(feature, ()), *more))):
+        for feature in ((group, name) for name in joined.names(group)):
+            own = registries[owners[feature]]
+            more = own.declared((group, EVERY)) if not every else ()
+            if found := tuple(dict.fromkeys((*own.declared(feature), *more))):
                 declared[feature] = found
     return joined.with_implications(declared)
 

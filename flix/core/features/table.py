@@ -173,6 +173,10 @@ class FeatureTable:
         """The implications as they were declared."""
         return dict(self._implies)
 
+    def declared(self, source: Feature) -> tuple[Feature, ...]:
+        """What was declared that a feature, or a group as ``(group, "*")``, implies itself."""
+        return self._implies.get(source, ())
+
     def __len__(self) -> int:
         return len(self._features)
 

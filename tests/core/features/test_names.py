@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import unicodedata
 import warnings
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import flix
 from flix import FeatureError, FeatureRegistry
@@ -72,6 +75,35 @@ def test_configurations_and_adapters_know_a_feature_by_either_form(group, name):
     assert flix.remove_feature(adapter, group, name).config.registry.live == (("größe", "klein"),)
     grows = growing(config, group, name + "4", init_from=name)
     assert grows.feature == ("größe", NFC + "4") and grows.origins == (("größe", NFC),)
+
+
+def test_files_of_before_whose_names_are_in_another_form_are_read(tmp_path):
+    registry = FeatureRegistry({"größe": [NFC, "klein"]})
+    config = flix.FlixConfig(registry=registry, ranks=1)
+    draw = np.random.default_rng(0)
+    tensors = {
+        tensor_name("q\u0308", part, f): draw.normal(size=shape).astype("f4")
+        for f in registry.features
+        for part, shape in (("A", (1, 3)), ("B", (2, 1)))
+    }
+    made = flix.Adapter(config, {"q\u0308": LayerShape(d_in=3, d_out=2)}, tensors)
+    flix.save_adapter(made, tmp_path)
+    path = tmp_path / "flix.safetensors"
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def other(text):
+        return text.replace("größe", "gro\u0308ße").replace(NFC, NFD)
+
+    said = {"format": "flix", "version": 1, "config": json.loads(other(metadata["config"])), "layers": json.loads(metadata["layers"])}  # fmt: skip
+    (tmp_path / "flix_config.json").write_text(json.dumps(said))
+    save_file({other(k): v for k, v in held.items()}, path)
+    found = flix.load_adapter(tmp_path)
+    assert found.config == config
+    for feature in registry.features:
+        for one, two in zip(found.pair("q\u0308", feature), made.pair("q\u0308", feature), strict=True):  # fmt: skip
+            assert np.array_equal(one, two)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def cross_gradients(draw: Draw, first: Backend, second: Backend) -> None:
     for part in (0, 1):
         mine, theirs = of_pairs(found, case, part), of_pairs(other, case, part)
         for feature, gradient in mine.items():
-            label = f"the gradient of {'AB'[part]} of {':'.join(feature)}"
+            label = f"the gradient of {'AB'[part]} of {'='.join(feature)}"
             expected = np.asarray(gradient, np.float64)
             close(theirs[feature], expected, size.pairs[feature][part], case.dtype, label, 4.0)
 

@@ -45,7 +45,7 @@ def check_pairs(backend: Backend, case: Case, dy: Array, part: int) -> None:
             expected.pairs[feature][part],
             size.pairs[feature][part],
             case.dtype,
-            f"the gradient of {'AB'[part]} of {':'.join(feature)}",
+            f"the gradient of {'AB'[part]} of {'='.join(feature)}",
             slack=2.0,
         )
 

@@ -37,7 +37,7 @@ def malformed(draw: Draw, case: Case) -> list[tuple[str, Case, str]]:
     place = _place(draw, ids.shape)
     row, count = place[0], len(case.registry)
     feature = draw.integer(0, count - 1)
-    named = rf"row {row}\b.*{re.escape(':'.join(case.registry.features[feature]))}"
+    named = rf"row {row}\b.*{re.escape('='.join(case.registry.features[feature]))}"
     odd = draw.one_of([np.nan, np.inf, -np.inf])
     longer = np.concatenate([ids, ids[:1]])
     found = [

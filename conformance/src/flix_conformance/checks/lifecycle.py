@@ -137,7 +137,7 @@ def added_trains_alone(draw: Draw, backend: Backend) -> None:
     for step, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
         for feature, before in case.pairs.items():
             for part in (0, 1):
-                label = f"{'AB'[part]} of {':'.join(feature)}, which is frozen, at step {step}"
+                label = f"{'AB'[part]} of {'='.join(feature)}, which is frozen, at step {step}"
                 same_bits(actual[feature][part], before[part], label)
         for part in (0, 1):
             label = f"{'AB'[part]} of the new feature after step {step}"
@@ -182,7 +182,7 @@ def removed_refused(draw: Draw, backend: Backend) -> None:
     named.ids[place] = number
     error = backend.refuse(named)
     assert isinstance(error, ValueError), f"routing to a removed feature: {error!r}"
-    assert ":".join(gone) in str(error), f"the message does not name {':'.join(gone)}: {error}"
+    assert "=".join(gone) in str(error), f"the message does not name {'='.join(gone)}: {error}"
     try:
         y = np.asarray(backend.forward(named)[0], np.float64)
     except Exception:

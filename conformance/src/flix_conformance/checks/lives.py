@@ -120,7 +120,7 @@ def _snapshot(backend: Backend, model: Any) -> tuple[Any, set[Feature], dict[str
     config = backend.primitives.adapted(model).to_dict()
     config["target_modules"] = sorted(config["target_modules"])  # layers as they come in the model
     values = {
-        f"{path}, {part} of {':'.join(feature)}": np.array(value).tobytes()
+        f"{path}, {part} of {'='.join(feature)}": np.array(value).tobytes()
         for path, pairs in backend.primitives.read(model).items()
         for feature, pair in pairs.items()
         for part, value in zip("AB", pair, strict=True)

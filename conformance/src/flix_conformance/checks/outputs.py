@@ -62,8 +62,8 @@ def inputs_unchanged(draw: Draw, backend: Backend) -> None:
         "weights": case.weights,
         "kernel": case.kernel,
         "bias": case.bias,
-        **{f"A of {':'.join(f)}": a for f, (a, _) in case.pairs.items()},
-        **{f"B of {':'.join(f)}": b for f, (_, b) in case.pairs.items()},
+        **{f"A of {'='.join(f)}": a for f, (a, _) in case.pairs.items()},
+        **{f"B of {'='.join(f)}": b for f, (_, b) in case.pairs.items()},
     }
     before = {name: array.copy() for name, array in given.items() if array is not None}
     y, _ = backend.forward(case)

@@ -70,7 +70,7 @@ def absent_stay(draw: Draw, backend: Backend) -> None:
         present = oracle.listed(case, batches[step].ids)
         for feature, pair in before.items():
             for part in (0, 1):
-                label = f"{'AB'[part]} of {':'.join(feature)}, absent from step {step},"
+                label = f"{'AB'[part]} of {'='.join(feature)}, absent from step {step},"
                 if feature not in present:
                     same_bits(after[feature][part], pair[part], label)
         before = after
@@ -87,7 +87,7 @@ def check_trajectory(case: Case, found: Any, expected: list[Pairs], slack: float
                     np.asarray(wanted[feature][part], np.float64),
                     start[part],
                     slack * TRAJECTORY,
-                    f"{'AB'[part]} of {':'.join(feature)} after step {step}",
+                    f"{'AB'[part]} of {'='.join(feature)} after step {step}",
                 )
 
 
