@@ -100,11 +100,9 @@ def kill(writer: Writer) -> None:
 
 
 def files(folder: Path) -> set[str]:
-    """All files of a folder, and of the folders beside it that are made for it."""
+    """All files of a folder, and what is made for it beside it: a folder that was to take its place is one."""
     beside = (p for p in folder.parent.iterdir() if p != folder and p.name.startswith("."))
-    return {
-        str(p.relative_to(folder.parent)) for f in (folder, *beside) for p in (f, *f.rglob("*"))
-    }
+    return {str(p.relative_to(folder.parent)) for p in (folder, *folder.rglob("*"), *beside)}
 
 
 def kills(saver: Saver, count: int, seed: int) -> dict[str, Any]:

@@ -149,14 +149,13 @@ def _peft() -> Callable[[Path, int], None]:
 
 
 def _read_peft(folder: Path) -> int:
-    from safetensors.numpy import load_file
+    from flix.core.peft.importing import read_peft
 
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = load_file(folder / "adapter_model.safetensors")
-    a = {name: value for name, value in tensors.items() if "lora_A" in name}
+    # Out of one folder, whatever takes its place between its two files; ranks are held to the tensors.
+    a = {path: pair[0] for path, pair in read_peft(folder).pairs.items()}
     version = one_version(a.values(), str(folder))
     rank = 8 if version % 2 else 4
-    ranks = {settings["r"], *(value.shape[0] for value in a.values())}
+    ranks = {value.shape[0] for value in a.values()}
     if ranks != {rank}:
         raise MixedError(f"{folder}: tensors of version {version}, ranks {sorted(ranks)}")
     return version
