@@ -39,6 +39,11 @@ def run(x: Any, layer: Any, ids: Any, weights: Any = None, strategy: str = "auto
         (IDS, WEIGHTS[:, :2], "shape of flix_features"),
         (IDS, WEIGHTS.astype(np.int32), "floating point"),
         (IDS, np.where(IDS == 5, np.nan, WEIGHTS), "row 1 for task=pos"),
+        (
+            IDS,
+            np.where(IDS == 5, np.float64(1e39), WEIGHTS),
+            "beyond float32 in row 1 for task=pos",
+        ),
     ],
 )
 def test_bad_routing_is_named(ids: Any, weights: Any, match: str) -> None:
