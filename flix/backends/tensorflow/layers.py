@@ -79,10 +79,10 @@ class FlixLayer(Parameters):
         """
         if isinstance(inputs, tf.SparseTensor) and self.flix_kind == "linear":
             inputs = tf.sparse.to_dense(tf.sparse.reorder(inputs))
+        bypassed.ran(self)
         routing = self._routing(flix_features, flix_weights)
         if routing is None:
             return self.flix_base.call(self, inputs)
-        bypassed.ran(self)
         return self._routed(inputs, routing)
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:

@@ -131,3 +131,10 @@ def test_a_second_look_leaves_no_trace_in_the_model():
         model(GIVEN)
         (loss,) = model.losses
         assert_close(loss, X.sum(), times=10)
+
+
+def test_layers_without_ranks_run_as_others_do():
+    base = plain(lambda m, x, t: m.b(x))
+    wanted = base(X)
+    model = adapt(base, config(target_modules=["a", "b"], ranks=0))
+    assert_close(model(GIVEN), wanted)
