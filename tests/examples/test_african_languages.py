@@ -57,7 +57,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
 
     finished(start("whole"))
     killed = start("killed")
-    state = tmp_path / "killed" / "checkpoint-2" / "trainer_state.json"
+    state = tmp_path / "killed" / "checkpoint-2" / "flix_checkpoint.json"
     for _ in range(6000):
         if state.exists() or killed.poll() is not None:
             break
@@ -67,7 +67,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL, "the run ended before it could be killed"
     assert not (tmp_path / "killed" / "adapter").exists()
     finished(start("killed", "--resume"))
-    for name in ("adapter/flix.safetensors", "adapter/trained.safetensors", "metrics.json"):
+    for name in ("adapter/flix.safetensors", "metrics.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
     report = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     tasks = {"ner": 17, "pos": 17, "topic": 8, "sentiment": 10}
