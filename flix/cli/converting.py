@@ -91,9 +91,9 @@ def _composed(
     from flix.training.models import load_model, locate
 
     model = load_model(locate(base), dtype="auto")
-    from flix.backends.torch import load
+    from flix.backends.torch import load_into
 
-    loaded = load(model, folder).eval()  # trained heads come with it
+    loaded = load_into(model, adapter).eval()  # trained heads come with it
     acting = {feature for feature, _ in active}
     idle = [feature for feature in untrained(adapter) if feature in acting]
     return loaded, row, {written(feature): weight for feature, weight in active}, idle

@@ -28,7 +28,7 @@ class Files(Shared):
     """Verbs about adapters."""
 
     def to_adapter(self, model: Any) -> Adapter:
-        """The model's features as a numpy :class:`flix.Adapter`; values are copied.
+        """The model's features as a numpy :class:`flix.Adapter`, without trained heads; values are copied.
 
         Raises:
             TargetError: the model is not adapted.
