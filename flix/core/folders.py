@@ -91,10 +91,13 @@ def _made_aside(target: Path, held: ExitStack) -> Path:
         held.callback(shutil.rmtree, stage, ignore_errors=True)
         if fcntl is None:
             return stage
-        handle = os.open(stage, os.O_RDONLY)
-        held.callback(os.close, handle)
-        if lock(handle):
-            return stage
+        with suppress(
+            FileNotFoundError
+        ):  # another writer took it for a leftover: it was not locked yet
+            handle = os.open(stage, os.O_RDONLY)
+            held.callback(os.close, handle)
+            if lock(handle):
+                return stage
 
 
 def _must_stay(target: Path) -> bool:

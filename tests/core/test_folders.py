@@ -120,16 +120,48 @@ def test_a_block_that_fails_changes_nothing(tmp_path):
     assert read(tmp_path / "x") == {"old"} and leftovers(tmp_path / "x") == []
 
 
+def test_a_folder_that_another_writer_sweeps_before_it_is_locked_is_made_anew(
+    tmp_path, monkeypatch
+):
+    taken = []
+
+    def lock(handle):
+        if len(taken) < 2:  # once before it is open, once before it is locked
+            taken.append(handle)
+            folders._sweep_folders(tmp_path, "x")
+        return real(handle)
+
+    def opened(path, *args, **kwargs):
+        if str(path).endswith(".part") and not swept:
+            swept.append(path)
+            folders._sweep_folders(tmp_path, "x")
+        return really_open(path, *args, **kwargs)
+
+    swept, real, really_open = [], folders.lock, os.open
+    monkeypatch.setattr(folders, "lock", lock)
+    monkeypatch.setattr(os, "open", opened)
+    write(tmp_path / "x", "new")
+    monkeypatch.undo()
+    assert read(tmp_path / "x") == {"new"} and leftovers(tmp_path / "x") == [] and len(taken) == 2
+
+
 def test_writers_at_once_leave_one_version(tmp_path):
     write(tmp_path / "x", "0")
-    threads = [
-        threading.Thread(target=lambda v=v: [write(tmp_path / "x", v) for _ in range(30)])
-        for v in ("1", "2", "3")
-    ]
+    broken = []
+
+    def write_many(version):
+        try:
+            for _ in range(30):
+                write(tmp_path / "x", version)
+        except Exception as error:
+            broken.append(error)
+
+    threads = [threading.Thread(target=write_many, args=(v,)) for v in ("1", "2", "3")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert broken == []
     assert len(read(tmp_path / "x")) == 1 and leftovers(tmp_path / "x") == []
 
 

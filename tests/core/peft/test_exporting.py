@@ -116,9 +116,14 @@ def test_a_reader_beside_writers_of_other_ranks_reads_whole_loras(tmp_path):
     write_peft(tmp_path / "lora", *loras[0])
     ends = threading.Event()
 
+    broken = []
+
     def write(lora):
-        while not ends.is_set():
-            write_peft(tmp_path / "lora", *lora)
+        try:
+            while not ends.is_set():
+                write_peft(tmp_path / "lora", *lora)
+        except Exception as error:
+            broken.append(error)
 
     writers = [threading.Thread(target=write, args=(lora,)) for lora in loras]
     for writer in writers:
@@ -135,4 +140,5 @@ def test_a_reader_beside_writers_of_other_ranks_reads_whole_loras(tmp_path):
         ends.set()
         for writer in writers:
             writer.join()
+    assert broken == []
     assert ranks == {2, 5} and {p.name for p in tmp_path.iterdir()} == {"lora"}
