@@ -156,7 +156,7 @@ def test_a_batch_that_does_not_fit_is_an_error_with_the_figures():
     tokens, ids = next(batches(1))
     with pytest.raises(
         flix.ConfigError,
-        match=r"features \(language:.*bytes on cpu, but the budget of page\(\) is 1,000",
+        match=r"features \(language=.*bytes on cpu, but the budget of page\(\) is 1,000",
     ):
         model(input_ids=tokens, flix_features=ids)
     with pytest.raises(flix.ConfigError, match="at least one byte, got 0"):
