@@ -8,7 +8,8 @@ from flix_conformance import Backend, runner
 from flix_conformance.checks import CHECKS
 from flix_numpy.conformance import Harness
 from mutants import MUTANTS, Mutant
-from mutants._registry import OptionalHarness, OptionalPrimitives, made
+from mutants._registry import AnyWay, OptionalHarness, OptionalPrimitives, SeveralWays, made
+from mutants.ways import broken_in
 
 
 def table() -> str:
@@ -58,6 +59,36 @@ def test_caught(mutant: Mutant) -> None:
         backends.insert(0, example())
     with pytest.raises(AssertionError):
         runner.run(mutant.check, *backends)
+
+
+WAYS = [(way, dtype) for way in SeveralWays.strategies for dtype in SeveralWays.dtypes]
+
+
+@pytest.mark.parametrize(("strategy", "dtype"), WAYS)
+@pytest.mark.parametrize(
+    "name", ["forward", "gradient_x", "gradient_a", "gradient_b", "gradient_weights"]
+)
+def test_every_strategy_is_tried_in_every_dtype(name: str, strategy: str, dtype: str) -> None:
+    with pytest.raises(AssertionError):
+        runner.run(name, made("mutant", broken_in(strategy, dtype), AnyWay, SeveralWays))
+
+
+@pytest.mark.parametrize("strategy", SeveralWays.strategies)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "merge",
+        "trajectory",
+        "added_feature",
+        "removed_feature",
+        "renamed_feature",
+        "loaded_feature",
+        "changed_merge",
+    ],
+)
+def test_training_and_changes_are_tried_in_every_strategy(name: str, strategy: str) -> None:
+    with pytest.raises(AssertionError):
+        runner.run(name, made("mutant", broken_in(strategy, "float32"), AnyWay, SeveralWays))
 
 
 def test_every_check_catches_a_mutant() -> None:

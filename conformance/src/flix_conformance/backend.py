@@ -12,7 +12,8 @@ import numpy as np
 
 import flix
 from flix.backends.verbs import Verbs
-from flix_conformance.harness import AdamW, Array, Batch, Case, Feature, Pairs, Stack
+from flix_conformance.harness import AdamW, Array, Batch, Case, Pairs, Stack
+from flix_conformance.table import Feature
 
 
 class Backend:
@@ -23,7 +24,7 @@ class Backend:
         module: its module, with ``primitives`` and the verbs that users call.
         primitives: the module's.
         harness: see :class:`flix_conformance.harness.Harness`.
-        dtypes, strategies, kinds, excluded: the harness's.
+        dtypes, strategies, kinds, excluded, id_dtypes: the harness's.
     """
 
     def __init__(self, name: str, module: Any, harness: Any) -> None:
@@ -32,6 +33,7 @@ class Backend:
         self.dtypes, self.strategies, self.kinds = (
             tuple(getattr(harness, attribute)) for attribute in ("dtypes", "strategies", "kinds")
         )
+        self.id_dtypes = tuple(getattr(harness, "id_dtypes", ("int32", "int64")))
         self.excluded = tuple(getattr(harness, "excluded", ()))
 
     def verb(self, name: str) -> Any:
@@ -68,7 +70,8 @@ class Backend:
     def stacked(self, stack: Stack) -> Any:
         """An adapted model of several layers, with the stack's pairs."""
         plain = self.harness.plain(stack.layers, stack.batch.x)
-        return self.primitives.write(self.verb("adapt")(plain, stack.config), stack.pairs)
+        model = self.verb("adapt")(plain, stack.config, strategy=stack.strategy)
+        return self.primitives.write(model, stack.pairs)
 
     def pairs(self, model: Any) -> Pairs:
         """The values of a model of one layer, copied."""
@@ -86,6 +89,12 @@ class Backend:
         """The output, and the name of its dtype."""
         with self.within(case.dtype):
             y, dtype = self.harness.call(self.adapted(case), case.batch)
+        return y, str(dtype)
+
+    def evaluated(self, case: Case) -> tuple[Array, str]:
+        """As :meth:`forward`, in evaluation mode."""
+        with self.within(case.dtype):
+            y, dtype = self.harness.evaluated(self.adapted(case), case.batch)
         return y, str(dtype)
 
     def refuse(self, case: Case) -> Exception | None:
@@ -127,7 +136,8 @@ class Backend:
     def initial(self, case: Case) -> Pairs:
         """The pairs of a newly adapted layer."""
         with self.within(case.dtype):
-            return self.pairs(self.verb("adapt")(self.plain(case), case.config))
+            model = self.verb("adapt")(self.plain(case), case.config, strategy=case.strategy)
+            return self.pairs(model)
 
     def save(self, case: Case, folder: Path) -> None:
         """Write the adapter of a model with the case's pairs."""

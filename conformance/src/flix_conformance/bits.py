@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-import flix
-from flix_conformance.harness import Array, Case, Feature, Pairs
+from flix_conformance.harness import Array, Case, Pairs
+from flix_conformance.table import Feature, Table
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -55,7 +56,7 @@ def initial_pairs(case: Case) -> Pairs:
     pairs: Pairs = {}
     bound = np.float32(1.0 / math.sqrt(max(case.d_in, 1)))
     for (group, name), (like_a, like_b) in case.pairs.items():
-        words = _words("A", case.config.seed, case.path, group, name)
+        words = _words("A", case.table.seed, case.path, group, name)
         flat = [random_bits(words, i) >> 40 for i in range(like_a.size)]
         unit = np.array(flat, np.float32).reshape(like_a.shape) * np.float32(2.0**-23)
         pairs[group, name] = (
@@ -65,32 +66,40 @@ def initial_pairs(case: Case) -> Pairs:
     return pairs
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What feature dropout is made of (docs/specification.md §2.5)."""
+
+    p: float
+    per_group: Mapping[str, float]
+    keep_one: bool
+    rescale: bool
+
+
 def dropped(
-    config: flix.FlixConfig, ids: Array, weights: Array, *, seed: int, step: int, first_row: int
+    table: Table, rates: Rates, ids: Array, weights: Array, *, seed: int, step: int, first_row: int
 ) -> tuple[Array, Array]:
     """Routing after feature dropout: dropped entries hold -1 and 0."""
-    dropout = config.feature_dropout
-    assert dropout is not None
-    features = config.registry.features
+    features = table.features
     words, revival = _words("dropout", seed, step), _words("dropout keep one", seed, step)
     new_ids, new_weights = ids.copy(), weights.copy()
     for row in range(len(ids)):
         active = sorted({int(i) for i in ids[row].ravel() if i >= 0})
-        rates = {i: float(dropout.per_group.get(features[i][0], dropout.p)) for i in active}
-        kept = {i for i in active if _unit(words, first_row + row, i + 1) >= rates[i]}
-        if dropout.keep_one and active and not kept:
+        rate = {i: rates.per_group.get(features[i][0], rates.p) for i in active}
+        kept = {i for i in active if _unit(words, first_row + row, i + 1) >= rate[i]}
+        if rates.keep_one and active and not kept:
             kept = {active[int(_unit(revival, first_row + row) * len(active))]}
         for place in np.ndindex(*ids[row].shape):
             number = int(ids[row][place])
             if number not in kept:
                 new_ids[row][place], new_weights[row][place] = -1, 0.0
-            elif dropout.rescale and rates[number] < 1.0:
-                value = float(weights[row][place]) / (1.0 - rates[number])
+            elif rates.rescale and rate[number] < 1.0:
+                value = float(weights[row][place]) / (1.0 - rate[number])
                 new_weights[row][place] = np.float32(value)
     return new_ids, new_weights
 
 
-def active_features(registry: flix.FeatureRegistry, row: Mapping[str, Any]) -> dict[int, float]:
+def active_features(table: Table, row: Mapping[str, Any]) -> dict[int, float]:
     """What one row activates, by id: names add up, and what they imply acts once with weight 1 unless it is named."""
     named: dict[Feature, float] = {}
     for group, value in row.items():
@@ -105,12 +114,12 @@ def active_features(registry: flix.FeatureRegistry, row: Mapping[str, Any]) -> d
     while pending:
         group, name = pending.pop()
         for source in ((group, name), (group, "*")):
-            for target in registry.implies.get(source, ()):
+            for target in table.implies.get(source, ()):
                 if target not in implied:
                     implied.append(target)
                     pending.append(target)
     acting = dict.fromkeys(implied, 1.0) | named
-    return {list(registry.features).index(feature): float(w) for feature, w in acting.items()}
+    return {table.ids[feature]: float(w) for feature, w in acting.items()}
 
 
 def by_row(ids: Array, weights: Array) -> Sequence[dict[int, float]]:

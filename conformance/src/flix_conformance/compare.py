@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from flix_conformance.harness import Array, Pairs
+from flix_conformance.table import written
 
 # Multiples of each dtype's rounding unit; sums here have some dozen terms at most, and backends may round on the way.
 TOLERANCE = {"float64": 64 * 2.0**-53, "float32": 64 * 2.0**-24, "bfloat16": 8 * 2.0**-8}
@@ -75,7 +76,7 @@ def same_pairs(actual: Pairs, expected: Pairs, what: str) -> None:
     )
     for feature, pair in expected.items():
         for part in (0, 1):
-            label = f"{what}: {'AB'[part]} of {'='.join(feature)}"
+            label = f"{what}: {'AB'[part]} of {written(feature)}"
             same_bits(actual[feature][part], pair[part], label)
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import flix
+from flix_conformance.table import Feature, Table, written
 
 Array = NDArray[Any]
-Feature = tuple[str, str]
 Pairs = dict[Feature, tuple[Array, Array]]
 """A_f ``[r, d_in]`` and B_f ``[d_out, r]`` by feature; features of rank 0 are left out."""
 
@@ -29,6 +29,7 @@ class Case:
 
     Attributes:
         config: the configuration; its only target is ``path``.
+        table: what the kit itself knows of the features.
         path: the layer's path in a model that has no other layer.
         kind: ``"linear"`` or ``"embedding"``.
         kernel: W0 ``[d_in, d_out]``, or an embedding's table ``[vocabulary, d_out]``.
@@ -39,11 +40,12 @@ class Case:
         weights: float32 in the shape of ids, or None for 1.
         dtype: what kernel, bias and x are to be in; they hold only values that it has.
         strategy: how the sum is to be computed: one of the harness's.
-        model: an adapted model, perhaps changed since, to be used in place of a new one; its features then count
-            instead of ``config`` and ``pairs``.
+        model: an adapted model, perhaps changed since, to be used in place of a new one; ``config`` then is
+            that which it began with.
     """
 
     config: flix.FlixConfig
+    table: Table
     path: str
     kind: str
     kernel: Array
@@ -55,11 +57,6 @@ class Case:
     dtype: str
     strategy: str
     model: Any = None
-
-    @property
-    def registry(self) -> flix.FeatureRegistry:
-        """The features."""
-        return self.config.registry
 
     @property
     def d_in(self) -> int:
@@ -85,13 +82,17 @@ class Case:
         """The same case with some attributes changed."""
         return replace(self, **changes)
 
+    def for_any_rows(self) -> Case:
+        """The same case, in a strategy that takes rows that differ."""
+        return self.but(strategy="auto") if self.strategy == "single" else self
+
     def __repr__(self) -> str:
-        ranks = {"=".join(f): a.shape[0] for f, (a, _) in self.pairs.items()}
+        ranks = {written(f): a.shape[0] for f, (a, _) in self.pairs.items()}
         weights = "None" if self.weights is None else np.array2string(self.weights, threshold=60)
         return (
             f"{self.kind} {self.d_in} -> {self.d_out}, {self.dtype}, strategy {self.strategy!r}, "
-            f"x {list(self.x.shape)}, bias {self.bias is not None}, scaling {self.config.scaling!r}, "
-            f"alpha {self.config.alpha}, ranks {ranks} of {len(self.registry)} features,\n"
+            f"x {list(self.x.shape)}, bias {self.bias is not None}, scaling {self.table.scaling!r}, "
+            f"alpha {self.table.alpha} {dict(self.table.alphas)}, ranks {ranks} of {len(self.table)} features,\n"
             f"ids {np.array2string(self.ids, threshold=60)}\nweights {weights}"
         )
 
@@ -142,12 +143,14 @@ class Stack:
         config: the configuration; its targets are some of the layers.
         pairs: the features' values in each of them, by path.
         batch: the batch, whose x and ids have two dimensions.
+        strategy: how the sums are to be computed.
     """
 
     layers: tuple[Layer, ...]
     config: flix.FlixConfig
     pairs: Mapping[str, Pairs]
     batch: Batch
+    strategy: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,8 @@ class Harness(Protocol):
     - ``refuse(model, batch)`` raises for malformed routing, where ``call`` is compiled and cannot;
     - ``within(dtype)``, a context in which the framework computes in this dtype (JAX has no float64 outside of one);
     - ``excluded``, pairs ``(strategy, dtype)`` that do not exist, of those below;
+    - ``id_dtypes``, the dtypes that ids may come in, ``("int32", "int64")`` if it is not there;
+    - ``evaluated(model, batch)``, as ``call``, in evaluation mode where models have one, and ``call`` in training mode;
     - ``unfreeze(model, path)`` lets a layer of the base train, as a user does with a head, where that can be done.
 
     Attributes:

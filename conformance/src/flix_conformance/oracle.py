@@ -8,14 +8,14 @@ that calling it with absolute values bounds the size of what was summed: the sca
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from flix_conformance.harness import AdamW, Array, Batch, Case, Feature, Pairs
+from flix_conformance.harness import AdamW, Array, Batch, Case, Pairs
+from flix_conformance.table import Feature
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,8 @@ class Gradients:
 
 
 def scale(case: Case, feature: Feature) -> float:
-    """s_f = alpha / r, or alpha / sqrt(r); alpha is the rank unless it is given."""
-    rank = case.pairs[feature][0].shape[0]
-    alpha = case.config.alpha
-    if isinstance(alpha, Mapping):
-        alpha = alpha.get(feature)
-    numerator = float(rank if alpha is None else alpha)
-    return numerator / (rank if case.config.scaling == "lora" else math.sqrt(rank))
+    """s_f, by the kit's own table and the pair's own rank."""
+    return case.table.scale(feature, case.pairs[feature][0].shape[0])
 
 
 def dense_x(case: Case) -> Array:
@@ -48,7 +43,7 @@ def _terms(case: Case) -> Iterator[tuple[tuple[int, ...], int, Feature, float]]:
     """(place in the routing, entry, feature, weight) of all that acts."""
     for place in np.ndindex(*case.ids.shape):
         number = int(case.ids[place])
-        feature = case.registry.features[number] if number >= 0 else None
+        feature = case.table.features[number] if number >= 0 else None
         if feature in case.pairs:
             weight = 1.0 if case.weights is None else float(case.weights[place])
             yield place[:-1], place[-1], feature, weight
@@ -155,4 +150,4 @@ def train(
 def listed(case: Case, ids: Array) -> list[Feature]:
     """The features that some row lists, with whatever weight, and that have an update."""
     numbers = sorted({int(i) for i in ids.ravel() if i >= 0})
-    return [case.registry.features[i] for i in numbers if case.registry.features[i] in case.pairs]
+    return [case.table.features[i] for i in numbers if case.table.features[i] in case.pairs]

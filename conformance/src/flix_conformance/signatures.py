@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import flix
+from flix_conformance.table import Feature, Table
 
 PATH = "proj"
 _GROUPS = ("language", "task", "家族", "domain:sub", "domain")
@@ -26,6 +28,7 @@ class Signature:
 
     Attributes:
         config: the configuration.
+        table: what the kit itself knows of its features.
         kind: ``"linear"`` or ``"embedding"``.
         ranks: of each feature in the layer.
         d_in, d_out: sizes of the layer.
@@ -35,10 +38,11 @@ class Signature:
         per_token: whether ids are [B, T, W].
         width: W.
         weighted: whether there are weights.
-        number: its place in the series; picks the dtype and the strategy.
+        number: its place in the series; picks the dtype and the strategy (see :func:`chosen_of`).
     """
 
     config: flix.FlixConfig
+    table: Table
     kind: str
     ranks: tuple[int, ...]
     d_in: int
@@ -60,6 +64,11 @@ class Signature:
         printer.text(repr(self))
 
     @property
+    def acts(self) -> bool:
+        """Whether there are rows, positions and updates."""
+        return 0 not in (self.batch, *self.lead) and sum(self.ranks) > 0
+
+    @property
     def filled(self) -> bool:
         """Whether there are weights, positions, and rows (of one row, ids of another number of rows may be legal)."""
         return self.weighted and self.batch > 1 and 0 not in self.lead
@@ -71,41 +80,67 @@ class Signature:
         return (self.batch, *positions, self.width)
 
 
-def _registry(rng: random.Random) -> flix.FeatureRegistry:
+_Names = dict[str, list[str]]
+
+
+def _features(rng: random.Random) -> tuple[_Names, dict[Any, Any]]:
+    """Names by group, and what implies what."""
     groups = rng.sample(_GROUPS, rng.randint(1, 4))
     names = {group: rng.sample(_NAMES, rng.randint(1, 4)) for group in groups}
     implies: dict[Any, Any] = {}
     if len(groups) > 1 and rng.random() < 0.5:
         source, target = groups[0], groups[-1]
         name = rng.choice([*names[source], "*"])
-        implies[source, name] = [(target, rng.choice(names[target]))]
-    return flix.FeatureRegistry(names, implies=implies)
+        middle = (target, rng.choice(names[target]))
+        implies[source, name] = [middle]
+        if len(groups) > 2:  # and on from there
+            implies[middle] = [(groups[1], rng.choice(names[groups[1]]))]
+    return names, implies
 
 
-def _config(rng: random.Random, registry: flix.FeatureRegistry) -> tuple[flix.FlixConfig, Any]:
-    ranks = {f: rng.choice((0, 1, 1, 2, 3, 5)) for f in registry.features}
-    settings: dict[str, Any] = {"ranks": ranks}
+def _config(rng: random.Random, names: _Names, implies: dict[Any, Any]) -> dict[str, Any]:
+    features = [(group, name) for group, own in names.items() for name in own]
+    ranks = {f: rng.choice((0, 1, 1, 2, 3, 5)) for f in features}
+    settings: dict[str, Any] = {}
     if rng.random() < 0.3:
         # What the layer gets comes from the pattern; elsewhere the ranks would be others.
-        settings = {"ranks": 7, "rank_pattern": {PATH: dict(ranks)}}
-    by_group = {registry.groups[0]: 2.5}
+        settings = {"given": 7, "rank_pattern": {PATH: dict(ranks)}}
+    by_group = {next(iter(names)): 2.5}
     alpha: Any = (None, None, 3.0, by_group)[rng.randrange(4)]
-    config = flix.FlixConfig(
-        registry=registry,
-        alpha=alpha,
-        scaling=rng.choice(("lora", "lora", "rslora")),
-        target_modules=(PATH,),
-        seed=rng.choice((0, 1, 12345)),
-        **settings,
-    )
-    return config, tuple(ranks[f] for f in registry.features)
+    scaling, seed = rng.choice(("lora", "lora", "rslora")), rng.choice((0, 1, 12345))
+    return _told(names, ranks, implies, alpha=alpha, scaling=scaling, seed=seed, **settings)
+
+
+def _told(
+    names: _Names,
+    ranks: dict[Feature, int],
+    implies: dict[Any, Any] | None = None,
+    *,
+    alpha: Any = None,
+    scaling: str = "lora",
+    seed: int = 0,
+    given: Any = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """The same features and rules, told to flix and noted down by the kit."""
+    rules = {"alpha": alpha, "scaling": scaling, "seed": seed}
+    registry = flix.FeatureRegistry(names, implies=implies)
+    return {
+        "config": flix.FlixConfig(
+            registry=registry,
+            target_modules=(PATH,),
+            **{"ranks": given or ranks, **rules, **settings},
+        ),
+        "table": Table.of(names, implies=implies, **rules),
+        "ranks": tuple(ranks.values()),
+    }
 
 
 @functools.cache
 def signature(number: int, kind: str = "linear") -> Signature:
     """The signature with this number. The first few are small and cover the edges; shrinking leads to them."""
     rng = random.Random(f"{number}:{kind}")
-    config, ranks = _config(rng, _registry(rng))
+    told = _config(rng, *_features(rng))
     lead: tuple[int, ...] = rng.choice(((), (1,), (3,), (3,), (9,), (2, 3)))
     values: dict[str, Any] = {
         "d_in": rng.choice((1, 3, 4, 7, 8, 16)),
@@ -115,7 +150,7 @@ def signature(number: int, kind: str = "linear") -> Signature:
         "lead": lead,
         "per_token": bool(lead) and rng.random() < 0.35,
         "width": rng.randint(1, 4),
-        "weighted": rng.random() < 0.65,
+        "weighted": number % 6 != 5,
     }
     edges: dict[int, dict[str, Any]] = {
         0: {"batch": 2, "lead": (3,), "per_token": False, "width": 2, "weighted": True},
@@ -129,29 +164,40 @@ def signature(number: int, kind: str = "linear") -> Signature:
     values |= edges.get(number, {})
     if number in (0, 1) or number == 4:
         # Smallest of all, and sure to have something to add.
-        registry = flix.FeatureRegistry({"language": ["hau", "swa"], "task": ["ner"]})
-        ranks = (2, 1, 3)
-        config = flix.FlixConfig(
-            registry=registry,
-            ranks=dict(zip(registry.features, ranks, strict=True)),
-            alpha={"task": 1.5},
-            scaling="rslora" if number else "lora",
-            target_modules=(PATH,),
-        )
+        scaling = "rslora" if number else "lora"
+        own = {("language", "hau"): 2, ("language", "swa"): 1, ("task", "ner"): 3}
+        groups = {"language": ["hau", "swa"], "task": ["ner"]}
+        told = _told(groups, own, alpha={"task": 1.5}, scaling=scaling)
         values |= {"d_in": 4, "d_out": 5}
     elif number == 8:
         # Names that any way of joining group and name with a colon confuses.
-        registry = flix.FeatureRegistry({"domain": ["sub:a", "b"], "domain:sub": ["a", "b"]})
-        ranks = (1, 2, 3, 0)
-        config = flix.FlixConfig(
-            registry=registry,
-            ranks=dict(zip(registry.features, ranks, strict=True)),
-            target_modules=(PATH,),
-        )
+        groups = {"domain": ["sub:a", "b"], "domain:sub": ["a", "b"]}
+        features = [(group, name) for group, names in groups.items() for name in names]
+        told = _told(groups, dict(zip(features, (1, 2, 3, 0), strict=True)))
     elif number == 7:
-        ranks = (0,) * len(ranks)
-        config = flix.FlixConfig(registry=config.registry, ranks=0, target_modules=(PATH,))
-    return Signature(config=config, kind=kind, ranks=ranks, number=number, **values)
+        names, implies = _features(random.Random(f"{number}:{kind}"))
+        nothing = {(group, name): 0 for group, own_names in names.items() for name in own_names}
+        told = _told(names, nothing, implies)
+    return Signature(kind=kind, number=number, **told, **values)
+
+
+def chosen_of(number: int, choices: Sequence[Any]) -> Any:
+    """One of some choices by a signature's number: each once a round, in an order that differs from round to round.
+
+    Dtype and strategy are chosen together in this way, so that every pair of them is tried.
+    """
+    turn, place = divmod(number, len(choices))
+    order = random.Random(f"round {turn} of {len(choices)}").sample(
+        range(len(choices)), len(choices)
+    )
+    return choices[order[place]]
+
+
+@functools.cache
+def place(number: int, kind: str) -> int:
+    """What its strategy and dtype go by: its number among the signatures that act, or among those that do not."""
+    acts = signature(number, kind).acts
+    return sum(signature(i, kind).acts == acts for i in range(number))
 
 
 @functools.cache
@@ -161,8 +207,7 @@ def trainable_signature(number: int, kind: str = "linear") -> Signature:
     index = 0
     while True:
         candidate = signature(index, kind)
-        small = 0 not in (candidate.batch, *candidate.lead) and sum(candidate.ranks) > 0
-        if small and len(candidate.config.registry) >= 3:
+        if candidate.acts and len(candidate.table) >= 3:
             found += 1
             if found == number:
                 return candidate

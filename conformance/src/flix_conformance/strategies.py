@@ -14,11 +14,18 @@ import flix
 from flix_conformance.backend import Backend
 from flix_conformance.compare import representable
 from flix_conformance.harness import Array, Batch, Case, Layer, Stack
-from flix_conformance.signatures import PATH, Signature, signature, trainable_signature
+from flix_conformance.signatures import (
+    PATH,
+    Signature,
+    chosen_of,
+    place,
+    signature,
+    trainable_signature,
+)
+from flix_conformance.table import Table
 
 WEIGHTS = (1.0, 0.5, -1.0, 0.0, 2.5, -0.125, 1.0 / 3.0)
 _FEATURES = {"language": ["hau", "swa", "日本語"], "task": ["ner", "pos"]}
-_DTYPES = ("float32", "float32", "bfloat16", "float64")
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ class Draw:
         kind: str = "linear",
         pool: int | None = None,
         where: Callable[[Signature], bool] = lambda _: True,
+        every_way: bool = False,
     ) -> Case:
         """A case of this kind.
 
@@ -98,10 +106,12 @@ class Draw:
             kind: ``"linear"`` or ``"embedding"``.
             pool: draw from this many signatures only (laws change shapes, and so compile more); default: the profile's.
             where: which signatures will do.
+            every_way: whether those alone must have every strategy in every dtype (they then compile anew).
         """
         count = self.profile.pool if pool is None else self.scaled(pool)
         chosen = [s for s in (signature(i, kind) for i in range(count)) if where(s)]
-        return self.fill(self.of_turn(chosen))
+        number = self.of_turn(range(len(chosen)))
+        return self.fill(chosen[number], chosen_of(number, self.ways()) if every_way else None)
 
     def of_turn(self, choices: Sequence[Any]) -> Any:
         """One of this turn's part of some choices."""
@@ -112,20 +122,33 @@ class Draw:
         """A number of signatures, in proportion to the profile's."""
         return max(pool, pool * self.profile.pool // PROFILES["ci"].pool)
 
-    def fill(self, chosen: Signature, dtype: str | None = None) -> Case:
-        """A case with this signature."""
-        offered = self.shared("dtypes")
-        wanted = dtype or _DTYPES[chosen.number % len(_DTYPES)]
-        dtype = wanted if wanted in offered else offered[0]
-        strategies = self.shared("strategies")
-        strategy = strategies[(chosen.number // 2) % len(strategies)]
-        if any((strategy, dtype) in backend.excluded for backend in self.backends):
-            strategy = "auto"
+    def ways(self, *dtypes: str) -> list[tuple[str, str]]:
+        """Every strategy with every dtype, of some or all, that all backends have together."""
+        return [
+            (strategy, dtype)
+            for strategy in self.shared("strategies")
+            for dtype in dtypes or self.shared("dtypes")
+            if not any((strategy, dtype) in backend.excluded for backend in self.backends)
+        ]
+
+    def trainable(
+        self, kind: str, pool: int, where: Callable[[Signature], Any] = lambda _: True
+    ) -> Case:
+        """A case in float32 that can be trained and changed; the strategies take turns."""
+        ways = self.ways("float32")
+        series = range(self.scaled(max(pool, len(ways))))
+        fit = [n for n in series if where(trainable_signature(n, kind))]
+        number = self.of_turn(fit)
+        return self.fill(trainable_signature(number, kind), chosen_of(number, ways))
+
+    def fill(self, chosen: Signature, way: tuple[str, str] | None = None) -> Case:
+        """A case with this signature, in this strategy and dtype; else as its number has it."""
+        strategy, dtype = way or chosen_of(place(chosen.number, chosen.kind), self.ways())
         rng = self.generator()
         ids, weights = self.routing(chosen, alike=strategy == "single")
         pairs = {}
         holds = "float64" if dtype == "float64" else "float32"
-        for feature, rank in zip(chosen.config.registry.features, chosen.ranks, strict=True):
+        for feature, rank in zip(chosen.table.features, chosen.ranks, strict=True):
             if rank:
                 a, b = rng.normal(size=(rank, chosen.d_in)), rng.normal(size=(chosen.d_out, rank))
                 pairs[feature] = (representable(a, holds), representable(b, holds))
@@ -135,6 +158,7 @@ class Draw:
             x = representable(rng.normal(size=(chosen.batch, *chosen.lead, chosen.d_in)), dtype)
         case = Case(
             config=chosen.config,
+            table=chosen.table,
             path=PATH,
             kind=chosen.kind,
             kernel=representable(rng.normal(size=(chosen.d_in, chosen.d_out)), dtype),
@@ -151,9 +175,7 @@ class Draw:
 
     def routing(self, chosen: Signature, *, alike: bool = False) -> tuple[Array, Array]:
         """Ids and weights in a signature's shape: few compositions, shared among the rows."""
-        entry = st.tuples(
-            st.integers(-1, len(chosen.config.registry) - 1), st.sampled_from(WEIGHTS)
-        )
+        entry = st.tuples(st.integers(-1, len(chosen.table) - 1), st.sampled_from(WEIGHTS))
         row = st.lists(entry, min_size=chosen.width, max_size=chosen.width)
         compositions = self(st.lists(row, min_size=1, max_size=1 if alike else 3))
         shape = chosen.routed
@@ -180,9 +202,14 @@ class Draw:
             settings: more of the configuration's.
         """
         registry = flix.FeatureRegistry(features)
-        ranks = {feature: self.one_of([1, 2, 3]) for feature in registry.features}
+        ranks = {
+            (group, name): self.one_of([1, 2, 3]) for group in features for name in features[group]
+        }
+        if isinstance(settings.get("ranks"), int):
+            ranks = dict.fromkeys(ranks, settings["ranks"])
+        strategy, _ = self.of_turn(self.ways("float32"))
         config = flix.FlixConfig(
-            registry=registry, target_modules=targets, **{"ranks": ranks, "alpha": 3.0, **settings}
+            registry=registry, target_modules=targets, **{"alpha": 3.0, **settings, "ranks": ranks}
         )
         rng = self.generator()
 
@@ -194,22 +221,23 @@ class Draw:
             for i, path in enumerate(paths)
         )
         pairs = {
-            path: {f: (values(r, 4), values(4, r)) for f, r in config.ranks.items()}  # type: ignore[union-attr]
+            path: {f: (values(r, 4), values(4, r)) for f, r in ranks.items()}
             for path in paths
             if not isinstance(targets, str) and path in targets
         }
-        ids = rng.integers(0, len(registry), (3, 2)).astype(np.int32)
+        ids = rng.integers(0, len(ranks), (3, 2)).astype(np.int32)
         weights = rng.choice([0.5, -1.0, 2.0], ids.shape).astype(np.float32)
-        return Stack(layers, config, pairs, Batch(values(3, 4), ids, weights))
+        if strategy == "single":
+            ids[:], weights[:] = ids[:1], weights[:1]
+        return Stack(layers, config, pairs, Batch(values(3, 4), ids, weights), strategy)
 
-    def rows(self, registry: flix.FeatureRegistry, count: int, *, full: bool = False) -> list[Any]:
+    def rows(self, table: Table, count: int, *, full: bool = False) -> list[Any]:
         """Rows as users write them; ``full``: each activates something."""
-        return [self(composition_rows(registry, full)) for _ in range(count)]
+        return [self(composition_rows(table, full)) for _ in range(count)]
 
     def run(self, kind: str, steps: int, pool: int = 4) -> tuple[Case, list[Batch]]:
         """A training run in float32: a layer, and batches in which some features are absent, one of them empty."""
-        count = self.scaled(pool)
-        case = self.fill(trainable_signature(self.of_turn(range(count)), kind), "float32")
+        case = self.trainable(kind, pool)
         rng = self.generator()
         batches = []
         silent = self.integer(1, steps)
@@ -228,7 +256,7 @@ class Draw:
 
     def _training_routing(self, case: Case, rng: np.random.Generator) -> tuple[Array, Array]:
         """Few features a batch, each at most once a row: sums that cancel would leave the optimizer noise to follow."""
-        total, width = len(case.registry), case.ids.shape[-1]
+        total, width = len(case.table), case.ids.shape[-1]
         at_hand = rng.permutation(total)[: max(1, total // 2)]
         ids = np.full((int(np.prod(case.ids.shape[:-1])), width), -1, np.int32)
         for row in ids:
@@ -247,15 +275,15 @@ def _lead(case: Case) -> tuple[int, ...]:
     return case.x.shape if case.kind == "embedding" else case.x.shape[:-1]
 
 
-def composition_rows(registry: flix.FeatureRegistry, full: bool = False) -> st.SearchStrategy[Any]:
+def composition_rows(table: Table, full: bool = False) -> st.SearchStrategy[Any]:
     """One row: for some groups a name, several names, or names with weights."""
 
     def value(group: str) -> st.SearchStrategy[Any]:
-        name = st.sampled_from(registry.names(group))
+        name = st.sampled_from(table.names(group))
         several = st.lists(name, min_size=1 if full else 0, max_size=3)
         weighted = st.dictionaries(name, st.sampled_from(WEIGHTS), min_size=int(full), max_size=3)
         options = [name, several, weighted]
         return st.one_of(*options) if full else st.one_of(*options, st.none())
 
-    groups = st.lists(st.sampled_from(registry.groups), min_size=int(full), max_size=4, unique=True)
+    groups = st.lists(st.sampled_from(table.groups), min_size=int(full), max_size=4, unique=True)
     return groups.flatmap(lambda chosen: st.fixed_dictionaries({g: value(g) for g in chosen}))

@@ -1,6 +1,16 @@
 """Deliberately broken backends, made from the example: each breaks one rule, and names the check that must see it."""
 
-from mutants import conduct, cross, lifecycle, outputs, routing, training
+from mutants import conduct, cross, lifecycle, outputs, routing, training, ways
 from mutants._registry import MUTANTS, Mutant
 
-__all__ = ["MUTANTS", "Mutant", "conduct", "cross", "lifecycle", "outputs", "routing", "training"]
+__all__ = [
+    "MUTANTS",
+    "Mutant",
+    "conduct",
+    "cross",
+    "lifecycle",
+    "outputs",
+    "routing",
+    "training",
+    "ways",
+]

@@ -44,6 +44,24 @@ class OptionalHarness(Harness):
     def unfreeze(self, model: Any, path: str) -> None:
         model[path].trains = True
 
+    def evaluated(self, model: Any, batch: Any) -> Any:
+        return self.call(model, batch)
+
+
+class SeveralWays(Harness):
+    """The example's, under several names of strategies, which its layers can look up."""
+
+    strategies = ("auto", "gather", "masked", "single")
+
+
+class AnyWay(Primitives):
+    """The example's; the state knows how the model was told to compute."""
+
+    def attach(self, model: Any, config: Any, paths: Any, strategy: str, values: Any) -> Any:
+        model = super().attach(model, config, paths, "auto", values)
+        model.state.strategy = strategy
+        return model
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -53,27 +71,29 @@ class Mutant:
         name: what is wrong, in words.
         check: the check that must catch it.
         part: the broken class, of a layer, the optimizer, the primitives, the verbs or the harness.
+        beside: classes that it needs in place of the example's.
     """
 
     name: str
     check: str
     part: type[Any]
+    beside: tuple[type[Any], ...] = ()
 
     def backend(self) -> Backend:
         """The backend that the kit gets."""
         if CHECKS[self.check].needs:
-            return made("mutant", self.part, OptionalPrimitives, OptionalHarness)
-        return made("mutant", self.part)
+            return made("mutant", self.part, *self.beside, OptionalPrimitives, OptionalHarness)
+        return made("mutant", self.part, *self.beside)
 
 
 MUTANTS: list[Mutant] = []
 
 
-def mutant(name: str, check: str) -> Callable[[type[Any]], type[Any]]:
+def mutant(name: str, check: str, *beside: type[Any]) -> Callable[[type[Any]], type[Any]]:
     """Register a broken class."""
 
     def register(cls: type[Any]) -> type[Any]:
-        MUTANTS.append(Mutant(name, check, cls))
+        MUTANTS.append(Mutant(name, check, cls, beside))
         return cls
 
     return register

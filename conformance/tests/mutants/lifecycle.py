@@ -61,6 +61,38 @@ class SortsIds(ChangedGrowth):
         model.state.config = _numbered(config, sorted(config.registry.live))
 
 
+@mutant("scales a new feature by its rank, whatever alpha its group has", "added_feature")
+class LosesAlpha(ChangedGrowth):
+    def grown(self, model: Any, feature: Any, origins: Any) -> None:
+        config = model.state.config
+        alpha = config.alpha
+        if alpha is not None:
+            alpha = alpha if isinstance(alpha, dict) else dict.fromkeys(config.registry.live, alpha)
+            alpha = {f: value for f, value in alpha.items() if f != feature}
+            model.state.config = replace(config, alpha=alpha or None)
+
+
+@mutant("forgets what a renamed feature implies", "changed_encoding")
+class RenamesWithoutRules(Verbs):
+    def rename_feature(self, model: Any, group: str, name: str, new: str) -> Any:
+        model = super().rename_feature(model, group, name, new)
+        said = model.state.config.to_dict()
+        registry = said["registry"]
+        registry["implies"] = [r for r in registry["implies"] if [group, new] not in (r[0], *r[1])]
+        model.state.config = flix.FlixConfig.from_dict(said)
+        return model
+
+
+@mutant("implies no more than one thing from another", "changed_encoding")
+class NoChains(Verbs):
+    def add_feature(self, model: Any, group: str, name: str, *rest: Any, **named: Any) -> Any:
+        model = super().add_feature(model, group, name, *rest, **named)
+        said = model.state.config.to_dict()
+        said["registry"]["implies"] = said["registry"]["implies"][:1]
+        model.state.config = flix.FlixConfig.from_dict(said)
+        return model
+
+
 @mutant("starts a feature from the sum of others instead of their mean", "added_from_others")
 class SumsOrigins(ChangedGrowth):
     def grown(self, model: Any, feature: Any, origins: Any) -> None:

@@ -97,6 +97,7 @@ class JaxHarness:
     dtypes = ("float32", "bfloat16", "float64")
     strategies = ("auto", "gather", "masked", "single", *(("fused",) if can_run() else ()))
     kinds = ("linear", "embedding")
+    id_dtypes = ("int32", "int64", "int16", "int8", "uint8")
 
     def within(self, dtype: str) -> Any:
         return jax.enable_x64(dtype == "float64")
@@ -108,6 +109,13 @@ class JaxHarness:
         module = model if path is None else getattr(model, path)
         y = _call(module, _x(batch), _routing(batch))
         return np.asarray(y).astype(np.float64), str(y.dtype)
+
+    def evaluated(self, model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+        model.eval()
+        try:
+            return self.call(model, batch)
+        finally:
+            model.train()
 
     def refuse(self, model: Any, batch: Batch) -> None:
         """Outside of compiled functions, where ids are known."""

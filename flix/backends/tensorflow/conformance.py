@@ -43,6 +43,7 @@ class TensorFlowHarness:
     dtypes = ("float32", "bfloat16", "float64")
     strategies = ("auto", "gather", "masked", "single", "fused")
     kinds = ("linear", "embedding")
+    id_dtypes = ("int32", "int64", "int16", "int8", "uint8")
 
     def plain(self, layers: Sequence[Layer], x: NDArray[Any]) -> Any:
         """A functional model."""
@@ -65,10 +66,14 @@ class TensorFlowHarness:
     def call(self, model: Any, batch: Batch, path: str | None = None) -> tuple[NDArray[Any], str]:
         """In eager mode."""
         if path is None:
-            y = _called(model, _x(batch), batch, batch.weights)
+            y = _called(model, _x(batch), batch, batch.weights, training=True)
         else:
             layer = _layer(model, path)
             y = layer(_x(batch), flix_features=batch.ids, flix_weights=batch.weights)
+        return _numpy(y), tf.as_dtype(y.dtype).name
+
+    def evaluated(self, model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+        y = _called(model, _x(batch), batch, batch.weights, training=False)
         return _numpy(y), tf.as_dtype(y.dtype).name
 
     def gradients(self, model: FlixModel, batch: Batch, dy: NDArray[Any]) -> Mapping[str, Any]:

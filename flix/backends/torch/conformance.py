@@ -61,6 +61,7 @@ class TorchHarness:
     dtypes = ("float32", "bfloat16", "float64")
     # The kernels take part where Triton interprets them: TRITON_INTERPRET=1. They have no float64.
     strategies = ("auto", "gather", "masked", "single", *(("fused",) if INTERPRETED else ()))
+    id_dtypes = ("int32", "int64", "int16", "int8", "uint8")
     excluded = (("fused", "float64"),)
     kinds = ("linear", "embedding")
 
@@ -72,6 +73,12 @@ class TorchHarness:
         module = model if path is None else model.get_submodule(path)
         y = module(_x(batch), **_routing(batch))
         return y.double().numpy(), str(y.dtype).removeprefix("torch.")
+
+    def evaluated(self, model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+        try:
+            return self.call(model.eval(), batch)
+        finally:
+            model.train()
 
     def gradients(self, model: Any, batch: Batch, dy: NDArray[Any]) -> dict[str, Any]:
         x, routing = _x(batch), _routing(batch)

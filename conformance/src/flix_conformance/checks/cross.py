@@ -22,6 +22,7 @@ from flix_conformance.checks.training import (
 from flix_conformance.compare import close, same_bits, same_pairs
 from flix_conformance.harness import Case
 from flix_conformance.strategies import Draw
+from flix_conformance.table import written
 
 
 def _case(draw: Draw) -> Case:
@@ -47,7 +48,7 @@ def cross_gradients(draw: Draw, first: Backend, second: Backend) -> None:
     for part in (0, 1):
         mine, theirs = of_pairs(found, case, part), of_pairs(other, case, part)
         for feature, gradient in mine.items():
-            label = f"the gradient of {'AB'[part]} of {'='.join(feature)}"
+            label = f"the gradient of {'AB'[part]} of {written(feature)}"
             expected = np.asarray(gradient, np.float64)
             close(theirs[feature], expected, size.pairs[feature][part], case.dtype, label, 4.0)
 
@@ -62,8 +63,8 @@ def cross_trajectory(draw: Draw, first: Backend, second: Backend) -> None:
 @check("two backends merge to the same kernel", examples=10, pair=True)
 def cross_merge(draw: Draw, first: Backend, second: Backend) -> None:
     case = _case(draw)
-    row = draw.rows(case.registry, 1, full=True)[0]
-    size = oracle.merged(oracle.magnitude(case), dict.fromkeys(case.registry.features, 4.0))
+    row = draw.rows(case.table, 1, full=True)[0]
+    size = oracle.merged(oracle.magnitude(case), dict.fromkeys(case.table.features, 4.0))
     found = np.asarray(first.merge(case, row), np.float64)
     close(second.merge(case, row), found, size, case.dtype, "the merged kernel", slack=2.0)
 
@@ -76,9 +77,10 @@ def cross_initial(draw: Draw, first: Backend, second: Backend) -> None:
 
 @check("two backends drop the same features", examples=15, pair=True)
 def cross_masks(draw: Draw, first: Backend, second: Backend) -> None:
-    config, ids, weights, place = dropout_case(draw)
-    found = first.dropout(config, ids.copy(), weights.copy(), **place)
-    other = second.dropout(config, ids.copy(), weights.copy(), **place)
+    config, _, case, place = dropout_case(draw)
+    assert case.weights is not None
+    found = first.dropout(config, case.ids.copy(), case.weights.copy(), **place)
+    other = second.dropout(config, case.ids.copy(), case.weights.copy(), **place)
     same_bits(other[0], found[0], "ids after dropout")
     same_bits(other[1], found[1], "weights after dropout")
 

@@ -18,7 +18,6 @@ from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import any_kind, check
 from flix_conformance.compare import same_pairs
 from flix_conformance.harness import Array, Case, Pairs
-from flix_conformance.signatures import Signature, trainable_signature
 from flix_conformance.strategies import Draw
 
 CONFIG_FILE, TENSOR_FILE = "flix_config.json", "flix.safetensors"
@@ -97,9 +96,9 @@ def check_description(case: Case, folder: Path) -> None:
     layer = {"kind": case.kind, "d_in": case.d_in, "d_out": case.d_out}
     assert found["layers"] == {case.path: layer}, f"layers are {found['layers']}"
     features = [tuple(pair) for pair in found["config"]["registry"]["features"]]
-    assert features == list(case.registry.features), f"features are {features}"
+    assert features == list(case.table.features), f"features are {features}"
     for name in ("scaling", "seed"):
-        assert found["config"][name] == getattr(case.config, name), f"{name} was not kept"
+        assert found["config"][name] == getattr(case.table, name), f"{name} was not kept"
     copy = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     for name in ("config", "layers"):
         assert copy[name] == found[name], f"{name} of {CONFIG_FILE} are not those of the file"
@@ -177,7 +176,7 @@ def _damages(case: Case, folder: Path) -> list[tuple[str, bytes, str]]:
     examples=4,
 )
 def files_refused(draw: Draw, backend: Backend) -> None:
-    case = draw.fill(_with_update(draw), "float32")
+    case = draw.trainable("linear", 4)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "adapter"
         backend.save(case, folder)
@@ -222,7 +221,7 @@ def _stopping(at: int) -> Iterator[list[str]]:
     examples=2,
 )
 def files_one_version(draw: Draw, backend: Backend) -> None:
-    case = draw.fill(_with_update(draw), "float32")
+    case = draw.trainable("linear", 4)
     old = case.but(pairs={f: (a + 1, b - 1) for f, (a, b) in case.pairs.items()})
     with tempfile.TemporaryDirectory() as name:
         folder, stopped, at, seen = Path(name) / "adapter", True, 0, set()
@@ -245,7 +244,3 @@ def files_one_version(draw: Draw, backend: Backend) -> None:
             seen.add(is_new)
             assert at < 200, "the save never ends"
         assert seen == {True, False} and is_new, "a save that ran through is not what loads"
-
-
-def _with_update(draw: Draw) -> Signature:
-    return trainable_signature(draw.of_turn(range(4)))

@@ -12,6 +12,7 @@ from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import any_kind, check
 from flix_conformance.harness import Array, Case
 from flix_conformance.strategies import Draw
+from flix_conformance.table import written
 
 
 def _with(array: Array, place: tuple[int, ...], value: Any) -> Array:
@@ -27,7 +28,7 @@ def _place(draw: Draw, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _filled(draw: Draw, backend: Backend) -> Case:
     kind = any_kind(draw, backend.kinds)
     case = draw.case(kind=kind, where=lambda s: s.filled)
-    return case.but(strategy="auto")
+    return case.for_any_rows()
 
 
 def malformed(draw: Draw, case: Case) -> list[tuple[str, Case, str]]:
@@ -35,9 +36,9 @@ def malformed(draw: Draw, case: Case) -> list[tuple[str, Case, str]]:
     ids, weights = case.ids, case.weights
     assert weights is not None
     place = _place(draw, ids.shape)
-    row, count = place[0], len(case.registry)
+    row, count = place[0], len(case.table)
     feature = draw.integer(0, count - 1)
-    named = rf"row {row}\b.*{re.escape('='.join(case.registry.features[feature]))}"
+    named = rf"row {row}\b.*{re.escape(written(case.table.features[feature]))}"
     odd = draw.one_of([np.nan, np.inf, -np.inf])
     longer = np.concatenate([ids, ids[:1]])
     found = [
@@ -83,14 +84,14 @@ def routing_refused(draw: Draw, backend: Backend) -> None:
 def unknown_ids(draw: Draw, backend: Backend) -> None:
     case = _filled(draw, backend)
     place = _place(draw, case.ids.shape)
-    number = draw.one_of([len(case.registry), len(case.registry) + 7, -2])
+    number = draw.one_of([len(case.table), len(case.table) + 7, -2])
     bad = case.but(ids=_with(case.ids, place, number))
     try:
         y = np.asarray(backend.forward(bad)[0], np.float64)
     except Exception:
         return
     assert np.isnan(y[place[:-1]]).all(), (
-        f"the id {number} in row {place[0]} of {len(case.registry)} features gave a finite output"
+        f"the id {number} in row {place[0]} of {len(case.table)} features gave a finite output"
     )
 
 
@@ -99,8 +100,8 @@ def unknown_ids(draw: Draw, backend: Backend) -> None:
 )
 def encoding(draw: Draw, backend: Backend) -> None:
     case = draw.case()
-    rows = draw.rows(case.registry, draw.integer(0, 4))
-    expected = [bits.active_features(case.registry, row) for row in rows]
+    rows = draw.rows(case.table, draw.integer(0, 4))
+    expected = [bits.active_features(case.table, row) for row in rows]
     width = draw.one_of([None, max([1, *map(len, expected)]) + 1])
     ids, weights = backend.encode(case.config, rows, width=width)
     assert ids.dtype == np.int32, f"ids are {ids.dtype}"
@@ -123,14 +124,14 @@ def encoding(draw: Draw, backend: Backend) -> None:
 )
 def names_refused(draw: Draw, backend: Backend) -> None:
     case = draw.case()
-    registry = case.registry
-    rows = draw.rows(registry, 3)
+    table = case.table
+    rows = draw.rows(table, 3)
     number = draw.integer(0, 2)
-    group = draw.one_of(registry.groups)
+    group = draw.one_of(table.groups)
     bad = [
         ({group: "no such feature"}, [f"row {number}", group, "no such feature"]),
         ({"no such group": "x"}, [f"row {number}", "no such group"]),
-        ({group: {registry.names(group)[0]: float("nan")}}, [f"row {number}"]),
+        ({group: {table.names(group)[0]: float("nan")}}, [f"row {number}"]),
         ({group: 3}, [f"row {number}", group]),
     ]
     for row, named in bad:
@@ -142,9 +143,9 @@ def names_refused(draw: Draw, backend: Backend) -> None:
                 assert part in str(error), f"{row!r}: the message does not name {part!r}: {error}"
         else:
             raise AssertionError(f"{row!r} was encoded without an error")
-    known = registry.names(group)[0]
+    known = table.names(group)[0]
     ids, weights = backend.encode(
         case.config, [{group: [known, "no such feature"]}], unknown="skip"
     )
-    wanted = bits.active_features(registry, {group: known})
+    wanted = bits.active_features(table, {group: known})
     assert set(bits.by_row(ids, weights)[0]) == set(wanted), "skipping skipped something else too"

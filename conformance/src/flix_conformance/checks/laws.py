@@ -86,7 +86,7 @@ def inactive_is_absent(draw: Draw, backend: Backend) -> None:
     ids[..., entry] = -1
     silenced = case.but(weights=weights)
     # Features without any say get other values.
-    acting = {case.registry.features[i] for i in np.unique(ids[weights != 0]) if i >= 0}
+    acting = {case.table.features[i] for i in np.unique(ids[weights != 0]) if i >= 0}
     pairs = {f: p if f in acting else (p[0] + 3, p[1] - 2) for f, p in case.pairs.items()}
     absent = case.but(ids=ids, weights=weights, pairs=pairs)
     size = _size(silenced)

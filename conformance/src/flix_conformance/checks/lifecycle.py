@@ -18,29 +18,21 @@ from flix_conformance.checks.files import TENSOR_FILE, description, unpack
 from flix_conformance.checks.outputs import check_output
 from flix_conformance.checks.training import SETTINGS, TRAJECTORY
 from flix_conformance.compare import close, close_in_norm, same_bits, same_pairs
-from flix_conformance.harness import Case, Feature, Pairs
-from flix_conformance.signatures import Signature, trainable_signature
+from flix_conformance.harness import Case, Pairs
+from flix_conformance.signatures import Signature
 from flix_conformance.strategies import Draw
+from flix_conformance.table import Feature, Table, written
 
 _NEW = "joined: 新"
 
 
-def _signatures(draw: Draw, backend: Backend) -> list[Signature]:
-    kind = any_kind(draw, backend.kinds)
-    return [trainable_signature(i, kind) for i in range(draw.scaled(6))]
-
-
-def _removable(registry: flix.FeatureRegistry) -> list[Feature]:
+def _removable(table: Table) -> list[Feature]:
     """Features that are not the last of their group."""
-    return [f for f in registry.features if len(registry.names(f[0])) > 1]
+    return [f for f in table.live if len(table.names(f[0])) > 1]
 
 
 def _case(draw: Draw, backend: Backend, where: Callable[[Signature], Any] = lambda _: True) -> Case:
-    return draw.fill(draw.of_turn([s for s in _signatures(draw, backend) if where(s)]), "float32")
-
-
-def _ids(case: Case) -> dict[Feature, int]:
-    return {feature: number for number, feature in enumerate(case.registry.features)}
+    return draw.trainable(any_kind(draw, backend.kinds), 6, where)
 
 
 def check_state(
@@ -52,10 +44,6 @@ def check_state(
     others = {f: pair for f, pair in found.items() if f in pairs}
     same_pairs(others, pairs, what)
     return {f: pair for f, pair in found.items() if f not in pairs}
-
-
-def _grown(case: Case, group: str, rank: int, **settings: Any) -> flix.FlixConfig:
-    return case.config.with_feature(group, _NEW, rank=rank, **settings)
 
 
 def _routed_to(draw: Draw, case: Case, number: int) -> Case:
@@ -74,13 +62,18 @@ def _routed_to(draw: Draw, case: Case, number: int) -> Case:
 )
 def added_feature(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend)
-    group, rank = draw.one_of(case.registry.groups), draw.one_of([1, 3])
+    told = {group for group, _ in case.table.alphas}  # the first choice is sure to be tried
+    groups = sorted(case.table.groups, key=lambda group: group not in told)
+    group, rank = draw.one_of(groups), draw.one_of([1, 3])
     model = backend.add_feature(backend.adapted(case), group, _NEW, rank, ())
-    new, number = (group, _NEW), len(case.registry)
-    fresh = check_state(backend, model, {**_ids(case), new: number}, case.pairs, "after adding")
+    new, number = (group, _NEW), len(case.table)
+    fresh = check_state(backend, model, case.table.added(new).ids, case.pairs, "after adding")
     like = (np.zeros((rank, case.d_in)), np.zeros((case.d_out, rank)))
     same_pairs(fresh, bits.initial_pairs(case.but(pairs={new: like})), "the new feature")
-    grown = case.but(config=_grown(case, group, rank), pairs={**case.pairs, **fresh}, model=model)
+    a, b = fresh[new]
+    taught = {new: (a, draw.generator().normal(size=b.shape).astype(np.float32))}
+    model = backend.primitives.write(model, {case.path: taught})
+    grown = case.but(table=case.table.added(new), pairs={**case.pairs, **taught}, model=model)
     check_output(backend, _routed_to(draw, grown, number))
 
 
@@ -90,8 +83,8 @@ def added_feature(draw: Draw, backend: Backend) -> None:
 )
 def added_from_others(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend)
-    group, rank = draw.one_of(case.registry.groups), draw.one_of([1, 2, 4])
-    names = case.registry.names(group)
+    group, rank = draw.one_of(case.table.groups), draw.one_of([1, 2, 4])
+    names = case.table.names(group)
     origins = names[: draw.integer(1, len(names))]
     full = min(case.d_in, case.d_out)
     stacked = sum(len(a) for (own, _), (a, _) in case.pairs.items() if own == group)
@@ -100,12 +93,12 @@ def added_from_others(draw: Draw, backend: Backend) -> None:
         origins, rank = names, full + 1
     model = backend.add_feature(backend.adapted(case), group, _NEW, rank, origins)
     new = (group, _NEW)
-    ids = {**_ids(case), new: len(case.registry)}
+    ids = case.table.added(new).ids
     a, b = check_state(backend, model, ids, case.pairs, "after adding")[new]
     assert (a.shape, b.shape) == ((rank, case.d_in), (case.d_out, rank)), (
         f"the new feature's shapes are {a.shape} and {b.shape}"
     )
-    grown = case.but(config=_grown(case, group, rank), pairs={new: (a, b)})
+    grown = case.but(table=case.table.added(new), pairs={new: (a, b)})
     mean, best = oracle.nearest(case, [(group, name) for name in origins], rank)
     update = oracle.scale(grown, new) * (b.astype(np.float64) @ a.astype(np.float64))
     far = float(np.linalg.norm(update - mean))
@@ -116,16 +109,16 @@ def added_from_others(draw: Draw, backend: Backend) -> None:
 
 @check(
     "training after a feature was added moves the new one as the formula does, and no other by a bit",
-    examples=2,
+    examples=4,
 )
 def added_trains_alone(draw: Draw, backend: Backend) -> None:
     case, batches = draw.run(any_kind(draw, backend.kinds), steps=3)
-    group, rank = draw.one_of(case.registry.groups), draw.one_of([1, 3])
-    origins = draw.one_of([(), case.registry.names(group)])
+    group, rank = draw.one_of(case.table.groups), draw.one_of([1, 3])
+    origins = draw.one_of([(), case.table.names(group)])
     model = backend.add_feature(backend.adapted(case), group, _NEW, rank, origins)
-    new, number = (group, _NEW), len(case.registry)
+    new, number = (group, _NEW), len(case.table)
     pair = backend.state(model)[1][new]
-    grown = case.but(config=_grown(case, group, rank), pairs={**case.pairs, new: pair}, model=model)
+    grown = case.but(table=case.table.added(new), pairs={**case.pairs, new: pair}, model=model)
     steps = []
     for batch in batches:
         given = case.but(ids=batch.ids, weights=batch.weights)
@@ -137,7 +130,7 @@ def added_trains_alone(draw: Draw, backend: Backend) -> None:
     for step, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
         for feature, before in case.pairs.items():
             for part in (0, 1):
-                label = f"{'AB'[part]} of {'='.join(feature)}, which is frozen, at step {step}"
+                label = f"{'AB'[part]} of {written(feature)}, which is frozen, at step {step}"
                 same_bits(actual[feature][part], before[part], label)
         for part in (0, 1):
             label = f"{'AB'[part]} of the new feature after step {step}"
@@ -154,15 +147,14 @@ def _without(case: Case, number: int) -> Case:
     examples=6,
 )
 def removed_feature(draw: Draw, backend: Backend) -> None:
-    case = _case(draw, backend, lambda s: _removable(s.config.registry))
-    gone = draw.one_of(_removable(case.registry))
+    case = _case(draw, backend, lambda s: _removable(s.table))
+    gone = draw.one_of(_removable(case.table))
     model = backend.remove_feature(backend.adapted(case), *gone)
-    ids = _ids(case)
-    number = ids.pop(gone)
+    number = case.table.ids[gone]
     left = {f: pair for f, pair in case.pairs.items() if f != gone}
-    surplus = check_state(backend, model, ids, left, "after removing")
+    surplus = check_state(backend, model, case.table.removed(gone).ids, left, "after removing")
     assert not surplus, f"{sorted(surplus)} is still there"
-    check_output(backend, _without(case, number).but(model=model))
+    check_output(backend, _without(case, number).but(table=case.table.removed(gone), model=model))
 
 
 @check(
@@ -171,18 +163,18 @@ def removed_feature(draw: Draw, backend: Backend) -> None:
 )
 def removed_refused(draw: Draw, backend: Backend) -> None:
     def fits(s: Signature) -> bool:
-        return bool(s.filled and _removable(s.config.registry))
+        return bool(s.filled and _removable(s.table))
 
-    case = _case(draw, backend, fits).but(strategy="auto")
-    gone = draw.one_of(_removable(case.registry))
-    number = _ids(case)[gone]
+    case = _case(draw, backend, fits).for_any_rows()
+    gone = draw.one_of(_removable(case.table))
+    number = case.table.ids[gone]
     model = backend.remove_feature(backend.adapted(case), *gone)
     named = _without(case, number).but(model=model)
     place = tuple(draw.integer(0, size - 1) for size in named.ids.shape)
     named.ids[place] = number
     error = backend.refuse(named)
     assert isinstance(error, ValueError), f"routing to a removed feature: {error!r}"
-    assert "=".join(gone) in str(error), f"the message does not name {'='.join(gone)}: {error}"
+    assert written(gone) in str(error), f"the message does not name {written(gone)}: {error}"
     try:
         y = np.asarray(backend.forward(named)[0], np.float64)
     except Exception:
@@ -192,43 +184,66 @@ def removed_refused(draw: Draw, backend: Backend) -> None:
 
 @check(
     "renaming a feature keeps every id and value, bit by bit, and the outputs",
-    examples=5,
+    examples=6,
 )
 def renamed_feature(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend)
-    old = draw.one_of(case.registry.features)
+    old = draw.one_of([*case.pairs, *(f for f in case.table.features if f not in case.pairs)])
     model = backend.rename_feature(backend.adapted(case), old[0], old[1], _NEW)
 
     def renamed(values: dict[Feature, Any]) -> dict[Feature, Any]:
         return {(f[0], _NEW) if f == old else f: value for f, value in values.items()}
 
-    surplus = check_state(
-        backend, model, renamed(_ids(case)), renamed(case.pairs), "after renaming"
-    )
+    table, pairs = case.table.renamed(old, _NEW), renamed(case.pairs)
+    surplus = check_state(backend, model, table.ids, pairs, "after renaming")
     assert not surplus, f"{sorted(surplus)} appeared"
-    check_output(backend, case.but(model=model))
+    number = case.table.ids[old]
+    check_output(backend, _routed_to(draw, case.but(table=table, pairs=pairs, model=model), number))
+
+
+@check(
+    "after a feature was added, one renamed and one removed, rows become ids by the same rules as before",
+    examples=8,
+)
+def changed_encoding(draw: Draw, backend: Backend) -> None:
+    def fits(s: Signature) -> bool:
+        return bool(s.table.implies and _removable(s.table))
+
+    case = draw.trainable("linear", 24, fits)
+    group, table = draw.one_of(case.table.groups), case.table
+    old, gone = draw.one_of(table.live), draw.one_of(_removable(table))
+    model = backend.add_feature(backend.adapted(case), group, _NEW, 1, ())
+    model = backend.rename_feature(model, old[0], old[1], "renamed")
+    table = table.added((group, _NEW)).renamed(old, "renamed")
+    gone = (old[0], "renamed") if gone == old else gone
+    model, table = backend.remove_feature(model, gone[0], gone[1]), table.removed(gone)
+    rows = [*draw.rows(table, 3), *({group: name} for group, name in table.live)]
+    expected = [bits.active_features(table, row) for row in rows]
+    ids, weights = backend.encode(backend.primitives.adapted(model), rows)
+    for row, found, wanted in zip(rows, bits.by_row(ids, weights), expected, strict=True):
+        assert found == {i: np.float32(w) for i, w in wanted.items()}, (
+            f"{row} became {found}, expected {wanted}"
+        )
 
 
 def _donor(draw: Draw, case: Case, group: str) -> Case:
     """Another adapter of the same layer, with the new feature among others."""
-    registry = flix.FeatureRegistry({group: ["first", _NEW], "elsewhere": ["last"]})
+    names = {group: ["first", _NEW], "elsewhere": ["last"]}
     rank = draw.one_of([1, 2, 4])
+    rule = {"alpha": draw.one_of([None, 3.0]), "scaling": draw.one_of(["lora", "rslora"])}
     config = flix.FlixConfig(
-        registry=registry,
-        ranks=rank,
-        alpha=draw.one_of([None, 3.0]),
-        scaling=draw.one_of(["lora", "rslora"]),
-        target_modules=(case.path,),
+        registry=flix.FeatureRegistry(names), ranks=rank, target_modules=(case.path,), **rule
     )
+    table = Table.of(names, **rule)
     rng = draw.generator()
     pairs = {
         feature: (
             rng.normal(size=(rank, case.d_in)).astype(np.float32),
             rng.normal(size=(case.d_out, rank)).astype(np.float32),
         )
-        for feature in registry.features
+        for feature in table.features
     }
-    return case.but(config=config, pairs=pairs)
+    return case.but(config=config, table=table, pairs=pairs)
 
 
 def _check_file(donor: Case, folder: Path, feature: Feature) -> None:
@@ -252,12 +267,9 @@ def _loaded(backend: Backend, model: Any, donor: Case, new: Feature) -> Any:
         return backend.load_features(model, folder)
 
 
-def _joined(case: Case, donor: Case, new: Feature) -> flix.FlixConfig:
-    """The configuration with the donor's feature, at the donor's scale."""
-    rank = donor.pairs[new][0].shape[0]
-    scale = oracle.scale(donor, new)
-    alpha = scale * (rank if case.config.scaling == "lora" else rank**0.5)
-    return _grown(case, new[0], rank, alpha=alpha)
+def _joined(case: Case, donor: Case, new: Feature) -> Table:
+    """The features with the donor's, at the donor's scale."""
+    return case.table.added(new, oracle.scale(donor, new))
 
 
 @check(
@@ -266,13 +278,13 @@ def _joined(case: Case, donor: Case, new: Feature) -> flix.FlixConfig:
 )
 def loaded_feature(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend)
-    group = draw.one_of(case.registry.groups)
+    group = draw.one_of(case.table.groups)
     donor, new = _donor(draw, case, group), (group, _NEW)
     model = _loaded(backend, backend.adapted(case), donor, new)
-    number = len(case.registry)
-    fresh = check_state(backend, model, {**_ids(case), new: number}, case.pairs, "after loading")
+    number = len(case.table)
+    fresh = check_state(backend, model, case.table.added(new).ids, case.pairs, "after loading")
     same_pairs(fresh, {new: donor.pairs[new]}, "the loaded feature")
-    grown = case.but(config=_joined(case, donor, new), pairs={**case.pairs, **fresh}, model=model)
+    grown = case.but(table=_joined(case, donor, new), pairs={**case.pairs, **fresh}, model=model)
     check_output(backend, _routed_to(draw, grown, number))
 
 
@@ -283,28 +295,27 @@ def loaded_feature(draw: Draw, backend: Backend) -> None:
 def changed_merge(draw: Draw, backend: Backend) -> None:
     def fits(s: Signature) -> bool:
         # What is implied by "every feature of a group" is a question of two adapters' rules, not of this check.
-        return bool(_removable(s.config.registry) and not s.config.registry.implies)
+        return bool(_removable(s.table) and not s.table.implies)
 
     case = _case(draw, backend, fits)
-    group, rank = draw.one_of(case.registry.groups), 2
-    gone = draw.one_of(_removable(case.registry))
-    origin = draw.one_of(case.registry.names(group))
+    group, rank = draw.one_of(case.table.groups), 2
+    gone = draw.one_of(_removable(case.table))
+    origin = draw.one_of(case.table.names(group))
     model = backend.add_feature(backend.adapted(case), group, _NEW, rank, [origin])
     model = backend.rename_feature(model, group, _NEW, "renamed")
     model = backend.remove_feature(model, *gone)
-    config = _grown(case, group, rank).with_renamed(group, _NEW, "renamed")
-    changed = case.but(config=config.without_feature(*gone))
+    table = case.table.added((group, _NEW)).renamed((group, _NEW), "renamed").removed(gone)
+    changed = case.but(table=table)
     donor, new = _donor(draw, case, group), (group, _NEW)
     model = _loaded(backend, model, donor, new)
-    count = len(case.registry)
+    count = len(case.table)
     pairs = backend.state(model)[1]
-    config = _joined(changed, donor, new)
-    changed = _without(changed.but(config=config, pairs=pairs, model=model), _ids(case)[gone])
+    table = _joined(changed, donor, new)
+    changed = _without(changed.but(table=table, pairs=pairs, model=model), case.table.ids[gone])
     check_output(backend, _routed_to(draw, changed, draw.one_of([count, count + 1])))
     row = {group: draw.one_of(["renamed", {"renamed": 0.5, _NEW: -2.0}])}
     active = {
-        changed.registry.features[i]: w
-        for i, w in bits.active_features(changed.registry, row).items()
+        changed.table.features[i]: w for i, w in bits.active_features(changed.table, row).items()
     }
     kernel = np.asarray(backend.merge(changed, row), np.float64)
     size = oracle.merged(oracle.magnitude(changed), {f: abs(w) for f, w in active.items()})

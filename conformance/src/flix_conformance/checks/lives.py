@@ -20,8 +20,9 @@ from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import check
 from flix_conformance.checks.conduct import FIRST, SECOND, two_layers
 from flix_conformance.checks.files import pack
-from flix_conformance.harness import Feature, Stack
+from flix_conformance.harness import Stack
 from flix_conformance.strategies import Draw
+from flix_conformance.table import Feature, written
 
 _HAU, _NER, _POS = ("language", "hau"), ("task", "ner"), ("task", "pos")
 
@@ -120,7 +121,7 @@ def _snapshot(backend: Backend, model: Any) -> tuple[Any, set[Feature], dict[str
     config = backend.primitives.adapted(model).to_dict()
     config["target_modules"] = sorted(config["target_modules"])  # layers as they come in the model
     values = {
-        f"{path}, {part} of {'='.join(feature)}": np.array(value).tobytes()
+        f"{path}, {part} of {written(feature)}": np.array(value).tobytes()
         for path, pairs in backend.primitives.read(model).items()
         for feature, pair in pairs.items()
         for part, value in zip("AB", pair, strict=True)

@@ -10,6 +10,7 @@ from flix_conformance.checks._registry import any_kind, check
 from flix_conformance.compare import close, same_bits
 from flix_conformance.harness import Array, Case
 from flix_conformance.strategies import Draw
+from flix_conformance.table import written
 
 
 def output(backend: Backend, case: Case) -> Array:
@@ -30,7 +31,31 @@ def forward(draw: Draw, backend: Backend) -> None:
 
 @check("an embedding's outputs are those of the formula", examples=36, kind="embedding")
 def embedding_forward(draw: Draw, backend: Backend) -> None:
-    check_output(backend, draw.case(kind="embedding", pool=12))
+    check_output(backend, draw.case(kind="embedding", pool=24))
+
+
+@check("ids act by their value, whatever integers they come in", examples=12)
+def id_dtypes(draw: Draw, backend: Backend) -> None:
+    case = draw.case(kind=any_kind(draw, backend.kinds), pool=12)
+    dtype = draw.one_of(backend.id_dtypes)
+    ids = case.ids if np.dtype(dtype).kind == "i" else np.where(case.ids < 0, 0, case.ids)
+    check_output(backend, case.but(ids=ids.astype(dtype)))
+
+
+@check(
+    "in evaluation mode outputs are those of the formula; training mode comes back as it was",
+    examples=12,
+    needs=("evaluated",),
+)
+def evaluation(draw: Draw, backend: Backend) -> None:
+    case = draw.case(kind=any_kind(draw, backend.kinds), pool=12)
+    size, expected = oracle.forward(oracle.magnitude(case)), oracle.forward(case)
+    with backend.within(case.dtype):
+        case = case.but(model=backend.adapted(case))
+    for mode in ("evaluated", "forward", "evaluated"):
+        y, dtype = getattr(backend, mode)(case)
+        assert dtype == case.dtype, f"{mode}: the output of a {case.dtype} layer is {dtype}"
+        close(y, expected, size, case.dtype, f"the output, {mode},")
 
 
 @check("the output has the dtype of the layer")
@@ -62,8 +87,8 @@ def inputs_unchanged(draw: Draw, backend: Backend) -> None:
         "weights": case.weights,
         "kernel": case.kernel,
         "bias": case.bias,
-        **{f"A of {'='.join(f)}": a for f, (a, _) in case.pairs.items()},
-        **{f"B of {'='.join(f)}": b for f, (_, b) in case.pairs.items()},
+        **{f"A of {written(f)}": a for f, (a, _) in case.pairs.items()},
+        **{f"B of {written(f)}": b for f, (_, b) in case.pairs.items()},
     }
     before = {name: array.copy() for name, array in given.items() if array is not None}
     y, _ = backend.forward(case)
@@ -75,10 +100,8 @@ def inputs_unchanged(draw: Draw, backend: Backend) -> None:
 @check("merging one composition gives the formula's kernel, and the output that routing gives")
 def merge(draw: Draw, backend: Backend) -> None:
     case = draw.case(kind=any_kind(draw, backend.kinds), pool=12)
-    row = draw.rows(case.registry, 1, full=True)[0]
-    active = {
-        case.registry.features[i]: w for i, w in bits.active_features(case.registry, row).items()
-    }
+    row = draw.rows(case.table, 1, full=True)[0]
+    active = {case.table.features[i]: w for i, w in bits.active_features(case.table, row).items()}
     kernel = np.asarray(backend.merge(case, row), np.float64)
     size = oracle.merged(oracle.magnitude(case), {f: abs(w) for f, w in active.items()})
     close(kernel, oracle.merged(case, active), size, case.dtype, "the merged kernel")

@@ -12,8 +12,9 @@ from flix_conformance import bits, oracle
 from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import any_kind, check
 from flix_conformance.compare import close_in_norm, same_bits, same_pairs
-from flix_conformance.harness import AdamW, Array, Case, Pairs
+from flix_conformance.harness import AdamW, Case, Pairs
 from flix_conformance.strategies import Draw
+from flix_conformance.table import written
 
 SETTINGS = AdamW()
 STEPS = 20
@@ -25,36 +26,42 @@ TRAJECTORY = 2e-3
 def initial_values(draw: Draw, backend: Backend) -> None:
     case = draw.case(kind=any_kind(draw, backend.kinds), pool=16).but(dtype="float32")
     seed = draw.one_of([0, 1, 7, 2**31, -5])
-    case = case.but(config=replace(case.config, seed=seed))
+    case = case.but(config=replace(case.config, seed=seed), table=replace(case.table, seed=seed))
     same_pairs(backend.initial(case), bits.initial_pairs(case), "initial values")
 
 
-def dropout_case(draw: Draw) -> tuple[flix.FlixConfig, Array, Array, dict[str, int]]:
-    """A configuration with dropout, routing, and a place in a run."""
+def dropout_case(draw: Draw) -> tuple[flix.FlixConfig, bits.Rates, Case, dict[str, int]]:
+    """A configuration with dropout, its rates, a case whose routing is dropped, and a place in a run."""
     case = draw.case()
     rates = [0.0, 0.1, 0.5, 0.9, 1.0]
-    dropout = flix.FeatureDropout(
+    chosen = bits.Rates(
         p=draw.one_of(rates),
-        per_group={g: draw.one_of(rates) for g in case.registry.groups[:1]},
+        per_group={g: draw.one_of(rates) for g in case.table.groups[:1]},
         keep_one=draw.one_of([False, True]),
         rescale=draw.one_of([False, True]),
     )
     weights = case.weights
     if weights is None:
         weights = np.where(case.ids < 0, 0, 1).astype(np.float32)
+    if draw.one_of([False, True]):
+        # A feature that is listed twice is dropped, or kept, as one.
+        case = case.but(ids=np.repeat(case.ids, 2, -1))
+        weights = np.repeat(weights, 2, -1)
     place = {
         "seed": draw.integer(0, 2**31),
         "step": draw.integer(0, 10**6),
         "first_row": draw.one_of([0, 3]),
     }
-    return replace(case.config, feature_dropout=dropout), case.ids, weights, place
+    config = replace(case.config, feature_dropout=flix.FeatureDropout(**vars(chosen)))
+    return config, chosen, case.but(weights=weights), place
 
 
 @check("feature dropout gives the defined mask of a seed, step and row", examples=40)
 def dropout_masks(draw: Draw, backend: Backend) -> None:
-    config, ids, weights, place = dropout_case(draw)
-    expected = bits.dropped(config, ids, weights, **place)
-    found = backend.dropout(config, ids.copy(), weights.copy(), **place)
+    config, rates, case, place = dropout_case(draw)
+    assert case.weights is not None
+    expected = bits.dropped(case.table, rates, case.ids, case.weights, **place)
+    found = backend.dropout(config, case.ids.copy(), case.weights.copy(), **place)
     same_bits(found[0], expected[0], "ids after dropout")
     same_bits(found[1], expected[1], "weights after dropout")
 
@@ -70,7 +77,7 @@ def absent_stay(draw: Draw, backend: Backend) -> None:
         present = oracle.listed(case, batches[step].ids)
         for feature, pair in before.items():
             for part in (0, 1):
-                label = f"{'AB'[part]} of {'='.join(feature)}, absent from step {step},"
+                label = f"{'AB'[part]} of {written(feature)}, absent from step {step},"
                 if feature not in present:
                     same_bits(after[feature][part], pair[part], label)
         before = after
@@ -87,7 +94,7 @@ def check_trajectory(case: Case, found: Any, expected: list[Pairs], slack: float
                     np.asarray(wanted[feature][part], np.float64),
                     start[part],
                     slack * TRAJECTORY,
-                    f"{'AB'[part]} of {'='.join(feature)} after step {step}",
+                    f"{'AB'[part]} of {written(feature)} after step {step}",
                 )
 
 
