@@ -45,13 +45,14 @@ def test_oracle_gradients_are_those_of_its_forward() -> None:
     rng = np.random.default_rng(0)
     case = Case(
         config=chosen.config,
+        table=chosen.table,
         path="proj",
         kind="linear",
         kernel=rng.normal(size=(4, 5)),
         bias=None,
         pairs={
             f: (rng.normal(size=(r, 4)), rng.normal(size=(5, r)))
-            for f, r in zip(chosen.config.registry.features, chosen.ranks, strict=True)
+            for f, r in zip(chosen.table.features, chosen.ranks, strict=True)
         },
         x=rng.normal(size=(1, 9, 4)),
         ids=rng.integers(-1, 3, (1, 9, 2)).astype(np.int32),

@@ -119,7 +119,7 @@ def active_features(table: Table, row: Mapping[str, Any]) -> dict[int, float]:
                     implied.append(target)
                     pending.append(target)
     acting = dict.fromkeys(implied, 1.0) | named
-    return {table.ids[feature]: float(w) for feature, w in acting.items()}
+    return {table.ids[feature]: float(np.float32(w)) for feature, w in acting.items()}
 
 
 def by_row(ids: Array, weights: Array) -> Sequence[dict[int, float]]:

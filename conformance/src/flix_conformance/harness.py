@@ -176,6 +176,9 @@ class Harness(Protocol):
     - ``excluded``, pairs ``(strategy, dtype)`` that do not exist, of those below;
     - ``id_dtypes``, the dtypes that ids may come in, ``("int32", "int64")`` if it is not there;
     - ``evaluated(model, batch)``, as ``call``, in evaluation mode where models have one, and ``call`` in training mode;
+    - ``compiled_forward(model)``, a function of a :class:`Batch`, compiled once, that gives what ``call`` gives;
+    - ``fit(model, batches, settings)``, which trains as ``trainer`` does, batch by batch, by a loop of the framework's
+      own, or with what users combine: compiled steps, checkpointing, accumulated gradients;
     - ``unfreeze(model, path)`` lets a layer of the base train, as a user does with a head, where that can be done.
 
     Attributes:

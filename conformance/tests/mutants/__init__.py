@@ -1,6 +1,6 @@
 """Deliberately broken backends, made from the example: each breaks one rule, and names the check that must see it."""
 
-from mutants import conduct, cross, lifecycle, outputs, routing, training, ways
+from mutants import conduct, cross, lifecycle, outputs, routing, training, uses, ways
 from mutants._registry import MUTANTS, Mutant
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "outputs",
     "routing",
     "training",
+    "uses",
     "ways",
 ]

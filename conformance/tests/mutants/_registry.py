@@ -47,6 +47,14 @@ class OptionalHarness(Harness):
     def evaluated(self, model: Any, batch: Any) -> Any:
         return self.call(model, batch)
 
+    def compiled_forward(self, model: Any) -> Any:
+        return lambda batch: self.call(model, batch)
+
+    def fit(self, model: Any, batches: Any, settings: Any) -> None:
+        step = self.trainer(model, settings)
+        for batch in batches:
+            step(batch)
+
 
 class SeveralWays(Harness):
     """The example's, under several names of strategies, which its layers can look up."""

@@ -66,6 +66,11 @@ def _call(module: Any, x: Any, routing: dict[str, Any]) -> Any:
     return module(x, **routing)
 
 
+@nnx.jit
+def _part(module: Any, x: Any, routing: dict[str, Any]) -> Any:
+    return _call(module, x, routing) * 1
+
+
 @functools.partial(jax.jit, static_argnames="strategy")
 def _gradients(
     x: Any, kernel: Any, bias: Any, bank: LayerBank, ids: Any, weights: Any, dy: Any, strategy: str
@@ -151,6 +156,41 @@ class JaxHarness:
             _step(model, optimizer, ids, batch.weights, _x(batch), target)
 
         return step
+
+    def compiled_forward(self, model: Any) -> Callable[[Batch], tuple[NDArray[Any], str]]:
+        """``call`` is compiled already; here it is one part of a larger function."""
+
+        def called(batch: Batch) -> tuple[NDArray[Any], str]:
+            y = _part(model, _x(batch), _routing(batch))
+            return np.asarray(y).astype(np.float64), str(y.dtype)
+
+        return called
+
+    def fit(self, model: Any, batches: Sequence[Batch], settings: AdamW) -> None:
+        """All steps in one compiled scan."""
+        model.train()
+        s = settings
+        optimizer = FlixOptimizer(model, adamw(s.lr, s.beta1, s.beta2, s.eps, s.decay))
+        weighted = batches[0].weights is not None
+
+        @jax.jit
+        def steps(state: Any, given: Any) -> Any:
+            def body(state: Any, batch: Any) -> tuple[Any, None]:
+                model, optimizer = nnx.merge(graph, state)
+                _, gradients = value_and_grad(_loss)(model, **batch)
+                optimizer.update(model, gradients)
+                return nnx.state((model, optimizer)), None
+
+            return jax.lax.scan(body, state, given)[0]
+
+        graph, state = nnx.split((model, optimizer))
+        given = {
+            "ids": jnp.stack([b.ids for b in batches]),
+            "weights": jnp.stack([jnp.asarray(b.weights) for b in batches]) if weighted else None,
+            "x": jnp.stack([_x(b) for b in batches]),
+            "target": jnp.stack([b.target for b in batches]),
+        }
+        nnx.update((model, optimizer), steps(state, given))
 
     def kernel(self, model: Any, path: str) -> NDArray[Any]:
         return np.asarray(kernel_of(getattr(model, path))[...])

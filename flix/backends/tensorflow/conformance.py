@@ -37,6 +37,22 @@ def _layer(model: Any, path: str) -> Any:
     return (model.base if isinstance(model, FlixModel) else model).get_layer(path)
 
 
+def _adamw(settings: AdamW) -> Any:
+    return keep_absent(
+        keras.optimizers.AdamW(
+            learning_rate=settings.lr,
+            beta_1=settings.beta1,
+            beta_2=settings.beta2,
+            epsilon=settings.eps,
+            weight_decay=settings.decay,
+        )
+    )
+
+
+def _loss(target: Any, y: Any) -> Any:
+    return tf.reduce_sum((y - target) ** 2) / (2 * tf.cast(tf.shape(y)[0], y.dtype))
+
+
 class TensorFlowHarness:
     """Plain models, calls, gradients and training: numpy in, numpy out."""
 
@@ -109,25 +125,44 @@ class TensorFlowHarness:
 
     def trainer(self, model: FlixModel, settings: AdamW) -> Callable[[Batch], Any]:
         """Steps of Keras's AdamW."""
-        optimizer = keep_absent(
-            keras.optimizers.AdamW(
-                learning_rate=settings.lr,
-                beta_1=settings.beta1,
-                beta_2=settings.beta2,
-                epsilon=settings.eps,
-                weight_decay=settings.decay,
-            )
-        )
+        optimizer = _adamw(settings)
         variables = primitives.parameters(model)
         optimizer.build(variables)
 
         def step(batch: Batch) -> None:
             with tf.GradientTape() as tape:
                 y = _called(model, _x(batch), batch, batch.weights, training=True)
-                loss = tf.reduce_sum((y - batch.target) ** 2) / (2 * len(batch.x))
+                loss = _loss(batch.target, y)
             optimizer.apply(tape.gradient(loss, [v.value for v in variables]), variables)
 
         return step
+
+    def compiled_forward(self, model: FlixModel) -> Callable[[Batch], tuple[NDArray[Any], str]]:
+        """One graph for all calls: routing is an argument."""
+
+        run = tf.function(lambda given: model(given))
+
+        def called(batch: Batch) -> tuple[NDArray[Any], str]:
+            given = {"inputs": _x(batch), "flix_features": tf.constant(batch.ids)}
+            if batch.weights is not None:
+                given["flix_weights"] = tf.constant(batch.weights)
+            y = run(given)
+            return _numpy(y), tf.as_dtype(y.dtype).name
+
+        return called
+
+    def fit(self, model: FlixModel, batches: Sequence[Batch], settings: AdamW) -> None:
+        """By Keras's ``fit``."""
+        given = {
+            "inputs": np.concatenate([b.x for b in batches]),
+            "flix_features": np.concatenate([b.ids for b in batches]),
+        }
+        weights = [b.weights for b in batches if b.weights is not None]
+        if weights:
+            given["flix_weights"] = np.concatenate(weights)
+        target = np.concatenate([b.target for b in batches])
+        model.compile(optimizer=_adamw(settings), loss=_loss)
+        model.fit(given, target, batch_size=len(batches[0].x), shuffle=False, verbose=0)
 
     def kernel(self, model: Any, path: str) -> NDArray[Any]:
         """Of a plain or adapted model."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flix.backends.torch import primitives
 from flix.backends.torch.kernels.choice import INTERPRETED
@@ -112,6 +113,28 @@ class TorchHarness:
             adamw.step()
 
         return step
+
+    def compiled_forward(self, model: Any) -> Callable[[Batch], tuple[NDArray[Any], str]]:
+        """The whole graph, by a compiler that makes no machine code: it is ours that is tried."""
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="aot_eager", fullgraph=True)
+        return lambda batch: self.call(run, batch)
+
+    def fit(self, model: Any, batches: Sequence[Batch], settings: AdamW) -> None:
+        """Gradients of one row after the other are accumulated, each through a checkpoint."""
+        s = settings
+        parameters = primitives.parameters(model.train())
+        adamw = torch.optim.AdamW(parameters, s.lr, (s.beta1, s.beta2), s.eps, s.decay)
+        for batch in batches:
+            adamw.zero_grad()
+            for row in range(len(batch.x)):
+                rows = slice(row, row + 1)
+                options: dict[str, Any] = {"use_reentrant": False}
+                options |= {name: value[rows] for name, value in _routing(batch).items()}
+                y = checkpoint(model, _x(batch)[rows], **options)
+                loss = ((y - torch.from_numpy(batch.target)[rows]) ** 2).sum() / 2
+                (loss / len(batch.x)).backward()
+            adamw.step()
 
     def kernel(self, model: Any, path: str) -> NDArray[Any]:
         layer = model.get_submodule(path)

@@ -11,10 +11,23 @@ from flix_conformance.checks import (
     lives,
     outputs,
     training,
+    uses,
 )
 from flix_conformance.checks._registry import CHECKS, Check, NotOffered
 
-_MODULES = (outputs, gradients, laws, inputs, training, files, lifecycle, conduct, lives, cross)
+_MODULES = (
+    outputs,
+    gradients,
+    laws,
+    inputs,
+    training,
+    uses,
+    files,
+    lifecycle,
+    conduct,
+    lives,
+    cross,
+)
 _ORDER = [module.__name__ for module in _MODULES]
 for _check in sorted(CHECKS.values(), key=lambda c: _ORDER.index(c.run.__module__)):
     CHECKS[_check.name] = CHECKS.pop(_check.name)

@@ -34,7 +34,7 @@ def embedding_forward(draw: Draw, backend: Backend) -> None:
     check_output(backend, draw.case(kind="embedding", pool=24))
 
 
-@check("ids act by their value, whatever integers they come in", examples=12)
+@check("ids act by their value, whatever integers they come in", examples=6)
 def id_dtypes(draw: Draw, backend: Backend) -> None:
     case = draw.case(kind=any_kind(draw, backend.kinds), pool=12)
     dtype = draw.one_of(backend.id_dtypes)
@@ -44,7 +44,7 @@ def id_dtypes(draw: Draw, backend: Backend) -> None:
 
 @check(
     "in evaluation mode outputs are those of the formula; training mode comes back as it was",
-    examples=12,
+    examples=6,
     needs=("evaluated",),
 )
 def evaluation(draw: Draw, backend: Backend) -> None:

@@ -1,0 +1,125 @@
+"""One model over many calls: trained, evaluated, compiled, asked position by position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from flix_conformance import oracle
+from flix_conformance.backend import Backend
+from flix_conformance.checks._registry import any_kind, check
+from flix_conformance.checks.outputs import check_output
+from flix_conformance.checks.training import SETTINGS, check_trajectory
+from flix_conformance.compare import close, same_bits
+from flix_conformance.harness import Array, Batch, Case
+from flix_conformance.strategies import Draw
+
+
+def _check_answer(case: Case, y: Any, what: str) -> None:
+    size = oracle.forward(oracle.magnitude(case))
+    close(y, oracle.forward(case), size, case.dtype, what, slack=2.0)
+
+
+@check(
+    "one model answers many calls, between optimizer steps, in place of ids that changed, in training and evaluation",
+    examples=4,
+)
+def many_calls(draw: Draw, backend: Backend) -> None:
+    case, batches = draw.run(any_kind(draw, backend.kinds), steps=3)
+    model = backend.adapted(case)
+    step = backend.harness.trainer(model, SETTINGS)
+    ids = np.empty_like(case.ids)
+    weights = None if case.weights is None else np.empty_like(case.weights)
+    modes = ["forward", *(() if backend.lacks(["evaluated"]) else ["evaluated"])]
+    for number, batch in enumerate(batches):
+        for other in (batch, batches[number - 1]):
+            ids[...] = other.ids  # the same arrays, with other values
+            if weights is not None:
+                weights[...] = other.weights
+            now = case.but(ids=ids, weights=weights, pairs=backend.pairs(model), model=model)
+            for mode in modes:
+                y, _ = getattr(backend, mode)(now)
+                _check_answer(now, y, f"the output ({mode}) before step {number}")
+        step(batch)
+    check_output(backend, case.but(pairs=backend.pairs(model), model=model))
+
+
+@check(
+    "a sequence gives the same outputs at once and one position at a time; ids of more positions than there are are refused",
+    examples=6,
+)
+def one_by_one(draw: Draw, backend: Backend) -> None:
+    case = draw.case(
+        kind=any_kind(draw, backend.kinds),
+        where=lambda s: s.acts and len(s.lead) == 1 and s.lead[0] in (3, 9),
+    )
+    with backend.within(case.dtype):
+        case = case.but(model=backend.adapted(case))
+    check_output(backend, case)
+    for t in range(min(case.x.shape[1], 4)):
+        now = case.but(x=case.x[:, t : t + 1])
+        if case.ids.ndim == 3:
+            cut = [None if v is None else v[:, t : t + 1] for v in (case.ids, case.weights)]
+            now = now.but(ids=cut[0], weights=cut[1])
+        check_output(backend, now)
+    if case.ids.ndim == 3:
+        error = backend.refuse(case.but(x=case.x[:, :1]))
+        assert isinstance(error, ValueError), f"one position under ids of more: {error!r}"
+
+
+def _base(case: Case) -> Array:
+    return oracle.forward(case.but(ids=np.full_like(case.ids, -1)))
+
+
+@check(
+    "a compiled function goes by each call's ids, by the values of then, and by disable or refuses to; unknown ids are an error or NaN",
+    examples=5,
+    needs=("compiled_forward",),
+)
+def compiled(draw: Draw, backend: Backend) -> None:
+    case, batches = draw.run(any_kind(draw, backend.kinds), steps=2)
+    model = backend.adapted(case)
+    run: Callable[[Batch], Any] = backend.harness.compiled_forward(model)
+    step = backend.harness.trainer(model, SETTINGS)
+    for number, batch in enumerate([*batches, *batches]):
+        now = case.but(ids=batch.ids, weights=batch.weights, pairs=backend.pairs(model))
+        _check_answer(now, run(now.batch)[0], f"the compiled output of call {number}")
+        step(batch)
+    with backend.verb("disable")(model):
+        try:
+            off = run(case.batch)[0]
+        except ValueError:  # it may refuse to be another function than was compiled
+            off = _base(case)
+    size = oracle.forward(oracle.magnitude(case))
+    close(off, _base(case), size, case.dtype, "the compiled output inside disable")
+    now = case.but(pairs=backend.pairs(model))
+    _check_answer(now, run(now.batch)[0], "the compiled output after disable")
+    bad = case.ids.copy()
+    place = tuple(draw.integer(0, size - 1) for size in bad.shape)
+    bad[place] = draw.one_of([len(case.table), -2])
+    try:
+        y = np.asarray(run(case.but(ids=bad).batch)[0], np.float64)
+    except Exception:
+        return
+    assert np.isnan(y[place[:-1]]).all(), f"row {place[0]}, with an id of no feature, was served"
+
+
+@check(
+    "a framework's own loop trains as the formula does; absent features and the base stay as they were",
+    examples=4,
+    needs=("fit",),
+)
+def fitted(draw: Draw, backend: Backend) -> None:
+    case, batches = draw.run(any_kind(draw, backend.kinds), steps=5)
+    model = backend.adapted(case)
+    backend.harness.fit(model, batches, SETTINGS)
+    found, expected = backend.pairs(model), oracle.train(case, batches, SETTINGS)
+    check_trajectory(case, [found], expected[-1:])
+    present = {f for batch in batches for f in oracle.listed(case, batch.ids)}
+    for feature in set(case.pairs) - present:
+        for part in (0, 1):
+            same_bits(found[feature][part], case.pairs[feature][part], f"absent {feature}")
+    kernel = np.asarray(backend.harness.kernel(model, case.path))
+    same_bits(kernel.astype(case.kernel.dtype), case.kernel, "the base's kernel after training")
