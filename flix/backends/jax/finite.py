@@ -19,7 +19,7 @@ from jax import Array
 
 from flix.backends import messages
 from flix.backends.jax.parameters import LayerSpec
-from flix.core.features.names import Feature
+from flix.core.features.names import Feature, written
 
 
 @dataclass(eq=False)
@@ -62,7 +62,7 @@ def name_broken(
     named, features = look.named if named is None else named, spec.registry.features
     if fresh := [features[i] for i in sorted(found) if features[i] not in named]:
         named.update(fresh)
-        warnings.warn(messages.not_finite([":".join(feature) for feature in fresh]), stacklevel=2)
+        warnings.warn(messages.not_finite([written(feature) for feature in fresh]), stacklevel=2)
     return True
 
 

@@ -19,7 +19,7 @@ from flix.backends.jax.adapt import flix_layers
 from tests.helpers.jax import TOKENS, adapted, random_bank
 from tests.helpers.registry import IDS, config
 
-SWA = r"^values of language:swa are NaN or infinite"
+SWA = r"^values of language=swa are NaN or infinite"
 
 
 @contextmanager
@@ -98,7 +98,7 @@ def test_functional_layers_and_what_is_closed_over() -> None:
             call(x, kernel, bank, IDS)
     table = random_bank(config(), {"e": (11, 6, "embedding")})["e"]
     table = type(table)(table.A.at[0, 3].set(np.inf), table.B, table.spec)
-    with pytest.warns(UserWarning, match="values of language:hau are"):
+    with pytest.warns(UserWarning, match="values of language=hau are"):
         embed(TOKENS, jnp.ones((11, 6)), table, IDS)
 
 
