@@ -8,7 +8,7 @@ from flix_conformance import Backend, runner
 from flix_conformance.checks import CHECKS
 from flix_numpy.conformance import Harness
 from mutants import MUTANTS, Mutant
-from mutants._registry import AnyWay, OptionalHarness, OptionalPrimitives, SeveralWays, made
+from mutants._registry import AnyWay, SeveralWays, made, optional
 from mutants.ways import broken_in
 
 
@@ -29,8 +29,7 @@ def example() -> Backend:
 
 @pytest.mark.parametrize("name", [name for name, check in CHECKS.items() if not check.pair])
 def test_the_example_backend_passes(name: str) -> None:
-    optional = (OptionalPrimitives, OptionalHarness) if CHECKS[name].needs else ()
-    runner.run(name, made("numpy", *optional))
+    runner.run(name, made("numpy", *optional(name)))
 
 
 @pytest.mark.parametrize("name", [name for name, check in CHECKS.items() if check.pair])

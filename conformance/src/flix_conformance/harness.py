@@ -169,8 +169,8 @@ class Harness(Protocol):
 
     Optional, where a backend has its own in place of the core's, or cannot do otherwise:
 
-    - ``encode(config, rows, *, unknown, width)`` gives ids and weights, and ``dropout(config, ids, weights, *, seed,
-      step, first_row)`` ids and weights after feature dropout;
+    - ``encode(config, rows, *, unknown, width, group_weights)`` gives ids and weights, and
+      ``dropout(config, ids, weights, *, seed, step, first_row)`` ids and weights after feature dropout;
     - ``refuse(model, batch)`` raises for malformed routing, where ``call`` is compiled and cannot;
     - ``within(dtype)``, a context in which the framework computes in this dtype (JAX has no float64 outside of one);
     - ``excluded``, pairs ``(strategy, dtype)`` that do not exist, of those below;

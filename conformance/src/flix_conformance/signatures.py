@@ -103,8 +103,8 @@ def _config(rng: random.Random, names: _Names, implies: dict[Any, Any]) -> dict[
     ranks = {f: rng.choice((0, 1, 1, 2, 3, 5)) for f in features}
     settings: dict[str, Any] = {}
     if rng.random() < 0.3:
-        # What the layer gets comes from the pattern; elsewhere the ranks would be others.
-        settings = {"given": 7, "rank_pattern": {PATH: dict(ranks)}}
+        # What the layer gets comes from the first pattern; elsewhere the ranks would be others.
+        settings = {"given": 7, "rank_pattern": {PATH: ranks, ".*": dict.fromkeys(ranks, 6)}}
     by_group = {next(iter(names)): 2.5}
     alpha: Any = (None, None, 3.0, by_group)[rng.randrange(4)]
     scaling, seed = rng.choice(("lora", "lora", "rslora")), rng.choice((0, 1, 12345))
@@ -161,6 +161,8 @@ def signature(number: int, kind: str = "linear") -> Signature:
         5: {"batch": 3, "lead": (1,), "per_token": False},
         6: {"width": 6, "weighted": False},
     }
+    if number % 4 == 3:
+        values["d_out"] = values["d_in"]  # a kernel the wrong way round fits
     values |= edges.get(number, {})
     if number in (0, 1) or number == 4:
         # Smallest of all, and sure to have something to add.

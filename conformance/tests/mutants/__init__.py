@@ -1,6 +1,6 @@
 """Deliberately broken backends, made from the example: each breaks one rule, and names the check that must see it."""
 
-from mutants import conduct, cross, lifecycle, outputs, routing, training, uses, ways
+from mutants import conduct, cross, isolation, lifecycle, outputs, routing, training, uses, ways
 from mutants._registry import MUTANTS, Mutant
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Mutant",
     "conduct",
     "cross",
+    "isolation",
     "lifecycle",
     "outputs",
     "routing",

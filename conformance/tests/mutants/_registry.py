@@ -13,7 +13,9 @@ from flix_conformance.checks import CHECKS
 from flix_numpy import Counts, Layer, Primitives
 from flix_numpy.conformance import AdamW, Harness
 
+from flix.backends import messages
 from flix.backends.verbs import Verbs
+from flix.core.strategy.union import first_unlike
 
 VERBS = [name for name in vars(flix_numpy) if callable(getattr(Verbs, name, None))]
 PARTS = (Layer, AdamW, Primitives, Verbs, Harness)
@@ -71,6 +73,30 @@ class AnyWay(Primitives):
         return model
 
 
+class LikeRows(Layer):
+    """The example's, which takes rows that differ in no strategy of the name "single"."""
+
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
+        if self.state is not None and self.state.strategy == "single":
+            row = first_unlike(ids, weights)
+            if row is not None:
+                raise messages.rows_differ(row)
+        return super().__call__(x, ids, weights)
+
+
+OPTIONAL = {
+    "needs": (OptionalPrimitives, OptionalHarness),
+    "strategy": (AnyWay, SeveralWays, LikeRows),
+}
+
+
+def optional(check: str) -> tuple[type[Any], ...]:
+    """What a check needs in place of the example's own."""
+    if CHECKS[check].needs:
+        return OPTIONAL["needs"]
+    return OPTIONAL["strategy"] if CHECKS[check].strategy != "auto" else ()
+
+
 @dataclass(frozen=True)
 class Mutant:
     """A broken backend.
@@ -89,9 +115,7 @@ class Mutant:
 
     def backend(self) -> Backend:
         """The backend that the kit gets."""
-        if CHECKS[self.check].needs:
-            return made("mutant", self.part, *self.beside, OptionalPrimitives, OptionalHarness)
-        return made("mutant", self.part, *self.beside)
+        return made("mutant", self.part, *self.beside, *optional(self.check))
 
 
 MUTANTS: list[Mutant] = []

@@ -222,6 +222,55 @@ class WritesAll(Verbs):
         super().save(model, directory)
 
 
+@mutant("freezes what it loads", "loaded_trains")
+class FreezesLoaded(ChangedLoading):
+    def loaded(self, model: Any, present: set[Any]) -> None:
+        model.state.frozen = set(model.state.config.registry.live) - present
+
+
+@mutant("loads A alone into an adapted model", "loaded_again")
+class LoadsA(Verbs):
+    def load(self, model: Any, directory: Any, rename: Any = None, **options: Any) -> Any:
+        before = {p: dict(x.pairs) for p, x in model.items()}
+        model = super().load(model, directory, rename, **options)
+        for path, layer in model.items():
+            for feature, (_, b) in before[path].items():
+                layer.pairs[feature] = [layer.pairs[feature][0], b]
+        return model
+
+
+class ChangedConflicts(Verbs):
+    """Features that both have are compared or kept in other ways."""
+
+    def load_features(self, model: Any, source: Any, features: Any = None, **named: Any) -> Any:
+        before = self.primitives.read(model)
+        how = named.pop("conflicts", "error")
+        return super().load_features(
+            model, source, features, conflicts=self.how(how, model, source, before), **named
+        )
+
+    def how(self, how: str, model: Any, source: Any, before: Any) -> str:
+        raise NotImplementedError
+
+
+@mutant("compares A alone where features meet", "conflicts")
+class ComparesA(ChangedConflicts):
+    def how(self, how: str, model: Any, source: Any, before: Any) -> str:
+        theirs = flix.load_adapter(source).tensors
+        differs = any(
+            not np.array_equal(a, theirs.get(f"{path}.A.{'.'.join(f)}", a))
+            for path, own in before.items()
+            for f, (a, _) in own.items()
+        )
+        return how if differs or how != "error" else "keep"
+
+
+@mutant("keeps its own features where it is told to replace them", "conflicts")
+class NeverReplaces(ChangedConflicts):
+    def how(self, how: str, model: Any, source: Any, before: Any) -> str:
+        return "keep" if how == "replace" else how
+
+
 @mutant("merges without the features that came from a file", "changed_merge")
 class MergesOwn(ChangedLoading):
     own: Any = None

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from flix_numpy import Layer
+from flix_numpy import Layer, Primitives
 from flix_numpy.conformance import AdamW, Harness
 
 from flix.backends.verbs import Verbs
@@ -107,6 +107,16 @@ class MergesUnscaled(Verbs):
         return super().merge(model, row)
 
 
+@mutant("adds a square update the wrong way round", "merge")
+class MergesTransposed(Primitives):
+    def merged(self, model: Any, active: Any, update: Any) -> Any:
+        def turned(path: str) -> Any:
+            found = update(path)
+            return found.T if found.shape[0] == found.shape[1] else found
+
+        return super().merged(model, active, turned)
+
+
 @mutant("merges with every weight 1", "merge")
 class MergesUnweighted(Verbs):
     def merge(self, model: Any, row: Any) -> Any:
@@ -146,6 +156,13 @@ class AveragesTokens(ChangedGradients):
             tokens, counts = np.unique(x, return_counts=True)
             a[:, tokens] /= counts
         return a, b
+
+
+@mutant("gives an embedding's weights no gradient", "embedding_gradients")
+class NoWeightsOfTokens(Layer):
+    def backward(self, x: Any, ids: Any, weights: Any, dy: Any) -> Any:
+        dx, d_weights, pairs = super().backward(x, ids, weights, dy)
+        return dx, d_weights * (self.shape.kind == "linear"), pairs
 
 
 @mutant("leaks a gradient to the base", "base_frozen")

@@ -115,6 +115,13 @@ class DropsPositions(Layer):
         return super().__call__(x, ids, weights)
 
 
+@mutant("cuts ids to 32 bits before it looks at them", "routing_refused")
+class WrapsIds(Layer):
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
+        ids = ids.astype(np.int32) if ids.dtype == np.int64 else ids
+        return super().__call__(x, ids, weights)
+
+
 @mutant("takes weights that are not finite for 0", "routing_refused")
 class CleansWeights(Layer):
     def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
@@ -133,6 +140,30 @@ class ImpliesNothing(Harness):
     def encode(self, config: Any, rows: Any, **options: Any) -> Any:
         groups = {g: list(config.registry.names(g)) for g in config.registry.groups}
         return _encoded(replace(config, registry=flix.FeatureRegistry(groups)), rows, **options)
+
+
+@mutant("implies one step far", "encoding")
+class OneStep(Harness):
+    def encode(self, config: Any, rows: Any, **options: Any) -> Any:
+        said = config.to_dict()
+        said["registry"]["implies"] = said["registry"]["implies"][:1]
+        return _encoded(flix.FlixConfig.from_dict(said), rows, **options)
+
+
+@mutant("gives every stand-in its full weight", "shares")
+class FullShares(Harness):
+    def encode(self, config: Any, rows: Any, **options: Any) -> Any:
+        ids, weights = _encoded(config, rows, **options)
+        return ids, np.ceil(weights) if options.get("unknown") == "mean" else weights
+
+
+@mutant("weighs the groups of what a row names alone", "shares")
+class NamedGroupsOnly(Harness):
+    def encode(self, config: Any, rows: Any, **options: Any) -> Any:
+        factors = options.get("group_weights") or {}
+        named = {group for row in rows for group in row}
+        kept = {group: factor for group, factor in factors.items() if group in named}
+        return _encoded(config, rows, **{**options, "group_weights": kept})
 
 
 @mutant("lets a name that is listed twice act once", "encoding")

@@ -46,6 +46,13 @@ class NonZeroB(ChangedStart):
         return a, b + np.float32(1e-6)
 
 
+@mutant("lets the last pattern of ranks count", "initial_values")
+class LastPattern(Verbs):
+    def adapt(self, model: Any, config: Any, **options: Any) -> Any:
+        turned = dict(reversed(config.rank_pattern.items()))
+        return super().adapt(model, replace(config, rank_pattern=turned), **options)
+
+
 def dropped(config: Any, ids: Any, weights: Any, place: Any, **changes: Any) -> tuple[Any, Any]:
     dropout = replace(config.feature_dropout, **changes)
     routing = dropout(flix.Routing(ids, weights, config.registry), **place)
@@ -56,6 +63,19 @@ def dropped(config: Any, ids: Any, weights: Any, place: Any, **changes: Any) -> 
 class AlwaysRescales(Harness):
     def dropout(self, config: Any, ids: Any, weights: Any, **place: int) -> Any:
         return dropped(config, ids, weights, place, rescale=True)
+
+
+@mutant("keeps one of a row's entries, and of its feature no other", "dropout_masks")
+class KeepsAnEntry(Harness):
+    def dropout(self, config: Any, ids: Any, weights: Any, **place: int) -> Any:
+        new, factors = dropped(config, ids, weights, place)
+        for row, values in zip(
+            new.reshape(-1, new.shape[-1]), factors.reshape(-1, new.shape[-1]), strict=True
+        ):
+            twice = [i for i, n in enumerate(row) if n >= 0 and n in row[:i]]
+            if config.feature_dropout.keep_one and len(set(row[row >= 0])) == 1:
+                row[twice], values[twice] = -1, 0
+        return new, factors
 
 
 @mutant("draws the same mask at every step", "dropout_masks")

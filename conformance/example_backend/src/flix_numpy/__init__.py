@@ -43,7 +43,7 @@ class Layer:
         x = self.dense(x)
         y = x @ self.kernel + (0 if self.bias is None else self.bias)
         for _, _, _, b, rows, _, factor, h in self.active(x, ids, weights):
-            y[rows] += factor * (h @ b.T)
+            y[rows] += np.where(factor, factor * (h @ b.T), 0)
         return y
 
     def backward(self, x, ids, weights, dy):
@@ -53,7 +53,7 @@ class Layer:
         for feature, s, a, b, rows, entries, factor, h in self.active(x, ids, weights):
             dh, all_but_last = dy[rows] @ b, [range(h.ndim - 1)] * 2
             d_weights[rows] += entries * s * (h * dh).sum(tuple(range(1, h.ndim)))[:, None]
-            dx[rows] += factor * (dh @ a)
+            dx[rows] += np.where(factor, factor * (dh @ a), 0)
             da = np.tensordot(factor * dh, x[rows], all_but_last)
             db = np.tensordot(dy[rows], factor * h, all_but_last)
             pairs[feature] = (da, db)

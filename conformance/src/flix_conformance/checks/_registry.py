@@ -27,6 +27,7 @@ class Check:
         pair: whether it compares two backends.
         kind: the kind of layer that it needs.
         needs: optional methods of the harness that it needs.
+        strategy: a strategy that it is about.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Check:
     pair: bool = False
     kind: str = "linear"
     needs: tuple[str, ...] = ()
+    strategy: str = "auto"
 
 
 def check(
@@ -45,12 +47,13 @@ def check(
     pair: bool = False,
     kind: str = "linear",
     needs: tuple[str, ...] = (),
+    strategy: str = "auto",
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a check under its own name."""
 
     def register(run: Callable[..., None]) -> Callable[..., None]:
         name = run.__name__
-        CHECKS[name] = Check(name, rule, run, examples, pair, kind, needs)
+        CHECKS[name] = Check(name, rule, run, examples, pair, kind, needs, strategy)
         return run
 
     return register
@@ -60,6 +63,8 @@ def offered(chosen: Check, *backends: Any) -> None:
     """Stop a check that the backends do not all offer the kind of layer or the methods for."""
     if any(chosen.kind not in backend.kinds for backend in backends):
         raise NotOffered(f"no {chosen.kind} layers")
+    if any(chosen.strategy not in backend.strategies for backend in backends):
+        raise NotOffered(f"no strategy {chosen.strategy!r}")
     for backend in backends:
         if missing := backend.lacks(chosen.needs):
             raise NotOffered(f"the harness has no {', '.join(missing)}")

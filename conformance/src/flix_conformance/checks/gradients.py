@@ -81,7 +81,11 @@ def gradient_b(draw: Draw, backend: Backend) -> None:
 @check("the gradient that the weights get is the formula's, for weights of 0 too", examples=36)
 def gradient_weights(draw: Draw, backend: Backend) -> None:
     case = draw.case(where=lambda s: s.weighted and s.acts, every_way=True)
-    dy = output_gradient(draw, case)
+    check_weights(backend, case, output_gradient(draw, case))
+
+
+def check_weights(backend: Backend, case: Case, dy: Array) -> None:
+    """Hold the weights' gradient to the oracle's."""
     expected = oracle.gradients(case, dy.astype(np.float64)).weights
     found = backend.gradients(case, dy)["weights"]
     used = case.ids >= 0  # a padding's weight is nobody's
@@ -92,12 +96,16 @@ def gradient_weights(draw: Draw, backend: Backend) -> None:
     close(np.asarray(found)[used], expected[used], size, dtype, "the weights' gradient", 2.0)
 
 
-@check("an embedding's gradients are the formula's", examples=24, kind="embedding")
+@check(
+    "an embedding's gradients are the formula's, its weights' too", examples=24, kind="embedding"
+)
 def embedding_gradients(draw: Draw, backend: Backend) -> None:
     case = draw.case(kind="embedding", pool=16)
     dy = output_gradient(draw, case)
     check_pairs(backend, case, dy, 0)
     check_pairs(backend, case, dy, 1)
+    if case.weights is not None:
+        check_weights(backend, case, dy)
 
 
 @check("the base gets no gradient, and training leaves its bytes as they were", examples=6)

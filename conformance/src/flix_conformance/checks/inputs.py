@@ -44,6 +44,11 @@ def malformed(draw: Draw, case: Case) -> list[tuple[str, Case, str]]:
     found = [
         ("an id of no feature", case.but(ids=_with(ids, place, count)), rf"{count}.*row {row}\b"),
         ("an id below -1", case.but(ids=_with(ids, place, -2)), rf"-2.*row {row}\b"),
+        (
+            "an id that 32 bits would take for another",
+            case.but(ids=_with(ids.astype(np.int64), place, 2**32 + feature)),
+            rf"{2**32 + feature}.*row {row}\b",
+        ),
         ("ids that are not integers", case.but(ids=ids.astype(np.float32)), "float32"),
         ("ids of one dimension", case.but(ids=ids.ravel()), rf"\[{ids.size}\]|\({ids.size},\)"),
         (
@@ -149,3 +154,36 @@ def names_refused(draw: Draw, backend: Backend) -> None:
     )
     wanted = bits.active_features(table, {group: known})
     assert set(bits.by_row(ids, weights)[0]) == set(wanted), "skipping skipped something else too"
+
+
+@check(
+    'under "mean" an unknown name has an equal share in its group and implies nothing; group weights act on what is implied, too',
+    examples=16,
+)
+def shares(draw: Draw, backend: Backend) -> None:
+    case = draw.trainable("linear", 16)
+    table, group = case.table, draw.one_of(case.table.groups)
+    known, count = draw.one_of(table.names(group)), len(table.names(group))
+    wanted = bits.active_features(table, {group: known})
+    for name in table.names(group):
+        number = table.ids[group, name]
+        wanted[number] = wanted.get(number, 0.0) + 1 / count
+    row = {group: [known, "no such feature"]}
+    _check_row(backend.encode(case.config, [row], unknown="mean"), wanted, f"{row} under 'mean'")
+    (row,) = draw.rows(table, 1, full=True)
+    factors = {group: draw.one_of([0.5, -2.0]), table.groups[-1]: 0.25}
+    wanted = {
+        i: weight * factors.get(table.features[i][0], 1.0)
+        for i, weight in bits.active_features(table, row).items()
+    }
+    found = backend.encode(case.config, [row], group_weights=factors)
+    _check_row(found, wanted, f"{row} with the group weights {factors}")
+
+
+def _check_row(found: tuple[Array, Array], wanted: dict[int, float], what: str) -> None:
+    (row,) = bits.by_row(*found)
+    assert row.keys() == wanted.keys(), f"{what}: ids {sorted(row)}, not {sorted(wanted)}"
+    for i, weight in wanted.items():
+        assert abs(row[i] - weight) <= 1e-6 * max(1.0, abs(weight)), (
+            f"{what}: weight {row[i]} of id {i}, not {weight}"
+        )

@@ -16,7 +16,7 @@ from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import any_kind, check
 from flix_conformance.checks.files import TENSOR_FILE, description, unpack
 from flix_conformance.checks.outputs import check_output
-from flix_conformance.checks.training import SETTINGS, TRAJECTORY
+from flix_conformance.checks.training import SETTINGS, TRAJECTORY, check_trajectory
 from flix_conformance.compare import close, close_in_norm, same_bits, same_pairs
 from flix_conformance.harness import Case, Pairs
 from flix_conformance.signatures import Signature
@@ -286,6 +286,66 @@ def loaded_feature(draw: Draw, backend: Backend) -> None:
     same_pairs(fresh, {new: donor.pairs[new]}, "the loaded feature")
     grown = case.but(table=_joined(case, donor, new), pairs={**case.pairs, **fresh}, model=model)
     check_output(backend, _routed_to(draw, grown, number))
+
+
+@check(
+    "what was loaded trains as the formula does, with all others or alone",
+    examples=3,
+)
+def loaded_trains(draw: Draw, backend: Backend) -> None:
+    case, batches = draw.run(any_kind(draw, backend.kinds), steps=2)
+    group = draw.one_of(case.table.groups)
+    donor, new = _donor(draw, case, group), (group, _NEW)
+    model = _loaded(backend, backend.adapted(case), donor, new)
+    pairs = {**case.pairs, new: donor.pairs[new]}
+    grown = case.but(table=_joined(case, donor, new), pairs=pairs, model=model)
+    steps = []
+    for batch in batches:
+        given = case.but(ids=batch.ids, weights=batch.weights)
+        routed = _routed_to(draw, given, len(case.table))
+        steps.append(replace(batch, ids=routed.ids, weights=routed.weights))
+    found = backend.train(grown, steps, SETTINGS)["pairs"]
+    check_trajectory(grown, found, oracle.train(grown.but(model=None), steps, SETTINGS))
+
+
+@check("loading into an adapted model sets A and B of every feature", examples=4)
+def loaded_again(draw: Draw, backend: Backend) -> None:
+    case = _case(draw, backend)
+    model = backend.adapted(case)
+    with tempfile.TemporaryDirectory() as name:
+        backend.verb("save")(model, Path(name) / "adapter")
+        other = {f: (a + 1, b - 2) for f, (a, b) in case.pairs.items()}
+        model = backend.primitives.write(model, {case.path: other})
+        model = backend.verb("load")(model, Path(name) / "adapter")
+    assert not check_state(backend, model, case.table.ids, case.pairs, "after loading again")
+    check_output(backend, case.but(model=model))
+
+
+@check(
+    "a feature that both have, and that differs in A or in B, is refused by name, kept or replaced, as conflicts= says",
+    examples=6,
+)
+def conflicts(draw: Draw, backend: Backend) -> None:
+    case, part = _case(draw, backend), draw.one_of([1, 0])
+    shared = draw.one_of(sorted(case.pairs))
+    a, b = case.pairs[shared]
+    theirs = (a + 1, b) if part == 0 else (a, b + 1)
+    model = backend.adapted(case)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "adapter"
+        other = case.but(pairs={**case.pairs, shared: theirs})
+        backend.save_features(backend.adapted(other), folder, [shared])
+        load = backend.verb("load_features")
+        try:
+            load(model, folder, [shared])
+        except ValueError as error:
+            assert written(shared) in str(error), f"the message does not name it: {error}"
+        else:
+            raise AssertionError(f"{written(shared)} differs in {'AB'[part]} and was not refused")
+        for what, pair in (("keep", (a, b)), ("replace", theirs)):
+            model = load(model, folder, [shared], conflicts=what)
+            wanted = {**case.pairs, shared: pair}
+            check_state(backend, model, case.table.ids, wanted, f"after conflicts={what!r}")
 
 
 @check(
