@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,67 @@ def test_report(folder: Path) -> None:
     assert outcomes["forward"] == {"numpy": "passed", "broken": "failed"}
     assert outcomes["cross_forward"] == {"numpy+broken": "failed"}
     assert outcomes["merge"] == {}
+    assert set(data["versions"]) == {"flix", "flix_conformance", "hypothesis", "numpy", "python"}
+    described = data["backends"]["numpy"]
+    assert described["dtypes"] == ["float32", "float64"] and "numpy" in described["versions"]
+    failed = data["checks"][0]["results"]["broken"]
+    assert failed["message"].startswith("the output is "), failed["message"]
+    assert failed["replay"] in found.stdout and "--flix-backend broken=broken" in failed["replay"]
+
+
+def test_a_replay_fails_again(folder: Path) -> None:
+    """With the same example, though nightly's are new in every run."""
+    arguments = ("--flix-backend", "broken=broken", "--flix-profile", "nightly")
+    found = run(
+        folder, *arguments, "-k", "broken-split_batch or broken-output_dtype or broken-merge"
+    )
+    line = re.search(r"^pytest --pyargs flix_conformance (.*)$", found.stdout, re.MULTILINE)
+    assert line is not None, found.stdout
+    again = run(folder, *shlex.split(line[1]))
+    said = [re.search(r"^E +AssertionError: .*$", f.stdout, re.MULTILINE) for f in (found, again)]
+    assert again.returncode == 1, again.stdout
+    assert None not in said and said[0][0] == said[1][0]  # type: ignore[index]
+
+
+def test_the_core_alone_is_marked(folder: Path) -> None:
+    found = run(folder, "--flix-backend", "numpy=flix_numpy", "-k", "dropout_masks or output_dtype")
+    assert re.search(r"^dropout_masks +pass\*$", found.stdout, re.MULTILINE), found.stdout
+    assert re.search(r"^output_dtype +pass$", found.stdout, re.MULTILINE), found.stdout
+    assert "the core's code alone ran" in found.stdout
+
+
+def _partial(folder: Path, body: str) -> None:
+    source = _BROKEN.split("    def call", maxsplit=1)[0] + body
+    (folder / "partial.py").write_text(source, encoding="utf-8")
+
+
+def test_abilities_that_are_declared_absent_are_not_offered(folder: Path) -> None:
+    absent = "absent = ('training', 'gradients', 'merge')"
+    _partial(folder, f"    {absent}\n    gradients = trainer = None\n")
+    found = run(folder, "--flix-backend", "partial=partial")
+    assert found.returncode == 0, found.stdout
+    for name in ("merge", "gradient_x", "trajectory", "changed_merge", "added_trains_alone"):
+        assert re.search(rf"^{name} +-$", found.stdout, re.MULTILINE), found.stdout
+    for name in ("forward", "added_feature", "loaded_feature"):
+        assert re.search(rf"^{name} +pass$", found.stdout, re.MULTILINE), found.stdout
+
+
+def test_not_implemented_is_not_offered_if_the_backend_says_so(folder: Path) -> None:
+    _partial(
+        folder, "    def gradients(self, *given):\n        raise NotImplementedError('no tape')\n"
+    )
+    found = run(
+        folder, "--flix-backend", "partial=partial", "-k", "gradient_x or output_dtype", "-rs"
+    )
+    assert found.returncode == 0, found.stdout
+    assert re.search(r"^gradient_x +-$", found.stdout, re.MULTILINE), found.stdout
+    assert "no tape" in found.stdout
+    other = "import numpy\n\nclass Odd:\n    def __array__(self, *given, **named):\n        raise NotImplementedError\n"
+    (folder / "library.py").write_text(other, encoding="utf-8")
+    body = "    def gradients(self, *given):\n        import library\n        return numpy.asarray(library.Odd())\n"
+    _partial(folder, "\n    import numpy\n" + body.replace("return numpy", "return self.numpy"))
+    found = run(folder, "--flix-backend", "partial=partial", "-k", "gradient_x")
+    assert found.returncode == 1, found.stdout
 
 
 def test_what_a_harness_lacks_is_marked(folder: Path) -> None:
@@ -146,6 +208,15 @@ def test_missing_primitives_are_usage_errors(folder: Path) -> None:
         ("trainer = kernel = None", "its harness lacks trainer, kernel;"),
         ("dtypes = ('float64',)", "dtypes = ('float64',); 'float32' must be among them"),
         ("strategies = ('gather',)", "strategies = ('gather',); 'auto' must be among them"),
+        ("strategies = ('auto', 'gahter')", "'gahter' among its strategies, which adapt refuses"),
+        ("strategies = 'auto'", "strategies = 'auto'; a tuple of names is wanted"),
+        ("kinds = ('linear', 'embeding')", "'embeding' among its kinds, which there is not"),
+        ("dtypes = ('float32', 'bflaot16')", "'bflaot16' among its dtypes, which there is not"),
+        ("dtypes = ('float32', 'float32')", "with one of them twice"),
+        ("absent = ('trianing',)", "'trianing' among its absent, which there is not"),
+        ("excluded = (('fused', 'float32'),)", "'fused' among its excluded"),
+        ("id_dtypes = ('float32',)", "'float32' among its id_dtypes, which is no integer"),
+        ("compiled_foward = len", "'compiled_foward', which the kit does not know; did you mean"),
     ],
 )
 def test_incomplete_harnesses_are_usage_errors(folder: Path, line: str, said: str) -> None:

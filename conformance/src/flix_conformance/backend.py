@@ -24,7 +24,7 @@ class Backend:
         module: its module, with ``primitives`` and the verbs that users call.
         primitives: the module's.
         harness: see :class:`flix_conformance.harness.Harness`.
-        dtypes, strategies, kinds, excluded, id_dtypes: the harness's.
+        dtypes, strategies, kinds, excluded, id_dtypes, absent: the harness's.
     """
 
     def __init__(self, name: str, module: Any, harness: Any) -> None:
@@ -34,6 +34,7 @@ class Backend:
             tuple(getattr(harness, attribute)) for attribute in ("dtypes", "strategies", "kinds")
         )
         self.id_dtypes = tuple(getattr(harness, "id_dtypes", ("int32", "int64")))
+        self.absent = tuple(getattr(harness, "absent", ()))
         self.excluded = tuple(getattr(harness, "excluded", ()))
 
     def verb(self, name: str) -> Any:

@@ -179,6 +179,9 @@ class Harness(Protocol):
     - ``compiled_forward(model)``, a function of a :class:`Batch`, compiled once, that gives what ``call`` gives;
     - ``fit(model, batches, settings)``, which trains as ``trainer`` does, batch by batch, by a loop of the framework's
       own, or with what users combine: compiled steps, checkpointing, accumulated gradients;
+    - ``absent``, abilities that the backend does not have: ``"gradients"`` (``gradients`` then need not be there),
+      ``"training"`` (nor ``trainer``), ``"merge"``, ``"files"``, ``"changes"`` of features. Whatever else is not there
+      may raise NotImplementedError;
     - ``unfreeze(model, path)`` lets a layer of the base train, as a user does with a head, where that can be done.
 
     Attributes:

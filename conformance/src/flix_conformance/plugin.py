@@ -5,6 +5,8 @@ Works under pytest-xdist: outcomes travel as properties of the tests' reports.
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Generator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "many, new ones in every run)",
     )
     group.addoption(
+        "--flix-seed",
+        type=int,
+        metavar="N",
+        help="what nightly's examples are drawn from, to replay a run; default: another in every run",
+    )
+    group.addoption(
         "--flix-expected-failures",
         type=Path,
         metavar="FILE",
@@ -52,8 +60,15 @@ class Session:
         self.loaded: dict[str, Any] = {}
         self.missing: dict[str, str] = {}
         self.problems: list[str] = []
-        self.cells: list[tuple[str, str, str, str, float]] = []
+        self.cells: list[tuple[str, str, dict[str, Any]]] = []
+        self.described: dict[str, Any] = {}
+        self._told: dict[str, Any] = {}
         self._done = False
+
+    @property
+    def seed(self) -> int:
+        """What a profile that has new examples in every run draws them from."""
+        return int(self.config.getoption("--flix-seed"))
 
     def backends(self) -> dict[str, Any]:
         """The backends that are installed, by name."""
@@ -82,24 +97,72 @@ class Session:
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         if _ours(item):
             item.user_properties.append(("flix_missing", dict(self.missing)))
+            item.user_properties.append(("flix_described", self._descriptions()))
             if (cell := _cell(item)) is not None:
                 item.user_properties.append(("flix_check", list(cell)))
+                item.user_properties.append(("flix_core", self._core_alone(*cell)))
+                item.user_properties.append(("flix_replay", self.replay(item, *cell)))
+
+    def _descriptions(self) -> dict[str, Any]:
+        """What the report says of each backend."""
+        from flix_conformance import offered
+
+        if not self._told:
+            self._told = {name: offered.described(b) for name, b in self.loaded.items()}
+        return self._told
+
+    def _core_alone(self, name: str, column: str) -> bool:
+        """Whether a check runs no code of the backends, but the core's."""
+        from flix_conformance.checks import CHECKS
+
+        method = CHECKS[name].core
+        chosen = [self.loaded[backend] for backend in column.split("+")]
+        return method is not None and all(not hasattr(b.harness, method) for b in chosen)
+
+    def replay(self, item: pytest.Item, check: str, column: str) -> str:
+        """The command that runs one check again, with the same examples."""
+        own = {name.partition("=")[0]: name for name in self.named}
+        backends = " ".join(f"--flix-backend {own.get(n, n)}" for n in column.split("+"))
+        profile = self.config.getoption("--flix-profile")
+        drawn = "" if profile == "ci" else f" --flix-profile {profile} --flix-seed {self.seed}"
+        test = f"{item.originalname}[{column}-{check}]"  # type: ignore[attr-defined]
+        return f"pytest --pyargs flix_conformance {backends}{drawn} -k '{test}'"
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, Any, Any]:
+        report = yield
+        if _ours(item) and call.excinfo is not None:
+            report.user_properties.append(("flix_said", str(call.excinfo.value)))
+            if report.failed and (replay := dict(item.user_properties).get("flix_replay")):
+                report.sections.append(("replay", str(replay)))
+        return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         properties = dict(report.user_properties)
         self.missing.update(properties.get("flix_missing", {}))  # type: ignore[call-overload]
         cell: Any = properties.get("flix_check")
         if cell is not None and report.when == "call":
-            self.cells.append((cell[0], cell[1], *_outcome(report), report.duration))
+            self.described.update(properties.get("flix_described", {}))  # type: ignore[call-overload]
+            outcome, trace = _outcome(report)
+            found: dict[str, Any] = {"outcome": outcome, "seconds": round(report.duration, 2)}
+            found["message"] = str(properties.get("flix_said", ""))[:2000]
+            if outcome == "failed":
+                found |= {"trace": trace, "replay": properties["flix_replay"]}
+            if properties["flix_core"]:
+                found["core"] = True
+            self.cells.append((cell[0], cell[1], found))
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if not self.cells and not self.missing:
             return
         from flix_conformance.report import Report
 
-        report = Report(self.config.getoption("--flix-profile"), dict(self.missing))
-        for check, column, outcome, message, seconds in self.cells:
-            report.add(check, column, outcome, seconds, message)
+        profile = self.config.getoption("--flix-profile")
+        report = Report(profile, dict(self.missing), self.described, seed=self.seed)
+        for check, column, found in self.cells:
+            report.cells[check, column] = found
         terminalreporter.section("flix conformance")
         terminalreporter.write_line(report.text())
         if (path := self.config.getoption("--flix-report")) is not None:
@@ -111,6 +174,8 @@ _session = pytest.StashKey[Session]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.flix_seed is None:  # workers of pytest-xdist get the first process's
+        config.option.flix_seed = secrets.randbelow(2**31)
     config.stash[_session] = Session(config)
     config.pluginmanager.register(config.stash[_session], "flix_conformance_session")
 
@@ -126,7 +191,7 @@ def _ours(item: Any) -> bool:
 
 def _cell(item: pytest.Item) -> tuple[str, str] | None:
     parameters = getattr(getattr(item, "callspec", None), "params", {})
-    if _ours(item) and "check" in parameters and "column" in parameters:
+    if _ours(item) and isinstance(parameters.get("check"), str):
         return parameters["check"], parameters["column"]
     return None
 

@@ -27,20 +27,17 @@ class Report:
     Attributes:
         profile: its name.
         missing: backends that are not installed, and why.
-        cells: ``{(check, column): {"outcome", "seconds", "message"}}``.
+        described: of each backend, its versions and what it offers.
+        cells: ``{(check, column): {"outcome", "seconds", "message"}}``; of failures, ``"trace"`` and ``"replay"`` too;
+            ``"core"`` where none of the backend's own code ran.
+        seed: what a profile with new examples in every run drew them from.
     """
 
     profile: str = "ci"
     missing: dict[str, str] = field(default_factory=dict)
+    described: dict[str, Any] = field(default_factory=dict)
     cells: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
-
-    def add(self, check: str, column: str, outcome: str, seconds: float, message: str) -> None:
-        """Enter the outcome of one check on one column."""
-        self.cells[check, column] = {
-            "outcome": outcome,
-            "seconds": round(seconds, 2),
-            "message": message,
-        }
+    seed: int | None = None
 
     def columns(self, pair: bool) -> list[str]:
         """Backends, or pairs, by name (processes that share the work report in any order)."""
@@ -64,14 +61,22 @@ class Report:
                 continue
             rows = [["check", *columns]]
             for name in names:
-                marks = [MARKS.get(self._outcome(name, c), "") for c in columns]
+                marks = [self._mark(name, c) for c in columns]
                 if any(marks):
                     rows.append([name, *marks])
             if not pair:
                 rows.append(["seconds", *(self._seconds(c) for c in columns)])
             parts.append(_table(rows))
         parts += [f"{name}: not installed: {why}" for name, why in self.missing.items()]
+        if any(cell.get("core") for cell in self.cells.values()):
+            parts.append(
+                "*: the core's code alone ran; the harness shows none of the backend's own"
+            )
         return "\n\n".join(parts)
+
+    def _mark(self, check: str, column: str) -> str:
+        star = "*" if self.cells.get((check, column), {}).get("core") else ""
+        return MARKS.get(self._outcome(check, column), "") + star
 
     def _seconds(self, column: str) -> str:
         return f"{sum(c['seconds'] for (_, own), c in self.cells.items() if own == column):.0f}"
@@ -90,12 +95,33 @@ class Report:
             kinds["pairs" if check.pair else "checks"].append(entry)
         data = {
             "kit": "flix-conformance",
+            "versions": _versions(),
             "profile": self.profile,
+            "seed": self.seed,
+            "backends": self.described,
             "not_installed": self.missing,
             **kinds,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    import platform
+
+    import hypothesis
+    import numpy as np
+
+    import flix
+    from flix_conformance import __version__
+
+    return {
+        "flix_conformance": __version__,
+        "flix": flix.__version__,
+        "hypothesis": hypothesis.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -6,27 +6,22 @@ import importlib
 import importlib.util
 import math
 import zlib
-from typing import Any
+from collections.abc import Sequence
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import flix
 import flix.backends
-from flix.backends.protocol import lacking
 from flix_conformance.backend import Backend
 from flix_conformance.checks import CHECKS, Check, NotOffered
 from flix_conformance.checks._registry import offered
-from flix_conformance.harness import Harness
+from flix_conformance.offered import NoHarnessError, check_harness, check_strategies
 from flix_conformance.strategies import PROFILES, Draw, Profile
 
 
 class NotInstalledError(Exception):
     """A backend whose framework, or whose package, is not installed."""
-
-
-class NoHarnessError(Exception):
-    """A backend that shows the kit no harness, or one that lacks something."""
 
 
 def registered() -> list[str]:
@@ -75,40 +70,26 @@ def load(name: str) -> Backend:
         )
     flix.backends.check(module, name)
     harness = source.harness()
-    _check_harness(harness, name)
-    return Backend(name, module, harness)
+    check_harness(harness, name)
+    backend = Backend(name, module, harness)
+    check_strategies(backend)
+    return backend
 
 
-# What every harness has beside its methods, each with a value that must be in it.
-_ALWAYS = {"dtypes": "float32", "strategies": "auto", "kinds": "linear"}
-
-
-def _check_harness(harness: Any, name: str) -> None:
-    """Hold a harness to :class:`flix_conformance.harness.Harness`."""
-    missing = [a for a in _ALWAYS if not hasattr(harness, a)] + [*lacking(harness, Harness)]
-    if missing:
-        raise NoHarnessError(
-            f"backend {name!r}: its harness lacks {', '.join(missing)}; see flix_conformance.harness.Harness"
-        )
-    for attribute, value in _ALWAYS.items():
-        if value not in (found := getattr(harness, attribute)):
-            raise NoHarnessError(
-                f"backend {name!r}: its harness has {attribute} = {found!r}; {value!r} must be among them, since some "
-                "checks ask for it"
-            )
-
-
-def run(check: Check | str, *backends: Backend, profile: Profile | str = "ci") -> None:
+def run(
+    check: Check | str, *backends: Backend, profile: Profile | str = "ci", start: int = 0
+) -> None:
     """Run one check.
 
     Args:
         check: the check, or its name.
         backends: one, or two for a check of pairs.
         profile: how much is tried, or its name.
+        start: what the examples of a profile that has new ones in every run are drawn from.
 
     Raises:
         AssertionError: the rule is broken (or whatever the backend raised).
-        NotOffered: the backend does not offer what the check is about.
+        NotOffered: the backend does not offer what the check is about, or says so by a NotImplementedError of its own.
     """
     chosen = CHECKS[check] if isinstance(check, str) else check
     found = PROFILES[profile] if isinstance(profile, str) else profile
@@ -118,7 +99,22 @@ def run(check: Check | str, *backends: Backend, profile: Profile | str = "ci") -
     turns = min(total, found.pool)
     for turn in range(turns):
         # One more than its share: hypothesis begins with the simplest example that there is.
-        _run_turn(chosen, backends, found, turn, turns, math.ceil(total / turns) + 1)
+        try:
+            _run_turn(chosen, backends, found, turn, turns, math.ceil(total / turns) + 1, start)
+        except NotImplementedError as error:
+            if _by_a_backend(error, backends):
+                raise NotOffered(str(error) or "not implemented") from error
+            raise
+
+
+def _by_a_backend(error: Exception, backends: Sequence[Backend]) -> bool:
+    """Whether a backend's own code raised an error, not a library that it calls."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    raised = "" if place is None else str(place.tb_frame.f_globals.get("__name__"))
+    own = [n for b in backends for n in (b.module.__name__, type(b.harness).__module__)]
+    return any(raised == name or raised.startswith(f"{name}.") for name in own)
 
 
 def _run_turn(
@@ -128,6 +124,7 @@ def _run_turn(
     turn: int,
     turns: int,
     examples: int,
+    start: int,
 ) -> None:
     """The examples of one part of the signatures."""
 
@@ -144,9 +141,8 @@ def _run_turn(
     def holds(data: st.DataObject) -> None:
         check.run(Draw(data, profile, backends, turn, turns), *backends)
 
-    if profile.fixed:
-        holds = seed(zlib.crc32(f"{check.name}:{turn}".encode()))(holds)
-    holds()
+    key = f"{check.name}:{turn}" if profile.fixed else f"{check.name}:{turn}:{start}"
+    seed(zlib.crc32(key.encode()))(holds)()
 
 
 __all__ = ["NoHarnessError", "NotInstalledError", "NotOffered", "load", "registered", "run"]

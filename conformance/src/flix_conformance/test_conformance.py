@@ -30,7 +30,8 @@ def _run(check: str, column: str, request: pytest.FixtureRequest) -> None:
     backends = plugin.session_of(request.config).backends()
     chosen = [backends[name] for name in column.split("+")]
     try:
-        runner.run(check, *chosen, profile=request.config.getoption("--flix-profile"))
+        profile, seed = (request.config.getoption(f"--flix-{o}") for o in ("profile", "seed"))
+        runner.run(check, *chosen, profile=profile, start=seed)
     except runner.NotOffered as reason:
         pytest.skip(str(reason))
 

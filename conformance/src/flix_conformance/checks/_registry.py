@@ -28,6 +28,8 @@ class Check:
         kind: the kind of layer that it needs.
         needs: optional methods of the harness that it needs.
         strategy: a strategy that it is about.
+        uses: abilities that it needs: "gradients", "training", "merge", "files", "changes".
+        core: an optional method of the harness; where it is not there, the check runs the core's code alone.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Check:
     kind: str = "linear"
     needs: tuple[str, ...] = ()
     strategy: str = "auto"
+    uses: tuple[str, ...] = ()
+    core: str | None = None
 
 
 def check(
@@ -48,12 +52,14 @@ def check(
     kind: str = "linear",
     needs: tuple[str, ...] = (),
     strategy: str = "auto",
+    uses: tuple[str, ...] = (),
+    core: str | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a check under its own name."""
 
     def register(run: Callable[..., None]) -> Callable[..., None]:
         name = run.__name__
-        CHECKS[name] = Check(name, rule, run, examples, pair, kind, needs, strategy)
+        CHECKS[name] = Check(name, rule, run, examples, pair, kind, needs, strategy, uses, core)
         return run
 
     return register
@@ -66,6 +72,8 @@ def offered(chosen: Check, *backends: Any) -> None:
     if any(chosen.strategy not in backend.strategies for backend in backends):
         raise NotOffered(f"no strategy {chosen.strategy!r}")
     for backend in backends:
+        if absent := [ability for ability in chosen.uses if ability in backend.absent]:
+            raise NotOffered(f"{backend.name} declares {', '.join(absent)} absent")
         if missing := backend.lacks(chosen.needs):
             raise NotOffered(f"the harness has no {', '.join(missing)}")
 

@@ -36,7 +36,7 @@ def cross_forward(draw: Draw, first: Backend, second: Backend) -> None:
     close(output(second, case), output(first, case), size, case.dtype, "the output", slack=2.0)
 
 
-@check("two backends give the same gradients", examples=24, pair=True)
+@check("two backends give the same gradients", examples=24, pair=True, uses=("gradients",))
 def cross_gradients(draw: Draw, first: Backend, second: Backend) -> None:
     case = _case(draw)
     dy = output_gradient(draw, case)
@@ -53,14 +53,14 @@ def cross_gradients(draw: Draw, first: Backend, second: Backend) -> None:
             close(theirs[feature], expected, size.pairs[feature][part], case.dtype, label, 4.0)
 
 
-@check("two backends train along the same way", examples=4, pair=True)
+@check("two backends train along the same way", examples=4, pair=True, uses=("training",))
 def cross_trajectory(draw: Draw, first: Backend, second: Backend) -> None:
     case, batches = draw.run(any_kind(draw, draw.shared("kinds")), steps=STEPS)
     found = first.train(case, batches, SETTINGS)["pairs"]
     check_trajectory(case, second.train(case, batches, SETTINGS)["pairs"], found, slack=2.0)
 
 
-@check("two backends merge to the same kernel", examples=10, pair=True)
+@check("two backends merge to the same kernel", examples=10, pair=True, uses=("merge",))
 def cross_merge(draw: Draw, first: Backend, second: Backend) -> None:
     case = _case(draw)
     row = draw.rows(case.table, 1, full=True)[0]
@@ -75,7 +75,7 @@ def cross_initial(draw: Draw, first: Backend, second: Backend) -> None:
     same_pairs(second.initial(case), first.initial(case), "initial values")
 
 
-@check("two backends drop the same features", examples=15, pair=True)
+@check("two backends drop the same features", examples=15, pair=True, core="dropout")
 def cross_masks(draw: Draw, first: Backend, second: Backend) -> None:
     config, _, case, place = dropout_case(draw)
     assert case.weights is not None
@@ -89,6 +89,7 @@ def cross_masks(draw: Draw, first: Backend, second: Backend) -> None:
     "what one backend writes the other reads, bit by bit, and writes again in the same words and bits",
     examples=6,
     pair=True,
+    uses=("files",),
 )
 def cross_files(draw: Draw, first: Backend, second: Backend) -> None:
     case = saved_case(draw, draw.shared("kinds"))

@@ -110,7 +110,9 @@ def saved_case(draw: Draw, kinds: tuple[str, ...]) -> Case:
     return case.but(dtype="float32") if case.dtype == "bfloat16" else case
 
 
-@check("a saved adapter holds the format's tensors, bit by bit, and loads with them")
+@check(
+    "a saved adapter holds the format's tensors, bit by bit, and loads with them", uses=("files",)
+)
 def files_round_trip(draw: Draw, backend: Backend) -> None:
     case = saved_case(draw, backend.kinds)
     with tempfile.TemporaryDirectory() as name:
@@ -174,6 +176,7 @@ def _damages(case: Case, folder: Path) -> list[tuple[str, bytes, str]]:
 @check(
     "a damaged or unfitting adapter is refused with an error that names the file or the tensor",
     examples=4,
+    uses=("files",),
 )
 def files_refused(draw: Draw, backend: Backend) -> None:
     case = draw.trainable("linear", 4)
@@ -219,6 +222,7 @@ def _stopping(at: int) -> Iterator[list[str]]:
 @check(
     "a save that is stopped at any file operation leaves the old adapter or the new one, whole, and at most one other file",
     examples=2,
+    uses=("files",),
 )
 def files_one_version(draw: Draw, backend: Backend) -> None:
     case = draw.trainable("linear", 4)

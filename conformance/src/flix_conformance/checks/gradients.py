@@ -51,7 +51,7 @@ def check_pairs(backend: Backend, case: Case, dy: Array, part: int) -> None:
         )
 
 
-@check("the gradient that x gets is the formula's", examples=36)
+@check("the gradient that x gets is the formula's", examples=36, uses=("gradients",))
 def gradient_x(draw: Draw, backend: Backend) -> None:
     case = draw.case()
     dy = output_gradient(draw, case)
@@ -63,6 +63,7 @@ def gradient_x(draw: Draw, backend: Backend) -> None:
 @check(
     "the gradients that the features' A get are the formula's, zero for absent features",
     examples=36,
+    uses=("gradients",),
 )
 def gradient_a(draw: Draw, backend: Backend) -> None:
     case = draw.case()
@@ -72,13 +73,18 @@ def gradient_a(draw: Draw, backend: Backend) -> None:
 @check(
     "the gradients that the features' B get are the formula's, zero for absent features",
     examples=36,
+    uses=("gradients",),
 )
 def gradient_b(draw: Draw, backend: Backend) -> None:
     case = draw.case()
     check_pairs(backend, case, output_gradient(draw, case), 1)
 
 
-@check("the gradient that the weights get is the formula's, for weights of 0 too", examples=36)
+@check(
+    "the gradient that the weights get is the formula's, for weights of 0 too",
+    examples=36,
+    uses=("gradients",),
+)
 def gradient_weights(draw: Draw, backend: Backend) -> None:
     case = draw.case(where=lambda s: s.weighted and s.acts, every_way=True)
     check_weights(backend, case, output_gradient(draw, case))
@@ -97,7 +103,10 @@ def check_weights(backend: Backend, case: Case, dy: Array) -> None:
 
 
 @check(
-    "an embedding's gradients are the formula's, its weights' too", examples=24, kind="embedding"
+    "an embedding's gradients are the formula's, its weights' too",
+    examples=24,
+    kind="embedding",
+    uses=("gradients",),
 )
 def embedding_gradients(draw: Draw, backend: Backend) -> None:
     case = draw.case(kind="embedding", pool=16)
@@ -108,7 +117,11 @@ def embedding_gradients(draw: Draw, backend: Backend) -> None:
         check_weights(backend, case, dy)
 
 
-@check("the base gets no gradient, and training leaves its bytes as they were", examples=6)
+@check(
+    "the base gets no gradient, and training leaves its bytes as they were",
+    examples=6,
+    uses=("gradients", "training"),
+)
 def base_frozen(draw: Draw, backend: Backend) -> None:
     case, batches = draw.run(any_kind(draw, backend.kinds), steps=2)
     lead = batches[0].target.shape

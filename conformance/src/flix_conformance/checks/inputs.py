@@ -101,7 +101,9 @@ def unknown_ids(draw: Draw, backend: Backend) -> None:
 
 
 @check(
-    "rows become ids and weights by the rules: names add up, what is implied acts once", examples=40
+    "rows become ids and weights by the rules: names add up, what is implied acts once",
+    examples=40,
+    core="encode",
 )
 def encoding(draw: Draw, backend: Backend) -> None:
     case = draw.case()
@@ -125,7 +127,8 @@ def encoding(draw: Draw, backend: Backend) -> None:
 
 
 @check(
-    "a row that names an unknown feature or group is refused by name, and skipped only if that was asked for"
+    "a row that names an unknown feature or group is refused by name, and skipped only if that was asked for",
+    core="encode",
 )
 def names_refused(draw: Draw, backend: Backend) -> None:
     case = draw.case()
@@ -159,6 +162,7 @@ def names_refused(draw: Draw, backend: Backend) -> None:
 @check(
     'under "mean" an unknown name has an equal share in its group and implies nothing; group weights act on what is implied, too',
     examples=16,
+    core="encode",
 )
 def shares(draw: Draw, backend: Backend) -> None:
     case = draw.trainable("linear", 16)

@@ -55,10 +55,7 @@ def isolated(draw: Draw, backend: Backend) -> None:
     close(y[~acts], oracle.forward(whole)[~acts], size[~acts], whole.dtype, what, 2.0)
 
 
-@check(
-    "nor the gradients that these rows and their features get",
-    examples=36,
-)
+@check("nor the gradients that these rows and their features get", examples=36, uses=("gradients",))
 def isolated_gradients(draw: Draw, backend: Backend) -> None:
     broken, whole, feature, lists, _ = _broken(draw, backend)
     dy = output_gradient(draw, broken)

@@ -59,6 +59,7 @@ def _routed_to(draw: Draw, case: Case, number: int) -> Case:
 @check(
     "adding a feature keeps ids and values of the others, bit by bit; the new one starts with the defined bytes",
     examples=6,
+    uses=("changes",),
 )
 def added_feature(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend)
@@ -80,6 +81,7 @@ def added_feature(draw: Draw, backend: Backend) -> None:
 @check(
     "a feature that starts from others has the update nearest to their mean that its rank allows",
     examples=8,
+    uses=("changes",),
 )
 def added_from_others(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend)
@@ -110,6 +112,7 @@ def added_from_others(draw: Draw, backend: Backend) -> None:
 @check(
     "training after a feature was added moves the new one as the formula does, and no other by a bit",
     examples=4,
+    uses=("training", "changes"),
 )
 def added_trains_alone(draw: Draw, backend: Backend) -> None:
     case, batches = draw.run(any_kind(draw, backend.kinds), steps=3)
@@ -145,6 +148,7 @@ def _without(case: Case, number: int) -> Case:
 @check(
     "removing a feature keeps ids and values of the others, bit by bit; outputs are those without it",
     examples=6,
+    uses=("changes",),
 )
 def removed_feature(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend, lambda s: _removable(s.table))
@@ -160,6 +164,7 @@ def removed_feature(draw: Draw, backend: Backend) -> None:
 @check(
     "routing that names a removed feature is refused by name, and never served",
     examples=4,
+    uses=("changes",),
 )
 def removed_refused(draw: Draw, backend: Backend) -> None:
     def fits(s: Signature) -> bool:
@@ -185,6 +190,7 @@ def removed_refused(draw: Draw, backend: Backend) -> None:
 @check(
     "renaming a feature keeps every id and value, bit by bit, and the outputs",
     examples=6,
+    uses=("changes",),
 )
 def renamed_feature(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend)
@@ -204,6 +210,8 @@ def renamed_feature(draw: Draw, backend: Backend) -> None:
 @check(
     "after a feature was added, one renamed and one removed, rows become ids by the same rules as before",
     examples=8,
+    uses=("changes",),
+    core="encode",
 )
 def changed_encoding(draw: Draw, backend: Backend) -> None:
     def fits(s: Signature) -> bool:
@@ -275,6 +283,7 @@ def _joined(case: Case, donor: Case, new: Feature) -> Table:
 @check(
     "a file of one feature loads into another model with equal values and outputs; the others stay, bit by bit",
     examples=6,
+    uses=("files", "changes"),
 )
 def loaded_feature(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend)
@@ -291,6 +300,7 @@ def loaded_feature(draw: Draw, backend: Backend) -> None:
 @check(
     "what was loaded trains as the formula does, with all others or alone",
     examples=3,
+    uses=("training", "files", "changes"),
 )
 def loaded_trains(draw: Draw, backend: Backend) -> None:
     case, batches = draw.run(any_kind(draw, backend.kinds), steps=2)
@@ -308,7 +318,7 @@ def loaded_trains(draw: Draw, backend: Backend) -> None:
     check_trajectory(grown, found, oracle.train(grown.but(model=None), steps, SETTINGS))
 
 
-@check("loading into an adapted model sets A and B of every feature", examples=4)
+@check("loading into an adapted model sets A and B of every feature", examples=4, uses=("files",))
 def loaded_again(draw: Draw, backend: Backend) -> None:
     case = _case(draw, backend)
     model = backend.adapted(case)
@@ -324,6 +334,7 @@ def loaded_again(draw: Draw, backend: Backend) -> None:
 @check(
     "a feature that both have, and that differs in A or in B, is refused by name, kept or replaced, as conflicts= says",
     examples=6,
+    uses=("files", "changes"),
 )
 def conflicts(draw: Draw, backend: Backend) -> None:
     case, part = _case(draw, backend), draw.one_of([1, 0])
@@ -351,6 +362,7 @@ def conflicts(draw: Draw, backend: Backend) -> None:
 @check(
     "after a feature was added, one renamed, one removed and one loaded, outputs and merging are the formula's",
     examples=4,
+    uses=("merge", "files", "changes"),
 )
 def changed_merge(draw: Draw, backend: Backend) -> None:
     def fits(s: Signature) -> bool:

@@ -132,6 +132,7 @@ def _snapshot(backend: Backend, model: Any) -> tuple[Any, set[Feature], dict[str
 @check(
     "a verb that changes a model returns it: the same object, or a new one, and then the old one is as it was",
     examples=2,
+    uses=("files", "changes"),
 )
 def returned(draw: Draw, backend: Backend) -> None:
     for step, [(had, before, got)] in _lived(draw, backend):
@@ -146,7 +147,12 @@ def returned(draw: Draw, backend: Backend) -> None:
         )
 
 
-@check("two backends have the same features and values after the same life", examples=2, pair=True)
+@check(
+    "two backends have the same features and values after the same life",
+    examples=2,
+    pair=True,
+    uses=("files", "changes"),
+)
 def cross_life(draw: Draw, first: Backend, second: Backend) -> None:
     for step, [(*_, mine), (*_, theirs)] in _lived(draw, first, second):
         one, other = _snapshot(first, mine), _snapshot(second, theirs)
@@ -180,6 +186,7 @@ def _counted(backend: Backend, model: Any) -> dict[str, Any]:
 @check(
     "summary counts the base and the features that there are; removed ones nowhere, frozen ones and heads in the total alone",
     examples=2,
+    uses=("files", "changes"),
 )
 def counts(draw: Draw, backend: Backend) -> None:
     for step, [(*_, model)] in _lived(draw, backend):
@@ -209,7 +216,12 @@ def trained_heads(draw: Draw, backend: Backend) -> None:
     assert _counted(backend, model) == expected, f"{_counted(backend, model)}, not {expected}"
 
 
-@check("two backends count the same after the same life", examples=1, pair=True)
+@check(
+    "two backends count the same after the same life",
+    examples=1,
+    pair=True,
+    uses=("files", "changes"),
+)
 def cross_counts(draw: Draw, first: Backend, second: Backend) -> None:
     for step, [(*_, mine), (*_, theirs)] in _lived(draw, first, second):
         one, other = _counted(first, mine), _counted(second, theirs)

@@ -78,7 +78,9 @@ def _zeros(case: Case) -> Array | None:
     return None if case.weights is None else np.zeros_like(case.weights)
 
 
-@check("forward and backward leave the arrays that they are given as they were")
+@check(
+    "forward and backward leave the arrays that they are given as they were", uses=("gradients",)
+)
 def inputs_unchanged(draw: Draw, backend: Backend) -> None:
     case = draw.case(kind=any_kind(draw, backend.kinds), pool=12)
     given = {
@@ -97,7 +99,10 @@ def inputs_unchanged(draw: Draw, backend: Backend) -> None:
         same_bits(given[name], array, f"{name}, which the backend was given,")
 
 
-@check("merging one composition gives the formula's kernel, and the output that routing gives")
+@check(
+    "merging one composition gives the formula's kernel, and the output that routing gives",
+    uses=("merge",),
+)
 def merge(draw: Draw, backend: Backend) -> None:
     case = draw.case(kind=any_kind(draw, backend.kinds), pool=12)
     row = draw.rows(case.table, 1, full=True)[0]

@@ -56,7 +56,9 @@ def dropout_case(draw: Draw) -> tuple[flix.FlixConfig, bits.Rates, Case, dict[st
     return config, chosen, case.but(weights=weights), place
 
 
-@check("feature dropout gives the defined mask of a seed, step and row", examples=40)
+@check(
+    "feature dropout gives the defined mask of a seed, step and row", examples=40, core="dropout"
+)
 def dropout_masks(draw: Draw, backend: Backend) -> None:
     config, rates, case, place = dropout_case(draw)
     assert case.weights is not None
@@ -69,6 +71,7 @@ def dropout_masks(draw: Draw, backend: Backend) -> None:
 @check(
     "an AdamW step with decay leaves features absent from its batch as they were, bit by bit",
     examples=8,
+    uses=("training",),
 )
 def absent_stay(draw: Draw, backend: Backend) -> None:
     case, batches = draw.run(any_kind(draw, backend.kinds), steps=4)
@@ -98,7 +101,11 @@ def check_trajectory(case: Case, found: Any, expected: list[Pairs], slack: float
                 )
 
 
-@check(f"{STEPS} AdamW steps end where the formula's do, and pass where they pass", examples=6)
+@check(
+    f"{STEPS} AdamW steps end where the formula's do, and pass where they pass",
+    examples=6,
+    uses=("training",),
+)
 def trajectory(draw: Draw, backend: Backend) -> None:
     case, batches = draw.run(any_kind(draw, backend.kinds), steps=STEPS)
     found = backend.train(case, batches, SETTINGS)["pairs"]

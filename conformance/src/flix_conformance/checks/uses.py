@@ -25,6 +25,7 @@ def _check_answer(case: Case, y: Any, what: str) -> None:
 @check(
     "one model answers many calls, between optimizer steps, in place of ids that changed, in training and evaluation",
     examples=4,
+    uses=("training",),
 )
 def many_calls(draw: Draw, backend: Backend) -> None:
     case, batches = draw.run(any_kind(draw, backend.kinds), steps=3)
@@ -77,6 +78,7 @@ def _base(case: Case) -> Array:
     "a compiled function goes by each call's ids, by the values of then, and by disable or refuses to; unknown ids are an error or NaN",
     examples=5,
     needs=("compiled_forward",),
+    uses=("training",),
 )
 def compiled(draw: Draw, backend: Backend) -> None:
     case, batches = draw.run(any_kind(draw, backend.kinds), steps=2)
@@ -110,6 +112,7 @@ def compiled(draw: Draw, backend: Backend) -> None:
     "a framework's own loop trains as the formula does; absent features and the base stay as they were",
     examples=4,
     needs=("fit",),
+    uses=("training",),
 )
 def fitted(draw: Draw, backend: Backend) -> None:
     case, batches = draw.run(any_kind(draw, backend.kinds), steps=5)
