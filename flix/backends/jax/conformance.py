@@ -96,6 +96,12 @@ def _step(model: Any, optimizer: Any, ids: Any, weights: Any, x: Any, target: An
     optimizer.update(model, gradients)
 
 
+@functools.cache
+def _adamw(s: AdamW) -> Any:
+    """Made once: compiled steps know it by its identity."""
+    return adamw(s.lr, s.beta1, s.beta2, s.eps, s.decay)
+
+
 class JaxHarness:
     """See ``flix_conformance.harness.Harness``."""
 
@@ -148,8 +154,7 @@ class JaxHarness:
 
     def trainer(self, model: Any, settings: AdamW) -> Callable[[Batch], None]:
         model.train()
-        s = settings
-        optimizer = FlixOptimizer(model, adamw(s.lr, s.beta1, s.beta2, s.eps, s.decay))
+        optimizer = FlixOptimizer(model, _adamw(settings))
 
         def step(batch: Batch) -> None:
             ids, target = jnp.asarray(batch.ids), jnp.asarray(batch.target)
@@ -169,8 +174,7 @@ class JaxHarness:
     def fit(self, model: Any, batches: Sequence[Batch], settings: AdamW) -> None:
         """All steps in one compiled scan."""
         model.train()
-        s = settings
-        optimizer = FlixOptimizer(model, adamw(s.lr, s.beta1, s.beta2, s.eps, s.decay))
+        optimizer = FlixOptimizer(model, _adamw(settings))
         weighted = batches[0].weights is not None
 
         @jax.jit

@@ -17,7 +17,7 @@ from flix.backends.jax.routing import CARRIED
 from flix.backends.jax.scopes import MARK
 from tests.helpers.jax import randomize
 from tests.helpers.registry import config
-from tests.helpers.tolerance import assert_close, assert_far, same_bits
+from tests.helpers.tolerance import assert_close, assert_far
 
 X = np.random.default_rng(0).normal(size=(2, 3, 6)).astype("f")
 REQUESTS = [np.array(ids) for ids in ([[0, 4], [1, -1]], [[5, 1], [4, 0]], [[-1, -1], [2, 4]])]
@@ -168,5 +168,5 @@ def test_disabled_copies_are_so_while_the_block_is_open() -> None:
         acts = before(X, flix_features=REQUESTS[0])
         assert_far(acts, Net()(X))
         assert_close(compiled(before, X, REQUESTS[0]), acts)
-    assert same_bits(inside(X, flix_features=REQUESTS[0]), acts)
+    assert_close(inside(X, flix_features=REQUESTS[0]), acts)
     assert_close(compiled(inside, X, REQUESTS[0]), acts)
