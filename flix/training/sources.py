@@ -162,7 +162,7 @@ def _text(value: Any, column: str, where: str) -> str:
                     f"{where}: column {column!r} holds half of a surrogate pair, which is no text: {shown(value, 60)}"
                 ) from None
         return value
-    if is_number(value) and math.isfinite(value):
+    if is_number(value) and (isinstance(value, int) or math.isfinite(value)):
         return str(value)
     raise DataError(f"{where}: column {column!r} must hold text, got {shown(value)}")
 

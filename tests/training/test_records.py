@@ -135,3 +135,15 @@ def test_names_that_are_almost_one_get_a_warning(config: Callable[..., Path], tm
     assert result.exit_code == 0 and "flix: warning: group 'language': 'eng' and 'Eng'" in result.stderr  # fmt: skip
     with pytest.raises(flix.FlixError, match="blank"):
         corpus_of(config(datasets=[{**dataset, "features": {"task": "ner "}}], held_out=[], implies={}, ranks=1))  # fmt: skip
+
+
+def test_numbers_are_text_whatever_their_size(config: Callable[..., Path], tmp_path: Path) -> None:
+    huge = -(10**400)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"source": huge, "target": 1.5, "lang": "eng"}))
+    dataset = {"files": "rows.jsonl", "features": {"task": "ner"}, "feature_columns": {"language": "lang"}}  # fmt: skip
+    corpus = corpus_of(config(datasets=[dataset], held_out=[], implies={}, ranks=1))
+    (row,) = corpus.train.rows
+    assert (row.source, row.target) == (str(huge), "1.5")
+    (tmp_path / "rows.jsonl").write_text('{"source": NaN, "target": "a", "lang": "eng"}')
+    with pytest.raises(DataError, match="NaN is no JSON"):
+        corpus_of(config(datasets=[dataset], held_out=[], implies={}, ranks=1))
