@@ -5,6 +5,7 @@ Works under pytest-xdist: outcomes travel as properties of the tests' reports.
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Generator
 from itertools import combinations
@@ -97,7 +98,8 @@ class Session:
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         if _ours(item):
             item.user_properties.append(("flix_missing", dict(self.missing)))
-            item.user_properties.append(("flix_described", self._descriptions()))
+            # As text: workers of pytest-xdist send no subclasses, such as torch's version.
+            item.user_properties.append(("flix_described", json.dumps(self._descriptions())))
             if (cell := _cell(item)) is not None:
                 item.user_properties.append(("flix_check", list(cell)))
                 item.user_properties.append(("flix_core", self._core_alone(*cell)))
@@ -144,7 +146,7 @@ class Session:
         self.missing.update(properties.get("flix_missing", {}))  # type: ignore[call-overload]
         cell: Any = properties.get("flix_check")
         if cell is not None and report.when == "call":
-            self.described.update(properties.get("flix_described", {}))  # type: ignore[call-overload]
+            self.described.update(json.loads(str(properties.get("flix_described", "{}"))))
             outcome, trace = _outcome(report)
             found: dict[str, Any] = {"outcome": outcome, "seconds": round(report.duration, 2)}
             found["message"] = str(properties.get("flix_said", ""))[:2000]
