@@ -11,7 +11,7 @@ from flix_numpy import Layer, Primitives
 import flix
 from flix.backends.verbs import Verbs
 from flix.core.adapter.changes import Change
-from mutants._registry import ChangedPairs, mutant
+from mutants._registry import ChangedPairs, OptionalHarness, OptionalPrimitives, mutant
 
 
 def _halves(pair: Any) -> Any:
@@ -165,6 +165,20 @@ class RefusesNameless(Layer):
             if "removed" in str(error):
                 raise flix.RoutingError("an id of no feature") from None
             raise
+
+
+@mutant(
+    "serves rows that name a removed feature where it is compiled",
+    "removed_refused",
+    OptionalPrimitives,
+)
+class CompilesRemoved(OptionalHarness):
+    def compiled_forward(self, model: Any) -> Any:
+        def run(batch: Any) -> Any:
+            gone = np.isin(batch.ids, model.state.config.registry.removed_ids)
+            return self.call(model, replace(batch, ids=np.where(gone, -1, batch.ids)))
+
+        return run
 
 
 @mutant("gives a renamed feature an id at the end", "renamed_feature")

@@ -152,6 +152,13 @@ class StoresHalves(Verbs, ChangedPairs):
         super().save(model, directory, features, **options)
 
 
+@mutant("forgets the dropout that it was trained with", "files_round_trip")
+class ForgetsDropout(Verbs):
+    def save(self, model: Any, directory: Any, features: Any = None, **options: Any) -> None:
+        model.state.config = replace(model.state.config, feature_dropout=None)
+        super().save(model, directory, features, **options)
+
+
 @mutant("loads nothing and keeps its initial values", "files_round_trip")
 class LoadsNothing(Verbs):
     def load(self, model: Any, directory: Any, rename: Any = None, **options: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from flix_numpy import Layer
+from flix_numpy.conformance import Harness
 
 from mutants._registry import OptionalHarness, mutant
 
@@ -62,6 +64,14 @@ class CutsIds(Layer):
         if ids.ndim == 3 and x.shape[1] == 1:
             ids, weights = ids[:, -1:], None if weights is None else weights[:, -1:]
         return super().__call__(x, ids, weights)
+
+
+@mutant("keeps routing on the model while it runs", "threads")
+class SharesRouting(Harness):
+    def call(self, model: Any, batch: Any, path: Any = None) -> Any:
+        model.shared = batch
+        time.sleep(0.002)
+        return super().call(model, replace(batch, ids=model.shared.ids), path)
 
 
 @mutant("compiles the first call's ids in", "compiled")

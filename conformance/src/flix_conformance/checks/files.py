@@ -8,12 +8,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 
+import flix
 from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import any_kind, check
 from flix_conformance.compare import same_pairs
@@ -22,6 +24,7 @@ from flix_conformance.strategies import Draw
 
 CONFIG_FILE, TENSOR_FILE = "flix_config.json", "flix.safetensors"
 _TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+_DROPOUT = flix.FeatureDropout(0.25, keep_one=True, rescale=True)
 _TEXTS = ("format", "version", "digest")
 
 
@@ -97,6 +100,9 @@ def check_description(case: Case, folder: Path) -> None:
     assert found["layers"] == {case.path: layer}, f"layers are {found['layers']}"
     features = [tuple(pair) for pair in found["config"]["registry"]["features"]]
     assert features == list(case.table.features), f"features are {features}"
+    for name, value in case.config.to_dict().items():
+        if name != "target_modules":  # the layers that were found may stand there
+            assert found["config"][name] == json.loads(json.dumps(value)), f"{name} was not kept"
     for name in ("scaling", "seed"):
         assert found["config"][name] == getattr(case.table, name), f"{name} was not kept"
     copy = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -115,6 +121,8 @@ def saved_case(draw: Draw, kinds: tuple[str, ...]) -> Case:
 )
 def files_round_trip(draw: Draw, backend: Backend) -> None:
     case = saved_case(draw, backend.kinds)
+    told = {"unknown": draw.one_of(["skip", "mean"]), "feature_dropout": _DROPOUT}
+    case = case.but(config=replace(case.config, **told))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "adapter"
         backend.save(case, folder)

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import flix
 from flix_conformance import bits, oracle
 from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import any_kind, check
-from flix_conformance.checks.files import TENSOR_FILE, description, unpack
 from flix_conformance.checks.outputs import check_output
-from flix_conformance.checks.training import SETTINGS, TRAJECTORY, check_trajectory
-from flix_conformance.compare import close, close_in_norm, same_bits, same_pairs
+from flix_conformance.checks.training import SETTINGS, TRAJECTORY
+from flix_conformance.compare import close_in_norm, same_bits, same_pairs
 from flix_conformance.harness import Case, Pairs
 from flix_conformance.signatures import Signature
 from flix_conformance.strategies import Draw
 from flix_conformance.table import Feature, Table, written
 
-_NEW = "joined: 新"
+NEW = "joined: 新"
 
 
-def _removable(table: Table) -> list[Feature]:
+def removable(table: Table) -> list[Feature]:
     """Features that are not the last of their group."""
     return [f for f in table.live if len(table.names(f[0])) > 1]
 
 
-def _case(draw: Draw, backend: Backend, where: Callable[[Signature], Any] = lambda _: True) -> Case:
+def case_of(
+    draw: Draw, backend: Backend, where: Callable[[Signature], Any] = lambda _: True
+) -> Case:
     return draw.trainable(any_kind(draw, backend.kinds), 6, where)
 
 
@@ -46,7 +44,7 @@ def check_state(
     return {f: pair for f, pair in found.items() if f not in pairs}
 
 
-def _routed_to(draw: Draw, case: Case, number: int) -> Case:
+def routed_to(draw: Draw, case: Case, number: int) -> Case:
     """The case with a feature in one entry of every row."""
     entry = draw.integer(0, case.ids.shape[-1] - 1)
     ids, weights = case.ids.copy(), None if case.weights is None else case.weights.copy()
@@ -62,12 +60,12 @@ def _routed_to(draw: Draw, case: Case, number: int) -> Case:
     uses=("changes",),
 )
 def added_feature(draw: Draw, backend: Backend) -> None:
-    case = _case(draw, backend)
+    case = case_of(draw, backend)
     told = {group for group, _ in case.table.alphas}  # the first choice is sure to be tried
     groups = sorted(case.table.groups, key=lambda group: group not in told)
     group, rank = draw.one_of(groups), draw.one_of([1, 3])
-    model = backend.add_feature(backend.adapted(case), group, _NEW, rank, ())
-    new, number = (group, _NEW), len(case.table)
+    model = backend.add_feature(backend.adapted(case), group, NEW, rank, ())
+    new, number = (group, NEW), len(case.table)
     fresh = check_state(backend, model, case.table.added(new).ids, case.pairs, "after adding")
     like = (np.zeros((rank, case.d_in)), np.zeros((case.d_out, rank)))
     same_pairs(fresh, bits.initial_pairs(case.but(pairs={new: like})), "the new feature")
@@ -75,7 +73,7 @@ def added_feature(draw: Draw, backend: Backend) -> None:
     taught = {new: (a, draw.generator().normal(size=b.shape).astype(np.float32))}
     model = backend.primitives.write(model, {case.path: taught})
     grown = case.but(table=case.table.added(new), pairs={**case.pairs, **taught}, model=model)
-    check_output(backend, _routed_to(draw, grown, number))
+    check_output(backend, routed_to(draw, grown, number))
 
 
 @check(
@@ -84,7 +82,7 @@ def added_feature(draw: Draw, backend: Backend) -> None:
     uses=("changes",),
 )
 def added_from_others(draw: Draw, backend: Backend) -> None:
-    case = _case(draw, backend)
+    case = case_of(draw, backend)
     group, rank = draw.one_of(case.table.groups), draw.one_of([1, 2, 4])
     names = case.table.names(group)
     origins = names[: draw.integer(1, len(names))]
@@ -93,8 +91,8 @@ def added_from_others(draw: Draw, backend: Backend) -> None:
     if stacked > full + 1 and draw.one_of([False, True]):
         # The edge: more ranks than the layer's smaller side has dimensions, before and after.
         origins, rank = names, full + 1
-    model = backend.add_feature(backend.adapted(case), group, _NEW, rank, origins)
-    new = (group, _NEW)
+    model = backend.add_feature(backend.adapted(case), group, NEW, rank, origins)
+    new = (group, NEW)
     ids = case.table.added(new).ids
     a, b = check_state(backend, model, ids, case.pairs, "after adding")[new]
     assert (a.shape, b.shape) == ((rank, case.d_in), (case.d_out, rank)), (
@@ -118,14 +116,14 @@ def added_trains_alone(draw: Draw, backend: Backend) -> None:
     case, batches = draw.run(any_kind(draw, backend.kinds), steps=3)
     group, rank = draw.one_of(case.table.groups), draw.one_of([1, 3])
     origins = draw.one_of([(), case.table.names(group)])
-    model = backend.add_feature(backend.adapted(case), group, _NEW, rank, origins)
-    new, number = (group, _NEW), len(case.table)
+    model = backend.add_feature(backend.adapted(case), group, NEW, rank, origins)
+    new, number = (group, NEW), len(case.table)
     pair = backend.state(model)[1][new]
     grown = case.but(table=case.table.added(new), pairs={**case.pairs, new: pair}, model=model)
     steps = []
     for batch in batches:
         given = case.but(ids=batch.ids, weights=batch.weights)
-        routed = _routed_to(draw, given, number) if (batch.ids >= 0).any() else given
+        routed = routed_to(draw, given, number) if (batch.ids >= 0).any() else given
         steps.append(replace(batch, ids=routed.ids, weights=routed.weights))
     expected = oracle.train(grown.but(model=None), steps, SETTINGS, frozen=set(case.pairs))
     found = backend.train(grown, steps, SETTINGS)["pairs"]
@@ -141,7 +139,7 @@ def added_trains_alone(draw: Draw, backend: Backend) -> None:
             close_in_norm(actual[new][part], value, pair[part], TRAJECTORY, label)
 
 
-def _without(case: Case, number: int) -> Case:
+def without(case: Case, number: int) -> Case:
     return case.but(ids=np.where(case.ids == number, -1, case.ids).astype(np.int32))
 
 
@@ -151,14 +149,14 @@ def _without(case: Case, number: int) -> Case:
     uses=("changes",),
 )
 def removed_feature(draw: Draw, backend: Backend) -> None:
-    case = _case(draw, backend, lambda s: _removable(s.table))
-    gone = draw.one_of(_removable(case.table))
+    case = case_of(draw, backend, lambda s: removable(s.table))
+    gone = draw.one_of(removable(case.table))
     model = backend.remove_feature(backend.adapted(case), *gone)
     number = case.table.ids[gone]
     left = {f: pair for f, pair in case.pairs.items() if f != gone}
     surplus = check_state(backend, model, case.table.removed(gone).ids, left, "after removing")
     assert not surplus, f"{sorted(surplus)} is still there"
-    check_output(backend, _without(case, number).but(table=case.table.removed(gone), model=model))
+    check_output(backend, without(case, number).but(table=case.table.removed(gone), model=model))
 
 
 @check(
@@ -168,23 +166,29 @@ def removed_feature(draw: Draw, backend: Backend) -> None:
 )
 def removed_refused(draw: Draw, backend: Backend) -> None:
     def fits(s: Signature) -> bool:
-        return bool(s.filled and _removable(s.table))
+        return bool(s.filled and removable(s.table))
 
-    case = _case(draw, backend, fits).for_any_rows()
-    gone = draw.one_of(_removable(case.table))
+    case = case_of(draw, backend, fits).for_any_rows()
+    gone = draw.one_of(removable(case.table))
     number = case.table.ids[gone]
     model = backend.remove_feature(backend.adapted(case), *gone)
-    named = _without(case, number).but(model=model)
+    named = without(case, number).but(model=model)
     place = tuple(draw.integer(0, size - 1) for size in named.ids.shape)
     named.ids[place] = number
     error = backend.refuse(named)
     assert isinstance(error, ValueError), f"routing to a removed feature: {error!r}"
     assert written(gone) in str(error), f"the message does not name {written(gone)}: {error}"
-    try:
-        y = np.asarray(backend.forward(named)[0], np.float64)
-    except Exception:
-        return
-    assert np.isnan(y[place[:-1]]).all(), f"row {place[0]} names a removed feature and was served"
+    ways: list[Callable[[Any], Any]] = [lambda batch: backend.harness.call(model, batch)]
+    if not backend.lacks(["compiled_forward"]):
+        ways.append(backend.harness.compiled_forward(model))
+    for call in ways:
+        try:
+            y = np.asarray(call(named.batch)[0], np.float64)
+        except Exception:
+            continue
+        assert np.isnan(y[place[:-1]]).all(), (
+            f"row {place[0]} names a removed feature and was served"
+        )
 
 
 @check(
@@ -193,18 +197,18 @@ def removed_refused(draw: Draw, backend: Backend) -> None:
     uses=("changes",),
 )
 def renamed_feature(draw: Draw, backend: Backend) -> None:
-    case = _case(draw, backend)
+    case = case_of(draw, backend)
     old = draw.one_of([*case.pairs, *(f for f in case.table.features if f not in case.pairs)])
-    model = backend.rename_feature(backend.adapted(case), old[0], old[1], _NEW)
+    model = backend.rename_feature(backend.adapted(case), old[0], old[1], NEW)
 
     def renamed(values: dict[Feature, Any]) -> dict[Feature, Any]:
-        return {(f[0], _NEW) if f == old else f: value for f, value in values.items()}
+        return {(f[0], NEW) if f == old else f: value for f, value in values.items()}
 
-    table, pairs = case.table.renamed(old, _NEW), renamed(case.pairs)
+    table, pairs = case.table.renamed(old, NEW), renamed(case.pairs)
     surplus = check_state(backend, model, table.ids, pairs, "after renaming")
     assert not surplus, f"{sorted(surplus)} appeared"
     number = case.table.ids[old]
-    check_output(backend, _routed_to(draw, case.but(table=table, pairs=pairs, model=model), number))
+    check_output(backend, routed_to(draw, case.but(table=table, pairs=pairs, model=model), number))
 
 
 @check(
@@ -215,14 +219,14 @@ def renamed_feature(draw: Draw, backend: Backend) -> None:
 )
 def changed_encoding(draw: Draw, backend: Backend) -> None:
     def fits(s: Signature) -> bool:
-        return bool(s.table.implies and _removable(s.table))
+        return bool(s.table.implies and removable(s.table))
 
     case = draw.trainable("linear", 24, fits)
     group, table = draw.one_of(case.table.groups), case.table
-    old, gone = draw.one_of(table.live), draw.one_of(_removable(table))
-    model = backend.add_feature(backend.adapted(case), group, _NEW, 1, ())
+    old, gone = draw.one_of(table.live), draw.one_of(removable(table))
+    model = backend.add_feature(backend.adapted(case), group, NEW, 1, ())
     model = backend.rename_feature(model, old[0], old[1], "renamed")
-    table = table.added((group, _NEW)).renamed(old, "renamed")
+    table = table.added((group, NEW)).renamed(old, "renamed")
     gone = (old[0], "renamed") if gone == old else gone
     model, table = backend.remove_feature(model, gone[0], gone[1]), table.removed(gone)
     rows = [*draw.rows(table, 3), *({group: name} for group, name in table.live)]
@@ -232,163 +236,3 @@ def changed_encoding(draw: Draw, backend: Backend) -> None:
         assert found == {i: np.float32(w) for i, w in wanted.items()}, (
             f"{row} became {found}, expected {wanted}"
         )
-
-
-def _donor(draw: Draw, case: Case, group: str) -> Case:
-    """Another adapter of the same layer, with the new feature among others."""
-    names = {group: ["first", _NEW], "elsewhere": ["last"]}
-    rank = draw.one_of([1, 2, 4])
-    rule = {"alpha": draw.one_of([None, 3.0]), "scaling": draw.one_of(["lora", "rslora"])}
-    config = flix.FlixConfig(
-        registry=flix.FeatureRegistry(names), ranks=rank, target_modules=(case.path,), **rule
-    )
-    table = Table.of(names, **rule)
-    rng = draw.generator()
-    pairs = {
-        feature: (
-            rng.normal(size=(rank, case.d_in)).astype(np.float32),
-            rng.normal(size=(case.d_out, rank)).astype(np.float32),
-        )
-        for feature in table.features
-    }
-    return case.but(config=config, table=table, pairs=pairs)
-
-
-def _check_file(donor: Case, folder: Path, feature: Feature) -> None:
-    """Hold a file of one feature to the format."""
-    data = (folder / TENSOR_FILE).read_bytes()
-    features = description(data)["config"]["registry"]["features"]
-    assert features == [list(feature)], f"the file describes the features {features}"
-    tensors = unpack(data)
-    names = [f"{donor.path}.{part}.{feature[0]}.{feature[1]}" for part in "AB"]
-    assert set(tensors) == set(names), f"the file holds {sorted(tensors)}, expected {names}"
-    for name, value in zip(names, donor.pairs[feature], strict=True):
-        same_bits(tensors[name], value, name)
-
-
-def _loaded(backend: Backend, model: Any, donor: Case, new: Feature) -> Any:
-    """The model with the donor's new feature, by way of a file of its own."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "adapter"
-        backend.save_features(backend.adapted(donor), folder, [new])
-        _check_file(donor, folder, new)
-        return backend.load_features(model, folder)
-
-
-def _joined(case: Case, donor: Case, new: Feature) -> Table:
-    """The features with the donor's, at the donor's scale."""
-    return case.table.added(new, oracle.scale(donor, new))
-
-
-@check(
-    "a file of one feature loads into another model with equal values and outputs; the others stay, bit by bit",
-    examples=6,
-    uses=("files", "changes"),
-)
-def loaded_feature(draw: Draw, backend: Backend) -> None:
-    case = _case(draw, backend)
-    group = draw.one_of(case.table.groups)
-    donor, new = _donor(draw, case, group), (group, _NEW)
-    model = _loaded(backend, backend.adapted(case), donor, new)
-    number = len(case.table)
-    fresh = check_state(backend, model, case.table.added(new).ids, case.pairs, "after loading")
-    same_pairs(fresh, {new: donor.pairs[new]}, "the loaded feature")
-    grown = case.but(table=_joined(case, donor, new), pairs={**case.pairs, **fresh}, model=model)
-    check_output(backend, _routed_to(draw, grown, number))
-
-
-@check(
-    "what was loaded trains as the formula does, with all others or alone",
-    examples=3,
-    uses=("training", "files", "changes"),
-)
-def loaded_trains(draw: Draw, backend: Backend) -> None:
-    case, batches = draw.run(any_kind(draw, backend.kinds), steps=2)
-    group = draw.one_of(case.table.groups)
-    donor, new = _donor(draw, case, group), (group, _NEW)
-    model = _loaded(backend, backend.adapted(case), donor, new)
-    pairs = {**case.pairs, new: donor.pairs[new]}
-    grown = case.but(table=_joined(case, donor, new), pairs=pairs, model=model)
-    steps = []
-    for batch in batches:
-        given = case.but(ids=batch.ids, weights=batch.weights)
-        routed = _routed_to(draw, given, len(case.table))
-        steps.append(replace(batch, ids=routed.ids, weights=routed.weights))
-    found = backend.train(grown, steps, SETTINGS)["pairs"]
-    check_trajectory(grown, found, oracle.train(grown.but(model=None), steps, SETTINGS))
-
-
-@check("loading into an adapted model sets A and B of every feature", examples=4, uses=("files",))
-def loaded_again(draw: Draw, backend: Backend) -> None:
-    case = _case(draw, backend)
-    model = backend.adapted(case)
-    with tempfile.TemporaryDirectory() as name:
-        backend.verb("save")(model, Path(name) / "adapter")
-        other = {f: (a + 1, b - 2) for f, (a, b) in case.pairs.items()}
-        model = backend.primitives.write(model, {case.path: other})
-        model = backend.verb("load")(model, Path(name) / "adapter")
-    assert not check_state(backend, model, case.table.ids, case.pairs, "after loading again")
-    check_output(backend, case.but(model=model))
-
-
-@check(
-    "a feature that both have, and that differs in A or in B, is refused by name, kept or replaced, as conflicts= says",
-    examples=6,
-    uses=("files", "changes"),
-)
-def conflicts(draw: Draw, backend: Backend) -> None:
-    case, part = _case(draw, backend), draw.one_of([1, 0])
-    shared = draw.one_of(sorted(case.pairs))
-    a, b = case.pairs[shared]
-    theirs = (a + 1, b) if part == 0 else (a, b + 1)
-    model = backend.adapted(case)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "adapter"
-        other = case.but(pairs={**case.pairs, shared: theirs})
-        backend.save_features(backend.adapted(other), folder, [shared])
-        load = backend.verb("load_features")
-        try:
-            load(model, folder, [shared])
-        except ValueError as error:
-            assert written(shared) in str(error), f"the message does not name it: {error}"
-        else:
-            raise AssertionError(f"{written(shared)} differs in {'AB'[part]} and was not refused")
-        for what, pair in (("keep", (a, b)), ("replace", theirs)):
-            model = load(model, folder, [shared], conflicts=what)
-            wanted = {**case.pairs, shared: pair}
-            check_state(backend, model, case.table.ids, wanted, f"after conflicts={what!r}")
-
-
-@check(
-    "after a feature was added, one renamed, one removed and one loaded, outputs and merging are the formula's",
-    examples=4,
-    uses=("merge", "files", "changes"),
-)
-def changed_merge(draw: Draw, backend: Backend) -> None:
-    def fits(s: Signature) -> bool:
-        # What is implied by "every feature of a group" is a question of two adapters' rules, not of this check.
-        return bool(_removable(s.table) and not s.table.implies)
-
-    case = _case(draw, backend, fits)
-    group, rank = draw.one_of(case.table.groups), 2
-    gone = draw.one_of(_removable(case.table))
-    origin = draw.one_of(case.table.names(group))
-    model = backend.add_feature(backend.adapted(case), group, _NEW, rank, [origin])
-    model = backend.rename_feature(model, group, _NEW, "renamed")
-    model = backend.remove_feature(model, *gone)
-    table = case.table.added((group, _NEW)).renamed((group, _NEW), "renamed").removed(gone)
-    changed = case.but(table=table)
-    donor, new = _donor(draw, case, group), (group, _NEW)
-    model = _loaded(backend, model, donor, new)
-    count = len(case.table)
-    pairs = backend.state(model)[1]
-    table = _joined(changed, donor, new)
-    changed = _without(changed.but(table=table, pairs=pairs, model=model), case.table.ids[gone])
-    check_output(backend, _routed_to(draw, changed, draw.one_of([count, count + 1])))
-    row = {group: draw.one_of(["renamed", {"renamed": 0.5, _NEW: -2.0}])}
-    active = {
-        changed.table.features[i]: w for i, w in bits.active_features(changed.table, row).items()
-    }
-    kernel = np.asarray(backend.merge(changed, row), np.float64)
-    size = oracle.merged(oracle.magnitude(changed), {f: abs(w) for f, w in active.items()})
-    close(kernel, oracle.merged(changed, active), size, case.dtype, "the merged kernel")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -68,6 +71,29 @@ def one_by_one(draw: Draw, backend: Backend) -> None:
     if case.ids.ndim == 3:
         error = backend.refuse(case.but(x=case.x[:, :1]))
         assert isinstance(error, ValueError), f"one position under ids of more: {error!r}"
+
+
+@check(
+    "threads that call one model at once, each with routing of its own, get the answers to their own calls",
+    examples=3,
+)
+def threads(draw: Draw, backend: Backend) -> None:
+    case, batches = draw.run("linear", steps=4)
+    with backend.within(case.dtype):
+        model = backend.adapted(case)
+        start = Barrier(len(batches))
+
+        def called(batch: Batch) -> list[Array]:
+            start.wait(60)
+            given = replace(batch, x=case.x)
+            return [np.asarray(backend.harness.call(model, given)[0]) for _ in range(6)]
+
+        with ThreadPoolExecutor(len(batches)) as pool:
+            found = list(pool.map(called, batches))
+    for number, (batch, answers) in enumerate(zip(batches, found, strict=True)):
+        now = case.but(ids=batch.ids, weights=batch.weights)
+        for y in answers:
+            _check_answer(now, y, f"the output that thread {number} got")
 
 
 def _base(case: Case) -> Array:
