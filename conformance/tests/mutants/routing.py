@@ -122,6 +122,14 @@ class WrapsIds(Layer):
         return super().__call__(x, ids, weights)
 
 
+@mutant("cuts weights to what float32 can hold", "routing_refused")
+class CutsWeights(Layer):
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
+        if weights is not None and weights.dtype == np.float64:
+            weights = np.clip(weights, -3e38, 3e38).astype(np.float32)
+        return super().__call__(x, ids, weights)
+
+
 @mutant("takes weights that are not finite for 0", "routing_refused")
 class CleansWeights(Layer):
     def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:

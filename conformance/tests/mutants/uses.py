@@ -58,6 +58,16 @@ class KeepsTheLast(Layer):
         return y
 
 
+@mutant("takes the first of ids that are too many, in evaluation", "one_by_one")
+class TakesTheFirst(OptionalHarness):
+    def evaluated(self, model: Any, batch: Any) -> Any:
+        if batch.ids.ndim == 3:
+            count = batch.x.shape[1]
+            weights = None if batch.weights is None else batch.weights[:, :count]
+            batch = replace(batch, ids=batch.ids[:, :count], weights=weights)
+        return self.call(model, batch)
+
+
 @mutant("takes the last positions of ids that are too many", "one_by_one")
 class CutsIds(Layer):
     def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:

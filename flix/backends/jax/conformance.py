@@ -61,12 +61,13 @@ def _routing(batch: Batch) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-@nnx.jit
+# A call changes no model; written back, its attributes are gone for a moment, which other threads see.
+@nnx.jit(graph_updates=False)
 def _call(module: Any, x: Any, routing: dict[str, Any]) -> Any:
     return module(x, **routing)
 
 
-@nnx.jit
+@nnx.jit(graph_updates=False)
 def _part(module: Any, x: Any, routing: dict[str, Any]) -> Any:
     return _call(module, x, routing) * 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -69,10 +70,25 @@ class TorchHarness:
     def plain(self, layers: Sequence[Layer], x: NDArray[Any]) -> nn.Sequential:
         return nn.Sequential(OrderedDict((layer.path, _plain(layer)) for layer in layers))
 
+    def __init__(self) -> None:
+        self.held: dict[str, tuple[NDArray[Any], Tensor]] = {}
+
+    def _same(self, batch: Batch) -> dict[str, Tensor]:
+        """The routing; arrays that come again are the tensors of before, changed in place, as users' may be."""
+        found = _routing(batch)
+        for name, array in (("flix_features", batch.ids), ("flix_weights", batch.weights)):
+            if array is None:
+                continue
+            if name not in self.held or self.held[name][0] is not array:
+                self.held[name] = (array, found[name].clone())
+            found[name] = self.held[name][1].copy_(found[name])
+        return found
+
     @torch.no_grad()
     def call(self, model: Any, batch: Batch, path: str | None = None) -> tuple[NDArray[Any], str]:
         module = model if path is None else model.get_submodule(path)
-        y = module(_x(batch), **_routing(batch))
+        threaded = threading.current_thread() is not threading.main_thread()
+        y = module(_x(batch), **(_routing(batch) if threaded else self._same(batch)))
         return y.double().numpy(), str(y.dtype).removeprefix("torch.")
 
     def evaluated(self, model: Any, batch: Batch) -> tuple[NDArray[Any], str]:

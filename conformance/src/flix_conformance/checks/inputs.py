@@ -62,6 +62,14 @@ def malformed(draw: Draw, case: Case) -> list[tuple[str, Case, str]]:
             case.but(ids=_with(ids, place, feature), weights=_with(weights, place, odd)),
             named,
         ),
+        (
+            "a weight beyond float32",
+            case.but(
+                ids=_with(ids, place, feature),
+                weights=_with(weights.astype(np.float64), place, -1e39),
+            ),
+            named,
+        ),
         ("weights that are not floats", case.but(weights=weights.astype(np.int32)), "int32"),
     ]
     if ids.ndim == 3:  # by token

@@ -62,15 +62,32 @@ def one_by_one(draw: Draw, backend: Backend) -> None:
     with backend.within(case.dtype):
         case = case.but(model=backend.adapted(case))
     check_output(backend, case)
+    held = {"ids": case.ids[:, :1].copy() if case.ids.ndim == 3 else case.ids.copy()}
+    if case.weights is not None:
+        held["weights"] = case.weights[:, :1].copy() if case.ids.ndim == 3 else case.weights.copy()
     for t in range(min(case.x.shape[1], 4)):
-        now = case.but(x=case.x[:, t : t + 1])
         if case.ids.ndim == 3:
-            cut = [None if v is None else v[:, t : t + 1] for v in (case.ids, case.weights)]
-            now = now.but(ids=cut[0], weights=cut[1])
-        check_output(backend, now)
+            for name, array in held.items():
+                array[...] = getattr(case, name)[:, t : t + 1]
+        elif t == 2:
+            for array in held.values():  # another request in the same arrays
+                array[...] = array[::-1].copy()
+        check_output(backend, case.but(x=case.x[:, t : t + 1], **held))
     if case.ids.ndim == 3:
         error = backend.refuse(case.but(x=case.x[:, :1]))
         assert isinstance(error, ValueError), f"one position under ids of more: {error!r}"
+        if not backend.lacks(["evaluated"]):
+            _check_last(backend, case.but(x=case.x[:, -1:]))
+
+
+def _check_last(backend: Backend, case: Case) -> None:
+    """Generation may ask for the last position under all ids given: their last act, or they are refused."""
+    try:
+        y, _ = backend.evaluated(case)
+    except ValueError:
+        return
+    last = None if case.weights is None else case.weights[:, -1:]
+    _check_answer(case.but(ids=case.ids[:, -1:], weights=last), y, "the last position's output")
 
 
 @check(
