@@ -44,6 +44,13 @@ def write_file(path: Path, content: Content) -> None:
     sync_folder(path.parent)
 
 
+def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
+    """Write to an unbuffered file, which may take a part at a time."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it, so that they outlive a crash."""
     missing = []
@@ -117,9 +124,7 @@ def _written_aside(path: Path, content: Content) -> Iterator[Path]:
             if callable(content):
                 content(file)  # type: ignore[arg-type]
             else:
-                data = memoryview(content)
-                while data:  # an unbuffered file may take a part at a time
-                    data = data[file.write(data) :]  # type: ignore[arg-type]
+                write_all(file, content)
             os.fsync(handle)
             if fcntl is None:
                 file.close()  # Windows moves no file that is open

@@ -13,16 +13,14 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from flix.backends.jax.adapt import modules_of, put_state
 from flix.backends.jax.layers import FlixParam, adaptable, kernel_of
 from flix.core.adapter.described import Head
-from flix.core.adapter.heads import Place, check_head
+from flix.core.adapter.heads import Place, as_heads
 
 M = TypeVar("M")
-_TAKES = ("float64", "float32", "float16", "bfloat16")
 
 
 def base_parameters(model: Any) -> Iterator[tuple[str, Any]]:
@@ -40,7 +38,7 @@ def head_places(model: Any) -> dict[str, Place]:
         if adaptable(module)[0] is not None:
             kernels.setdefault(id(kernel_of(module)), []).append(path)
     return {
-        name: Place(tuple(p[...].shape), kernels.get(id(p), ()), str(p[...].dtype) in _TAKES)
+        name: Place(tuple(p[...].shape), kernels.get(id(p), ()), Head.holds(p[...].dtype))
         for name, p in base_parameters(model)
     }
 
@@ -53,15 +51,8 @@ def heads(model: Any, names: Collection[str] | None = None) -> dict[str, Head]:
     if names is not None:
         put_state(model, replace(state, heads=tuple(names)))
     known = dict(base_parameters(model))
-    found = {}
-    for name in state.heads if names is None else names:
-        values = np.asarray(jax.device_get(known[name][...]))
-        head = Head.of(values)
-        if head is None:
-            check_head(name, Place(values.shape, takes=False), ())
-        else:
-            found[name] = head
-    return found
+    chosen = state.heads if names is None else names
+    return as_heads(jax.device_get({name: known[name][...] for name in chosen}))
 
 
 def put_heads(model: M, heads: Mapping[str, Head]) -> M:

@@ -9,17 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from flix.backends.tensorflow.adapt import FlixModel
 from flix.backends.tensorflow.base import forget_traces
 from flix.backends.tensorflow.layers import FlixLayer, adaptable
 from flix.backends.tensorflow.parameters import is_table, kernel_of
 from flix.backends.tensorflow.paths import named_layers
 from flix.core.adapter.described import Head
-from flix.core.adapter.heads import Place, check_head
-
-_TAKES = ("float64", "float32", "float16", "bfloat16")
+from flix.core.adapter.heads import Place, as_heads
 
 
 def base_parameters(model: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -44,7 +40,7 @@ def head_places(model: Any) -> dict[str, Place]:
         if isinstance(layer, FlixLayer) or adaptable(layer)[0] is not None:
             kernels.setdefault(id(kernel_of(layer)), []).append(path)
     return {
-        name: Place(tuple(v.shape), kernels.get(id(v), ()), str(v.dtype) in _TAKES)
+        name: Place(tuple(v.shape), kernels.get(id(v), ()), Head.holds(v.dtype))
         for name, v, _ in base_parameters(model)
     }
 
@@ -57,15 +53,7 @@ def heads(model: Any, names: Collection[str] | None = None) -> dict[str, Head]:
         held = model.flix_state.heads
         names = [name for name, v in known.items() if id(v) in training or name in held]
     model.flix_state.heads = tuple(names)
-    found = {}
-    for name in names:
-        values = np.asarray(known[name].numpy())
-        head = Head.of(values)
-        if head is None:
-            check_head(name, Place(values.shape, takes=False), ())
-        else:
-            found[name] = head
-    return found
+    return as_heads({name: known[name].numpy() for name in names})
 
 
 def put_heads(model: Any, heads: Mapping[str, Head]) -> Any:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flix.backends.torch.layer import FlixLayer
+from flix.backends.torch.layers import adaptable
 from flix.core.adapter.base import Places
 
 _READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -32,13 +33,15 @@ def kernel_samples(
     with torch.no_grad():
         for path, where in places.items():
             module: Any = model.get_submodule(path)
+            kind = type(module) if isinstance(module, FlixLayer) else adaptable(module)[0]
             kernel = vars(module).get("flix_kernel", module._parameters.get("weight"))
-            if type(kernel) is not nn.Parameter or kernel.dtype not in _READABLE or kernel.is_meta:
+            readable = type(kernel) is nn.Parameter and kernel.dtype in _READABLE
+            if kind is None or not readable or kernel.is_meta:
                 return None
             rows, columns = (
                 torch.from_numpy(i).to(kernel.device) for i in (where.rows, where.columns)
             )
-            straight = _straight(module)
+            straight = kind.flix_transposed
             found[path] = kernel[(columns, rows) if straight else (rows, columns)].double()
         # One copy a device instead of one a kernel.
         devices = {value.device for value in found.values()}
@@ -49,10 +52,3 @@ def kernel_samples(
             ends = np.cumsum([len(v) for v in held.values()])[:-1]
             moved.update(zip(held, np.split(flat, ends), strict=True))
     return moved
-
-
-def _straight(module: Any) -> bool:
-    """Whether a layer, adapted or not, keeps its kernel ``[d_in, d_out]``."""
-    if isinstance(module, FlixLayer):
-        return module.flix_transposed
-    return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"

@@ -206,13 +206,18 @@ class InForce:
         return {i: v.split_with_sizes(sizes[i]) for i, v in self._vectors.items()}  # type: ignore[misc]
 
     @cached_property
-    def addresses(self) -> tuple[torch.device, tuple[int, ...]] | None:
-        """On which device the vectors lie, and where; None where they are not of one dtype and on one device."""
+    def addresses(self) -> tuple[torch.device, tuple[Any, ...]] | None:
+        """On which device the vectors lie, and what their places there follow from: dtype, ids and addresses.
+
+        None where they are not of one dtype, on one device and contiguous. Ids and dtype count, for freed memory is
+        used again: another feature may lie there then, or values of another dtype.
+        """
         vectors = self._vectors.values()
-        if len({(vector.dtype, vector.device) for vector in vectors}) > 1:
+        kinds = {(v.dtype, v.device, v.is_contiguous()) for v in vectors}
+        dtype, where, contiguous = kinds.pop()
+        if kinds or not contiguous:
             return None
-        where = next(iter(vectors)).device
-        return where, tuple(vector.data_ptr() for vector in vectors)
+        return where, (dtype, *self._vectors, *(v.data_ptr() for v in vectors))
 
 
 def _seen(held: Iterable[Any]) -> tuple[Any, ...] | None:

@@ -145,7 +145,10 @@ class Files(Shared):
         placed = bool(adapter.heads) and heads
         if placed:
             self._check_heads(model, adapter)
-        if said := differing(adapter.base, self.base_of(model, adapter.layers)):
+        # Kernels are looked at only where the adapter says what they should be.
+        if adapter.base is not None and (
+            said := differing(adapter.base, self.base_of(model, adapter.layers))
+        ):
             warn(said)
         if config is None:
             model = self.primitives.attach(

@@ -38,6 +38,11 @@ class Head:
             return None
         return cls(name, values.view(np.uint16) if name == "BF16" else values)
 
+    @staticmethod
+    def holds(dtype: object) -> bool:
+        """Whether :meth:`of` takes arrays of a dtype."""
+        return str(dtype) in _OF
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The parameter's shape."""

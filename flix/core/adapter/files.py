@@ -36,7 +36,7 @@ from flix.core.adapter.description import (
     read,
 )
 from flix.core.adapter.stored import StoredTensors
-from flix.core.adapter.stream import write_all, write_tensors
+from flix.core.adapter.stream import write_tensors
 from flix.core.config.config import FlixConfig
 from flix.core.errors import AdapterError
 from flix.core.features.names import Feature
@@ -105,13 +105,11 @@ def _write(
         metadata = as_metadata(description)
         description["sha256"] = write_tensors(file, tensors, metadata, named_heads)
 
-    def describe(file: BinaryIO) -> None:
-        write_all(file, (json.dumps(description, indent=1, ensure_ascii=False) + "\n").encode())
-
     write_file(folder / TENSOR_FILE, write)
     # The save has landed. What follows is for people, and tidies up after version 1.
     (folder / HEADS_FILE).unlink(missing_ok=True)
-    write_file(folder / CONFIG_FILE, describe)
+    copy = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
+    write_file(folder / CONFIG_FILE, copy.encode())
 
 
 @uncollected

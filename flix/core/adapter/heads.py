@@ -6,7 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flix.core.adapter.adapter import Adapter
+from flix.core.adapter.described import Head
 from flix.core.errors import AdapterError, listed, near
 
 
@@ -64,9 +68,28 @@ def check_head(name: str, place: Place, layers: Collection[str]) -> None:
             "that the features do not adapt; freeze it, or leave the layer out of target_modules"
         )
     if not place.takes:
-        raise AdapterError(
-            f"the trained parameter {name!r} holds no float16, bfloat16, float32 or float64 in this model"
-        )
+        raise _not_floating(name)
+
+
+def as_heads(values: Mapping[str, NDArray[Any]]) -> dict[str, Head]:
+    """Parameters' values by name, as files hold them.
+
+    Raises:
+        AdapterError: one that holds no floating-point numbers.
+    """
+    found = {}
+    for name, array in values.items():
+        head = Head.of(np.asarray(array))
+        if head is None:
+            raise _not_floating(name)
+        found[name] = head
+    return found
+
+
+def _not_floating(name: str) -> AdapterError:
+    return AdapterError(
+        f"the trained parameter {name!r} holds no float16, bfloat16, float32 or float64 in this model"
+    )
 
 
 def chosen_heads(

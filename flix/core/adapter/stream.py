@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flix.core.adapter.described import DTYPES, Head
+from flix.core.files import write_all
 
 _BUFFER = 1 << 25
 BLANK = "0" * 64
@@ -69,13 +70,6 @@ def write_tensors(
     file.seek(8 + len(_START))
     write_all(file, digest.encode())
     return digest
-
-
-def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
-    """Write to an unbuffered file, which may take a part at a time."""
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) :]
 
 
 def _header(parts: Sequence[_Part], metadata: Mapping[str, str]) -> tuple[bytes, int, int]:

@@ -121,7 +121,8 @@ def layer_table(found: InForce, place: int, active: tuple[int, ...], device: tor
                 found.values(active, place, device), (shape.d_in, shape.d_out), strict=True
             )
         )
-        return bank_table(a, b, device)._replace(held=(a, b))
+        table = bank_table(a, b, device)
+        return table._replace(held=(a, b, table.held))
 
     def make() -> Table:
         a, b = found.values(active, place, device)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from flix import ConfigError  # noqa: E402
+from flix.backends.torch import FlixLinear  # noqa: E402
 from flix.backends.torch.kernels import tables  # noqa: E402
+from flix.backends.torch.parameters import InForce  # noqa: E402
 from tests.helpers.kernels import INTERPRETED, layer_of, step_of  # noqa: E402
+from tests.helpers.registry import config  # noqa: E402
 from tests.helpers.torch import routing  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -57,6 +61,36 @@ def test_copies_live_as_long_as_their_table_and_are_not_kept():
     assert table.at[1].tolist()[: table.rows] == [row.data_ptr() for p in copies for row in p]
 
 
+def _in_force():
+    """Vectors put in force in one layer ``[7, 5]`` whose features have rank 2."""
+    bank = FlixLinear(5, 7, config=config(ranks=2, alpha=None), name="layer").flix_state.bank
+    return lambda vectors: InForce(bank, vectors, SimpleNamespace(vectors=lambda _: vectors), False)
+
+
+def test_memory_that_is_used_again_is_not_taken_for_what_lay_there():
+    in_force, first, second = _in_force(), torch.zeros(24), torch.zeros(24)
+    halves = [v.view(torch.float16)[:24] for v in (first, second)]
+    for vectors in (
+        {0: first, 1: second},
+        {1: first, 2: second},
+        {0: halves[0], 1: halves[1]},
+    ):
+        table, value = tables.layer_table(in_force(vectors), 0, (1,), CPU), vectors[1]
+        at = value.data_ptr()
+        assert (table.dtype, table.rows) == (value.dtype, 2)
+        assert table.at[0].tolist()[:2] == [at, at + 5 * value.itemsize]
+        assert table.at[1].tolist()[:2] == [at + 10 * value.itemsize, at + 17 * value.itemsize]
+
+
+@pytest.mark.parametrize("other", [torch.zeros(24, dtype=torch.bfloat16), torch.zeros(48)[::2]])
+def test_copies_of_vectors_that_are_not_alike_live_as_long_as_their_table(other):
+    table = tables.layer_table(_in_force()({0: torch.zeros(24), 1: other}), 0, (0, 1), CPU)
+    a, _, copies = table.held
+    for at, side in zip(table.at, (copies[: len(a)], copies[len(a) :]), strict=True):
+        assert at.tolist()[: table.rows] == [row.data_ptr() for part in side for row in part]
+    assert table.dtype == torch.float32 and all(part.is_contiguous() for part in copies)
+
+
 def test_tables_of_cuda_graphs_go_with_the_bank(monkeypatch):
     vectors, a, b = _bank()
     found = tables.bank_table(a, b, CPU)
@@ -85,11 +119,10 @@ def test_a_graph_is_not_captured_before_its_tables_are_made(monkeypatch):
     reason="no CUDA device; test_triton_kernels.py runs this module in Triton's interpreter",
 )
 def test_tables_are_made_once():
-    from flix.backends.torch.kernels import tables
-
     layer = layer_of("fused", 12, 9)
     run = lambda: step_of(layer, (4, 6, 12), *routing())  # noqa: E731
     run()
-    before = dict(tables._tables)
+    kept = tables._of_layouts[layer.flix_state.bank.layout]
+    before = dict(kept)
     run()
-    assert dict(tables._tables) == before
+    assert before and dict(kept) == before
