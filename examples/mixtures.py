@@ -45,7 +45,7 @@ print(f"held out for evaluation: {Counter(mixture.held_out['language'][:])}")
 # What the model is made for: the mixture's features, ranks by their data.
 registry = mixture.registry()
 ranks = flix.ranks.proportional(budget=40, sizes=mixture.feature_sizes())
-print({":".join(feature): rank for feature, rank in ranks(registry).items()}, "\n")
+print({"=".join(feature): rank for feature, rank in ranks(registry).items()}, "\n")
 
 # Streaming: a source that can only be read from front to back, beside the others.
 web = datasets.IterableDataset.from_generator(lambda: ({"text": f"row {i}"} for i in range(200)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from flix.cli.streams import drop_output, flush
+from flix.cli.streams import drop_output, flush, mistake
 
 _OWN = ("typer", "click", "rich", "pydantic", "pydantic_core", "yaml")
 
@@ -23,12 +23,12 @@ def main() -> NoReturn:
         drop_output()
         code = 0
     except OSError as error:
-        code = _mistake(f"{error.filename or 'standard output'}: {error.strerror or error}")
+        code = mistake(f"{error.filename or 'standard output'}: {error.strerror or error}")
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _OWN:
             raise
-        code = _mistake(
+        code = mistake(
             f"the command line needs {package}, which is not installed; install it with: "
             'pip install "flix-peft[cli]"'
         )
@@ -49,13 +49,8 @@ def _run() -> int:
             raise
         context = getattr(error, "ctx", None)
         more = f"; see {context.command_path} --help" if context is not None else ""
-        return _mistake(error.format_message().rstrip(".") + more)
+        return mistake(error.format_message().rstrip(".") + more)
     return result if isinstance(result, int) else 0
-
-
-def _mistake(message: str) -> int:
-    print("flix: error: " + " ".join(message.split()), file=sys.stderr)
-    return 2
 
 
 __all__ = ["main"]

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec
 
 import typer
 
-from flix.cli.streams import drop_output, flush, say
+from flix.cli.streams import drop_output, flush, mistake, say
 from flix.core.errors import FlixError
 from flix.core.tables import Cell, cell_text, is_numeric, text_table
 from flix.training.progress import Reporter, described
@@ -77,8 +77,7 @@ def fail(message: str) -> None:
     Raises:
         typer.Exit: always.
     """
-    print("flix: error: " + " ".join(message.split()), file=sys.stderr)
-    raise typer.Exit(2) from None
+    raise typer.Exit(mistake(message)) from None
 
 
 def is_terminal() -> bool:

@@ -1,9 +1,15 @@
-"""Standard output when nobody takes it: a reader that went away, a disk that is full."""
+"""The two streams: a mistake's line, and standard output when nobody takes it (its reader left, or a disk is full)."""
 
 from __future__ import annotations
 
 import os
 import sys
+
+
+def mistake(message: str) -> int:
+    """Say a user's mistake in one line on standard error; gives the exit code."""
+    print("flix: error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
 
 
 def say(text: str) -> None:
@@ -33,9 +39,8 @@ def flush() -> None:
 
 def _dropped(error: OSError) -> OSError:
     drop_output()
-    return OSError(
-        error.errno, error.strerror, "standard output"
-    )  # a BrokenPipeError by its number
+    # By its number this may be a BrokenPipeError.
+    return OSError(error.errno, error.strerror, "standard output")
 
 
 def drop_output() -> None:

@@ -84,9 +84,8 @@ def shown(value: object, limit: int = 200) -> str:
     """A value as a message shows it: its ``repr``, cut, whatever it is."""
     try:
         text = repr(value)
-    except (
-        Exception
-    ):  # an int of too many digits, a list that nests too deeply, a class of the caller's
+    except Exception:
+        # An int of too many digits, a list that nests too deeply, a class of the caller's.
         return f"something of type {type(value).__name__} that cannot be shown"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 

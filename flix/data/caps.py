@@ -24,7 +24,7 @@ def caps_of(
 
     Args:
         cap: a number; or ``{group: number}`` (for each cell of the group), ``{group: {name: number}}``,
-                ``{(group, name): number}``, ``{cell's name: number}``, which may be mixed.
+            ``{(group, name): number}``, ``{cell's name: number}``, which may be mixed.
         cells: the trained cells.
         names: their names.
         occurring: all cells, held-out ones included, whose groups and features may be named.

@@ -93,7 +93,7 @@ def with_features(source: Source) -> Any:
 
 
 def check_gives(source: Source, keep: KeepTrained, columns: Sequence[str]) -> None:
-    """Refuse a streamed source without a row to train on, at which an interleaved stream would end without a word.
+    """Refuse a streamed source without a row to train on: an interleaved stream would end there without a word.
 
     Raises:
         MixtureError: it is empty, or all of its rows are held out.

@@ -24,10 +24,10 @@ def unknown_targets(
         texts: how rows become tokens.
         corpus: the data.
         examples: the rows whose targets are looked at, the first ones of each combination.
-        refuse: whether a combination of whose targets nothing is left is an error.
+        refuse: whether a combination whose targets are nothing but unknown tokens is an error.
 
     Raises:
-        DataError: of a combination's targets, nothing but unknown tokens is left.
+        DataError: a combination's targets are nothing but unknown tokens.
     """
     if texts.tokenizer.unk_token_id is None:
         return []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from flix.core.errors import listed, near, shown
 from flix.training.errors import SettingsError, missing_extra
-from flix.training.trees import Place, Tree, read_as, read_text, read_tree
+from flix.training.trees import Place, Tree, read_text, read_tree
 
 if TYPE_CHECKING:
     from flix.training.settings import Settings
@@ -95,7 +95,7 @@ def _yaml_place(place: Place, lines: dict[Place, int]) -> Place:
     return known
 
 
-def _text(place: Place, error: Any, same: Sequence[Any], word: str | None) -> str:
+def _text(place: Place, error: Any, same: Sequence[Any], word: tuple[str, str] | None) -> str:
     path = _path(place)
     kind = error["type"]
     if kind == "extra_forbidden":
@@ -123,7 +123,8 @@ def _text(place: Place, error: Any, same: Sequence[Any], word: str | None) -> st
         if kinds >= {"string_type", "bool_as_number"}:
             meant = "text or a number"
         cure = " - quote it" if "string_type" in kinds else ""
-        return f"{path}: must be {meant}; YAML reads {word or 'nothing'} without quotes as {read_as(word)} ({got}){cure}"
+        text, taken_as = word
+        return f"{path}: must be {meant}; YAML reads {text or 'nothing'} without quotes as {taken_as} ({got}){cure}"
     if kind == "value_error":
         return f"{path}: {_reason(error)}" if path else _reason(error)
     reasons = list(dict.fromkeys(_reason(e) for e in same))

@@ -33,15 +33,16 @@ class Tree:
     Attributes:
         data: its value.
         lines: the line of every key and value.
-        words: how the values that YAML reads as something else than text are written, where they stand without quotes.
+        words: how the values that stand without quotes and that YAML reads as something else than text are written, and
+            what YAML reads them as.
     """
 
     data: Any
     lines: dict[Place, int]
-    words: dict[Place, str]
+    words: dict[Place, tuple[str, str]]
 
 
-def read_text(file: Path, what: str = "a configuration") -> str:
+def read_text(file: Path) -> str:
     """A file's text; a byte-order mark is passed over.
 
     Raises:
@@ -54,7 +55,7 @@ def read_text(file: Path, what: str = "a configuration") -> str:
         reason = getattr(error, "strerror", None) or error
         raise SettingsError(f"{file}: cannot be read: {reason}") from None
     if len(data) > LARGEST:
-        raise SettingsError(f"{file}: larger than {LARGEST >> 20} MB, which is not {what}")
+        raise SettingsError(f"{file}: larger than {LARGEST >> 20} MB, which is no configuration")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -107,7 +108,7 @@ class _Walk:
     def __init__(self, name: str) -> None:
         self.name = name
         self.lines: dict[Place, int] = {}
-        self.words: dict[Place, str] = {}
+        self.words: dict[Place, tuple[str, str]] = {}
         self._known: set[int] = set()
         self._repeated = 0
 
@@ -142,7 +143,7 @@ class _Walk:
             for number, value in enumerate(node.value):
                 self.visit(value, (*place, number), above)
         elif not node.style and _kind(node) in _KINDS:
-            self.words[place] = node.value
+            self.words[place] = (node.value, _KINDS[_kind(node)])
 
     def _key(self, key: Any, seen: dict[str, int]) -> str:
         import yaml
@@ -170,12 +171,3 @@ class _Walk:
 
 def _kind(node: Any) -> str:
     return str(node.tag).removeprefix("tag:yaml.org,2002:")
-
-
-def read_as(word: str) -> str:
-    """What YAML reads a word without quotes as, which :attr:`Tree.words` has."""
-    import yaml
-
-    loader: Any = yaml.SafeLoader("")
-    kind = loader.resolve(yaml.ScalarNode, word, (True, False))
-    return _KINDS.get(str(kind).removeprefix("tag:yaml.org,2002:"), "something else")

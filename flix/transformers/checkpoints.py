@@ -47,20 +47,17 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def begin(checkpoint: Path) -> None:
-    """Before anything of a checkpoint is written: what an earlier one left under its name is none from here on."""
+    """Call it before anything of a checkpoint is written: what stands under its name is no checkpoint any more."""
     files = _named(checkpoint) or {}
-    for name in (
-        STATE,
-        MANIFEST,
-        *files,
-    ):  # without its state no checkpoint is complete, by any rule
+    # The state first: without it no checkpoint is complete, by any rule.
+    for name in (STATE, MANIFEST, *files):
         (checkpoint / name).unlink(missing_ok=True)
     if files:
         sync_folder(checkpoint)
 
 
 def finish(checkpoint: Path) -> None:
-    """After everything of a checkpoint was written: name its files."""
+    """Call it after everything of a checkpoint was written: it names the files."""
     files = {
         str(path.relative_to(checkpoint).as_posix()): _described(path)
         for path in _files(checkpoint)
@@ -72,7 +69,8 @@ def finish(checkpoint: Path) -> None:
 def incomplete(checkpoint: Path) -> str | None:
     """Why a checkpoint is not complete; None if it is.
 
-    One of flix before format 2, which names no files, is taken for complete if its Trainer's state, written last, is.
+    One that was saved before format 2 names no files; it counts as complete if the Trainer's state, which was then
+    written last, can be read.
     """
     if not (checkpoint / MANIFEST).is_file():
         if _is_of_today(checkpoint / TENSOR_FILE):

@@ -117,7 +117,7 @@ def read_cell(text: str) -> dict[str, list[str]]:
                 f"got {shown(text)}"
             )
         place = match.end()
-        part = json.loads(match[1]) if match[1][0] == '"' else match[1].strip()
+        part = _unquoted(match[1])
         if sign == "=":
             group = part
             if group in found:
@@ -126,6 +126,20 @@ def read_cell(text: str) -> dict[str, list[str]]:
         else:
             found[group].append(part)
     return found
+
+
+def _unquoted(part: str) -> str:
+    """The group or name of a part.
+
+    Raises:
+        FeatureError: what stands in quotes is no text as JSON writes it.
+    """
+    if part[0] != '"':
+        return part.strip()
+    try:
+        return str(json.loads(part))
+    except ValueError as error:
+        raise FeatureError(f"{shown(part)} is not quoted as in JSON: {error}") from None
 
 
 def features_of(cell: Cell, registry: FeatureRegistry | None = None) -> frozenset[Feature]:
@@ -240,22 +254,22 @@ class HeldOut:
 
 
 def _entry(number: int, cell: object) -> dict[str, str]:
+    place = f"held_out[{number}]"
+    if not isinstance(cell, Mapping | str):
+        raise MixtureError(f"{place} must be {{group: name}} or 'group=name,...', got {shown(cell)}")
+    if not cell:
+        raise MixtureError(f"{place} is empty: it would hold out every row")
     entry: dict[str, str] = {}
     try:
         if isinstance(cell, str):
             cell = {group: names[0] if len(names) == 1 else names for group, names in read_cell(cell).items()}  # fmt: skip
-        if not isinstance(cell, Mapping):
-            raise FeatureError(f"must be {{group: name}} or 'group=name,...', got {shown(cell)}")
-        if not cell:
-            raise FeatureError("is empty: it would hold out every row")
         for given, name in cell.items():
             group = normal_group(given)
             if group in entry:
                 raise FeatureError(f"the group {group!r} is given twice, in two Unicode forms")
             entry[group] = normal_name(group, name)
     except FeatureError as error:
-        join = " " if str(error).startswith(("must", "is ")) else ": "
-        raise MixtureError(f"held_out[{number}]{join}{error}") from None
+        raise MixtureError(f"{place}: {error}") from None
     return entry
 
 

@@ -42,7 +42,7 @@ def encode(
     Args:
         registry: the features.
         rows: any iterable, gone through once, of one mapping a row. A row may leave groups out (or give None). In
-            ``{name: weight}``, names with None do not count, as tables fill them in.
+            ``{name: weight}``, names with None do not count: tables fill gaps with it.
         unknown: what an unknown feature does: ``"error"``; ``"skip"`` (the row's other features still act);
             ``"mean"`` (all features of its group, each with weight 1/n); or a mapping from the unknown name
             to a known one, or to several that share its weight equally. Unknown groups are always an error.
@@ -76,10 +76,10 @@ def _taken(rows: Iterable[Row]) -> Sequence[Row]:
             "for a batch of one row, give [row]"
         )
     try:
-        iterator = iter(() if isinstance(rows, str | bytes) else rows)
+        iterator = None if isinstance(rows, str | bytes) else iter(rows)
     except TypeError:
         iterator = None
-    if iterator is None or isinstance(rows, str | bytes):
+    if iterator is None:
         raise RoutingError(
             f"rows must be an iterable of mappings {{group: feature}}, one a row, got {shown(rows)}"
         )

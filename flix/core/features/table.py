@@ -26,7 +26,7 @@ class FeatureTable:
     :class:`flix.FeatureRegistry` is what users make; it derives new tables and encodes rows.
 
     Ids are the positions 0 .. len - 1 in the order of registration; the id of a feature that was removed stays
-    reserved for its name. What a table costs to make grows with what it is made of, and no faster.
+    reserved for its name. Making a table takes time in proportion to its size.
     """
 
     __slots__ = ("_closures", "_features", "_groups", "_ids", "_implies", "_links", "_members", "_removed")  # fmt: skip

@@ -120,6 +120,8 @@ def test_the_reason_is_named(entry, message):
     [
         ([{}], r"held_out\[0\] is empty"),
         ([{"task": "ner"}, "swa"], r"held_out\[1\]: features are written as group=name"),
+        ([""], r"held_out\[0\] is empty"),
+        (['task="n\\er"'], r"held_out\[0\]: .* is not quoted as in JSON"),
         ([{"task": "ner"}, 3], r"held_out\[1\] must be"),
         ([{"task": ["ner"]}], r"held_out\[0\]: a feature's name"),
         (["task=ner+pos"], r"held_out\[0\]: a feature's name"),
