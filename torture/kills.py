@@ -110,7 +110,7 @@ def kills(saver: Saver, count: int, seed: int) -> dict[str, Any]:
 
     Returns:
         ``count``; ``whole``: how often one version was found, no older than the last that was saved; ``wrong``: what
-        was found else; ``left``: the most files that were left.
+        was found else; ``left``: the most files that were left, where that was looked at.
     """
     draw = random.Random(seed)
     root = Path(tempfile.mkdtemp(prefix="torture-"))
@@ -143,10 +143,11 @@ def kills(saver: Saver, count: int, seed: int) -> dict[str, Any]:
             wrong[_said(error, root)] += 1
         if saver.name != "checkpoints":  # each is a folder of its own
             now = files(folder)
-            saver_files = usual = now if usual is None or len(now) < len(usual) else usual
-            left = max(left, len(now - saver_files))
+            usual = now if usual is None or len(now) < len(usual) else usual
+            left = max(left, len(now - usual))
     shutil.rmtree(root)
-    return {"count": count, "whole": whole, "wrong": dict(wrong), "left": left}
+    counted = {"count": count, "whole": whole, "wrong": dict(wrong)}
+    return counted if usual is None else {**counted, "left": left}
 
 
 def _said(error: Exception, root: Path) -> str:

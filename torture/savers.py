@@ -35,14 +35,12 @@ class Saver:
         make: makes ``write(folder, version)``; called in the process that writes.
         read: the version that a folder holds. Raises :class:`MixedError`, or what a load raises.
         imports: modules to import before processes are forked.
-        leftovers: how many files beside those of a whole version a kill may leave.
     """
 
     name: str
     make: Callable[[], Callable[[Path, int], None]]
     read: Callable[[Path], int]
     imports: tuple[str, ...] = ()
-    leftovers: int = 1
 
 
 def one_version(values: Iterable[Any], what: str) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
+from functools import partial
 
 import pytest
 
 from flix.core import files
 from flix.core.files import make_folder, sweep, write_file
+from tests.helpers.beside import writing
 from tests.helpers.stops import leftovers, stops
 
 
@@ -96,23 +97,12 @@ def test_a_link_is_replaced_and_not_what_it_points_at(tmp_path):
 
 
 def test_two_writers_and_a_reader(tmp_path):
-    path, ends = tmp_path / "a", threading.Event()
+    path = tmp_path / "a"
     versions = [bytes([i]) * 300_000 for i in range(2)]
     write_file(path, versions[0])
 
-    def write(version):
-        while not ends.is_set():
-            write_file(path, version)
-
-    writers = [threading.Thread(target=write, args=(v,)) for v in versions]
-    for writer in writers:
-        writer.start()
-    try:
+    with writing(*(partial(write_file, path, version) for version in versions)):
         seen = {path.read_bytes() for _ in range(400)}
-    finally:
-        ends.set()
-        for writer in writers:
-            writer.join()
     assert seen <= set(versions) and names(tmp_path) == {"a"}
 
 

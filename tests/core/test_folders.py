@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,7 @@ def test_writers_of_files_in_a_folder_take_turns(tmp_path):
         for _ in range(50):
             with alone(tmp_path / "x"):
                 order.append(name)
+                time.sleep(0.0002)  # whoever is let in, comes in now
                 order.append(name)
 
     threads = [threading.Thread(target=write_in_turn, args=(n,)) for n in "ab"]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
 import flix
-from torture import bounded, fuzz, kills
+from torture import bounded, fuzz, kills, long
 from torture.inputs import VALUES
 from torture.report import COLUMNS, tables
 from torture.savers import SAVERS, MixedError, Saver, one_version
@@ -128,7 +130,7 @@ def test_what_a_call_ends_in_is_counted(call, counted):
 
 
 def test_calls_that_do_not_end_are_stopped(monkeypatch):
-    monkeypatch.setattr(bounded, "SECONDS", 0.05)
+    monkeypatch.setattr(bounded, "SECONDS", 0.4)
     tally = bounded.Tally()
 
     def swallows(_):
@@ -139,8 +141,8 @@ def test_calls_that_do_not_end_are_stopped(monkeypatch):
                 continue
 
     tally.call(swallows, 0)
-    tally.call(lambda _: time.sleep(0.07), 0)
-    assert list(tally.failures) == ["more than 0.1 s", "more than 0.05 s"]
+    tally.call(lambda _: time.sleep(0.45), 0)
+    assert list(tally.failures) == ["more than 0.8 s", "more than 0.4 s"]
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)
@@ -166,6 +168,23 @@ def test_hostile_values_are_many():
 
     for what in (float, str, dict, list, bool, type(None)):
         assert type(find(VALUES, lambda value, what=what: type(value) is what)) is what
+
+
+def test_long_tests_are_rows_with_what_they_recorded(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "def test_that_memory_stays(record_property): record_property('growth', '0.25')\n"
+        "def test_that_fails(): assert 0\n"
+        "@pytest.mark.skip\n"
+        "def test_that_is_skipped(): pass\n"
+    )
+    report = tmp_path / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-q", str(tmp_path / "test_it.py"), f"--junitxml={report}"]  # fmt: skip
+    subprocess.run(command, cwd=tmp_path, capture_output=True)
+    one, two, three = long._rows("torch", report)
+    assert (one["what"], one["growth"]) == ("torch: that memory stays", "0.25")
+    assert [row["result"] for row in (one, two, three)] == ["as promised", "failed", "skipped"]
+    assert "wrong" in two and "wrong" not in one and long._rows("x", tmp_path / "none")[0]["wrong"]
 
 
 def test_tables_show_what_was_found():

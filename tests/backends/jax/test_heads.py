@@ -14,12 +14,10 @@ from flax import nnx
 
 import flix
 from flix.backends.jax import adapt, add_feature, load, load_bank, save
-from flix.core.adapter.adapter import LayerShape
-from flix.core.adapter.base import fingerprint, places
 from flix.core.adapter.described import Head
+from tests.helpers.heads import check_every_stop, fingerprint_of, wrong_heads
 from tests.helpers.jax import Net, adapted, random_bank
 from tests.helpers.registry import config
-from tests.helpers.stops import leftovers, stops
 
 HEAD = {"lm_head.kernel", "lm_head.bias"}
 
@@ -64,16 +62,14 @@ def test_a_head_is_no_adapted_kernel_and_has_a_place(tmp_path: Path) -> None:
         with pytest.raises(flix.AdapterError, match=f"kernel of the adapted layer '{name}'"):
             save(model, tmp_path, heads=[name])
     save(model, tmp_path)
-    found = flix.load_adapter(tmp_path)
-    for name, shape, message in (
+    wrong = [
         ("layers.0.q.kernel", (6, 2, 4), "kernel of the adapted layer 'layers.0.q'"),
         ("lm_head.kernel", (5, 6), r"has the shape \[5, 6\] in the adapter, but this Net's has \[6, 5\]"),
         ("lm_had.kernel", (6, 5), "'lm_had.kernel', which this Net does not have"),
-    ):  # fmt: skip
-        head = Head("F32", np.zeros(shape, "f4"))
-        flix.save_adapter(replace(found, heads={name: head}), tmp_path)
+    ]  # fmt: skip
+    for error in wrong_heads(tmp_path, wrong):
         plain = Net()
-        with pytest.raises(flix.AdapterError, match=message):
+        with error:
             load(plain, tmp_path)
         assert not hasattr(plain, "flix_state")
 
@@ -97,17 +93,12 @@ def test_banks_have_no_heads(tmp_path: Path) -> None:
 
 
 def test_every_stop_of_a_save_leaves_one_version(tmp_path: Path) -> None:
-    old, new = trained(1.0), trained(2.0)
-    save(old, tmp_path, heads=["lm_head"])
-    seen = set()
-    for stopped in stops(lambda: save(new, tmp_path, heads=["lm_head"])):
-        model = load(Net(), tmp_path)
-        (version,) = set(np.unique(model.lm_head.kernel[...]))
-        seen.add(float(version))
-        assert len(leftovers(tmp_path)) <= 1
-        if stopped:
-            save(old, tmp_path)
-    assert seen == {1.0, 2.0}
+    check_every_stop(
+        tmp_path,
+        [trained(1.0), trained(2.0)],
+        lambda model: save(model, tmp_path, heads=["lm_head"]),
+        lambda: set(np.unique(load(Net(), tmp_path).lm_head.kernel[...])),
+    )
 
 
 def test_the_base_is_told_and_compared(tmp_path: Path) -> None:
@@ -124,10 +115,7 @@ def test_the_base_is_told_and_compared(tmp_path: Path) -> None:
         "layers.0.e": block.e.kernel[...].transpose(1, 0, 2).reshape(6, 6).T,
         "layers.0.back": block.back.kernel[...].T,
     }
-    kernels = {path: np.asarray(kernels[path]) for path in layers}
-    looked = {p: places(LayerShape(k.shape[1], k.shape[0])) for p, k in kernels.items()}
-    samples = {p: k[looked[p].rows, looked[p].columns] for p, k in kernels.items()}
-    assert base is not None and base.fingerprint == fingerprint(layers, samples)
+    assert base is not None and base.fingerprint == fingerprint_of(layers, kernels)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(Net(), tmp_path)

@@ -11,12 +11,19 @@ from flax import nnx
 import flix
 from flix.backends.jax import FlixOptimizer, adamw, adapt, disable, route, value_and_grad
 from tests.helpers.jax import randomize
-from tests.helpers.stress import in_tasks, in_threads, needs_proc, resident
+from tests.helpers.stress import (
+    CALLS,
+    FEATURES,
+    REGISTRY,
+    answers,
+    check_memory,
+    in_tasks,
+    in_threads,
+    needs_proc,
+    pair_of,
+)
 
-FEATURES = 16
-REGISTRY = flix.FeatureRegistry({"language": [f"l{i}" for i in range(FEATURES)]})
 X = np.random.default_rng(0).normal(size=(2, 4, 16)).astype("f")
-CALLS = [1000, pytest.param(10_000, marks=pytest.mark.slow)]
 
 
 class Net(nnx.Module):
@@ -39,24 +46,13 @@ def compiled(model: Any, ids: Any) -> Any:
     return model(X, flix_features=ids)
 
 
-def answers(model: Any) -> dict[Any, Any]:
-    """Of every pair of features, and of the base."""
-    pairs = [(a, b) for a in range(FEATURES) for b in range(FEATURES)]
-    found = {p: np.asarray(compiled(model, np.array(p)[:, None])) for p in pairs}
-    return found | {None: np.asarray(compiled(model, np.full((2, 1), -1)))}
-
-
-def features(worker: int, call: int) -> tuple[int, int]:
-    return (worker * 7 + call) % FEATURES, (worker * 5 + 3 * call) % FEATURES
-
-
 @pytest.mark.parametrize("calls", CALLS)
 def test_threads_get_their_own_answers(calls: int) -> None:
     model = made()
-    want = answers(model)
+    want = answers(lambda pair: compiled(model, np.array(pair)[:, None]))
 
     def ask(worker: int, call: int) -> bool:
-        pair = features(worker, call)
+        pair = pair_of(worker, call)
         ids, kind = np.array(pair)[:, None], (worker + call) % 5
         if kind == 0:
             with route(REGISTRY, ids):
@@ -77,14 +73,14 @@ def test_threads_get_their_own_answers(calls: int) -> None:
 @pytest.mark.parametrize("calls", CALLS)
 def test_tasks_get_their_own_answers(calls: int) -> None:
     model = made()
-    want = answers(model)
+    want = answers(lambda pair: compiled(model, np.array(pair)[:, None]))
 
     def block(worker: int, call: int) -> Any:
-        ids = np.array(features(worker, call))[:, None]
+        ids = np.array(pair_of(worker, call))[:, None]
         return disable(model) if call % 5 == 0 else route(REGISTRY, ids)
 
     def ask(worker: int, call: int) -> bool:
-        pair = features(worker, call)
+        pair = pair_of(worker, call)
         key = None if call % 5 == 0 else pair
         y = compiled(model, np.array(pair)[:, None]) if call % 2 else model(X)
         return np.allclose(y, want[key], atol=1e-5)
@@ -94,7 +90,7 @@ def test_tasks_get_their_own_answers(calls: int) -> None:
 
 @pytest.mark.slow
 @needs_proc
-def test_memory_stays_over_ten_thousand_steps() -> None:
+def test_memory_stays_over_ten_thousand_steps(record_property: Any) -> None:
     model = made()
     optimizer = FlixOptimizer(model, adamw(1e-3))
 
@@ -108,22 +104,16 @@ def test_memory_stays_over_ten_thousand_steps() -> None:
         for _ in range(count):
             step(model, optimizer, rng.integers(0, FEATURES, (2, 1)))
 
-    steps(1000)
-    before = resident()
-    steps(10_000)
-    assert resident() < 1.02 * before
+    check_memory(record_property, lambda: steps(1000), lambda: steps(10_000))
 
 
 @pytest.mark.slow
 @needs_proc
-def test_memory_stays_over_ten_thousand_calls_at_once() -> None:
+def test_memory_stays_over_ten_thousand_calls_at_once(record_property: Any) -> None:
     model, rng = made(), np.random.default_rng(1)
 
     def calls(count: int) -> None:
         for _ in range(count):
             model(X, flix_features=rng.integers(0, FEATURES, (2, 1)))
 
-    calls(1000)
-    before = resident()
-    calls(10_000)
-    assert resident() < 1.02 * before
+    check_memory(record_property, lambda: calls(1000), lambda: calls(10_000))

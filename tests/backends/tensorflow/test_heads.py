@@ -1,7 +1,6 @@
 """Trained heads of Keras models, and the base that they and the features were trained on."""
 
 import warnings
-from dataclasses import replace
 
 import keras
 import numpy as np
@@ -9,12 +8,9 @@ import pytest
 
 import flix
 from flix.backends.tensorflow import adapt, load, save
-from flix.core.adapter.adapter import LayerShape
-from flix.core.adapter.base import fingerprint, places
-from flix.core.adapter.described import Head
 from tests.helpers import tensorflow as models
+from tests.helpers.heads import check_every_stop, fingerprint_of, wrong_heads
 from tests.helpers.registry import config
-from tests.helpers.stops import leftovers, stops
 
 X = np.random.default_rng(0).normal(size=(6, 4)).astype("f")
 GIVEN = {"inputs": X, "flix_features": np.array([[0, 4]] * 6, np.int32)}
@@ -91,32 +87,26 @@ def test_a_head_is_no_adapted_kernel_and_has_a_place(tmp_path):
     with pytest.raises(flix.AdapterError, match="kernel of the adapted layer 'up'"):
         save(model, tmp_path, heads=["up"])
     save(model, tmp_path)
-    found = flix.load_adapter(tmp_path)
-    for name, shape, message in (
+    wrong = [
         ("up.kernel", (4, 6), "kernel of the adapted layer 'up'"),
         ("out.kernel", (3, 6), r"has the shape \[3, 6\] in the adapter, but this Functional's has \[6, 3\]"),
         ("ot.kernel", (6, 3), "'ot.kernel', which this Functional does not have"),
         ("norm.moving_mean", (6,), "'norm.moving_mean', which this Functional does not have"),
-    ):  # fmt: skip
-        head = Head("F32", np.zeros(shape, "f4"))
-        flix.save_adapter(replace(found, heads={name: head}), tmp_path)
+    ]  # fmt: skip
+    for error in wrong_heads(tmp_path, wrong):
         base = plain()
-        with pytest.raises(flix.AdapterError, match=message):
+        with error:
             load(base, tmp_path)
         assert type(base.get_layer("up")) is keras.layers.Dense
 
 
 def test_every_stop_of_a_save_leaves_one_version(tmp_path):
-    old, new = trained(1.0), trained(2.0)
-    save(old, tmp_path)
-    seen = set()
-    for stopped in stops(lambda: save(new, tmp_path)):
-        (version,) = set(np.unique(kernel(load(plain(), tmp_path))))
-        seen.add(float(version))
-        assert len(leftovers(tmp_path)) <= 1
-        if stopped:
-            save(old, tmp_path)
-    assert seen == {1.0, 2.0}
+    check_every_stop(
+        tmp_path,
+        [trained(1.0), trained(2.0)],
+        lambda model: save(model, tmp_path),
+        lambda: set(np.unique(kernel(load(plain(), tmp_path)))),
+    )
 
 
 def test_the_base_is_told_and_compared(tmp_path):
@@ -133,9 +123,7 @@ def test_the_base_is_told_and_compared(tmp_path):
         "mha.attention_output": mha._output_dense.kernel.numpy().reshape(8, 8).T,
     }
     assert set(found.layers) == set(kernels)
-    looked = {p: places(LayerShape(k.shape[1], k.shape[0])) for p, k in kernels.items()}
-    samples = {p: k[looked[p].rows, looked[p].columns] for p, k in kernels.items()}
-    assert found.base.fingerprint == fingerprint(found.layers, samples)
+    assert found.base.fingerprint == fingerprint_of(found.layers, kernels)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(base, tmp_path)

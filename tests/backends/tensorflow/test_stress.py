@@ -8,13 +8,20 @@ import tensorflow as tf
 import flix
 from flix.backends.tensorflow import adapt, disable, route
 from flix.backends.tensorflow.paths import flix_layers
-from tests.helpers.stress import in_tasks, in_threads, needs_proc, resident
+from tests.helpers.stress import (
+    CALLS,
+    FEATURES,
+    REGISTRY,
+    answers,
+    check_memory,
+    in_tasks,
+    in_threads,
+    needs_proc,
+    pair_of,
+)
 from tests.helpers.tensorflow import randomize
 
-FEATURES = 16
-REGISTRY = flix.FeatureRegistry({"language": [f"l{i}" for i in range(FEATURES)]})
 X = np.random.default_rng(0).normal(size=(2, 4, 16)).astype("f")
-CALLS = [1000, pytest.param(10_000, marks=pytest.mark.slow)]
 
 
 def made():
@@ -30,28 +37,17 @@ def made():
     )
 
 
-def answers(model):
-    """Of every pair of features, and of the base."""
-    pairs = [(a, b) for a in range(FEATURES) for b in range(FEATURES)]
-    found = {p: model(given(p)).numpy() for p in pairs}
-    return found | {None: model(given((-1, -1))).numpy()}
-
-
 def given(pair):
     return {"inputs": X, "flix_features": np.array(pair, np.int32)[:, None]}
-
-
-def features(worker, call):
-    return (worker * 7 + call) % FEATURES, (worker * 5 + 3 * call) % FEATURES
 
 
 @pytest.mark.parametrize("calls", CALLS)
 def test_threads_get_their_own_answers(calls):
     model, compiled = made()
-    want = answers(model)
+    want = answers(lambda pair: model(given(pair)))
 
     def ask(worker, call):
-        pair = features(worker, call)
+        pair = pair_of(worker, call)
         kind = (worker + call) % 4
         if kind == 0:
             with route(REGISTRY, given(pair)["flix_features"]):
@@ -69,14 +65,14 @@ def test_threads_get_their_own_answers(calls):
 @pytest.mark.parametrize("calls", CALLS)
 def test_tasks_get_their_own_answers(calls):
     model, compiled = made()
-    want = answers(model)
+    want = answers(lambda pair: model(given(pair)))
 
     def block(worker, call):
-        ids = given(features(worker, call))["flix_features"]
+        ids = given(pair_of(worker, call))["flix_features"]
         return disable(model) if call % 5 == 0 else route(REGISTRY, ids)
 
     def ask(worker, call):
-        pair = features(worker, call)
+        pair = pair_of(worker, call)
         off = call % 5 == 0
         y = compiled(given(pair)["flix_features"]) if call % 2 and not off else model(X)
         return np.allclose(y, want[None if off else pair], atol=1e-5)
@@ -86,7 +82,7 @@ def test_tasks_get_their_own_answers(calls):
 
 @pytest.mark.slow
 @needs_proc
-def test_memory_stays_over_ten_thousand_steps():
+def test_memory_stays_over_ten_thousand_steps(record_property):
     model, _ = made()
     model.compile(keras.optimizers.AdamW(1e-3), "mse")
     rng = np.random.default_rng(1)
@@ -95,15 +91,12 @@ def test_memory_stays_over_ten_thousand_steps():
         for _ in range(count):
             model.train_on_batch(given(rng.integers(0, FEATURES, 2)), X)
 
-    steps(1000)
-    before = resident()
-    steps(10_000)
-    assert resident() < 1.02 * before
+    check_memory(record_property, lambda: steps(1000), lambda: steps(10_000))
 
 
 @pytest.mark.slow
 @needs_proc
-def test_memory_stays_over_ten_thousand_calls_at_once():
+def test_memory_stays_over_ten_thousand_calls_at_once(record_property):
     model, _ = made()
     rng = np.random.default_rng(1)
 
@@ -111,7 +104,4 @@ def test_memory_stays_over_ten_thousand_calls_at_once():
         for _ in range(count):
             model(given(rng.integers(0, FEATURES, 2)))
 
-    calls(1000)
-    before = resident()
-    calls(10_000)
-    assert resident() < 1.02 * before
+    check_memory(record_property, lambda: calls(1000), lambda: calls(10_000))

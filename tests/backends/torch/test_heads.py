@@ -18,9 +18,8 @@ import flix  # noqa: E402
 from flix.backends.torch import adapt, load, save  # noqa: E402
 from flix.backends.torch.heads import as_tensor, head_places, heads, put_heads, trained_heads  # noqa: E402
 from flix.core.adapter.adapter import LayerShape  # noqa: E402
-from flix.core.adapter.base import fingerprint, places  # noqa: E402
 from flix.core.adapter.described import Head  # noqa: E402
-from tests.helpers.stops import leftovers, stops  # noqa: E402
+from tests.helpers.heads import check_every_stop, fingerprint_of  # noqa: E402
 from tests.helpers.torch import parameters_of  # noqa: E402
 from tests.helpers.transformers import classifier, config, llama  # noqa: E402
 
@@ -198,17 +197,13 @@ def test_every_stop_of_a_save_leaves_one_version(tmp_path: Path) -> None:
             for parameter in (*parameters_of(model).values(), *trained_heads(model).values()):
                 parameter.fill_(value)
         models.append(model)
-    seen = []
-    save(models[0], tmp_path)
-    for stopped in stops(lambda: save(models[1], tmp_path)):
+
+    def read() -> set[float]:
         model = load(fresh(), tmp_path)
         values = (*parameters_of(model).values(), *trained_heads(model).values())
-        (version,) = {float(v) for p in values for v in p.detach().unique()}
-        seen.append(version)
-        assert len(leftovers(tmp_path)) <= 1
-        if stopped:
-            save(models[0], tmp_path)
-    assert set(seen) == {1.0, 2.0} and seen[-1] == 2.0 and leftovers(tmp_path) == []
+        return {float(v) for p in values for v in p.detach().unique()}
+
+    check_every_stop(tmp_path, models, lambda model: save(model, tmp_path), read)
 
 
 def test_models_of_one_base_have_heads_of_their_own(tmp_path: Path) -> None:
@@ -269,6 +264,4 @@ def test_conv1d_and_embeddings_have_the_fingerprint_of_linear_maps(tmp_path: Pat
     assert len(found) == 1
     shapes = {"q": LayerShape(6, 4), "e": LayerShape(5, 6, "embedding")}
     kernels = {"q": linear.weight.detach().numpy(), "e": table.weight.detach().numpy().T}
-    where = {path: places(shape) for path, shape in shapes.items()}
-    samples = {path: kernels[path][w.rows, w.columns] for path, w in where.items()}
-    assert found.pop().fingerprint == fingerprint(shapes, samples)
+    assert found.pop().fingerprint == fingerprint_of(shapes, kernels)

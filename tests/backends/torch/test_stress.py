@@ -10,11 +10,19 @@ from torch import nn  # noqa: E402
 
 import flix  # noqa: E402
 from flix.backends.torch import adapt, disable, page, routed, trainable_parameters  # noqa: E402
-from tests.helpers.stress import in_tasks, in_threads, needs_proc, resident  # noqa: E402
+from tests.helpers.stress import (  # noqa: E402
+    FEATURES,
+    REGISTRY,
+    answers,
+    check_memory,
+    in_tasks,
+    in_threads,
+    needs_proc,
+    pair_of,
+)
 from tests.helpers.torch import randomize  # noqa: E402
 
-FEATURES, CALLS = 16, 10_000
-REGISTRY = flix.FeatureRegistry({"language": [f"l{i}" for i in range(FEATURES)]})
+CALLS = 10_000
 X = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
 
 
@@ -27,16 +35,13 @@ def _model(d=16):
 
 @torch.no_grad()
 def _answers(model):
-    """Of every pair of features, of every one for all rows, and of the base."""
-    found = {
-        (a, b): model(X, flix_features=[[a], [b]]) for a in range(FEATURES) for b in range(FEATURES)
-    }
-    return found | {None: model(X, flix_features=[[-1], [-1]])}
+    found = answers(lambda pair: model(X, flix_features=[[i] for i in pair]))
+    return {key: torch.from_numpy(value) for key, value in found.items()}
 
 
 def _ask(model, want, worker, call):
     """Whether the answer to a request of some kind is right."""
-    a, b = (worker * 7 + call) % FEATURES, (worker * 5 + 3 * call) % FEATURES
+    a, b = pair_of(worker, call)
     kind = (worker + call) % 4
     if kind == 0:
         with routed(model, {"language": f"l{a}"}):
@@ -73,15 +78,12 @@ def test_tasks_get_their_own_answers(paged):
     if paged:
         page(model, FEATURES // 2 * next(iter(trainable_parameters(model))).nbytes)
 
-    def one(worker, call):
-        return (worker * 7 + call) % FEATURES
-
     def block(worker, call):
-        row = {"language": f"l{one(worker, call)}"}
+        row = {"language": f"l{pair_of(worker, call)[0]}"}
         return disable(model) if call % 5 == 0 else routed(model, row)
 
     def ask(worker, call):
-        key = None if call % 5 == 0 else (one(worker, call),) * 2
+        key = None if call % 5 == 0 else pair_of(worker, call)[:1] * 2
         return torch.allclose(model(X), want[key], atol=1e-5)
 
     with torch.no_grad():
@@ -90,28 +92,24 @@ def test_tasks_get_their_own_answers(paged):
 
 @pytest.mark.slow
 @needs_proc
-def test_memory_stays_over_ten_thousand_steps():
+def test_memory_stays_over_ten_thousand_steps(record_property):
     model = _model().train()
     optimizer = torch.optim.AdamW(trainable_parameters(model), 1e-3)
     generator = torch.Generator().manual_seed(1)
 
-    def step():
-        ids = torch.randint(0, FEATURES, (2, 1), generator=generator)
-        model(X, flix_features=ids).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def steps(count):
+        for _ in range(count):
+            ids = torch.randint(0, FEATURES, (2, 1), generator=generator)
+            model(X, flix_features=ids).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    for _ in range(1000):
-        step()
-    before = resident()
-    for _ in range(10_000):
-        step()
-    assert resident() < 1.02 * before
+    check_memory(record_property, lambda: steps(1000), lambda: steps(10_000))
 
 
 @pytest.mark.slow
 @needs_proc
-def test_memory_stays_over_ten_thousand_shapes():
+def test_memory_stays_over_ten_thousand_shapes(record_property):
     model, x = _model(), torch.randn(100, 100, 16)
     ids = torch.arange(100)[:, None] % FEATURES
 
@@ -121,7 +119,7 @@ def test_memory_stays_over_ten_thousand_shapes():
                 for s in lengths:
                     model(x[:n, :s], flix_features=ids[:n])
 
-    over(range(1, 101, 10), range(1, 101))
-    before = resident()
-    over(range(1, 101), range(1, 101))
-    assert resident() < 1.02 * before
+    some, all_of_them = range(1, 101, 10), range(1, 101)
+    check_memory(
+        record_property, lambda: over(some, all_of_them), lambda: over(all_of_them, all_of_them)
+    )

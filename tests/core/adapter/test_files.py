@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from flix.core.adapter.described import Base, Head
 from flix.core.adapter.files import read_description
 from flix.core.adapter.stored import StoredTensors
 from flix.core.adapter.stream import write_tensors
+from tests.helpers.beside import writing
 from tests.helpers.stops import leftovers, stops
 
 REGISTRY = FeatureRegistry({"language": ["hau", "swa"], "task": ["n.e.r", "ñ ü"]})
@@ -309,23 +310,10 @@ def test_names_that_would_be_one_in_the_file_are_refused(tmp_path):
 def test_a_reader_beside_two_writers_sees_whole_versions(tmp_path):
     versions = [adapter(seed=i, heads={"x": Head("F32", np.full(3, i, "f4"))}) for i in range(2)]
     save_adapter(versions[0], tmp_path)
-    ends = threading.Event()
-
-    def write(version):
-        while not ends.is_set():
-            save_adapter(version, tmp_path)
-
-    writers = [threading.Thread(target=write, args=(v,)) for v in versions]
-    for writer in writers:
-        writer.start()
-    try:
+    with writing(*(partial(save_adapter, version, tmp_path) for version in versions)):
         for _ in range(200):
             found = load_adapter(tmp_path)
             same(found, versions[int(found.heads["x"].values[0])])
-    finally:
-        ends.set()
-        for writer in writers:
-            writer.join()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["flix.safetensors", "flix_config.json"]
 
 
