@@ -256,7 +256,9 @@ class HeldOut:
 def _entry(number: int, cell: object) -> dict[str, str]:
     place = f"held_out[{number}]"
     if not isinstance(cell, Mapping | str):
-        raise MixtureError(f"{place} must be {{group: name}} or 'group=name,...', got {shown(cell)}")
+        raise MixtureError(
+            f"{place} must be {{group: name}} or 'group=name,...', got {shown(cell)}"
+        )
     if not cell:
         raise MixtureError(f"{place} is empty: it would hold out every row")
     entry: dict[str, str] = {}
