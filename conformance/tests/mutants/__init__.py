@@ -1,6 +1,17 @@
 """Deliberately broken backends, made from the example: each breaks one rule, and names the check that must see it."""
 
-from mutants import conduct, cross, isolation, lifecycle, outputs, routing, training, uses, ways
+from mutants import (
+    conduct,
+    cross,
+    exchange,
+    isolation,
+    lifecycle,
+    outputs,
+    routing,
+    training,
+    uses,
+    ways,
+)
 from mutants._registry import MUTANTS, Mutant
 
 __all__ = [
@@ -8,6 +19,7 @@ __all__ = [
     "Mutant",
     "conduct",
     "cross",
+    "exchange",
     "isolation",
     "lifecycle",
     "outputs",

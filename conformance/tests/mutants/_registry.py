@@ -15,9 +15,13 @@ from flix_numpy.conformance import AdamW, Harness
 
 from flix.backends import messages
 from flix.backends.verbs import Verbs
+from flix.core.adapter.described import Head
+from flix.core.adapter.heads import Place
+from flix.core.peft.exporting import PeftFacts
 from flix.core.strategy.union import first_unlike
 
 VERBS = [name for name in vars(flix_numpy) if callable(getattr(Verbs, name, None))]
+OPTIONAL_VERBS = ("merge_in_place", "unmerge", "export_peft")
 PARTS = (Layer, AdamW, Primitives, Verbs, Harness)
 
 
@@ -27,17 +31,72 @@ def made(name: str, *parts: type[Any]) -> Backend:
     primitives = chosen[Primitives]()
     verbs = chosen[Verbs](primitives)
     public = {verb: getattr(verbs, verb) for verb in VERBS}
+    if issubclass(chosen[Primitives], OptionalPrimitives):
+        public |= {verb: getattr(verbs, verb) for verb in OPTIONAL_VERBS}
     harness = type("Harness", (chosen[Harness],), {})()
     harness.layer, harness.optimizer = chosen[Layer], chosen[AdamW]
     return Backend(name, SimpleNamespace(primitives=primitives, **public), harness)
 
 
 class OptionalPrimitives(Primitives):
-    """The example's, and a base that can train in part."""
+    """The example's, with what primitives may have besides, and a base whose kernels can train."""
 
     def count(self, model: Any) -> Counts:
         trained = (x.kernel.size for x in model.values() if getattr(x, "trains", False))
         return Counts(super().count(model).total, sum(trained))
+
+    def fold(self, model: Any, row: Any, update: Any) -> None:
+        model.state.folded = dict(row)
+        for path in self.shapes(model):
+            layer = model[path]
+            layer.own = layer.kernel
+            layer.kernel = (layer.kernel + update(path).T).astype(layer.dtype)
+
+    def folded(self, model: Any) -> Any:
+        return getattr(model.state, "folded", None)
+
+    def unfold(self, model: Any) -> None:
+        model.state.folded = None
+        for path in self.shapes(model):
+            model[path].kernel = model[path].own
+
+    def peft_facts(self, model: Any) -> PeftFacts:
+        return PeftFacts([*self.shapes(model)], "Model", {})
+
+    def head_places(self, model: Any) -> Any:
+        adapted = model.state is not None
+        return {f"{p}.kernel": Place(x.kernel.shape, [p] if adapted and x.state else []) for p, x in model.items()}  # fmt: skip
+
+    def heads(self, model: Any, names: Any = None) -> Any:
+        if names is not None:
+            for name in names:
+                model[name.removesuffix(".kernel")].trains = True
+        trained = {p: x for p, x in model.items() if getattr(x, "trains", False)}
+        return {f"{p}.kernel": Head.of(x.kernel) for p, x in trained.items()}
+
+    def put_heads(self, model: Any, heads: Any) -> Any:
+        for name, head in heads.items():
+            layer = model[name.removesuffix(".kernel")]
+            layer.kernel, layer.trains = head.array().astype(layer.dtype), True
+        return model
+
+    def base_name(self, model: Any) -> tuple[None, None]:
+        return None, None
+
+    def kernel_samples(self, model: Any, places: Any) -> Any:
+        held = {p: getattr(model[p], "own", model[p].kernel).T for p in places}
+        return {p: held[p][at.rows, at.columns] for p, at in places.items()}
+
+
+class FoldingLayer(Layer):
+    """The example's, which takes no routing while a composition is folded in."""
+
+    def active(self, x: Any, ids: Any, weights: Any) -> Any:
+        folded = getattr(self.state, "folded", None)
+        if folded is None:
+            yield from super().active(x, ids, weights)
+        elif ids is not None:
+            raise messages.folded_in(folded)
 
 
 class OptionalHarness(Harness):
@@ -85,7 +144,7 @@ class LikeRows(Layer):
 
 
 OPTIONAL = {
-    "needs": (OptionalPrimitives, OptionalHarness),
+    "needs": (OptionalPrimitives, OptionalHarness, FoldingLayer),
     "strategy": (AnyWay, SeveralWays, LikeRows),
 }
 

@@ -204,6 +204,13 @@ class FlixLayer(nn.Module):
         if strategy == "single" and (row := routing.unlike()) is not None:
             raise messages.rows_differ(row)
 
+    def _open(self, y: Tensor) -> Tensor:
+        """The output of a batch whose features are frozen, while others train: differentiated as one without any."""
+        if y.requires_grad or not (self.training and torch.is_grad_enabled()):
+            return y
+        held = self.flix_state.bank.held().values()
+        return with_grad(y, self.training) if any(p.requires_grad for p in held) else y
+
     def _traced_slots(
         self, routing: TracedRouting, like: Tensor, grouped: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

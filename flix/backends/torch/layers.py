@@ -159,12 +159,13 @@ class FlixLinear(FlixLayer, nn.Linear):
             return with_grad(self._base(x, kernel, bias), self.training)
         straight = kernel if self.flix_transposed else kernel.t()
         if strategy == "fused":
-            return self._fused(x, straight, bias, placed, routing)
+            return self._open(self._fused(x, straight, bias, placed, routing))
         values, carrier = self._values(placed, routing, x.device)
         scale = placed.scale.to(x.dtype)
-        return RoutedLinear.apply(  # type: ignore[no-any-return, no-untyped-call]
+        y = RoutedLinear.apply(  # type: ignore[no-untyped-call]
             x, straight, bias, scale, carrier, placed, strategy, values
         )
+        return self._open(y)
 
     def _fused(
         self, x: Tensor, kernel: Tensor, bias: Tensor | None, placed: Placed, routing: ActiveRouting
@@ -261,7 +262,8 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
             if not placed.active or count == 0:
                 return with_grad(self._scaled(base), self.training)
             pairs = self._pairs_of(*self._values(placed, routing, base.device))
-            return self._scaled(base + self._sum(tokens, placed, pairs, base.dtype).view_as(base))
+            y = base + self._sum(tokens, placed, pairs, base.dtype).view_as(base)
+            return self._open(self._scaled(y))
 
     def _scaled(self, y: Tensor) -> Tensor:
         """What transformers' scaled embeddings do to the looked-up row; the update is scaled with its kernel."""

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from flix import RoutingError  # noqa: E402
-from flix.backends.torch import adapt, disable, trainable_parameters  # noqa: E402
+from flix.backends.torch import adapt, disable, freeze, trainable_parameters  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
 from tests.helpers.tolerance import assert_close  # noqa: E402
 from tests.helpers.torch import MODELS, batch, live_pairs, make, output, randomize, routing  # noqa: E402
@@ -71,6 +71,19 @@ def test_a_batch_that_activates_nothing_can_still_be_differentiated():
     loss = model(**batch("llama"), labels=batch("llama")["input_ids"], flix_features=ids).loss
     loss.backward()
     assert all(p.grad is None for p in trainable_parameters(model))
+
+
+@pytest.mark.parametrize("strategy", ["gather", "masked"])
+def test_a_batch_whose_features_are_frozen_can_be_differentiated_while_others_train(strategy):
+    model = adapt(make("llama"), config(), strategy=strategy).train()
+    features = model.flix_config.registry.live
+    freeze(model, features[:1])
+    ids = torch.zeros(4, 1, dtype=torch.int64)
+    given = {**batch("llama"), "labels": batch("llama")["input_ids"], "flix_features": ids}
+    model(**given).loss.backward()
+    assert all(p.grad is None for p in trainable_parameters(model))
+    freeze(model, features)
+    assert not model(**given).loss.requires_grad  # nothing trains: nothing is kept for a backward
 
 
 def test_an_empty_batch_passes():

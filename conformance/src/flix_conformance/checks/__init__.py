@@ -3,6 +3,7 @@
 from flix_conformance.checks import (
     conduct,
     cross,
+    exchange,
     files,
     gradients,
     inputs,
@@ -28,6 +29,7 @@ _MODULES = (
     files,
     lifecycle,
     loading,
+    exchange,
     conduct,
     lives,
     cross,

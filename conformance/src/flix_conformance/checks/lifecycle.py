@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+import flix
 from flix_conformance import bits, oracle
 from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import any_kind, check
@@ -235,4 +236,42 @@ def changed_encoding(draw: Draw, backend: Backend) -> None:
     for row, found, wanted in zip(rows, bits.by_row(ids, weights), expected, strict=True):
         assert found == {i: np.float32(w) for i, w in wanted.items()}, (
             f"{row} became {found}, expected {wanted}"
+        )
+
+
+@check(
+    "changes leave everything else that the configuration says: dropout, fallbacks, targets, scaling, seed",
+    examples=6,
+    uses=("changes",),
+)
+def changed_settings(draw: Draw, backend: Backend) -> None:
+    case = case_of(draw, backend, lambda s: removable(s.table))
+    group, old = draw.one_of(case.table.groups), draw.one_of(case.table.live)
+    gone = draw.one_of([f for f in removable(case.table) if f[1] != old[1]] or [None])
+    rates = {group: draw.one_of([0.0, 0.5])}
+    dropout = {"p": 0.25, "per_group": rates, "keep_one": draw.one_of([True, False]), "rescale": True}  # fmt: skip
+    told = {
+        "feature_dropout": flix.FeatureDropout(**dropout),
+        "unknown": draw.one_of(["skip", "mean", {"elsewhere": [old[1]]}]),
+        "exclude_modules": ("nothing",),
+    }
+    alike = any(f != old and f[1] == old[1] for f in case.table.live)
+    wanted = {**dropout, "unknown": told["unknown"], "exclude_modules": ["nothing"]}
+    if isinstance(told["unknown"], dict) and not alike:
+        wanted["unknown"] = {"elsewhere": ["renamed"]}
+    model = backend.adapted(case.but(config=replace(case.config, **told)))
+    model = backend.add_feature(model, group, NEW, 1, ())
+    model = backend.rename_feature(model, old[0], old[1], "renamed")
+    if gone is not None:
+        model = backend.remove_feature(model, gone[0], gone[1])
+    found = backend.primitives.adapted(model).to_dict()
+    for name in ("target_modules", "scaling", "seed"):
+        now, before = found[name], case.config.to_dict()[name]
+        assert now == before, f"{name} is {now!r} after changes, and was {before!r}"
+    found |= found["feature_dropout"] or {}
+    for name, value in wanted.items():
+        if name == "unknown" and alike and isinstance(value, dict):
+            continue  # a name that several features have
+        assert found.get(name) == value, (
+            f"{name} is {found.get(name)!r} after changes, expected {value!r}"
         )

@@ -110,3 +110,27 @@ def trajectory(draw: Draw, backend: Backend) -> None:
     case, batches = draw.run(any_kind(draw, backend.kinds), steps=STEPS)
     found = backend.train(case, batches, SETTINGS)["pairs"]
     check_trajectory(case, found, oracle.train(case, batches, SETTINGS))
+
+
+@check(
+    "frozen features stay as they were, bit by bit, while the others train as the formula does; thawed ones train again",
+    examples=4,
+    uses=("training",),
+)
+def frozen_stay(draw: Draw, backend: Backend) -> None:
+    case, batches = draw.run(any_kind(draw, backend.kinds), steps=6)
+    some = draw.one_of([{f} for f in sorted(case.pairs)] + [set(case.pairs)])
+    model = backend.adapted(case)
+    for feature in sorted(some):  # one after the other: what was frozen before stays so
+        model = backend.verb("freeze")(model, [feature])
+    for frozen, part in ((some, batches[:3]), (some - {min(some)}, batches[3:])):
+        now = case.but(pairs=backend.pairs(model), model=model)
+        if frozen != set(case.pairs):
+            found = backend.train(now, part, SETTINGS)["pairs"]
+            expected = oracle.train(now.but(model=None), part, SETTINGS, frozen=frozen)
+            check_trajectory(now, found, expected)
+        for feature in sorted(frozen):
+            for side in (0, 1):
+                label = f"{'AB'[side]} of {written(feature)}, which is frozen,"
+                same_bits(backend.pairs(model)[feature][side], now.pairs[feature][side], label)
+        model = backend.verb("thaw")(model, [min(some)])
