@@ -42,12 +42,9 @@ class Backend:
         return getattr(self.module, name, None) or getattr(Verbs(self.primitives), name)
 
     def lacks(self, methods: Sequence[str]) -> list[str]:
-        """Those of some optional methods that neither the harness nor the primitives have."""
-        return [
-            name
-            for name in methods
-            if not any(callable(getattr(x, name, None)) for x in (self.harness, self.primitives))
-        ]
+        """Those of some optional methods and attributes that neither the harness nor the primitives have."""
+        places = (self.harness, self.primitives)
+        return [name for name in methods if not any(getattr(x, name, None) for x in places)]
 
     def within(self, dtype: str) -> AbstractContextManager[Any]:
         """Where a model of this dtype is made and used."""

@@ -42,6 +42,7 @@ class Case:
         strategy: how the sum is to be computed: one of the harness's.
         model: an adapted model, perhaps changed since, to be used in place of a new one; ``config`` then is
             that which it began with.
+        form: see :class:`Layer`.
     """
 
     config: flix.FlixConfig
@@ -57,6 +58,7 @@ class Case:
     dtype: str
     strategy: str
     model: Any = None
+    form: str = ""
 
     @property
     def d_in(self) -> int:
@@ -71,7 +73,7 @@ class Case:
     @property
     def layer(self) -> Layer:
         """The plain layer."""
-        return Layer(self.path, self.kind, self.kernel, self.bias, self.dtype)
+        return Layer(self.path, self.kind, self.kernel, self.bias, self.dtype, self.form)
 
     @property
     def batch(self) -> Batch:
@@ -102,11 +104,12 @@ class Layer:
     """A plain layer.
 
     Attributes:
-        path: its path in the model, a name without dots.
+        path: its path in the model; a name without dots, unless the harness is ``nested``.
         kind: ``"linear"`` or ``"embedding"``.
         kernel: ``[d_in, d_out]``, or an embedding's table ``[vocabulary, d_out]``.
         bias: ``[d_out]``, or None.
         dtype: what kernel and bias are to be in; they hold only values that it has.
+        form: which of the framework's layers it is to be, of the harness's ``forms``; empty for the plainest one.
     """
 
     path: str
@@ -114,6 +117,7 @@ class Layer:
     kernel: Array
     bias: Array | None = None
     dtype: str = "float32"
+    form: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +186,14 @@ class Harness(Protocol):
     - ``absent``, abilities that the backend does not have: ``"gradients"`` (``gradients`` then need not be there),
       ``"training"`` (nor ``trainer``), ``"merge"``, ``"files"``, ``"changes"`` of features. Whatever else is not there
       may raise NotImplementedError;
+    - ``nested``, True where ``plain`` takes paths with dots, as modules inside of modules (layers of one module follow
+      each other), and ``trainer`` models of several layers;
+    - ``forms``, names of other layers of the framework that are linear maps: kernels that stand the other way, or have
+      several axes. A :class:`Layer` of such a ``form`` has even sizes, each of which may be two axes. Its kernel
+      ``[d_in, d_out]`` is what docs/specification.md §1.1 makes of the framework's own; the model takes and gives
+      flat x and y, as with any layer;
+    - ``largest(model, batch, dy)``, the bytes of the largest array that a call and its gradients make, or of all that
+      they hold at once, where the framework can tell;
     - ``unfreeze(model, path)`` lets a layer of the base train, as a user does with a head, where that can be done.
 
     Attributes:
@@ -220,7 +232,9 @@ class Harness(Protocol):
     def trainer(self, model: Any, settings: AdamW) -> Callable[[Batch], Any]:
         """A function that trains an adapted model of one layer by one step, as a user would.
 
-        The optimizer is AdamW with these settings, the loss that of :class:`Batch`'s target.
+        The optimizer is AdamW with these settings, the loss that of :class:`Batch`'s target. A batch without routing is
+        refused. Where verbs change models in place, steps go on after a feature was renamed, frozen or thawed, with the
+        optimizer's state; after one was removed, they do so or are refused.
         """
 
     def kernel(self, model: Any, path: str) -> Array:

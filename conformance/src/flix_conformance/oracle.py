@@ -35,7 +35,7 @@ def scale(case: Case, feature: Feature) -> float:
 def dense_x(case: Case) -> Array:
     """x in float64; an embedding's tokens as one-hot vectors."""
     if case.kind == "embedding":
-        return np.eye(case.d_in)[case.x]
+        return np.equal.outer(case.x, np.arange(case.d_in)).astype(np.float64)  # type: ignore[no-any-return]
     return case.x.astype(np.float64)
 
 
@@ -112,39 +112,60 @@ def nearest(case: Case, origins: Sequence[Feature], rank: int) -> tuple[Array, f
     return mean, float(np.sqrt((left_out**2).sum()))
 
 
+class Run:
+    """A training run of layers that follow each other, one step of AdamW after another.
+
+    A feature that no row lists is not touched, its step count included; nor is a frozen one.
+
+    Attributes:
+        layers: the layers' cases, in order, with the values of now.
+    """
+
+    def __init__(self, layers: Sequence[Case], settings: AdamW) -> None:
+        self.layers, self.settings = [_in_float64(case) for case in layers], settings
+        self.moments: dict[Any, tuple[Array, Array, int]] = {}
+
+    def step(self, batch: Batch, frozen: Collection[Feature] = ()) -> list[Pairs]:
+        """One step, and each layer's pairs after it."""
+        given, y = [], batch.x
+        for case in self.layers:
+            given.append(case.but(x=y, ids=batch.ids, weights=batch.weights))
+            y = forward(given[-1])
+        dy = (y - batch.target) / len(batch.x)
+        for place, case in reversed([*enumerate(given)]):
+            found = gradients(case, dy)
+            dy, pairs = found.x, dict(case.pairs)
+            for feature in set(listed(case, batch.ids)) - set(frozen):
+                pairs[feature] = self._moved(place, feature, pairs[feature], found.pairs[feature])
+            self.layers[place] = self.layers[place].but(pairs=pairs)
+        return [case.pairs for case in self.layers]
+
+    def _moved(self, place: int, feature: Feature, pair: Any, gradient: Any) -> Any:
+        s, moved = self.settings, []
+        for part, (p, g) in enumerate(zip(pair, gradient, strict=True)):
+            m, v, count = self.moments.get((place, feature, part), (0.0 * p, 0.0 * p, 0))
+            m, v, count = (
+                s.beta1 * m + (1 - s.beta1) * g,
+                s.beta2 * v + (1 - s.beta2) * g * g,
+                count + 1,
+            )
+            self.moments[place, feature, part] = (m, v, count)
+            step = m / (1 - s.beta1**count) / (np.sqrt(v / (1 - s.beta2**count)) + s.eps)
+            moved.append(p - s.lr * (step + s.decay * p))
+        return tuple(moved)
+
+
+def _in_float64(case: Case) -> Case:
+    pairs = {f: (a.astype(np.float64), b.astype(np.float64)) for f, (a, b) in case.pairs.items()}
+    return case.but(pairs=pairs)
+
+
 def train(
     case: Case, batches: Sequence[Batch], settings: AdamW, frozen: Collection[Feature] = ()
 ) -> list[Pairs]:
-    """The pairs after each step of AdamW; a feature that no row lists is not touched, its step count included.
-
-    Nor is a frozen one.
-    """
-    values = {f: [a.astype(np.float64), b.astype(np.float64)] for f, (a, b) in case.pairs.items()}
-    moments: dict[Any, tuple[Array, Array, int]] = {}
-    trajectory: list[Pairs] = []
-    for batch in batches:
-        now = case.but(
-            pairs={f: (a, b) for f, (a, b) in values.items()},
-            x=batch.x,
-            ids=batch.ids,
-            weights=batch.weights,
-        )
-        grads = gradients(now, (forward(now) - batch.target) / len(batch.x))
-        for feature in listed(case, batch.ids):
-            if feature in frozen:
-                continue
-            for part in (0, 1):
-                g, p = grads.pairs[feature][part], values[feature][part]
-                m, v, count = moments.get((feature, part), (0.0 * p, 0.0 * p, 0))
-                m = settings.beta1 * m + (1 - settings.beta1) * g
-                v = settings.beta2 * v + (1 - settings.beta2) * g * g
-                count += 1
-                moments[feature, part] = (m, v, count)
-                step = m / (1 - settings.beta1**count)
-                step = step / (np.sqrt(v / (1 - settings.beta2**count)) + settings.eps)
-                values[feature][part] = p - settings.lr * (step + settings.decay * p)
-        trajectory.append({f: (a.copy(), b.copy()) for f, (a, b) in values.items()})
-    return trajectory
+    """The pairs of one layer after each step of a :class:`Run`."""
+    run = Run([case], settings)
+    return [run.step(batch, frozen)[0] for batch in batches]
 
 
 def listed(case: Case, ids: Array) -> list[Feature]:

@@ -183,6 +183,33 @@ def signature(number: int, kind: str = "linear") -> Signature:
     return Signature(kind=kind, number=number, **told, **values)
 
 
+@functools.cache
+def crowded(features: int, batch: int, width: int) -> Signature:
+    """A small layer with many features in two groups, ranks of 0 to 2; every row lists many of them, or few."""
+    rng = random.Random(f"{features}:{batch}:{width}")
+    names = {
+        "language": [f"l{i}" for i in range(features - 20)],
+        "task": [f"t{i}" for i in range(20)],
+    }
+    ranks = {(group, name): rng.choice((1, 1, 2, 0)) for group in names for name in names[group]}
+    told = _told(names, ranks, alpha={"language": 2.0, "task": 3.0})
+    sizes: dict[str, Any] = {"d_in": 4, "d_out": 5, "bias": True, "batch": batch, "lead": (2,)}
+    return Signature(
+        kind="linear", number=0, per_token=False, width=width, weighted=True, **told, **sizes
+    )
+
+
+@functools.cache
+def wide(kind: str, d_in: int) -> Signature:
+    """A layer with so many inputs, or an embedding with so many rows."""
+    ranks = {("language", "hau"): 1, ("language", "swa"): 0, ("task", "ner"): 2}
+    told = _told({"language": ["hau", "swa"], "task": ["ner"]}, ranks, alpha=2.0)
+    sizes: dict[str, Any] = {"d_in": d_in, "d_out": 3, "bias": False, "batch": 2, "lead": (6,)}
+    if kind == "linear":
+        sizes["lead"] = ()
+    return Signature(kind=kind, number=0, per_token=False, width=2, weighted=True, **told, **sizes)
+
+
 def chosen_of(number: int, choices: Sequence[Any]) -> Any:
     """One of some choices by a signature's number: each once a round, in an order that differs from round to round.
 

@@ -132,10 +132,14 @@ class Draw:
         ]
 
     def trainable(
-        self, kind: str, pool: int, where: Callable[[Signature], Any] = lambda _: True
+        self,
+        kind: str,
+        pool: int,
+        where: Callable[[Signature], Any] = lambda _: True,
+        dtype: str = "float32",
     ) -> Case:
-        """A case in float32 that can be trained and changed; the strategies take turns."""
-        ways = self.ways("float32")
+        """A case that can be trained and changed; the strategies take turns."""
+        ways = self.ways(dtype)
         series = range(self.scaled(max(pool, len(ways))))
         fit = [n for n in series if where(trainable_signature(n, kind))]
         number = self.of_turn(fit)
@@ -235,9 +239,16 @@ class Draw:
         """Rows as users write them; ``full``: each activates something."""
         return [self(composition_rows(table, full)) for _ in range(count)]
 
-    def run(self, kind: str, steps: int, pool: int = 4) -> tuple[Case, list[Batch]]:
-        """A training run in float32: a layer, and batches in which some features are absent, one of them empty."""
-        case = self.trainable(kind, pool)
+    def run(
+        self,
+        kind: str,
+        steps: int,
+        pool: int = 4,
+        where: Callable[[Signature], Any] = lambda _: True,
+        dtype: str = "float32",
+    ) -> tuple[Case, list[Batch]]:
+        """A training run: a layer, and batches in which some features are absent, one of them empty."""
+        case = self.trainable(kind, pool, where, dtype)
         rng = self.generator()
         batches = []
         silent = self.integer(1, steps)
@@ -248,10 +259,10 @@ class Draw:
             if case.kind == "embedding":
                 x: Array = rng.integers(0, case.d_in, case.x.shape).astype(np.int32)
             else:
-                x = rng.normal(size=case.x.shape).astype(np.float32)
+                x = representable(rng.normal(size=case.x.shape), dtype)
             target = rng.normal(size=(*case.x.shape[: len(_lead(case))], case.d_out))
             given = weights if case.weights is not None else None
-            batches.append(Batch(x, ids, given, "float32", target.astype(np.float32)))
+            batches.append(Batch(x, ids, given, dtype, target.astype(np.float32)))
         return case, batches
 
     def _training_routing(self, case: Case, rng: np.random.Generator) -> tuple[Array, Array]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import flix_numpy
 from flix_conformance import Backend
 from flix_conformance.checks import CHECKS
+from flix_conformance.compare import bfloat16
 from flix_numpy import Counts, Layer, Primitives
 from flix_numpy.conformance import AdamW, Harness
 
@@ -116,6 +118,32 @@ class OptionalHarness(Harness):
         for batch in batches:
             step(batch)
 
+    def largest(self, model: Any, batch: Any, dy: Any) -> int:
+        """All that is held at once, by numpy's own account."""
+        tracemalloc.start()
+        try:
+            self.call(model, batch)
+            self.gradients(model, batch, dy)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+
+class Halves(Harness):
+    """The example's, with layers that hold what bfloat16 has, and answer in it; numpy has no such dtype."""
+
+    dtypes = ("float32", "float64", "bfloat16")
+
+    def plain(self, layers: Any, x: Any) -> Any:
+        held = {"bfloat16": "float32"}
+        model = super().plain([replace(p, dtype=held.get(p.dtype, p.dtype)) for p in layers], x)
+        model.halves = layers[0].dtype == "bfloat16"
+        return model
+
+    def call(self, model: Any, batch: Any, path: Any = None) -> Any:
+        y, dtype = super().call(model, batch, path)
+        return (bfloat16(y), "bfloat16") if model.halves else (y, dtype)
+
 
 class SeveralWays(Harness):
     """The example's, under several names of strategies, which its layers can look up."""
@@ -146,6 +174,7 @@ class LikeRows(Layer):
 OPTIONAL = {
     "needs": (OptionalPrimitives, OptionalHarness, FoldingLayer),
     "strategy": (AnyWay, SeveralWays, LikeRows),
+    "dtype": (Halves,),
 }
 
 
@@ -153,6 +182,8 @@ def optional(check: str) -> tuple[type[Any], ...]:
     """What a check needs in place of the example's own."""
     if CHECKS[check].needs:
         return OPTIONAL["needs"]
+    if CHECKS[check].dtype is not None:
+        return OPTIONAL["dtype"]
     return OPTIONAL["strategy"] if CHECKS[check].strategy != "auto" else ()
 
 

@@ -103,7 +103,8 @@ class DecaysAbsent(AdamW):
 @mutant("lets momentum move absent features", "absent_stay")
 class MomentumMovesAbsent(AdamW):
     def step(self, gradients: Any) -> None:
-        seen = {feature for feature, _ in self.moments}
+        features = self.layer.state.config.registry.features
+        seen = {features[number] for number, _ in self.moments}
         absent = {f: [0 * p for p in pair] for f, pair in self.layer.pairs.items() if f in seen}
         super().step(absent | gradients)
 
@@ -128,9 +129,10 @@ class CommonCount(AdamW):
 
     def step(self, gradients: Any) -> None:
         for feature in gradients:
+            number = self.layer.state.config.registry.id(*feature)
             for part in (0, 1):
-                m, v, _ = self.moments.get((feature, part), (0, 0, 0))
-                self.moments[feature, part] = (m, v, self.steps)
+                m, v, _ = self.moments.get((number, part), (0, 0, 0))
+                self.moments[number, part] = (m, v, self.steps)
         super().step(gradients)
         self.steps += 1
 

@@ -86,6 +86,25 @@ def _gradients(
     return jax.vjp(of, None if tokens else x, bank, weights)[1](dy)
 
 
+def _given(model: Any, batch: Batch, dy: NDArray[Any]) -> tuple[Any, ...]:
+    """What :func:`_gradients` takes."""
+    layer = getattr(model, model.paths[0])
+    bias, given = getattr(layer, "bias", None), jnp.asarray(dy, batch.dtype)
+    base = kernel_of(layer)[...], None if bias is None else bias[...]
+    return _x(batch), *base, layer.bank, batch.ids, batch.weights, given, layer.flix_strategy
+
+
+def _largest(program: Any) -> int:
+    """The bytes of the largest array that some step of a program makes, those of the programs in it included."""
+    sizes = [0]
+    for step in program.eqns:
+        inner = [p for p in jax.tree.leaves([*step.params.values()]) if hasattr(p, "eqns")]
+        inner += [p.jaxpr for p in jax.tree.leaves([*step.params.values()]) if hasattr(p, "jaxpr")]
+        made = [] if inner else [v.aval for v in step.outvars]
+        sizes += [*map(_largest, inner), *(a.size * a.dtype.itemsize for a in made)]
+    return max(sizes)
+
+
 def _loss(model: Any, ids: Any, weights: Any, x: Any, target: Any) -> Any:
     y = model(x, flix_features=ids, flix_weights=weights)
     return ((y - target) ** 2).sum() / (2 * x.shape[0])
@@ -134,18 +153,7 @@ class JaxHarness:
         model(_x(batch), **_routing(batch))
 
     def gradients(self, model: Any, batch: Batch, dy: NDArray[Any]) -> dict[str, Any]:
-        layer = getattr(model, model.paths[0])
-        kernel, bias = kernel_of(layer)[...], getattr(layer, "bias", None)
-        dx, bank, weights = _gradients(
-            _x(batch),
-            kernel,
-            None if bias is None else bias[...],
-            layer.bank,
-            batch.ids,
-            batch.weights,
-            jnp.asarray(dy, batch.dtype),
-            layer.flix_strategy,
-        )
+        dx, bank, weights = _gradients(*_given(model, batch, dy))
         return {
             "x": None if dx is None else np.asarray(dx).astype(np.float64),
             "weights": None if weights is None else np.asarray(weights),
@@ -153,12 +161,17 @@ class JaxHarness:
             "base": None,  # not differentiated: the gradient is with respect to the bank
         }
 
+    def largest(self, model: Any, batch: Batch, dy: NDArray[Any]) -> int:
+        """Of the arrays that the program names, before it is compiled."""
+        return _largest(jax.make_jaxpr(_gradients, static_argnums=7)(*_given(model, batch, dy)))
+
     def trainer(self, model: Any, settings: AdamW) -> Callable[[Batch], None]:
         model.train()
         optimizer = FlixOptimizer(model, _adamw(settings))
 
         def step(batch: Batch) -> None:
-            ids, target = jnp.asarray(batch.ids), jnp.asarray(batch.target)
+            ids = None if batch.ids is None else jnp.asarray(batch.ids)
+            target = jnp.asarray(batch.target)
             _step(model, optimizer, ids, batch.weights, _x(batch), target)
 
         return step

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
+from tensorflow.python.framework import op_callbacks
 
 from flix.backends.tensorflow import keep_absent, primitives
 from flix.backends.tensorflow.adapt import FlixModel
@@ -163,6 +164,23 @@ class TensorFlowHarness:
         target = np.concatenate([b.target for b in batches])
         model.compile(optimizer=_adamw(settings), loss=_loss)
         model.fit(given, target, batch_size=len(batches[0].x), shuffle=False, verbose=0)
+
+    def largest(self, model: FlixModel, batch: Batch, dy: NDArray[Any]) -> int:
+        """Of the arrays that operations make, one after another, those of compiled functions included."""
+        sizes = [0]
+
+        def seen(kind: Any, given: Any, attributes: Any, outputs: Any, name: Any = None) -> None:
+            del kind, given, attributes, name
+            sizes.extend((y.shape.num_elements() or 0) * y.dtype.size for y in outputs)
+
+        op_callbacks.add_op_callback(seen)
+        tf.config.run_functions_eagerly(True)
+        try:
+            self.gradients(model, batch, dy)
+        finally:
+            tf.config.run_functions_eagerly(False)
+            op_callbacks.remove_op_callback(seen)
+        return max(sizes)
 
     def kernel(self, model: Any, path: str) -> NDArray[Any]:
         """Of a plain or adapted model."""

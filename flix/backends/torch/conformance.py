@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from flix.backends.torch import primitives
@@ -55,6 +57,19 @@ def _gradient(value: Tensor | None) -> NDArray[Any] | None:
 def _turned(weight: Tensor, layer: Any) -> Tensor:
     """A kernel as ``[d_in, d_out]``."""
     return weight if isinstance(layer, nn.Embedding) else weight.t()
+
+
+class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every array that an operation makes, and keeps the largest one's bytes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for value in pytree.tree_leaves(found):
+            if isinstance(value, Tensor) and not value._is_view():
+                self.size = max(self.size, value.untyped_storage().nbytes())
+        return found
 
 
 class TorchHarness:
@@ -151,6 +166,12 @@ class TorchHarness:
                 loss = ((y - torch.from_numpy(batch.target)[rows]) ** 2).sum() / 2
                 (loss / len(batch.x)).backward()
             adamw.step()
+
+    def largest(self, model: Any, batch: Batch, dy: NDArray[Any]) -> int:
+        found: Any = _Largest()  # type: ignore[no-untyped-call]
+        with found:
+            self.gradients(model, batch, dy)
+        return int(found.size)
 
     def kernel(self, model: Any, path: str) -> NDArray[Any]:
         layer = model.get_submodule(path)

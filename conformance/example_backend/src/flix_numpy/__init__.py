@@ -21,7 +21,7 @@ class Layer:
         self.shape, self.pairs, self.state = LayerShape(*kernel.shape, kind), {}, None
 
     def dense(self, x):
-        return np.eye(self.shape.d_in, dtype=self.dtype)[x] if self.shape.kind == "embedding" else x
+        return x if x.dtype.kind == "f" else np.float32(np.equal.outer(x, range(self.shape.d_in)))
 
     def active(self, x, ids, weights):
         """Of each feature of the batch: s, A, B, which rows list it, in which entries, their factors w s, and A x."""

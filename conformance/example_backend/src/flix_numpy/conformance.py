@@ -12,13 +12,13 @@ class AdamW:
         self.layer, self.settings, self.moments = layer, settings, {}
 
     def step(self, gradients):
-        s = self.settings
+        s, registry = self.settings, self.layer.state.config.registry
         for feature in gradients.keys() - self.layer.state.frozen:
-            pair = list(self.layer.pairs[feature])
+            pair, number = list(self.layer.pairs[feature]), registry.id(*feature)  # names change
             for part, g in enumerate(gradients[feature]):
-                m, v, t = self.moments.get((feature, part), (0, 0, 0))
+                m, v, t = self.moments.get((number, part), (0, 0, 0))
                 m, v = s.beta1 * m + (1 - s.beta1) * g, s.beta2 * v + (1 - s.beta2) * g * g
-                self.moments[feature, part] = m, v, t + 1
+                self.moments[number, part] = m, v, t + 1
                 step = (
                     m / (1 - s.beta1 ** (t + 1)) / (np.sqrt(v / (1 - s.beta2 ** (t + 1))) + s.eps)
                 )

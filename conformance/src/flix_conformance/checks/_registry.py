@@ -29,6 +29,7 @@ class Check:
         needs: optional methods of the harness that it needs.
         strategy: a strategy that it is about.
         uses: abilities that it needs: "gradients", "training", "merge", "files", "changes".
+        dtype: a dtype that it is about, if it is about one.
         core: an optional method of the harness; where it is not there, the check runs the core's code alone.
     """
 
@@ -42,6 +43,7 @@ class Check:
     strategy: str = "auto"
     uses: tuple[str, ...] = ()
     core: str | None = None
+    dtype: str | None = None
 
 
 def check(
@@ -54,12 +56,15 @@ def check(
     strategy: str = "auto",
     uses: tuple[str, ...] = (),
     core: str | None = None,
+    dtype: str | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a check under its own name."""
 
     def register(run: Callable[..., None]) -> Callable[..., None]:
         name = run.__name__
-        CHECKS[name] = Check(name, rule, run, examples, pair, kind, needs, strategy, uses, core)
+        CHECKS[name] = Check(
+            name, rule, run, examples, pair, kind, needs, strategy, uses, core, dtype
+        )
         return run
 
     return register
@@ -71,6 +76,8 @@ def offered(chosen: Check, *backends: Any) -> None:
         raise NotOffered(f"no {chosen.kind} layers")
     if any(chosen.strategy not in backend.strategies for backend in backends):
         raise NotOffered(f"no strategy {chosen.strategy!r}")
+    if any(chosen.dtype not in (None, *backend.dtypes) for backend in backends):
+        raise NotOffered(f"no layers in {chosen.dtype}")
     for backend in backends:
         if absent := [ability for ability in chosen.uses if ability in backend.absent]:
             raise NotOffered(f"{backend.name} declares {', '.join(absent)} absent")
