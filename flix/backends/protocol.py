@@ -145,10 +145,7 @@ class SupportsHeads(Protocol):
         """The base's parameters by all their names; ``kernel_of`` names layers that are adapted or may be."""
 
     def heads(self, model: Any, names: Collection[str] | None = None) -> Mapping[str, Head]:
-        """The values of these parameters, in their own dtypes, on the host; they are heads from here on, frozen or not.
-
-        By default those that train, and those that are heads already.
-        """
+        """Values of these parameters (default: heads, and those that train), on the host; they are heads from now on."""
 
     def put_heads(self, model: M, heads: Mapping[str, Head]) -> M:
         """Give parameters these values, in the dtypes that the model has them in, and let them train."""
@@ -161,10 +158,7 @@ class SupportsBase(Protocol):
         """What the framework knows of where the base came from: its name or folder, and its revision."""
 
     def kernel_samples(self, model: Any, places: Mapping[str, Places]) -> Samples | None:
-        """Values of the base's own kernels ``[d_out, d_in]`` of some layers, whatever is folded into them.
-
-        None where one cannot be read: quantised, elsewhere, sharded.
-        """
+        """Values of the base's own kernels ``[d_out, d_in]``, whatever is folded in; None where one cannot be read."""
 
 
 class SupportsFolding(Protocol):
@@ -178,6 +172,13 @@ class SupportsFolding(Protocol):
 
     def unfold(self, model: Any) -> None:
         """Give every kernel its own bits back."""
+
+
+class SupportsDequantizing(Protocol):
+    """Layers whose kernels are quantised are adapted, and can become plain ones."""
+
+    def dequantized(self, model: M, active: Composition, update: Updates) -> M:
+        """As ``merged``, with plain layers in the place of quantised ones."""
 
 
 class SupportsPeft(Protocol):

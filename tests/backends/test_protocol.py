@@ -14,6 +14,7 @@ from flix.backends.protocol import Backend, Counts, lacking, members
 OPTIONAL = [
     protocol.SupportsHeads,
     protocol.SupportsBase,
+    protocol.SupportsDequantizing,
     protocol.SupportsFolding,
     protocol.SupportsPeft,
 ]
@@ -57,6 +58,6 @@ def test_verbs_use_the_members_of_the_protocols_alone():
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Attribute):
                 source = ast.unparse(node.value)
-                if source in ("self.primitives", "heads", "folding", "peft"):
+                if source in ("self.primitives", "heads", "folding", "peft", "supporting"):
                     used.add(node.attr)
     assert used == {name for asked in (Backend, *OPTIONAL) for name in members(asked)}

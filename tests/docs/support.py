@@ -93,6 +93,31 @@ def _jax_applies(architecture: str, feature: str) -> bool:
     return (architecture, feature) != ("pytree", "disable")
 
 
+_BASES = {
+    "torchao-int8": "torchao, int8 weights",
+    "torchao-float8": "torchao, float8 weights",
+    "torchao-intx": "torchao, weights of few bits",
+    "bitsandbytes-8": "bitsandbytes, 8 bit",
+    "bitsandbytes-4": "bitsandbytes, 4 bit",
+    "gptq": "GPTQ and its kin, by their class",
+    "subclass": "subclasses of `nn.Linear` (Falcon's)",
+    "doubled": "those that scale",
+    "clipped": "those that clip",
+    "dispatched": "`dispatch_model`",
+    "on_the_host": "`cpu_offload`",
+    "on_disk": "`disk_offload`",
+    "meta": "meta device",
+}
+
+
+def _base_applies(base: str, feature: str) -> bool:
+    if feature == "dequantized":
+        return "-" in base or base in ("gptq", "doubled")
+    if feature == "before":
+        return base in ("dispatched", "on_the_host", "on_disk", "meta")
+    return feature != "gradients" or base != "meta"
+
+
 SECTIONS: dict[str, Section] = {
     "torch": Section(
         paths=("tests/backends/torch",),
@@ -138,6 +163,24 @@ SECTIONS: dict[str, Section] = {
             ("Pipelines", {task: f"`{task}`" for task in _PIPELINES}),
         ),
         applies=_torch_applies,
+    ),
+    "bases": Section(
+        paths=("tests/backends/torch/test_around.py", "tests/backends/torch/test_placed.py"),
+        architectures=_BASES,
+        tables=(
+            (
+                "Base",
+                {
+                    "mixed batch": "mixed batch",
+                    "gradients": "gradients",
+                    "save and load": "save, load",
+                    "before": "placed before `load`",
+                    "merge": "`merge`",
+                    "dequantized": "`merge(dequantize=True)`",
+                },
+            ),
+        ),
+        applies=_base_applies,
     ),
     "jax": Section(
         paths=("tests/backends/jax", "tests/backends/test_files.py"),

@@ -12,13 +12,14 @@ from torch import nn
 from flix.backends.protocol import Values
 from flix.backends.torch.kernels.choice import require_triton
 from flix.backends.torch.layer import FlixLayer, flix_layers
-from flix.backends.torch.layers import adaptable, become, revert, target_of
 from flix.backends.torch.parameters import BANK, Bank
 from flix.backends.torch.patches import checkpoint, parents
+from flix.backends.torch.patches.hooked import device_of, rebind
 from flix.backends.torch.patches.models import RoutedModel, plain_class, routed_class
 from flix.backends.torch.rows import known_marks
 from flix.backends.torch.scaled import same_scale
 from flix.backends.torch.state import FlixState
+from flix.backends.torch.targets import adaptable, become, revert, target_of
 from flix.core.adapter.adapter import LayerShape
 from flix.core.adapter.flat import flat_layout
 from flix.core.config.config import FlixConfig
@@ -74,8 +75,9 @@ def attach(
     state = FlixState(config, bank, strategy, trained)
     shapes = become_layers(model, state, paths)
     bank.arrange(config.registry.features, flat_layout(config, shapes))
-    device: torch.device = modules[paths[0]].weight.device  # type: ignore[union-attr, assignment]
-    wide = any(modules[path].weight.dtype == torch.float64 for path in paths)
+    device = device_of(modules[paths[0]])
+    kernels = (getattr(modules[path], "weight", None) for path in paths)
+    wide = any(kernel is not None and kernel.dtype == torch.float64 for kernel in kernels)
     # Pairs of a half-precision base are kept in float32, where small updates do not round away.
     dtype = torch.float64 if wide else torch.float32
     pairs = ((path, values(path, shape)) for path, shape in shapes.items())
@@ -84,7 +86,9 @@ def attach(
     checkpoint.install()
     for module in (model, *_callable_alone(model)):
         if not isinstance(module, RoutedModel):
-            module.__class__ = routed_class(type(module))
+            plain = type(module)
+            module.__class__ = routed_class(plain)
+            rebind(module, plain)
         vars(module)["flix_state"] = state
     model._modules[BANK] = bank
     settle(model, state)
@@ -153,7 +157,9 @@ def unadapt(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, RoutedModel):
             vars(module).pop("flix_state")
-            module.__class__ = plain_class(type(module))  # type: ignore[assignment]
+            routed = type(module)
+            module.__class__ = plain_class(routed)  # type: ignore[assignment]
+            rebind(module, routed)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
 

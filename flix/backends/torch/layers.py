@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from flix.backends.torch.parameters import BANK, Bank, Values
 from flix.backends.torch.placing import Placed
 from flix.backends.torch.routing import ActiveRouting, AnyRouting, TracedRouting, current
 from flix.backends.torch.rows import rows_of
-from flix.backends.torch.scaled import is_scaled_embedding, scaled
+from flix.backends.torch.scaled import scaled
 from flix.backends.torch.state import FlixState
 from flix.backends.torch.sums import RoutedLinear, stack, summed, traced_linear
 from flix.backends.torch.tokens import Token
@@ -302,69 +301,8 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
         return summed(h, scale.to(dtype), b[own])
 
 
-def _conv1d_class() -> type[nn.Module] | None:
-    """transformers' Conv1D, if transformers is loaded (a model that has one has loaded it)."""
-    module = sys.modules.get("transformers.pytorch_utils")
-    return getattr(module, "Conv1D", None)
-
-
-def adaptable(module: nn.Module) -> tuple[type[FlixLayer] | None, str]:
-    """The class that an unadapted module becomes, or None with the reason (empty for other kinds of modules)."""
-    if isinstance(module, FlixLayer):
-        return None, "it is adapted already"
-    conv1d = _conv1d_class()
-    for base, target in (
-        (nn.Linear, FlixLinear),
-        (nn.Embedding, FlixEmbedding),
-        (conv1d, FlixConv1D),
-    ):
-        if base is None or not isinstance(module, base):
-            continue
-        if "forward" in vars(module):
-            return None, "its forward is patched on the instance (as accelerate's dispatch does)"
-        if type(module) is not base and not is_scaled_embedding(module):
-            return None, f"its class {type(module).__name__} has a forward of its own"
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
-            return None, "an embedding with max_norm rewrites its kernel"
-        if not module.weight.is_floating_point():  # type: ignore[operator, union-attr]
-            return None, "its kernel is quantised"
-        return target, ""
-    if isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features"):
-        return None, f"its class {type(module).__name__} is no nn.Linear, as quantised layers are"
-    if not isinstance(module, nn.modules.conv._ConvNd) and any(
-        p is not None and p.dim() == 3 and min(p.shape) > 1 for p in module._parameters.values()
-    ):
-        return None, f"{type(module).__name__} stacks its kernels in one tensor, as experts do"
-    return None, ""
-
-
-def target_of(module: nn.Module, name: str) -> type[FlixLayer]:
-    """The class that a plain layer becomes.
-
-    Raises:
-        TargetError: it cannot be adapted.
-    """
-    target, reason = adaptable(module)
-    if target is None:
-        raise TargetError(f"layer {name!r} cannot be adapted: {reason or type(module).__name__}")
-    return target
-
-
-def become(module: nn.Module, name: str, place: int, state: FlixState) -> FlixLayer:
-    """Turn a plain layer into its adapted class, in place: references, hooks and sharing stay as they are.
-
-    Raises:
-        TargetError: it cannot be adapted.
-    """
-    base, module.__class__ = type(module), target_of(module, name)  # type: ignore[assignment]
-    assert isinstance(module, FlixLayer)
-    _carry(module, name, place, state, base)
-    return module
-
-
-def _carry(
-    layer: FlixLayer, name: str, place: int, state: FlixState, base: type[nn.Module]
-) -> None:
+def carry(layer: FlixLayer, name: str, place: int, state: FlixState, base: type[nn.Module]) -> None:
+    """Give an adapted layer its name, its place and its model's state."""
     vars(layer).update(
         flix_name=name,
         flix_place=place,
@@ -384,15 +322,5 @@ def _hold_bank(layer: FlixLayer, config: FlixConfig, name: str, strategy: str) -
     bank = Bank(registry.features, flat_layout(config, {name: shape})).to(kernel.device)
     dtype = torch.float64 if kernel.dtype == torch.float64 else torch.float32
     bank.receive([(name, fresh_pairs(config, name, shape))], registry.live, dtype, kernel.device)
-    _carry(layer, name, 0, FlixState(config, bank, strategy), layer.flix_base)
+    carry(layer, name, 0, FlixState(config, bank, strategy), layer.flix_base)
     layer._modules[BANK] = bank
-
-
-def revert(module: FlixLayer) -> None:
-    """Turn an adapted layer back into the plain layer it was, in place."""
-    base = module.flix_base
-    if "flix_kernel" in vars(module):  # merged in place: the base's own kernel comes back
-        module.weight = vars(module)["flix_kernel"]
-    for name in [key for key in vars(module) if key.startswith("flix_")]:
-        delattr(module, name)
-    module.__class__ = base  # type: ignore[assignment]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -13,18 +13,28 @@ from torch import nn
 from flix.backends import messages
 from flix.backends.protocol import Updates
 from flix.backends.torch.adapt import unadapt
+from flix.backends.torch.around import FlixAround
+from flix.backends.torch.enclosed import added, plain
 from flix.backends.torch.heads import shares, trained_heads, whole_modules
 from flix.backends.torch.layer import flix_layers
 from flix.backends.torch.layers import FlixConv1D
 from flix.backends.torch.patches.models import RoutedModel
 from flix.core.adapter.composition import Composition
+from flix.core.errors import TargetError
 from flix.core.peft.exporting import PeftFacts, suffixes
 
 Model = TypeVar("Model")
 Torch = TypeVar("Torch", bound=nn.Module)
 
 
-def merged(model: Model, active: Composition, update: Updates) -> Model:
+def dequantized(model: Model, active: Composition, update: Updates) -> Model:
+    """As :func:`merged`, with plain linear layers in the place of those whose kernels are quantised."""
+    return merged(model, active, update, dequantize=True)
+
+
+def merged(
+    model: Model, active: Composition, update: Updates, *, dequantize: bool = False
+) -> Model:
     """A plain copy of the model with an update added to each adapted layer's kernel.
 
     A kernel that other modules share (an embedding tied to the head) is untied where its layer is adapted, since
@@ -35,10 +45,18 @@ def merged(model: Model, active: Composition, update: Updates) -> Model:
     kept = {id(p): p for p in model.flix_bank.parameters()}  # type: ignore[attr-defined]
     copied: Any = copy.deepcopy(model, kept)  # type: ignore[arg-type]
     straight = {path: layer.flix_transposed for path, layer in flix_layers(copied)}
+    enclosed = {path for path, layer in flix_layers(copied) if isinstance(layer, FlixAround)}
+    _check_here(copied, straight)
     unadapt(copied)
+    if dequantize:
+        _make_plain(copied, enclosed)
+        enclosed = set()
     users = Counter(id(p) for m in copied.modules() for p in m._parameters.values())
     for path in straight:
         module = copied.get_submodule(path)
+        if path in enclosed:
+            added(module, path, torch.from_numpy(update(path)))
+            continue
         weight: nn.Parameter = module.weight  # type: ignore[assignment]
         value = _folded(weight, update(path), straight[path])
         with torch.no_grad():
@@ -49,6 +67,39 @@ def merged(model: Model, active: Composition, update: Updates) -> Model:
             _untie(getattr(copied, "config", None))
     Merged.mark(copied, active)
     return copied  # type: ignore[no-any-return]
+
+
+def _check_here(model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse kernels that are elsewhere.
+
+    Raises:
+        TargetError: one has no values here.
+    """
+    for path in paths:
+        weight = getattr(model.get_submodule(path), "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.is_meta:
+            raise TargetError(
+                f"the kernel of layer {path!r} has no values here: it is offloaded, or on the meta device. Bring it back "
+                "first, after offloading with accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+            )
+
+
+def _make_plain(model: nn.Module, paths: Collection[str]) -> None:
+    made: dict[int, nn.Module] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if path in paths:
+            made[id(module)] = plain(module, path)
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in made:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, made[id(module)])
+    settings = getattr(model, "config", None)
+    for name in ("quantization_config",):
+        if getattr(settings, name, None) is not None:
+            delattr(settings, name)
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
 
 
 def _folded(kernel: nn.Parameter, update: Any, straight: bool) -> torch.Tensor:
@@ -129,7 +180,15 @@ def share_base(model: Torch) -> Torch:
 
 def fold(model: nn.Module, row: Mapping[str, Any], update: Updates) -> None:
     """Add an update to each adapted layer's kernel; the model then takes no routing."""
-    for path, layer in flix_layers(model):
+    layers = dict(flix_layers(model))
+    _check_here(model, layers)
+    for path, layer in layers.items():
+        if isinstance(layer, FlixAround):
+            raise TargetError(
+                f"layer {path!r} ({type(layer).__name__}) has a kernel or a forward of its own kind, into which nothing is "
+                "folded in place; merge(model, row) gives a copy, with dequantize=True where the kernel is quantised"
+            )
+    for path, layer in layers.items():
         kernel: nn.Parameter = layer.weight  # type: ignore[assignment]
         # Another parameter, not other values: kernels that are tied to this one stay the base's.
         vars(layer)["flix_kernel"] = kernel

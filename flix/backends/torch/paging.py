@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from flix.backends.torch.layer import flix_layers
 from flix.backends.torch.parameters import Bank
+from flix.backends.torch.patches.hooked import device_of
 from flix.backends.torch.patches.models import state_of
 from flix.backends.torch.routing import host_ids
 from flix.core.errors import ConfigError, listed
@@ -186,4 +187,4 @@ def unpage(model: nn.Module) -> None:
 
 
 def _base_device(model: nn.Module) -> torch.device:
-    return next(layer.weight.device for _, layer in flix_layers(model))  # type: ignore[return-value]
+    return device_of(next(layer for _, layer in flix_layers(model)))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from flix.backends import messages
 from flix.backends.torch.patches import optimizers
+from flix.backends.torch.resident import Resident
 from flix.core.adapter.adapter import Pair
 from flix.core.adapter.flat import FlatLayout
 from flix.core.errors import listed
@@ -46,7 +47,7 @@ def parameter_key(feature: Feature) -> str:
     return ":".join(escaped)
 
 
-class Bank(nn.Module):
+class Bank(Resident):
     """The features' parameters, by name ``<group>:<name>``; features of rank 0 everywhere have none.
 
     A model holds it as ``flix_bank``, a layer that is used by hand, too. It is not a step of a model's computation: run

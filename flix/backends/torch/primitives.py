@@ -22,8 +22,9 @@ from flix.backends.torch.heads import (
     shared_heads,
 )
 from flix.backends.torch.layer import flix_layers
-from flix.backends.torch.merging import fold, merged, peft_facts, unfold
+from flix.backends.torch.merging import dequantized, fold, merged, peft_facts, unfold
 from flix.backends.torch.parameters import Bank
+from flix.backends.torch.patches.hooked import runs_own
 from flix.backends.torch.patches.models import RoutedModel
 from flix.backends.torch.state import FlixState
 from flix.core.adapter.adapter import LayerShape
@@ -39,10 +40,9 @@ M = TypeVar("M")
 def check_plain(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TargetError(f"adapt needs a torch nn.Module, got {type(model).__name__}")
-    if "forward" in vars(model):
+    if not runs_own(model):
         raise TargetError(
-            "the model's forward is patched on the instance (as accelerate's dispatch does); adapt it "
-            "before it is dispatched or prepared"
+            "the model's forward is patched on the instance (as Accelerator.prepare does); adapt it before it is prepared"
         )
     if (path := peft_layer(model)) is not None:
         raise TargetError(
@@ -166,6 +166,7 @@ __all__ = [
     "change",
     "check_plain",
     "count",
+    "dequantized",
     "fold",
     "folded",
     "frozen",

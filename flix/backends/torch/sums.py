@@ -100,7 +100,8 @@ def routed_forward(
     others' too, by 0, which NaN and Inf survive; so where its result is not finite, gather computes it anew.
 
     Args:
-        x, kernel, bias, scale, rows, strategy, values: see :class:`RoutedLinear`.
+        x, kernel, bias, scale, rows, strategy, values: see :class:`RoutedLinear`. In the place of a kernel may stand
+            the base's output ``[N, S, d_out]``, where another forward gave it; it is not changed.
         blocks: the rows pair by pair, if they are known.
         factor: :func:`mask`, if it was made before.
         live: see ``Placed``; where it is given, the strategy is "gather".
@@ -108,13 +109,18 @@ def routed_forward(
     if live is not None:
         strategy, blocks = "gather", None
     count, length, d_in = x.shape
-    d_out = kernel.shape[1]
+    d_out = kernel.shape[-1]
     flat = x.reshape(count * length, d_in)
-    y = x.new_empty(count, length, d_out)  # itself, no view: models change it in place
+    # Itself, no view: models change it in place.
+    y = (
+        x.new_empty(count, length, d_out)
+        if kernel.dim() == 2
+        else kernel.clone(memory_format=torch.contiguous_format)
+    )
     out = y.view(-1, d_out)
-    if bias is None:
+    if kernel.dim() == 2 and bias is None:
         torch.mm(flat, kernel, out=out)
-    else:
+    elif bias is not None:
         torch.addmm(bias, flat, kernel, out=out)
     if strategy == "gather":
         h = torch.bmm(x, _own(values[0], d_in, rows, blocks, x.dtype).transpose(1, 2))
@@ -149,7 +155,7 @@ def _shared(
 def routed_backward(
     grad: Tensor,
     x: Tensor,
-    kernel: Tensor,
+    kernel: Tensor | None,
     scale: Tensor,
     rows: Tensor,
     h: Tensor,
@@ -167,6 +173,8 @@ def routed_backward(
 
     Args:
         grad: of the output, ``[N, S, d_out]``, contiguous.
+        kernel: ``[d_in, d_out]``; None where another forward gave the base's output, whose part of x's gradient is its
+            own affair.
         h: what the forward gave.
         need_x, need_scale, need_pairs: which are wanted; None stands for the others.
         blocks, factor, live: as for :func:`routed_forward`.
@@ -200,8 +208,11 @@ def routed_backward(
             da.index_add_(0, (index + 1) % end, each.view(-1, d_in))
             del each
         if need_x:
-            dx = torch.mm(dy, kernel.t()).view_as(x)
-            dx.baddbmm_(dh, _own(values[0], d_in, acting, blocks, x.dtype))
+            own = _own(values[0], d_in, acting, blocks, x.dtype)
+            if kernel is None:
+                dx = torch.bmm(dh, own)
+            else:
+                dx = torch.mm(dy, kernel.t()).view_as(x).baddbmm_(dh, own)
         return dx, d_scale, d_pairs
     a, b, factor = _shared(values, d_in, d_out, scale, rows, strategy, x.dtype, factor)
     dh = torch.mm(dy, b.t()).view(count, length, b.shape[0])
@@ -217,7 +228,10 @@ def routed_backward(
         torch.mm(flat_dh.t(), flat, out=da[1:])
         torch.mm(flat_h.t(), dy, out=db[:-1])
     if need_x:
-        dx = torch.mm(dy, kernel.t()).addmm_(flat_dh, a).view_as(x)
+        if kernel is None:
+            dx = torch.mm(flat_dh, a).view_as(x)
+        else:
+            dx = torch.mm(dy, kernel.t()).addmm_(flat_dh, a).view_as(x)
     if strategy == "masked" and not finite(dx, d_pairs):
         h = torch.bmm(x, _own(values[0], d_in, rows, blocks, x.dtype).transpose(1, 2))
         return routed_backward(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from flix.backends.protocol import (
+    SupportsDequantizing,
     SupportsFolding,
     SupportsPeft,
 )
@@ -21,7 +22,7 @@ M = TypeVar("M")
 class Merging(Shared):
     """Verbs about one composition."""
 
-    def merge(self, model: M, row: Row) -> M:
+    def merge(self, model: M, row: Row, *, dequantize: bool = False) -> M:
         """A plain copy of an adapted model with one composition folded into its kernels; no flix layer is left.
 
         A kernel that other modules share (an embedding tied to the head) is untied where its layer is adapted, since
@@ -30,13 +31,18 @@ class Merging(Shared):
         Args:
             model: an adapted model; it is not changed.
             row: the composition, ``{group: name | [names] | {name: weight}}``.
+            dequantize: make plain layers of those whose kernels are quantised, which take no update otherwise.
 
         Raises:
             FeatureError, RoutingError: a row that cannot be encoded, or that activates nothing.
-            TargetError: the model is not adapted, or cannot be copied.
+            TargetError: the model is not adapted, or cannot be copied; a kernel is quantised, or is not here.
         """
         active, adapter = self.composed("merge", model, row)
-        return self.primitives.merged(model, active, lambda path: delta(adapter, path, active))
+        merged = self.primitives.merged
+        if dequantize:
+            supporting = self.supporting(SupportsDequantizing, "merge with dequantize=True")
+            merged = supporting.dequantized
+        return merged(model, active, lambda path: delta(adapter, path, active))
 
     def merge_in_place(self, model: M, row: Row) -> M:
         """Fold one composition into an adapted model's kernels until ``unmerge``; ``merge`` gives a copy instead.

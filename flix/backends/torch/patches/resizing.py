@@ -16,7 +16,7 @@ import torch
 
 from flix.backends import messages
 from flix.backends.torch.layer import FlixLayer, flix_layers
-from flix.backends.torch.layers import become
+from flix.backends.torch.targets import become
 from flix.core.adapter.flat import flat_layout
 from flix.core.errors import ConfigError
 

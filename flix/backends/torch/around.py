@@ -1,0 +1,295 @@
+"""Layers whose own forward is called, and to whose output each row's update is added.
+
+Quantised linears (torchao, bitsandbytes, GPTQ, AWQ and others) and subclasses of ``nn.Linear`` with a forward of their
+own (Falcon's, clipped ones) compute their base map as only they know how. flix never looks at their kernel: it calls
+their forward, and adds ``Σ w s B_f (A_f x)`` (docs/specification.md §1.1) to what it gives.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flix.backends.torch.kernels.routes import used
+from flix.backends.torch.layer import FlixLayer, with_grad
+from flix.backends.torch.parameters import Carried, Values
+from flix.backends.torch.placing import Placed
+from flix.backends.torch.routing import AnyRouting, TracedRouting
+from flix.backends.torch.rows import rows_of
+from flix.backends.torch.sums import routed_backward, routed_forward, stack, traced_linear
+from flix.core.adapter.adapter import LayerShape
+from flix.core.errors import TargetError
+
+_KEPT = "_flix_around"  # the class's own attribute that holds its subclass
+
+_QUANTISED = frozenset(
+    {
+        "QuantLinear",  # GPTQ's, by its various kernels
+        "BaseQuantLinear",
+        "WQLinear",  # AWQ's
+        "WQLinear_GEMM",
+        "WQLinear_GEMV",
+        "WQLinear_GEMVFast",
+        "WQLinear_Exllama",
+        "WQLinear_ExllamaV2",
+        "WQLinear_IPEX",
+        "HQQLinear",
+        "EetqLinear",
+        "QuantizedLinear",  # AQLM's
+        "HiggsLinear",
+        "BitLinear",
+        "FP8Linear",
+    }
+)
+"""Names of classes of quantised linears that are no subclasses of ``nn.Linear``."""
+
+
+def encloses(module: nn.Module) -> bool:
+    """Whether a module is a linear map with a forward of its own, around which features can act."""
+    if not isinstance(getattr(module, "in_features", None), int):
+        return False
+    if not isinstance(getattr(module, "out_features", None), int) or any(module.children()):
+        return False
+    if (
+        type(module) is nn.Linear
+    ):  # whose kernel is a tensor of another class, which its operations know
+        return type(module.weight.data) is not Tensor
+    if isinstance(module, nn.Linear):
+        return _gives_vectors(module)
+    return not _QUANTISED.isdisjoint(cls.__name__ for cls in type(module).__mro__)
+
+
+def _gives_vectors(module: nn.Linear) -> bool:
+    """Whether a linear layer's own forward takes vectors to vectors of the size that it says, as a trial shows.
+
+    Routers that are subclasses of ``nn.Linear`` give a tuple, and others more than they say. Taken for granted where
+    the kernel is quantised or has no values here.
+    """
+    if (
+        type(module).forward is nn.Linear.forward
+        or module.weight.is_meta
+        or not readable(module.weight)
+    ):
+        return True
+    try:
+        with torch.no_grad():
+            y = type(module).forward(module, module.weight.new_zeros(2, module.in_features))
+    except Exception:  # it wants other things than a batch of vectors
+        return False
+    return isinstance(y, Tensor) and y.shape == (2, module.out_features)
+
+
+def readable(kernel: Tensor) -> bool:
+    """Whether a kernel holds floating-point numbers that plain operations read.
+
+    Torchao keeps quantised kernels as tensors of classes of its own, in layers that are ``nn.Linear`` still.
+    """
+    held = kernel.data if isinstance(kernel, nn.Parameter) else kernel
+    plain = type(held) is Tensor or hasattr(held, "device_mesh")  # or sharded over processes
+    return plain and kernel.is_floating_point() and kernel.dtype.itemsize > 1
+
+
+class FlixAround(FlixLayer):
+    """What a linear layer with a forward of its own becomes; see the module.
+
+    Its strategies are those of :class:`flix.backends.torch.FlixLinear`, but for ``"fused"``, whose kernels compute the
+    base map, too: gather takes its place.
+    """
+
+    in_features: int
+    out_features: int
+
+    @classmethod
+    def shape_of(cls, layer: Any) -> LayerShape:
+        return LayerShape(layer.in_features, layer.out_features, cls.flix_kind)
+
+    @property
+    def d_in(self) -> int:
+        return self.in_features
+
+    @property
+    def d_out(self) -> int:
+        return self.out_features
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time; copies and pickles name the layer's own class instead.
+        made = super().__reduce_ex__(protocol)
+        if isinstance(made, tuple) and made[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+            made = (_new_around, (type(self).flix_own, *made[1][1:]), *made[2:])  # type: ignore[attr-defined]
+        return made
+
+    def _enclosed(self, args: Any, kwargs: Any, x: Tensor, features: Any, weights: Any) -> Tensor:
+        """The layer's own output plus each row's update."""
+        base = type(self).flix_own.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        routing = self._routing(features, weights)
+        if routing is None:
+            return base  # type: ignore[no-any-return]
+        self._check(x, base)
+        x, count, length, routing = rows_of(self, x, routing, trailing=1)
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(count, length, x.shape[-1]).to(base.dtype)
+            own = base.expand(*x.shape[:-1], base.shape[-1]).reshape(count, length, -1)
+            y = self._sum(rows, own, routing)
+        return y.view(*x.shape[:-1], self.d_out)
+
+    def _check(self, x: Any, base: Any) -> None:
+        named = f"layer {self.flix_name!r} ({type(self).__name__})"
+        fits = (
+            isinstance(x, Tensor)
+            and isinstance(base, Tensor)
+            and x.shape[-1:] == (self.d_in,)
+            and base.shape == (*x.shape[:-1], self.d_out)
+        )
+        if not fits:
+            given, got = (
+                list(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in (x, base)
+            )
+            raise TargetError(
+                f"{named} says that it maps {self.d_in} features to {self.d_out}, but gave {got} for {given}; "
+                "it is no linear map that features can be added to: leave it out of target_modules"
+            )
+        if x.requires_grad and torch.is_grad_enabled() and not base.requires_grad:
+            raise TargetError(
+                f"{named} records no gradient of its input, so features of the layers before it would not be trained; "
+                "adapt none of those, or use a quantisation that trains"
+            )
+
+    def _sum(self, x: Tensor, base: Tensor, routing: AnyRouting) -> Tensor:
+        if isinstance(routing, TracedRouting):
+            return self._traced(x, base, routing)
+        placed = self._placed(x, routing)
+        strategy = placed.strategy(self._strategy, x)
+        strategy = "gather" if strategy == "fused" else strategy
+        self._check_single(routing, strategy)
+        if not placed.active or x.shape[0] == 0:
+            return with_grad(base, self.training)
+        values, carrier = self._values(placed, routing, x.device)
+        scale = placed.scale.to(x.dtype)
+        y: Tensor = Added.apply(x, base, scale, carrier, placed, strategy, values)  # type: ignore[no-untyped-call]
+        return y
+
+    @property
+    def _strategy(self) -> str:
+        return "gather" if self.flix_strategy == "fused" else self.flix_strategy
+
+    def _traced(self, x: Tensor, base: Tensor, routing: TracedRouting) -> Tensor:
+        pairs = self._traced_pairs(routing)
+        if not pairs[0] or routing.flat.shape[1] == 0:
+            return base
+        rows, scale, *_ = self._traced_slots(routing, x)
+        a, b = stack(pairs, self.d_in, self.d_out, x.dtype, end=1)
+        strategy = "single" if self.flix_strategy == "single" else "gather"
+        return traced_linear(x, base, scale.to(x.dtype), used(rows, len(a) - 1), a, b, strategy)
+
+
+class Added(torch.autograd.Function):
+    """``base + Σ_slots scale · B_slot (A_slot x)``: :class:`flix.backends.torch.sums.RoutedLinear` without a kernel.
+
+    Inputs: x ``[N, S, d_in]``, base ``[N, S, d_out]``, and RoutedLinear's others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        carrier: Tensor | None,
+        placed: Placed,
+        strategy: str,
+        values: Values,
+    ) -> Tensor:
+        given = (x, base, None, scale, placed.rows, strategy, values)
+        y, h, strategy = routed_forward(*given, **_made(placed, strategy, x.dtype))
+        ctx.save_for_backward(x, scale, carrier, h)
+        ctx.strategy, ctx.placed, ctx.values = strategy, placed, values
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return (*_differentiable(ctx, grad), None, None, None)
+        x, scale, carrier, h = ctx.saved_tensors
+        need_x, need_base, need_scale, need_pairs = ctx.needs_input_grad[:4]
+        placed: Placed = ctx.placed
+        dx, d_scale, d_pairs = routed_backward(
+            grad.contiguous(),
+            x,
+            None,
+            scale,
+            placed.rows,
+            h,
+            ctx.strategy,
+            ctx.values,
+            need_x=need_x,
+            need_scale=need_scale,
+            need_pairs=need_pairs,
+            **_made(placed, ctx.strategy, x.dtype),
+        )
+        if d_pairs is not None:
+            d_pairs = d_pairs.to(carrier.device, carrier.dtype)
+        return dx, grad if need_base else None, d_scale, d_pairs, None, None, None
+
+
+def _made(placed: Placed, strategy: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What was made before, once for all layers."""
+    factor = placed.mask(dtype) if strategy == "masked" else None
+    return {"blocks": placed.host.blocks, "factor": factor, "live": placed.live}
+
+
+def _differentiable(ctx: Any, grad: Tensor) -> Iterator[Tensor | None]:
+    """The gradients of :class:`Added` as plain operations, which are differentiated again (``create_graph``)."""
+    # Aliases: one input may be made of another, and only its direct part is wanted here.
+    held: list[Any] = [None if v is None else v.view_as(v) for v in ctx.saved_tensors[:3]]
+    x, scale, carrier = held
+    values: Values = ctx.values
+    if carrier is not None:
+        parts = Carried.apply(carrier, *values)  # type: ignore[no-untyped-call]
+        values = parts[: len(values[0])], parts[len(values[0]) :]
+    a, b = stack(values, x.shape[-1], grad.shape[-1], x.dtype, end=1)
+    y = traced_linear(
+        x, torch.zeros_like(grad), scale.to(x.dtype), ctx.placed.rows, a, b, ctx.strategy
+    )
+    need_x, need_base, *others = ctx.needs_input_grad[:4]
+    wanted = [v for v, need in zip(held, (need_x, *others), strict=True) if need]
+    found = iter(
+        torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True) if wanted else ()
+    )
+    yield next(found) if need_x else None
+    yield grad if need_base else None
+    for need in others:
+        yield next(found) if need else None
+
+
+def around(cls: type[nn.Module]) -> type[FlixAround]:
+    """The class that layers of a class become."""
+    if _KEPT in vars(cls):
+        return vars(cls)[_KEPT]  # type: ignore[no-any-return]
+
+    def forward(
+        self: Any, *args: Any, flix_features: Any = None, flix_weights: Any = None, **kwargs: Any
+    ) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        return self._enclosed(args, kwargs, x, flix_features, flix_weights)
+
+    forward.__doc__ = cls.forward.__doc__
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    members = {
+        "forward": forward,
+        "flix_own": cls,
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+    }
+    made = type(cls.__name__, (FlixAround, cls), members)
+    setattr(cls, _KEPT, made)
+    return made
+
+
+def _new_around(own: type[nn.Module], *args: Any) -> Any:
+    cls = around(own)
+    return cls.__new__(cls, *args)
