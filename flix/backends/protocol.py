@@ -145,7 +145,7 @@ class SupportsHeads(Protocol):
         """The base's parameters by all their names; ``kernel_of`` names layers that are adapted or may be."""
 
     def heads(self, model: Any, names: Collection[str] | None = None) -> Mapping[str, Head]:
-        """Values of these parameters (default: heads, and those that train), on the host; they are heads from now on."""
+        """Values of these parameters (default: heads, and those that train) on the host; they are heads from now on."""
 
     def put_heads(self, model: M, heads: Mapping[str, Head]) -> M:
         """Give parameters these values, in the dtypes that the model has them in, and let them train."""

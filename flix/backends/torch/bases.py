@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flix.backends.torch.layer import FlixLayer
-from flix.backends.torch.layers import adaptable
+from flix.backends.torch.targets import adaptable
 from flix.core.adapter.base import Places
 
 _READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
