@@ -60,6 +60,26 @@ def test_caught(mutant: Mutant) -> None:
         runner.run(mutant.check, *backends)
 
 
+def test_quick_catches_most_of_them() -> None:
+    """It is for the time in which a backend is being written: most mistakes, in a fifth of the time."""
+    seen = 0
+    for mutant in MUTANTS:
+        pair = [example()] if CHECKS[mutant.check].pair else []
+        try:
+            runner.run(mutant.check, *pair, mutant.backend(), profile="quick")
+        except AssertionError:
+            seen += 1
+    assert seen >= 0.85 * len(MUTANTS), f"{seen} of {len(MUTANTS)}"
+
+
+def test_training_that_goes_wrong_says_what_its_steps_list() -> None:
+    (mutant,) = (m for m in MUTANTS if m.name == "adds decay to the gradient (Adam with L2)")
+    with pytest.raises(
+        AssertionError, match=r"\(listed at steps \[.*\]; step \d+ lists .*=.*\) is off"
+    ):
+        runner.run("trajectory", mutant.backend())
+
+
 WAYS = [(way, dtype) for way in SeveralWays.strategies for dtype in SeveralWays.dtypes]
 
 

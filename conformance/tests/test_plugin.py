@@ -72,14 +72,16 @@ def test_report(folder: Path) -> None:
     assert failed["replay"] in found.stdout and "--flix-backend broken=broken" in failed["replay"]
 
 
-def test_a_replay_fails_again(folder: Path) -> None:
+@pytest.mark.parametrize("profile", ["quick", "nightly"])
+def test_a_replay_fails_again(folder: Path, profile: str) -> None:
     """With the same example, though nightly's are new in every run."""
-    arguments = ("--flix-backend", "broken=broken", "--flix-profile", "nightly")
+    arguments = ("--flix-backend", "broken=broken", "--flix-profile", profile)
     found = run(
         folder, *arguments, "-k", "broken-split_batch or broken-output_dtype or broken-merge"
     )
     line = re.search(r"^pytest --pyargs flix_conformance (.*)$", found.stdout, re.MULTILINE)
     assert line is not None, found.stdout
+    assert f"--flix-profile {profile}" in line[1]
     again = run(folder, *shlex.split(line[1]))
     said = [re.search(r"^E +AssertionError: .*$", f.stdout, re.MULTILINE) for f in (found, again)]
     assert again.returncode == 1, again.stdout

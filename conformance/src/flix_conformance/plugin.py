@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-_PROFILES = ("ci", "nightly")
+_PROFILES = ("quick", "ci", "nightly")
 _MODULE = "flix_conformance.test_conformance"
 
 
@@ -32,8 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--flix-profile",
         choices=_PROFILES,
         default="ci",
-        help="how much is tried: ci (minutes, the same examples in every run) or nightly (20 times as "
-        "many, new ones in every run)",
+        help="how much is tried: ci (minutes, the same examples in every run), quick (a fifth of them, while a "
+        "backend is being written) or nightly (20 times as many, new ones in every run)",
     )
     group.addoption(
         "--flix-seed",
@@ -126,7 +126,8 @@ class Session:
         own = {name.partition("=")[0]: name for name in self.named}
         backends = " ".join(f"--flix-backend {own.get(n, n)}" for n in column.split("+"))
         profile = self.config.getoption("--flix-profile")
-        drawn = "" if profile == "ci" else f" --flix-profile {profile} --flix-seed {self.seed}"
+        drawn = "" if profile == "ci" else f" --flix-profile {profile}"
+        drawn += f" --flix-seed {self.seed}" if profile == "nightly" else ""
         test = f"{item.originalname}[{column}-{check}]"  # type: ignore[attr-defined]
         return f"pytest --pyargs flix_conformance {backends}{drawn} -k '{test}'"
 

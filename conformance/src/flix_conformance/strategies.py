@@ -33,7 +33,7 @@ class Profile:
     """How much is tried.
 
     Attributes:
-        name: ``"ci"`` or ``"nightly"``.
+        name: ``"quick"``, ``"ci"`` or ``"nightly"``.
         examples: a factor for each check's number of examples.
         pool: how many signatures the checks of single outputs draw from.
         fixed: whether the examples are the same in every run.
@@ -48,6 +48,7 @@ class Profile:
 
 
 PROFILES = {
+    "quick": Profile("quick", 0.2, 24, True, False),
     "ci": Profile("ci", 1, 24, True, False),
     "nightly": Profile("nightly", 20, 400, False, True),
 }

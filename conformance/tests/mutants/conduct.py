@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from threading import local
 from typing import Any
 
 import numpy as np
-from flix_numpy import Counts, Layer, LayerInfo, Primitives
+from flix_numpy import Counts, Layer, LayerInfo, Primitives, current
 from flix_numpy.conformance import Harness
 
 import flix
@@ -65,12 +66,8 @@ class LastIsHead(ChangedHeads):
 @mutant("lets explicit features act inside disable", "disabled")
 class ExplicitWins(Layer):
     def active(self, x: Any, ids: Any, weights: Any) -> Any:
-        if self.state is None or not self.state.off or ids is None:
+        with nullcontext() if ids is None else current.resumed(()):
             yield from super().active(x, ids, weights)
-            return
-        off, self.state.off = self.state.off, 0
-        yield from super().active(x, ids, weights)
-        self.state.off = off
 
 
 @mutant("looks at routing inside disable, and refuses it", "disabled")
@@ -88,19 +85,19 @@ class LooksAtRouting(Layer):
 @mutant("ends disable with the first of two contexts that ends", "disabled")
 class EndsEarly(Primitives):
     def switch(self, model: Any, by: int) -> None:
-        model.state.off = max(by, 0)
+        super().switch(model, by)
+        while by < 0 and current.is_off(model.state):
+            super().switch(model, by)
 
 
 @mutant("disables the model, but no layer that is called by hand", "disabled")
 class InsideGoesOn(Harness):
     def call(self, model: Any, batch: Any, path: Any = None) -> Any:
-        if path is None or model.state is None or not model.state.off or batch.ids is None:
+        if path is None or not current.is_off(model.state) or batch.ids is None:
             return super().call(model, batch, path)
-        off, model.state.off = model.state.off, 0
         ids = batch.ids % len(model.state.config.registry)
-        found = super().call(model, replace(batch, ids=ids), path)
-        model.state.off = off
-        return found
+        with current.resumed(()):
+            return super().call(model, replace(batch, ids=ids), path)
 
 
 @mutant("stays disabled after an error", "disabled")
@@ -115,11 +112,42 @@ class StaysOff(Verbs):
         return context()
 
 
+class ByThread(local):
+    """A count of each thread."""
+
+    count = 0
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+
+class OffForAll(Layer):
+    """The example's, which goes by a count on the state, too."""
+
+    def active(self, x: Any, ids: Any, weights: Any) -> Any:
+        off = self.state is not None and getattr(self.state, "off", None)
+        return () if off else super().active(x, ids, weights)
+
+
+@mutant("disables a model for all threads", "disabled_here", OffForAll)
+class DisablesThreads(Primitives):
+    def switch(self, model: Any, by: int) -> None:
+        model.state.off = getattr(model.state, "off", 0) + by
+
+
+@mutant("disables a model for all tasks of a thread", "disabled_here", OffForAll)
+class DisablesTasks(Primitives):
+    def switch(self, model: Any, by: int) -> None:
+        if not isinstance(getattr(model.state, "off", None), ByThread):
+            model.state.off = ByThread()
+        model.state.off.count += by
+
+
 @mutant("leaves a trace of the features inside disable", "cross_disabled")
 class Trace(Layer):
     def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
         y = super().__call__(x, ids, weights)
-        if self.state is not None and self.state.off:
+        if self.state is not None and current.is_off(self.state):
             y = y + 0.01 * sum(b.sum() for _, b in self.pairs.values())
         return y
 
@@ -127,12 +155,10 @@ class Trace(Layer):
 @mutant("serves the base where weights come without features", "weights_alone")
 class BaseForWeights(Layer):
     def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
-        if ids is not None or weights is None or self.state is None or self.state.off:
+        if ids is not None or weights is None or self.state is None:
             return super().__call__(x, ids, weights)
-        self.state.off += 1
-        y = super().__call__(x)
-        self.state.off -= 1
-        return y
+        with current.under(off=self.state):
+            return super().__call__(x)
 
 
 @mutant("lets a layer that is called by hand take weights without features", "weights_alone")
@@ -156,7 +182,7 @@ class SaysUnrouted(Layer):
 @mutant("refuses weights without features in words of its own", "cross_refusals")
 class OwnWords(Layer):
     def active(self, x: Any, ids: Any, weights: Any) -> Any:
-        if self.state is not None and not self.state.off and ids is None:
+        if self.state is not None and not current.is_off(self.state) and ids is None:
             raise flix.RoutingError("flix_weights needs flix_features")
         return super().active(x, ids, weights)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from flix_numpy import Layer
+from flix_numpy import Layer, current
 from flix_numpy.conformance import Harness
 
 from mutants._registry import AnyWay, ChangedGradients, OptionalHarness, SeveralWays, mutant
@@ -85,8 +85,5 @@ class LastRouting(Harness):
 @mutant("refuses calls without routing in training alone", "without_routing")
 class EvaluatesBase(OptionalHarness):
     def evaluated(self, model: Any, batch: Any) -> Any:
-        model.state.off += batch.ids is None
-        try:
+        with current.under(**({"off": model.state} if batch.ids is None else {})):
             return self.call(model, batch)
-        finally:
-            model.state.off -= batch.ids is None

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from flix_numpy import Layer
+from flix_numpy import Layer, current
 from flix_numpy.conformance import Harness
 
 from mutants._registry import OptionalHarness, mutant
@@ -107,11 +107,8 @@ class BakesValues(OptionalHarness):
 class BakesSwitch(OptionalHarness):
     def compiled_forward(self, model: Any) -> Any:
         def run(batch: Any) -> Any:
-            off, model.state.off = model.state.off, 0
-            try:
+            with current.resumed(()):
                 return self.call(model, batch)
-            finally:
-                model.state.off = off
 
         return run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from flix_numpy import Layer
+from flix_numpy import Layer, current
 
 from mutants._registry import AnyWay, OptionalHarness, SeveralWays, mutant
 
@@ -46,7 +46,5 @@ class NarrowIds(Layer):
 @mutant("answers as the base in evaluation", "evaluation")
 class BaseInEvaluation(OptionalHarness):
     def evaluated(self, model: Any, batch: Any) -> Any:
-        model.state.off += 1
-        found = self.call(model, batch)
-        model.state.off -= 1
-        return found
+        with current.under(off=model.state):
+            return self.call(model, batch)

@@ -70,10 +70,14 @@ def unpacked(registry: FeatureTable, features: Any, weights: Any) -> tuple[Any, 
 
 
 def as_array(what: str, value: Any) -> NDArray[Any]:
-    """What is known of a routing as a numpy array.
+    """What a call was given as ids or weights, as a numpy array; a framework's array must be one that numpy can read.
+
+    Args:
+        what: how a message calls it: ``"flix_features"`` or ``"flix_weights"``.
+        value: a list or an array ``[batch, width]`` or ``[batch, length, width]``.
 
     Raises:
-        RoutingError: it is none.
+        RoutingError: it is no array.
     """
     try:
         return np.asarray(value)

@@ -4,13 +4,15 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from flix.backends import messages
+from flix.backends import forward, messages
 from flix.backends.protocol import Counts
 from flix.backends.verbs import Verbs
 from flix.core.adapter.adapter import LayerShape
 from flix.core.config.targets import LayerInfo, is_head
 from flix.core.errors import ConfigError, TargetError
 from flix.core.features.routing import check_routing
+
+current = forward.Forward()  # what this thread or asyncio task has open
 
 
 class Layer:
@@ -25,7 +27,7 @@ class Layer:
 
     def active(self, x, ids, weights):
         """Of each feature of the batch: s, A, B, which rows list it, in which entries, their factors w s, and A x."""
-        if self.state is None or self.state.off:
+        if self.state is None or current.is_off(self.state):
             return
         if ids is None:
             raise messages.without_features(weights, self.path, "model(x, ids, weights)")
@@ -55,8 +57,7 @@ class Layer:
             d_weights[rows] += entries * s * (h * dh).sum(tuple(range(1, h.ndim)))[:, None]
             dx[rows] += np.where(factor, factor * (dh @ a), 0)
             da = np.tensordot(factor * dh, x[rows], all_but_last)
-            db = np.tensordot(dy[rows], factor * h, all_but_last)
-            pairs[feature] = (da, db)
+            pairs[feature] = (da, np.tensordot(dy[rows], factor * h, all_but_last))
         return dx, d_weights, pairs
 
 
@@ -86,7 +87,7 @@ class Primitives:
     def attach(self, model, config, paths, strategy, values):
         if strategy != "auto":
             raise ConfigError(f"the only strategy is 'auto', got {strategy!r}")
-        model.state = SimpleNamespace(config=config, frozen=set(), off=0)
+        model.state = SimpleNamespace(config=config, frozen=set())
         return self.write(model, {path: values(path, model[path].shape) for path in paths})
 
     def adapted(self, model):
@@ -112,8 +113,7 @@ class Primitives:
         model.state.frozen = set(change.keep(dict.fromkeys(model.state.frozen)))
         for layer in model.values():
             layer.pairs = change.keep(layer.pairs)
-        paths = {**self.shapes(model), **change.layers}
-        return self.write(model, {path: change.pairs(path) for path in paths})
+        return self.write(model, {p: change.pairs(p) for p in self.shapes(model) | change.layers})
 
     def frozen(self, model):
         return model.state.frozen
@@ -130,7 +130,7 @@ class Primitives:
         return Counts(sum(v.size for v in base))
 
     def switch(self, model, by):
-        model.state.off += by
+        current.switch(model.state, by)
 
     def merged(self, model, active, update):
         plain = Model()

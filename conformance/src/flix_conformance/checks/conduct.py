@@ -5,7 +5,9 @@ Each rule is checked on every backend alone, and once more between backends, so 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -149,6 +151,38 @@ def disabled(draw: Draw, backend: Backend) -> None:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         check_routed("after an exception inside disable")
+
+
+@check("disable holds for the thread or asyncio task that entered it, and for no other", examples=2)
+def disabled_here(draw: Draw, backend: Backend) -> None:
+    stack = two_layers(draw)
+    model, disable = backend.stacked(stack), backend.verb("disable")
+    before, base = np.asarray(backend.harness.call(model, stack.batch)[0]), _base(stack, None)
+
+    def answer() -> Array:
+        return np.asarray(backend.harness.call(model, stack.batch)[0])
+
+    with disable(model), ThreadPoolExecutor(1) as pool:
+        _near(pool.submit(answer).result(), before, "the output in another thread than disable's")
+        _near(answer(), base, "the output inside disable, after another thread's")
+
+    async def tasks() -> None:
+        opened, asked = asyncio.Event(), asyncio.Event()
+
+        async def off() -> None:
+            with disable(model):
+                opened.set()
+                await asked.wait()
+                _near(answer(), base, "the output inside disable, after another task's")
+
+        async def on() -> None:
+            await opened.wait()
+            _near(answer(), before, "the output in another task than disable's")
+            asked.set()
+
+        await asyncio.gather(off(), on())
+
+    asyncio.run(tasks())
 
 
 @check("two backends give the same base inside disable", examples=2, pair=True)

@@ -57,7 +57,7 @@ def cross_gradients(draw: Draw, first: Backend, second: Backend) -> None:
 def cross_trajectory(draw: Draw, first: Backend, second: Backend) -> None:
     case, batches = draw.run(any_kind(draw, draw.shared("kinds")), steps=STEPS)
     found = first.train(case, batches, SETTINGS)["pairs"]
-    check_trajectory(case, second.train(case, batches, SETTINGS)["pairs"], found, slack=2.0)
+    check_trajectory(case, second.train(case, batches, SETTINGS)["pairs"], found, 2.0, batches)
 
 
 @check("two backends merge to the same kernel", examples=10, pair=True, uses=("merge",))

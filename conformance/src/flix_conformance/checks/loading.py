@@ -112,7 +112,7 @@ def loaded_trains(draw: Draw, backend: Backend) -> None:
         routed = routed_to(draw, given, len(case.table))
         steps.append(replace(batch, ids=routed.ids, weights=routed.weights))
     found = backend.train(grown, steps, SETTINGS)["pairs"]
-    check_trajectory(grown, found, oracle.train(grown.but(model=None), steps, SETTINGS))
+    check_trajectory(grown, found, oracle.train(grown.but(model=None), steps, SETTINGS), 1.0, steps)
 
 
 @check("loading into an adapted model sets A and B of every feature", examples=4, uses=("files",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from flix_conformance import bits, oracle
 from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import any_kind, check
 from flix_conformance.compare import close_in_norm, same_bits, same_pairs
-from flix_conformance.harness import AdamW, Case, Pairs
+from flix_conformance.harness import AdamW, Batch, Case, Pairs
 from flix_conformance.strategies import Draw
 from flix_conformance.table import written
 
@@ -86,18 +87,28 @@ def absent_stay(draw: Draw, backend: Backend) -> None:
         before = after
 
 
-def check_trajectory(case: Case, found: Any, expected: list[Pairs], slack: float = 1.0) -> None:
-    """Hold the values after every step to the expected ones."""
+def check_trajectory(
+    case: Case,
+    found: Any,
+    expected: list[Pairs],
+    slack: float = 1.0,
+    batches: Sequence[Batch] = (),
+) -> None:
+    """Hold the values after every step to the expected ones; a message says what the steps' batches list."""
     assert len(found) == len(expected), f"{len(found)} steps were reported, not {len(expected)}"
+    lists = [oracle.listed(case, batch.ids) for batch in batches]
     for step, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
         for feature, start in case.pairs.items():
+            seen = [n for n, listed in enumerate(lists[: step + 1]) if feature in listed]
+            beside = ", ".join(sorted(map(written, lists[step]))) if lists else ""
+            listed = f" (listed at steps {seen}; step {step} lists {beside or 'nothing'})"
             for part in (0, 1):
                 close_in_norm(
                     actual[feature][part],
                     np.asarray(wanted[feature][part], np.float64),
                     start[part],
                     slack * TRAJECTORY,
-                    f"{'AB'[part]} of {written(feature)} after step {step}",
+                    f"{'AB'[part]} of {written(feature)} after step {step}{listed if lists else ''}",
                 )
 
 
@@ -109,7 +120,7 @@ def check_trajectory(case: Case, found: Any, expected: list[Pairs], slack: float
 def trajectory(draw: Draw, backend: Backend) -> None:
     case, batches = draw.run(any_kind(draw, backend.kinds), steps=STEPS)
     found = backend.train(case, batches, SETTINGS)["pairs"]
-    check_trajectory(case, found, oracle.train(case, batches, SETTINGS))
+    check_trajectory(case, found, oracle.train(case, batches, SETTINGS), batches=batches)
 
 
 @check(
@@ -128,7 +139,7 @@ def frozen_stay(draw: Draw, backend: Backend) -> None:
         if frozen != set(case.pairs):
             found = backend.train(now, part, SETTINGS)["pairs"]
             expected = oracle.train(now.but(model=None), part, SETTINGS, frozen=frozen)
-            check_trajectory(now, found, expected)
+            check_trajectory(now, found, expected, batches=part)
         for feature in sorted(frozen):
             for side in (0, 1):
                 label = f"{'AB'[side]} of {written(feature)}, which is frozen,"
