@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flix._version import __version__
-from flix.cli.console import guarded
+from flix.cli.console import fail, guarded
 
 app = typer.Typer(
     name="flix",
@@ -181,8 +181,23 @@ def merge(
 def export(
     adapter: AdapterFolder,
     base: Base,
-    features: FeaturesOption,
     out: Out,
+    features: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--features",
+            metavar="GROUP=NAME,...",
+            help="One composition, e.g. language=hau,task=ner; language=hau:0.5+swa:0.5 mixes.",
+        ),
+    ] = None,
+    everything: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--all",
+            metavar="COMBINATIONS",
+            help="Many: 'language=*,task=ner|pos', or @FILE with one a line. Each becomes a LoRA in DIR.",
+        ),
+    ] = None,
     to: Annotated[str, typer.Option("--to", help="The format: peft.")] = "peft",
     compress_to: Annotated[
         int | None,
@@ -195,10 +210,15 @@ def export(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write one composition as a LoRA that PEFT opens, and say how vLLM serves it."""
-    from flix.cli.converting import export_adapter
+    """Write compositions as LoRAs that PEFT opens, and say how vLLM serves them."""
+    from flix.cli.converting import export_adapter, export_all
 
-    export_adapter(adapter, base, features, out, to, compress_to, force, as_json)
+    if (features is None) == (everything is None):
+        fail("give --features for one composition, or --all for many")
+    if everything is not None:
+        export_all(adapter, base, everything, out, to, compress_to, force, as_json)
+    else:
+        export_adapter(adapter, base, features or [], out, to, compress_to, force, as_json)
 
 
 @app.command("import")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from flix.core.errors import ConfigError, FeatureError
 from flix.core.features.encoding import Row
@@ -36,6 +38,51 @@ def parse_features(texts: Sequence[str], registry: FeatureRegistry) -> Row:
         raise FeatureError("--features names no feature; write, e.g., language=hau,task=ner")
     registry.encode([row])
     return row
+
+
+def parse_combinations(texts: Sequence[str], registry: FeatureRegistry) -> list[Row]:
+    """The rows that ``--all`` spells out: every choice of one value a group.
+
+    A value is written as in ``--features``; ``|`` stands between values to choose from, and ``*`` for every feature of
+    the group. ``@FILE`` reads such a text from each line of a file, but for empty ones and those that begin with "#".
+
+    Raises:
+        FeatureError: as for ``--features``, or a row that is named twice.
+        ConfigError: a file that cannot be read.
+    """
+    rows: list[Row] = []
+    for text in _lines(texts):
+        choices: dict[str, list[Any]] = {}
+        for part in _parts([text], registry):
+            group, value = _divided(part, registry)
+            if group in choices:
+                raise FeatureError(f"--all: group {group!r} is given twice in {text!r}")
+            if value.strip() == "*":
+                choices[group] = [name for other, name in registry.live if other == group]
+            else:
+                whole = [value] if (group, value) in registry else value.split("|")
+                choices[group] = [_value(group, piece.strip(), registry) for piece in whole]
+        rows += [dict(zip(choices, chosen, strict=True)) for chosen in product(*choices.values())]
+    rows = [row for row in rows if row]
+    if not rows:
+        raise FeatureError("--all names no combination; write, e.g., 'language=*,task=ner|pos'")
+    for number, row in enumerate(rows):
+        if row in rows[:number]:
+            raise FeatureError(f"--all names {row!r} twice")
+    return rows
+
+
+def _lines(texts: Sequence[str]) -> Iterator[str]:
+    for text in texts:
+        if not text.startswith("@"):
+            yield text
+            continue
+        try:
+            content = Path(text[1:]).expanduser().read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--all: {text[1:]!r} cannot be read: {error}") from None
+        lines = (line.strip() for line in content.splitlines())
+        yield from (line for line in lines if line and not line.startswith("#"))
 
 
 def _parts(texts: Sequence[str], registry: FeatureRegistry) -> Iterator[str]:

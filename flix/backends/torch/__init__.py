@@ -34,7 +34,7 @@ save, load, load_into, to_adapter = verbs.save, verbs.load, verbs.load_into, ver
 load_features, import_peft, named_pairs = verbs.load_features, verbs.import_peft, verbs.named_pairs
 freeze, thaw, disable = verbs.freeze, verbs.thaw, verbs.disable
 merge, merge_in_place, unmerge = verbs.merge, verbs.merge_in_place, verbs.unmerge
-export_peft = verbs.export_peft
+export_peft, export_peft_all = verbs.export_peft, verbs.export_peft_all
 
 __all__ = [
     "FlixConv1D",
@@ -47,6 +47,7 @@ __all__ = [
     "add_feature",
     "disable",
     "export_peft",
+    "export_peft_all",
     "freeze",
     "import_peft",
     "load",

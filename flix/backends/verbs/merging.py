@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from flix.backends.protocol import (
@@ -10,11 +12,21 @@ from flix.backends.protocol import (
     SupportsPeft,
 )
 from flix.backends.verbs.shared import Shared
-from flix.core.adapter.composition import delta
-from flix.core.errors import TargetError
+from flix.core.adapter.adapter import Adapter
+from flix.core.adapter.composition import Composition, composition, delta
+from flix.core.errors import ConfigError, TargetError
 from flix.core.features.encoding import Row
 from flix.core.files import Path_
-from flix.core.peft.exporting import PeftExport, as_peft, cut_to_rank, with_modules, write_peft
+from flix.core.peft.exporting import (
+    PeftExport,
+    PeftFacts,
+    as_peft,
+    check_exportable,
+    cut_to_rank,
+    with_modules,
+    write_peft,
+)
+from flix.core.peft.serving import PeftExports, Served, folder_name, lora_names
 
 M = TypeVar("M")
 
@@ -111,25 +123,83 @@ class Merging(Shared):
         """
         peft = self.supporting(SupportsPeft, "export_peft")
         active, adapter = self.composed("export_peft", model, row)
-        facts = peft.peft_facts(model)
-        config, tensors = as_peft(
-            adapter,
-            active,
-            target_modules=facts.target_modules,
-            fan_in_fan_out=facts.fan_in_fan_out,
-            base_model=facts.base_model,
-            task_type=facts.task_type,
-        )
-        error = 0.0
-        if compress_to is not None:
-            config, tensors, error = cut_to_rank(config, tensors, compress_to)
-        config, tensors = with_modules(config, tensors, facts.modules)
-        return write_peft(
-            directory,
-            config,
-            tensors,
-            error=error,
-            architecture=facts.architecture,
-            encoder_decoder=facts.encoder_decoder,
-            vocabulary=facts.vocabulary,
-        )
+        return _exported(adapter, active, peft.peft_facts(model), directory, compress_to)
+
+    def export_peft_all(
+        self,
+        model: Any,
+        rows: Iterable[Row] | Mapping[str, Row],
+        directory: Path_,
+        *,
+        compress_to: int | None = None,
+    ) -> PeftExports:
+        """Write many compositions, each as a PEFT LoRA in a folder of its own, to be served side by side.
+
+        As :meth:`export_peft`, once for each; what they share (the features' values, what is said of the model) is read
+        once. ``loras.json`` says which LoRA stands for which features, and how vLLM serves all of them.
+
+        Args:
+            model: an adapted model; it is not changed.
+            rows: the compositions; a mapping gives their LoRAs' names, otherwise those follow from the features.
+            directory: the folder of the LoRAs' folders.
+            compress_to: as for :meth:`export_peft`.
+
+        Returns:
+            The exports by name, with one command line; print its ``message``.
+
+        Raises:
+            As :meth:`export_peft`, and ConfigError for no rows, for two of one composition, and for a name that cannot
+            be a folder's. Nothing is written then.
+        """
+        peft = self.supporting(SupportsPeft, "export_peft_all")
+        config = self.config_of("export_peft_all", model)
+        named = rows if isinstance(rows, Mapping) else None
+        stated = list(rows.values() if isinstance(rows, Mapping) else rows)
+        if not stated:
+            raise ConfigError("export_peft_all needs at least one composition, got none")
+        compositions = [composition(config, row) for row in stated]
+        names = lora_names(compositions, stated)
+        if named is not None:
+            names = [folder_name(name) for name in named]
+        used = list(dict.fromkeys(feature for active in compositions for feature, _ in active))
+        adapter, facts = self.adapter_of(model, used), peft.peft_facts(model)
+        for active in compositions:
+            check_exportable(adapter, active)
+        loras = []
+        for name, active in zip(names, compositions, strict=True):
+            export = _exported(adapter, active, facts, Path(directory) / name, compress_to)
+            loras.append(Served(name, active, export))
+        made = PeftExports(str(directory), tuple(loras), facts.base_model)
+        made.write_map()
+        return made
+
+
+def _exported(
+    adapter: Adapter,
+    active: Composition,
+    facts: PeftFacts,
+    directory: Path_,
+    compress_to: int | None,
+) -> PeftExport:
+    """One composition as a LoRA in a folder."""
+    config, tensors = as_peft(
+        adapter,
+        active,
+        target_modules=facts.target_modules,
+        fan_in_fan_out=facts.fan_in_fan_out,
+        base_model=facts.base_model,
+        task_type=facts.task_type,
+    )
+    error = 0.0
+    if compress_to is not None:
+        config, tensors, error = cut_to_rank(config, tensors, compress_to)
+    config, tensors = with_modules(config, tensors, facts.modules)
+    return write_peft(
+        directory,
+        config,
+        tensors,
+        error=error,
+        architecture=facts.architecture,
+        encoder_decoder=facts.encoder_decoder,
+        vocabulary=facts.vocabulary,
+    )

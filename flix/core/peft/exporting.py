@@ -133,11 +133,9 @@ def as_peft(
     Raises:
         AdapterError: the composition has no update in any layer.
     """
+    check_exportable(adapter, active)
     pairs = {layer: lora_pair(adapter, layer, active) for layer in adapter.layers}
-    rank = max((a.shape[0] for a, _ in pairs.values()), default=0)
-    if rank == 0:
-        names = listed(written(feature) for feature, _ in active)
-        raise AdapterError(f"nothing to export: {names} have rank 0 in every layer")
+    rank = max(a.shape[0] for a, _ in pairs.values())
     tensors: dict[str, NDArray[np.float32]] = {}
     for layer, (a, b) in pairs.items():
         missing = rank - a.shape[0]
@@ -163,6 +161,18 @@ def as_peft(
         "inference_mode": True,
     }
     return config, tensors
+
+
+def check_exportable(adapter: Adapter, active: Composition) -> None:
+    """Refuse a composition without an update.
+
+    Raises:
+        AdapterError: its features have rank 0 in every layer.
+    """
+    config = adapter.config
+    if not any(config.rank(layer, feature) for layer in adapter.layers for feature, _ in active):
+        names = listed(written(feature) for feature, _ in active)
+        raise AdapterError(f"nothing to export: {names} have rank 0 in every layer")
 
 
 def with_modules(
