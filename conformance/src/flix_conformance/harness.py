@@ -183,6 +183,9 @@ class Harness(Protocol):
     - ``compiled_forward(model)``, a function of a :class:`Batch`, compiled once, that gives what ``call`` gives;
     - ``fit(model, batches, settings)``, which trains as ``trainer`` does, batch by batch, by a loop of the framework's
       own, or with what users combine: compiled steps, checkpointing, accumulated gradients;
+    - ``ways()``, by name the other ways that users have to call a model (its copies, the framework's own files and
+      transforms, layers by hand), functions of a model and a :class:`Batch` that give what ``call`` gives; and
+      ``loops()``, by name the other ways to train one, with the arguments of ``fit``;
     - ``absent``, abilities that the backend does not have: ``"gradients"`` (``gradients`` then need not be there),
       ``"training"`` (nor ``trainer``), ``"merge"``, ``"files"``, ``"changes"`` of features. Whatever else is not there
       may raise NotImplementedError;

@@ -24,7 +24,7 @@ ABILITIES = {
 
 OPTIONAL = (
     "encode", "dropout", "refuse", "within", "excluded", "id_dtypes", "evaluated", "compiled_forward", "fit", "unfreeze",
-    "absent", "nested", "forms", "largest",
+    "absent", "nested", "forms", "largest", "ways", "loops",
 )  # fmt: skip
 _KNOWN = {"dtypes": ("float32", "bfloat16", "float64"), "kinds": ("linear", "embedding")}
 # What every harness has beside its methods, each with a value that must be in it.

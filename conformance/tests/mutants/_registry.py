@@ -128,6 +128,12 @@ class OptionalHarness(Harness):
         finally:
             tracemalloc.stop()
 
+    def ways(self) -> Any:
+        return {"again": self.call}
+
+    def loops(self) -> Any:
+        return {"again": self.fit}
+
 
 class Halves(Harness):
     """The example's, with layers that hold what bfloat16 has, and answer in it; numpy has no such dtype."""

@@ -101,6 +101,25 @@ class SumsOrigins(ChangedGrowth):
         layer.pairs[feature] = [a, b * max(len(origins), 1)]
 
 
+@mutant("fills a new feature up with ranks of 0", "added_from_others")
+class FillsWithZeros(ChangedGrowth):
+    def grown(self, model: Any, feature: Any, origins: Any) -> None:
+        (layer,) = model.values()
+        if origins and feature in layer.pairs:
+            a, b = layer.pairs[feature]
+            layer.pairs[feature] = [np.where(b.any(0)[:, None], a, 0), b]
+
+
+@mutant("takes the mean of the origins that have an update", "added_from_others")
+class LeavesOutOrigins(ChangedGrowth):
+    def grown(self, model: Any, feature: Any, origins: Any) -> None:
+        (layer,) = model.values()
+        known = [name for name in origins if (feature[0], name) in layer.pairs]
+        if known and feature in layer.pairs:
+            a, b = layer.pairs[feature]
+            layer.pairs[feature] = [a, b * b.dtype.type(len(origins) / len(known))]
+
+
 @mutant("cuts a copy to a lower rank by leaving rows out", "added_from_others")
 class DropsRows(ChangedGrowth):
     def grown(self, model: Any, feature: Any, origins: Any) -> None:

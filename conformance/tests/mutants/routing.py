@@ -174,6 +174,25 @@ class NamedGroupsOnly(Harness):
         return _encoded(config, rows, **{**options, "group_weights": kept})
 
 
+@mutant("gives every fallback its full weight", "fallbacks")
+class FullFallbacks(Harness):
+    def encode(self, config: Any, rows: Any, **options: Any) -> Any:
+        told = options.get("unknown")
+        if isinstance(told, dict):
+            ((odd, known),) = told.items()
+            names = [known] if isinstance(known, str) else known
+            rows = [{g: dict.fromkeys(names, own[odd]) for g, own in row.items()} for row in rows]
+        return _encoded(config, rows, **options)
+
+
+@mutant("lets fallbacks imply nothing", "fallbacks")
+class FallbacksAlone(Harness):
+    def encode(self, config: Any, rows: Any, **options: Any) -> Any:
+        if isinstance(options.get("unknown"), dict):
+            config = replace(config, registry=config.registry.with_implications({}))
+        return _encoded(config, rows, **options)
+
+
 @mutant("lets a name that is listed twice act once", "encoding")
 class NamesOnce(Harness):
     def encode(self, config: Any, rows: Any, **options: Any) -> Any:

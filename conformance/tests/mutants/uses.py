@@ -137,3 +137,33 @@ class FitRoutesOnce(OptionalHarness):
         first = batches[0]
         same = [replace(b, ids=first.ids, weights=first.weights) for b in batches]
         super().fit(model, same, settings)
+
+
+@mutant("forgets the features in its copies", "other_ways")
+class CopiesTheBase(OptionalHarness):
+    def ways(self) -> Any:
+        def copied(model: Any, batch: Any) -> Any:
+            twin = deepcopy(model)
+            for layer in twin.values():
+                layer.pairs = {}
+            return self.call(twin, batch)
+
+        return {"copied": copied}
+
+
+@mutant("leaves its model changed by another way to call it", "other_ways")
+class SpoilsModels(OptionalHarness):
+    def ways(self) -> Any:
+        def spoiled(model: Any, batch: Any) -> Any:
+            y = self.call(model, batch)
+            for layer in model.values():
+                layer.pairs = {f: [a, -b] for f, (a, b) in layer.pairs.items()}
+            return y
+
+        return {"paged": spoiled}
+
+
+@mutant("takes steps that another loop does not count", "other_loops")
+class LoopsTwice(OptionalHarness):
+    def loops(self) -> Any:
+        return {"twice": lambda m, batches, s: self.fit(m, [*batches, batches[-1]], s)}

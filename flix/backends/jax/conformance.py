@@ -6,7 +6,11 @@ Gradients come from the pure functions on a layer's bank, outputs and training f
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
+import platform
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,7 +19,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-from flix.backends.jax import FlixOptimizer, LayerBank, adamw, embed, linear, value_and_grad
+from flix.backends.jax import FlixOptimizer, LayerBank, adamw, embed, linear, value_and_grad, ways
 from flix.backends.jax.kernels.fused import can_run
 from flix.backends.jax.layers import kernel_of
 
@@ -210,8 +214,37 @@ class JaxHarness:
         }
         nnx.update((model, optimizer), steps(state, given))
 
+    def ways(self) -> dict[str, Any]:
+        return ways.ways()
+
+    def loops(self) -> dict[str, Any]:
+        return ways.loops()
+
     def kernel(self, model: Any, path: str) -> NDArray[Any]:
         return np.asarray(kernel_of(getattr(model, path))[...])
 
 
-harness = JaxHarness
+def _keep_programs() -> None:
+    """Compiled programs are kept between runs, in the user's cache, unless JAX was told where to keep them.
+
+    Those of one processor may not run on another: each has a folder of its own.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+        return
+    info = Path("/proc/cpuinfo")
+    flags = [x for x in info.read_text().splitlines() if x.startswith(("flags", "Features"))] if info.exists() else []  # fmt: skip
+    machine = hashlib.sha256("".join([platform.machine(), *flags[:1]]).encode()).hexdigest()[:12]
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "flix-conformance" / f"jax-{jax.__version__}-{machine}"
+    for name, value in (
+        ("jax_compilation_cache_dir", str(folder)),
+        ("jax_persistent_cache_min_compile_time_secs", 0.0),
+        ("jax_persistent_cache_min_entry_size_bytes", -1),
+    ):
+        jax.config.update(name, value)  # type: ignore[no-untyped-call]
+
+
+def harness() -> JaxHarness:
+    """The harness; compiled programs are kept."""
+    _keep_programs()
+    return JaxHarness()

@@ -11,7 +11,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from tensorflow.python.framework import op_callbacks
 
-from flix.backends.tensorflow import keep_absent, primitives
+from flix.backends.tensorflow import keep_absent, primitives, ways
 from flix.backends.tensorflow.adapt import FlixModel
 from flix.backends.tensorflow.parameters import kernel_of
 from flix.backends.tensorflow.paths import flix_layers
@@ -181,6 +181,12 @@ class TensorFlowHarness:
             tf.config.run_functions_eagerly(False)
             op_callbacks.remove_op_callback(seen)
         return max(sizes)
+
+    def ways(self) -> dict[str, Any]:
+        return ways.ways()
+
+    def loops(self) -> dict[str, Any]:
+        return ways.loops()
 
     def kernel(self, model: Any, path: str) -> NDArray[Any]:
         """Of a plain or adapted model."""

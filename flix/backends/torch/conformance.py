@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from flix.backends.torch import primitives
+from flix.backends.torch import primitives, ways
 from flix.backends.torch.kernels.choice import INTERPRETED
 
 if TYPE_CHECKING:
@@ -177,6 +177,12 @@ class TorchHarness:
         layer = model.get_submodule(path)
         weight = _turned(layer.weight.detach(), layer)
         return (weight.float() if weight.dtype == torch.bfloat16 else weight).numpy().copy()
+
+    def ways(self) -> dict[str, Any]:
+        return ways.ways()
+
+    def loops(self) -> dict[str, Any]:
+        return ways.loops()
 
     def unfreeze(self, model: Any, path: str) -> None:
         model.get_submodule(path).requires_grad_()

@@ -7,7 +7,7 @@ import numpy as np
 import flix
 from flix import Adapter, FeatureRegistry, FlixConfig
 from flix.core.adapter.adapter import LayerShape, expected_tensors
-from flix.core.adapter.changes import joining, removing, renaming
+from flix.core.adapter.changes import growing, joining, removing, renaming
 
 LAYERS = {"a.q": LayerShape(5, 3), "a.b.q": LayerShape(4, 2), "emb": LayerShape(7, 4, "embedding")}
 RULES = {("task", "*"): [("shared", "all")]}
@@ -53,3 +53,47 @@ def test_tables_by_feature_follow_a_change():
         ("task", "ner"): 2,
     }
     assert removing(whole.config, "language", "hau").keep(table) == {("task", "ner"): 2}
+
+
+def test_a_feature_grows_from_the_mean_of_all_its_origins_at_the_largest_rank_of_theirs():
+    ranks = {"language": {"hau": 1, "swa": 0, "yor": 3}, "task": 2, "shared": 2}
+    groups = {**GROUPS, "language": ["hau", "swa", "yor"]}
+    config = FlixConfig(registry=FeatureRegistry(groups), ranks=ranks, alpha=4)
+    growth = growing(config, "language", "new", init_from=["hau", "swa", "yor"])
+    assert growth.config.ranks["language", "new"] == 3
+    rng, shape = np.random.default_rng(0), LAYERS["a.q"]
+    pairs = {
+        ("language", name): (rng.normal(size=(rank, 5)), rng.normal(size=(3, rank)))
+        for name, rank in (("hau", 1), ("yor", 3))
+    }
+    a, b = growth.change({"a.q": shape}, {"a.q": pairs}).pairs("a.q")["language", "new"]
+    mean = sum(4 / len(x) * (y @ x) for x, y in pairs.values()) / 3
+    np.testing.assert_allclose(
+        4 / 3 * (b @ a), mean, rtol=1e-9
+    )  # of three origins, one without an update
+    wider = growing(config, "language", "new", 4, init_from="hau")
+    a, b = wider.change({"a.q": shape}, {"a.q": pairs}).pairs("a.q")["language", "new"]
+    assert (
+        not b[:, 1:].any() and a[1:].any(1).all()
+    )  # ranks that change nothing, and can be trained
+
+
+def test_what_changes_leave_goes_on():
+    said = {
+        "feature_dropout": flix.FeatureDropout(0.25, {"task": 0.5}, keep_one=True, rescale=True),
+        "unknown": {"ibo": "hau"},
+        "scaling": "rslora",
+        "exclude_modules": ("lm_head",),
+    }
+    whole = adapter(**said)
+    changes = [
+        renaming(whole.config, "language", "hau", "ha"),
+        removing(whole.config, "language", "swa"),
+        joining(whole, adapter(1, {"domain": ["news"]}, implies=None)),
+    ]
+    grown = growing(whole.config, "language", "new", 2).config
+    for config in (*(change.config for change in changes), grown):
+        kept = {name: getattr(config, name) for name in said}
+        fallback = "ha" if ("language", "ha") in config.registry else "hau"
+        assert kept.pop("unknown") in ({"ibo": fallback}, {"ibo": [fallback]})
+        assert kept == {name: value for name, value in said.items() if name != "unknown"}

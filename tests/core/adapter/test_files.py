@@ -150,7 +150,10 @@ def test_the_one_file_holds_everything(tmp_path):
 @pytest.mark.parametrize("tidy", [True, False])
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_save_that_is_stopped_anywhere_leaves_one_version(tmp_path, version, tidy):
-    old, new = adapter(seed=1, heads=HEADS), adapter(seed=2, heads={"scale": HEADS["scale"]})
+    old = adapter(seed=1, heads=HEADS)
+    new = adapter(
+        seed=2, heads={"scale": HEADS["scale"]}, ranks=2, alpha=3.0
+    )  # described otherwise
 
     def start():
         for path in tmp_path.iterdir():

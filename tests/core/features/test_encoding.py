@@ -88,6 +88,8 @@ def test_unknown_features_by_policy():
     assert registry().encode(rows, unknown={"zul": "swa"}).ids.tolist() == [[1, 2]]
     several = registry().encode(rows, unknown={"zul": ["hau", "swa"]})
     assert several.weights.tolist() == [[0.5, 0.5, 1]]
+    implied = registry().with_implications({("language", "swa"): [("task", "ner")]})
+    assert implied.encode([{"language": "zul"}], unknown={"zul": "swa"}).ids.tolist() == [[1, 2]]
     with pytest.raises(FeatureError, match="no feature 'xho'"):
         registry().encode([{"language": "xho"}], unknown={"zul": "swa"})
     with pytest.raises(FeatureError, match="no feature 'nope'"):

@@ -66,3 +66,17 @@ def test_implications_go_with_a_feature():
     assert given.renamed("family", "romance", "latin").implies[("language", "fra")] == (
         ("family", "latin"),
     )
+
+
+def test_what_implied_a_removed_feature_implies_the_rest_as_before():
+    rules = {("language", "fra"): [("family", "romance"), ("family", "other"), ("task", "ner")]}
+    given = FeatureRegistry(
+        {"language": ["fra"], "family": ["romance", "other"], "task": ["ner"]}, implies=rules
+    )
+    left = given.without_feature("family", "romance")
+    assert left.implies == {("language", "fra"): (("family", "other"), ("task", "ner"))}
+    assert set(left.encode([{"language": "fra"}]).names(0)) == {
+        ("language", "fra"),
+        ("family", "other"),
+        ("task", "ner"),
+    }

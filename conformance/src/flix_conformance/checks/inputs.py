@@ -192,6 +192,24 @@ def shares(draw: Draw, backend: Backend) -> None:
     _check_row(found, wanted, f"{row} with the group weights {factors}")
 
 
+@check(
+    "an unknown name acts as what it falls back to, in equal shares, and implies what that implies",
+    examples=12,
+    core="encode",
+)
+def fallbacks(draw: Draw, backend: Backend) -> None:
+    table = (case := draw.trainable("linear", 16)).table
+    says = {group for group, _ in table.implies}
+    group = draw.one_of(sorted(table.groups, key=lambda group: group not in says))
+    names = table.names(group)
+    known = names[: draw.integer(1, len(names))]
+    one = len(known) == 1 and draw.one_of([True, False])
+    weight = draw.one_of([1.0, 0.5, -2.0])
+    wanted = bits.active_features(table, {group: {n: weight / len(known) for n in known}})
+    told, row = {"elsewhere": known[0] if one else list(known)}, {group: {"elsewhere": weight}}
+    _check_row(backend.encode(case.config, [row], unknown=told), wanted, f"{row} under {told}")
+
+
 def _check_row(found: tuple[Array, Array], wanted: dict[int, float], what: str) -> None:
     (row,) = bits.by_row(*found)
     assert row.keys() == wanted.keys(), f"{what}: ids {sorted(row)}, not {sorted(wanted)}"

@@ -84,9 +84,11 @@ def added_feature(draw: Draw, backend: Backend) -> None:
 )
 def added_from_others(draw: Draw, backend: Backend) -> None:
     case = case_of(draw, backend)
-    group, rank = draw.one_of(case.table.groups), draw.one_of([1, 2, 4])
-    names = case.table.names(group)
-    origins = names[: draw.integer(1, len(names))]
+    # Origins without an update come first: they count in the mean.
+    groups = sorted(case.table.groups, key=lambda g: all((g, n) in case.pairs for n in case.table.names(g)))  # fmt: skip
+    group, rank = draw.one_of(groups), draw.one_of([1, 2, 4])
+    names = sorted(case.table.names(group), key=lambda name: (group, name) in case.pairs)
+    origins = names[: draw.integer(min(2, len(names)), len(names))]
     full = min(case.d_in, case.d_out)
     stacked = sum(len(a) for (own, _), (a, _) in case.pairs.items() if own == group)
     if stacked > full + 1 and draw.one_of([False, True]):
@@ -102,6 +104,7 @@ def added_from_others(draw: Draw, backend: Backend) -> None:
     grown = case.but(table=case.table.added(new), pairs={new: (a, b)})
     mean, best = oracle.nearest(case, [(group, name) for name in origins], rank)
     update = oracle.scale(grown, new) * (b.astype(np.float64) @ a.astype(np.float64))
+    assert a[~b.any(0)].any(1).all(), "ranks whose A and B are both 0 would never train"
     far = float(np.linalg.norm(update - mean))
     assert far <= best + 1e-5 * float(np.linalg.norm(mean)), (
         f"the new update is {far:.6g} away from the mean of {list(origins)}; rank {rank} can be {best:.6g} near"

@@ -161,11 +161,52 @@ def fitted(draw: Draw, backend: Backend) -> None:
     case, batches = draw.run(any_kind(draw, backend.kinds), steps=5)
     model = backend.adapted(case)
     backend.harness.fit(model, batches, SETTINGS)
+    _check_fitted(backend, case, batches, model)
+
+
+def _check_fitted(
+    backend: Backend, case: Case, batches: list[Batch], model: Any, what: str = ""
+) -> None:
     found, expected = backend.pairs(model), oracle.train(case, batches, SETTINGS)
-    check_trajectory(case, [found], expected[-1:])
+    try:
+        check_trajectory(case, [found], expected[-1:])
+    except AssertionError as error:
+        raise AssertionError(f"{what}{error}") from error
     present = {f for batch in batches for f in oracle.listed(case, batch.ids)}
     for feature in set(case.pairs) - present:
         for part in (0, 1):
-            same_bits(found[feature][part], case.pairs[feature][part], f"absent {feature}")
+            same_bits(found[feature][part], case.pairs[feature][part], f"{what}absent {feature}")
     kernel = np.asarray(backend.harness.kernel(model, case.path))
-    same_bits(kernel.astype(case.kernel.dtype), case.kernel, "the base's kernel after training")
+    same_bits(
+        kernel.astype(case.kernel.dtype), case.kernel, f"{what}the base's kernel after training"
+    )
+
+
+@check(
+    "every other way that a backend has to call a model gives what a call gives, and leaves the model as it was",
+    examples=2,
+    needs=("ways",),
+)
+def other_ways(draw: Draw, backend: Backend) -> None:
+    case = draw.trainable(any_kind(draw, backend.kinds), 4)
+    for name, way in backend.harness.ways().items():
+        model = backend.adapted(case)
+        for turn in (case, case.but(x=case.x[::-1].copy(), ids=case.ids[::-1].copy())):
+            now = turn if turn is case or case.weights is None else turn.but(weights=case.weights[::-1].copy())  # fmt: skip
+            y, _ = way(model, now.batch)
+            _check_answer(now, y, f"the output of {name!r}")
+        check_output(backend, case.but(model=model))
+
+
+@check(
+    "every other loop that a backend has trains as the formula does; absent features and the base stay as they were",
+    examples=1,
+    needs=("loops",),
+    uses=("training",),
+)
+def other_loops(draw: Draw, backend: Backend) -> None:
+    case, batches = draw.run(any_kind(draw, backend.kinds), steps=4)
+    for name, loop in backend.harness.loops().items():
+        model = backend.adapted(case)
+        loop(model, batches, SETTINGS)
+        _check_fitted(backend, case, batches, model, f"{name!r}: ")

@@ -1,0 +1,206 @@
+"""The other ways to call and to train an adapted model, for the conformance kit (see :mod:`.conformance`)."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from numpy.typing import NDArray
+
+import flix
+from flix.backends.jax import (
+    FlixOptimizer,
+    FlixParam,
+    adamw,
+    embed,
+    embed_rows,
+    export_fn,
+    gather,
+    linear,
+    linear_rows,
+    load_bank,
+    primitives,
+    route,
+    save,
+    scatter,
+    sparse_update,
+    touched,
+)
+from flix.backends.jax.layers import kernel_of
+
+if TYPE_CHECKING:
+    from flix_conformance import AdamW, Batch  # type: ignore[import-not-found]
+
+Way = Callable[[Any, Any], tuple[NDArray[Any], str]]
+
+
+def _x(batch: Batch) -> Any:
+    return jnp.asarray(batch.x, "int32" if batch.x.dtype.kind == "i" else batch.dtype)
+
+
+def _answer(y: Any) -> tuple[NDArray[Any], str]:
+    return np.asarray(y).astype(np.float64), str(y.dtype)
+
+
+def _called(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    return _answer(model(_x(batch), flix_features=batch.ids, flix_weights=batch.weights))
+
+
+def _layer(model: Any) -> Any:
+    return getattr(model, model.paths[0])
+
+
+def _copied(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    return _called(copy.deepcopy(model), batch)
+
+
+def _with_routing(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """A :class:`flix.Routing` in place of ids and weights."""
+    weights = np.ones(batch.ids.shape, np.float32) if batch.weights is None else batch.weights
+    routing = flix.Routing(batch.ids, weights, model.flix_config.registry)
+    return _answer(model(_x(batch), flix_features=routing))
+
+
+def _by_hand(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """The layer under ``route``."""
+    with route(model.flix_config.registry, batch.ids, batch.weights):
+        return _answer(_layer(model)(_x(batch)))
+
+
+def _inside(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """A compiled function within a call of a larger one, and within a rematerialised one."""
+
+    @nnx.jit
+    def outer(model: Any, x: Any, ids: Any, weights: Any) -> Any:
+        @nnx.remat
+        def inner(model: Any, x: Any) -> Any:
+            return model(x, flix_features=ids, flix_weights=weights)
+
+        return inner(model, x)
+
+    return _answer(outer(model, _x(batch), batch.ids, batch.weights))
+
+
+def _mapped(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """The pure functions, mapped over rows."""
+    layer = _layer(model)
+    kernel, bias = kernel_of(layer)[...], getattr(layer, "bias", None)
+    weights = jnp.ones(batch.ids.shape) if batch.weights is None else jnp.asarray(batch.weights)
+    strategy, tokens = layer.flix_strategy, layer.bank.spec.shape.kind == "embedding"
+
+    def of(x: Any, ids: Any, weights: Any) -> Any:
+        alone = batch.ids.ndim == 3 or x.ndim == 0
+        if alone:
+            x, ids, weights = x[None], ids[None], weights[None]
+        if tokens:
+            y = embed(x, kernel, layer.bank, ids, weights, strategy=strategy)
+        else:
+            held = None if bias is None else bias[...]
+            y = linear(x, kernel, layer.bank, ids, weights, bias=held, strategy=strategy)
+        return y[0] if alone else y
+
+    if strategy == "single":  # a batch's rows are told apart where it is whole
+        return _called(model, batch)
+    return _answer(jax.vmap(of)(_x(batch), jnp.asarray(batch.ids), weights))
+
+
+def _pure(model: Any, x: Any, ids: Any, weights: Any, bank: Any, present: Any) -> Any:
+    layer, path = _layer(model), model.paths[0]
+    kernel, bias = kernel_of(layer)[...], getattr(layer, "bias", None)
+    rows, strategy = gather(bank, present)[path], layer.flix_strategy
+    if rows.spec.shape.kind == "embedding":
+        return embed_rows(x, kernel, rows, ids, present, weights, strategy=strategy)
+    held = None if bias is None else bias[...]
+    return linear_rows(x, kernel, rows, ids, present, weights, bias=held, strategy=strategy)
+
+
+def _gathered(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """The pure functions over the rows of a bank that was saved, gathered and put back."""
+    bank = primitives.bank_of(model)
+    present = touched(batch.ids, len(model.flix_config.registry))
+    if next(iter(bank.values())).A.dtype == jnp.float32:
+        with tempfile.TemporaryDirectory() as name:
+            save((model.flix_config, bank), Path(name) / "adapter")
+            _, bank = load_bank(Path(name) / "adapter")
+    bank = scatter(bank, gather(bank, present), present)
+    return _answer(_pure(model, _x(batch), batch.ids, batch.weights, bank, present))
+
+
+def _exported(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """A pure function of parameters, compiled."""
+    function, parameters = export_fn(model)
+    return _answer(jax.jit(function)(parameters, _x(batch), batch.ids, batch.weights))
+
+
+def ways() -> dict[str, Way]:
+    """See ``flix_conformance.harness.Harness``."""
+    return {
+        "copied": _copied,
+        "with a flix.Routing": _with_routing,
+        "a layer by hand": _by_hand,
+        "inside compiled functions": _inside,
+        "mapped": _mapped,
+        "rows of a bank": _gathered,
+        "exported": _exported,
+    }
+
+
+def _loss(y: Any, target: Any) -> Any:
+    return ((y - target) ** 2).sum() / (2 * len(target))
+
+
+def _adamw(s: AdamW) -> Any:
+    return adamw(s.lr, s.beta1, s.beta2, s.eps, s.decay)
+
+
+def _told(model: Any, batches: Sequence[Batch], settings: AdamW, say: bool) -> None:
+    model.train()
+    optimizer = FlixOptimizer(model, _adamw(settings))
+    wrt = nnx.DiffState(0, FlixParam)
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any, x: Any, ids: Any, weights: Any, target: Any) -> None:
+        def of(model: Any) -> Any:
+            return _loss(model(x, flix_features=ids, flix_weights=weights), target)
+
+        told = {"flix_features": ids} if say else {}
+        optimizer.update(model, nnx.grad(of, argnums=wrt)(model), **told)
+
+    for batch in batches:
+        step(model, optimizer, _x(batch), batch.ids, batch.weights, batch.target)
+
+
+def _banked(model: Any, batches: Sequence[Batch], settings: AdamW) -> None:
+    """The pure functions and a bank."""
+    bank, tx = primitives.bank_of(model), _adamw(settings)
+    state, count = tx.init(bank), len(model.flix_config.registry)
+
+    @jax.jit
+    def step(bank: Any, state: Any, x: Any, ids: Any, weights: Any, target: Any) -> Any:
+        present = touched(ids, count)
+        rows = gather(bank, present)
+
+        def of(rows: Any) -> Any:
+            return _loss(_pure(model, x, ids, weights, scatter(bank, rows, present), present), target)  # fmt: skip
+
+        return sparse_update(tx, jax.grad(of)(rows), state, bank, present)
+
+    for batch in batches:
+        bank, state = step(bank, state, _x(batch), batch.ids, batch.weights, batch.target)
+    _layer(model).put(bank[model.paths[0]])
+
+
+def loops() -> dict[str, Callable[..., None]]:
+    """See ``flix_conformance.harness.Harness``."""
+    return {
+        "nnx's gradients, and ids": functools.partial(_told, say=True),
+        "a bank": _banked,
+    }
