@@ -50,9 +50,10 @@ def close_in_norm(actual: Array, expected: Array, start: Array, bound: float, wh
     error = float(np.linalg.norm(actual - expected))
     way = float(np.linalg.norm(expected - start))
     floor = 1e-6 * float(np.linalg.norm(start))
-    assert error <= bound * way + floor, (
-        f"{what} is off by {error:.3g}, {error / max(way, 1e-30):.3g} of the way {way:.3g} that training went"
+    share = (
+        f"{error / way:.3g} of the way {way:.3g} that training went" if way else "and should stay"
     )
+    assert error <= bound * way + floor, f"{what} is off by {error:.3g}, {share}"
 
 
 def same_bits(actual: Any, expected: Array, what: str) -> None:

@@ -72,11 +72,11 @@ def state_stays(draw: Draw, backend: Backend) -> None:
         new = (old[0], name)
         found = {old if f == new else f: pair for f, pair in found.items()}
         assert found.keys() == case.pairs.keys(), f"{when}, there are {sorted(found)}"
-        check_trajectory(case, [found], [wanted])
+        check_trajectory(case, [found], [wanted], when=f"{when}, by the same optimizer")
 
-    train((), old[1], "before")
+    train((), old[1], "before any change")
     go_on("rename_feature", *old, NEW)
-    train((), NEW, "after renaming")
+    train((), NEW, f"after renaming {old[1]} to {NEW}")
     before = backend.pairs(model)[old[0], NEW]
     go_on("freeze", {old[0]: NEW})
     train((old,), NEW, "while one is frozen")
@@ -116,7 +116,9 @@ def state_after_removal(draw: Draw, backend: Backend) -> None:
             same_pairs(backend.pairs(model), before, "after a step that was refused")
             return
         [wanted] = run.step(given)
-        check_trajectory(left, [backend.pairs(model)], [wanted])
+        check_trajectory(
+            left, [backend.pairs(model)], [wanted], when=f"after removing {written(gone)}"
+        )
 
 
 @check(

@@ -93,8 +93,18 @@ def check_trajectory(
     expected: list[Pairs],
     slack: float = 1.0,
     batches: Sequence[Batch] = (),
+    when: str = "",
 ) -> None:
-    """Hold the values after every step to the expected ones; a message says what the steps' batches list."""
+    """Hold the values after every step to the expected ones.
+
+    Args:
+        case: has the values before.
+        found: the backend's, by step.
+        expected: the formula's.
+        slack: a factor for the tolerance.
+        batches: those of the steps, for messages; they then say what each lists.
+        when: what the values come after, for messages, if it is no step of that number.
+    """
     assert len(found) == len(expected), f"{len(found)} steps were reported, not {len(expected)}"
     lists = [oracle.listed(case, batch.ids) for batch in batches]
     for step, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
@@ -108,7 +118,7 @@ def check_trajectory(
                     np.asarray(wanted[feature][part], np.float64),
                     start[part],
                     slack * TRAJECTORY,
-                    f"{'AB'[part]} of {written(feature)} after step {step}{listed if lists else ''}",
+                    f"{'AB'[part]} of {written(feature)} {when or f'after step {step}'}{listed if lists else ''}",
                 )
 
 
