@@ -73,7 +73,7 @@ class Folding(flix_numpy.Primitives):
         model.row, model.kernels = row, {p: model[p].kernel for p in self.shapes(model)}
         for path, kernel in model.kernels.items():
             model[path].kernel = (kernel + update(path).T).astype(kernel.dtype)
-        model.state.off += 1
+        self.switch(model, 1)
 
     def folded(self, model):
         return getattr(model, "row", None)
@@ -82,7 +82,7 @@ class Folding(flix_numpy.Primitives):
         for path, kernel in model.kernels.items():
             model[path].kernel = kernel
         model.row = None
-        model.state.off -= 1
+        self.switch(model, -1)
 
     def head_places(self, model):
         return {f"{p}.kernel": Place(layer.kernel.shape, [p]) for p, layer in model.items()}

@@ -167,3 +167,13 @@ class SpoilsModels(OptionalHarness):
 class LoopsTwice(OptionalHarness):
     def loops(self) -> Any:
         return {"twice": lambda m, batches, s: self.fit(m, [*batches, batches[-1]], s)}
+
+
+@mutant("keeps the scales of a layer for all that have its path and ranks", "two_models")
+class SharesScales(Layer):
+    kept: Any = {}  # noqa: RUF012 - that is what is wrong
+
+    def active(self, x: Any, ids: Any, weights: Any) -> Any:
+        for feature, s, a, b, rows, entries, factor, h in super().active(x, ids, weights):
+            first = self.kept.setdefault((self.path, feature, a.shape, b.shape), s)
+            yield feature, first, a, b, rows, entries, factor * a.dtype.type(first / s), h

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from flix.core.adapter import initial
 from flix.core.adapter.initial import initial_a, initial_b
 
 
@@ -23,3 +24,14 @@ def test_initial_values():
 
 
 PINNED = [0.2735711932182312, -0.25617116689682007, 0.182822585105896, 0.24849069118499756]
+
+
+@pytest.mark.parametrize("values", [1, 100, 1 << 30])
+def test_a_value_goes_by_its_position_however_many_are_made_at_a_time(monkeypatch, values):
+    arguments = {"seed": 0, "layer": "a.q", "group": "task", "feature": "ner", "rank": 3}
+    for d_in in (40, initial._VALUES + 3):
+        wanted = initial_a(d_in=d_in, **arguments)
+        assert len({row.tobytes() for row in wanted}) == 3
+        with monkeypatch.context() as patch:
+            patch.setattr(initial, "_VALUES", values)
+            np.testing.assert_array_equal(initial_a(d_in=d_in, **arguments), wanted)

@@ -210,3 +210,18 @@ def other_loops(draw: Draw, backend: Backend) -> None:
         model = backend.adapted(case)
         loop(model, batches, SETTINGS)
         _check_fitted(backend, case, batches, model, f"{name!r}: ")
+
+
+@check(
+    "models that differ in their scales alone, at work in turns, each answer by their own",
+    examples=4,
+)
+def two_models(draw: Draw, backend: Backend) -> None:
+    case = draw.trainable(any_kind(draw, backend.kinds), 4)
+    alpha, scaling = draw.one_of([5.0, 0.25]), draw.one_of(["lora", "rslora"])
+    config = replace(case.config, alpha=alpha, scaling=scaling)
+    table = replace(case.table, alpha=alpha, alphas={}, scaling=scaling)
+    both = (case, case.but(config=config, table=table))
+    made = [now.but(model=backend.adapted(now)) for now in both]
+    for now in (*made, *made):
+        check_output(backend, now)
