@@ -207,6 +207,9 @@ def test_missing_primitives_are_usage_errors(folder: Path) -> None:
     ("line", "said"),
     [
         ("call = None", "its harness lacks call;"),
+        ("forms = 'conv1d'", "has forms = 'conv1d'; a tuple of names is wanted"),
+        ("nested = 'yes'", "has nested = 'yes'; True or False is wanted"),
+        ("fit = True", "has fit = True; a method is wanted"),
         ("trainer = kernel = None", "its harness lacks trainer, kernel;"),
         ("dtypes = ('float64',)", "dtypes = ('float64',); 'float32' must be among them"),
         ("strategies = ('gather',)", "strategies = ('gather',); 'auto' must be among them"),

@@ -26,6 +26,7 @@ OPTIONAL = (
     "encode", "dropout", "refuse", "within", "excluded", "id_dtypes", "evaluated", "compiled_forward", "fit", "unfreeze",
     "absent", "nested", "forms", "largest", "ways", "loops",
 )  # fmt: skip
+_NO_METHODS = ("excluded", "id_dtypes", "absent", "nested", "forms")
 _KNOWN = {"dtypes": ("float32", "bfloat16", "float64"), "kinds": ("linear", "embedding")}
 # What every harness has beside its methods, each with a value that must be in it.
 _ALWAYS = {"dtypes": "float32", "strategies": "auto", "kinds": "linear"}
@@ -65,6 +66,13 @@ def check_harness(harness: Any, name: str) -> None:
     for dtype in getattr(harness, "id_dtypes", ()):
         if np.dtype(dtype).kind not in "iu":
             raise refuse(f"has {dtype!r} among its id_dtypes, which is no integer")
+    if hasattr(harness, "forms"):
+        _texts(harness, "forms", refuse)
+    if not isinstance(getattr(harness, "nested", False), bool):
+        raise refuse(f"has nested = {harness.nested!r}; True or False is wanted")
+    for name in (n for n in OPTIONAL if n not in _NO_METHODS and hasattr(harness, n)):
+        if not callable(getattr(harness, name)):
+            raise refuse(f"has {name} = {getattr(harness, name)!r}; a method is wanted")
     known = {*OPTIONAL, *_ALWAYS, *members(Harness)}
     for public in (a for a in dir(harness) if not a.startswith("_") and a not in known):
         if near := get_close_matches(public, OPTIONAL, 1, 0.85):
@@ -131,4 +139,5 @@ def described(backend: Any) -> dict[str, Any]:
     """What the report says of a backend."""
     names = ("dtypes", "strategies", "kinds", "id_dtypes", "absent")
     offered = {name: list(getattr(backend, name)) for name in names}
+    offered |= {"forms": list(getattr(backend.harness, "forms", ()))}
     return {"versions": versions(backend), **offered, "excluded": [*map(list, backend.excluded)]}

@@ -104,6 +104,33 @@ class FoldingLayer(Layer):
 class OptionalHarness(Harness):
     """The example's, with what a harness may have besides."""
 
+    nested = True
+    forms: tuple[str, ...] = ("turned",)
+
+    def plain(self, layers: Any, x: Any) -> Any:
+        """A layer's form is a word on it, which those that are broken heed."""
+        model = super().plain(layers, x)
+        for layer in layers:
+            model[layer.path].form = layer.form
+        return model
+
+    def trainer(self, model: Any, settings: Any) -> Any:
+        if len(model) == 1:
+            return super().trainer(model, settings)
+        optimizers = [self.optimizer(layer, settings) for layer in model.values()]
+
+        def step(batch: Any) -> None:
+            given, y = [], batch.x
+            for layer in model.values():
+                given.append(y)
+                y = layer(y, batch.ids, batch.weights)
+            dy = (y - batch.target) / len(batch.x)
+            for layer, x, optimizer in [*zip(model.values(), given, optimizers, strict=True)][::-1]:
+                dy, _, pairs = layer.backward(x, batch.ids, batch.weights, dy)
+                optimizer.step(pairs)
+
+        return step
+
     def unfreeze(self, model: Any, path: str) -> None:
         model[path].trains = True
 

@@ -10,6 +10,8 @@ import hashlib
 import os
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,30 +23,62 @@ from numpy.typing import NDArray
 
 from flix.backends.jax import FlixOptimizer, LayerBank, adamw, embed, linear, value_and_grad, ways
 from flix.backends.jax.kernels.fused import can_run
-from flix.backends.jax.layers import kernel_of
+from flix.backends.jax.layers import FlixParam, kernel_of
 
 if TYPE_CHECKING:
     from flix_conformance import AdamW, Batch, Layer  # type: ignore[import-not-found]
 
 
 class _Model(nnx.Module):
-    """Layers, one after another."""
+    """Layers, one after another, over flat inputs; what stands before a path's first dot is a module of its own."""
 
-    def __init__(self, layers: dict[str, nnx.Module]) -> None:
-        self.paths = tuple(layers)
-        for path, layer in layers.items():
-            setattr(self, path, layer)
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.forms: dict[str, str] = {}
+        for head, group in groupby(layers, lambda layer: layer.path.partition(".")[0]):
+            inner = [replace(layer, path=layer.path.partition(".")[2]) for layer in group]
+            setattr(self, head, _Model(inner) if inner[0].path else _plain(inner[0]))
+            self.forms[head] = inner[0].form
+        self.paths = tuple(self.forms)
 
     def __call__(self, x: Any) -> Any:
-        for path in self.paths:
-            x = getattr(self, path)(x)
+        for path, form in self.forms.items():
+            given, lead = x, x.shape[:-1]
+            if form in ("general", "out"):
+                given = x.reshape(*lead, 2, x.shape[-1] // 2)
+            y = getattr(self, path)(given)
+            x = y.reshape(*lead, -1) if form else y
         return x
+
+
+_EINSUMS = {"heads": "...d,ndh->...nh", "out": "...nh,dnh->...d"}
+
+
+def _formed(layer: Layer, given: dict[str, Any]) -> nnx.Module:
+    """A linear map whose kernel has three or four axes."""
+    d_in, d_out = layer.kernel.shape
+    made: Any
+    kernel: Any
+    if layer.form == "general":  # [in, in, out, out]
+        made = nnx.LinearGeneral((2, d_in // 2), (2, d_out // 2), axis=(-2, -1), **given)
+        kernel = layer.kernel.reshape(2, d_in // 2, 2, d_out // 2)
+    elif layer.form == "heads":  # [out, in, out]
+        shape = (2, d_in, d_out // 2)
+        made = nnx.Einsum(_EINSUMS["heads"], shape, (2, d_out // 2), **given)
+        kernel = layer.kernel.reshape(d_in, 2, d_out // 2).swapaxes(0, 1)
+    else:  # [out, in, in]
+        made = nnx.Einsum(_EINSUMS["out"], (d_out, 2, d_in // 2), (d_out,), **given)
+        kernel = layer.kernel.T.reshape(d_out, 2, d_in // 2)
+    made.kernel[...] = jnp.asarray(kernel, layer.dtype)
+    made.bias[...] = jnp.asarray(layer.bias, layer.dtype).reshape(made.bias.shape)
+    return made  # type: ignore[no-any-return]
 
 
 def _plain(layer: Layer) -> nnx.Module:
     dtype, zeros = jnp.dtype(layer.dtype), nnx.initializers.zeros_init()
     given: dict[str, Any] = {"param_dtype": dtype, "dtype": dtype, "rngs": nnx.Rngs(0)}
     made: Any
+    if layer.form:
+        return _formed(layer, given)
     if layer.kind == "embedding":
         made = nnx.Embed(*layer.kernel.shape, embedding_init=zeros, **given)
     else:
@@ -54,6 +88,10 @@ def _plain(layer: Layer) -> nnx.Module:
             made.bias[...] = jnp.asarray(layer.bias, dtype)
     kernel_of(made)[...] = jnp.asarray(layer.kernel, dtype)
     return made  # type: ignore[no-any-return]
+
+
+def _at(model: Any, path: str) -> Any:
+    return functools.reduce(getattr, path.split("."), model)
 
 
 def _x(batch: Batch) -> Any:
@@ -88,6 +126,25 @@ def _gradients(
         return linear(given, kernel, bank, ids, weights, bias=bias, strategy=strategy)
 
     return jax.vjp(of, None if tokens else x, bank, weights)[1](dy)
+
+
+def _through(model: Any, batch: Batch, dy: NDArray[Any]) -> tuple[Any, LayerBank, Any]:
+    """The same through the adapted model itself."""
+    graph, tables, rest = nnx.split(model, FlixParam, ...)  # type: ignore[misc]
+
+    def of(x: Any, tables: Any, weights: Any) -> Any:
+        made = nnx.merge(graph, tables, rest)
+        return made(x, flix_features=batch.ids, flix_weights=weights)
+
+    @jax.jit
+    def gradients(given: Any, dy: Any) -> Any:
+        return jax.vjp(of, *given)[1](dy)
+
+    given = _x(batch), tables, batch.weights
+    dx, found, weights = gradients(given, jnp.asarray(dy, batch.dtype))
+    (path,) = model.paths
+    a, b = (found[path][name][...] for name in ("flix_A", "flix_B"))
+    return dx, LayerBank(a, b, getattr(model, path).flix_spec), weights
 
 
 def _given(model: Any, batch: Batch, dy: NDArray[Any]) -> tuple[Any, ...]:
@@ -132,16 +189,18 @@ class JaxHarness:
     dtypes = ("float32", "bfloat16", "float64")
     strategies = ("auto", "gather", "masked", "single", *(("fused",) if can_run() else ()))
     kinds = ("linear", "embedding")
+    nested = True
+    forms = ("general", "heads", "out")
     id_dtypes = ("int32", "int64", "int16", "int8", "uint8")
 
     def within(self, dtype: str) -> Any:
         return jax.enable_x64(dtype == "float64")
 
     def plain(self, layers: Sequence[Layer], x: NDArray[Any]) -> _Model:
-        return _Model({layer.path: _plain(layer) for layer in layers})
+        return _Model(layers)
 
     def call(self, model: Any, batch: Batch, path: str | None = None) -> tuple[NDArray[Any], str]:
-        module = model if path is None else getattr(model, path)
+        module = model if path is None else _at(model, path)
         y = _call(module, _x(batch), _routing(batch))
         return np.asarray(y).astype(np.float64), str(y.dtype)
 
@@ -157,7 +216,10 @@ class JaxHarness:
         model(_x(batch), **_routing(batch))
 
     def gradients(self, model: Any, batch: Batch, dy: NDArray[Any]) -> dict[str, Any]:
-        dx, bank, weights = _gradients(*_given(model, batch, dy))
+        if any(model.forms.values()):
+            dx, bank, weights = _through(model, batch, dy)
+        else:
+            dx, bank, weights = _gradients(*_given(model, batch, dy))
         return {
             "x": None if dx is None else np.asarray(dx).astype(np.float64),
             "weights": None if weights is None else np.asarray(weights),
@@ -221,7 +283,13 @@ class JaxHarness:
         return ways.loops()
 
     def kernel(self, model: Any, path: str) -> NDArray[Any]:
-        return np.asarray(kernel_of(getattr(model, path))[...])
+        layer = _at(model, path)
+        kernel = np.asarray(kernel_of(layer)[...])
+        if isinstance(layer, nnx.LinearGeneral):
+            return kernel.reshape(kernel.shape[0] * kernel.shape[1], -1)
+        if isinstance(layer, nnx.Einsum) and layer.einsum_str == _EINSUMS["heads"]:
+            return kernel.swapaxes(0, 1).reshape(kernel.shape[1], -1)
+        return kernel.reshape(len(kernel), -1).T if isinstance(layer, nnx.Einsum) else kernel
 
 
 def _keep_programs() -> None:

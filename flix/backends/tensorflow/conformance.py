@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -35,7 +37,48 @@ def _numpy(values: Any) -> NDArray[Any]:
 
 
 def _layer(model: Any, path: str) -> Any:
-    return (model.base if isinstance(model, FlixModel) else model).get_layer(path)
+    for name in path.split("."):
+        model = (model.base if isinstance(model, FlixModel) else model).get_layer(name)
+    return model
+
+
+def _nested(layers: Sequence[Layer], given: Any, name: str | None = None) -> Any:
+    """A functional model; what stands before a path's first dot is a model of its own."""
+    y = given
+    for head, group in groupby(layers, lambda layer: layer.path.partition(".")[0]):
+        inner = [replace(layer, path=layer.path.partition(".")[2]) for layer in group]
+        if inner[0].path:
+            y = _nested(inner, keras.Input(y.shape[1:], dtype=y.dtype), head)(y)
+        else:
+            y = _plain(inner[0], head, y)
+    return keras.Model(given, y, **({} if name is None else {"name": name}))
+
+
+def _plain(layer: Layer, name: str, x: Any) -> Any:
+    """A layer's output; one of a form of several axes stands between two layers that shape its input and output."""
+    options = {"dtype": layer.dtype, "name": name}
+    d_in, d_out = map(int, layer.kernel.shape)
+    kernel: Any
+    bias: Any
+    kernel, bias = layer.kernel, layer.bias
+    if layer.kind == "embedding":
+        made = keras.layers.Embedding(d_in, d_out, **options)
+    elif not layer.form:
+        made = keras.layers.Dense(d_out, use_bias=layer.bias is not None, **options)
+    elif layer.form == "heads":  # kernel [out, in, out]
+        shape = (None, 2, d_out // 2)
+        made = keras.layers.EinsumDense(_EINSUMS["heads"], shape, bias_axes="nh", **options)
+        kernel, bias = kernel.reshape(d_in, 2, d_out // 2).swapaxes(0, 1), bias.reshape(2, -1)
+    else:  # [out, in, in]
+        x = keras.layers.Reshape((-1, 2, d_in // 2))(x)
+        made = keras.layers.EinsumDense(_EINSUMS["out"], (None, d_out), bias_axes="d", **options)
+        kernel = kernel.T.reshape(d_out, 2, d_in // 2)
+    y = made(x)
+    made.set_weights([value for value in (kernel, bias) if value is not None])
+    return keras.layers.Reshape((-1, d_out))(y) if layer.form == "heads" else y
+
+
+_EINSUMS = {"heads": "btd,ndh->btnh", "out": "btnh,dnh->btd"}
 
 
 def _adamw(settings: AdamW) -> Any:
@@ -60,6 +103,8 @@ class TensorFlowHarness:
     dtypes = ("float32", "bfloat16", "float64")
     strategies = ("auto", "gather", "masked", "single", "fused")
     kinds = ("linear", "embedding")
+    nested = True
+    forms = ("heads", "out")
     id_dtypes = ("int32", "int64", "int16", "int8", "uint8")
 
     def plain(self, layers: Sequence[Layer], x: NDArray[Any]) -> Any:
@@ -67,18 +112,7 @@ class TensorFlowHarness:
         first = layers[0]
         tokens = first.kind == "embedding"
         shape = (None,) * (x.ndim - 1) if tokens else (*[None] * (x.ndim - 2), len(first.kernel))
-        given = y = keras.Input(shape, dtype="int32" if tokens else first.dtype)
-        for layer in layers:
-            options = {"dtype": layer.dtype, "name": layer.path}
-            d_in, d_out = map(int, layer.kernel.shape)
-            made: Any
-            if layer.kind == "embedding":
-                made = keras.layers.Embedding(d_in, d_out, **options)
-            else:
-                made = keras.layers.Dense(d_out, use_bias=layer.bias is not None, **options)
-            y = made(y)
-            made.set_weights([value for value in (layer.kernel, layer.bias) if value is not None])
-        return keras.Model(given, y)
+        return _nested(layers, keras.Input(shape, dtype="int32" if tokens else first.dtype))
 
     def call(self, model: Any, batch: Batch, path: str | None = None) -> tuple[NDArray[Any], str]:
         """In eager mode."""
@@ -190,7 +224,13 @@ class TensorFlowHarness:
 
     def kernel(self, model: Any, path: str) -> NDArray[Any]:
         """Of a plain or adapted model."""
-        return _numpy(kernel_of(_layer(model, path)).value)
+        layer = _layer(model, path)
+        kernel = _numpy(kernel_of(layer).value)
+        if not isinstance(layer, keras.layers.EinsumDense):
+            return kernel
+        if layer.equation == _EINSUMS["heads"]:
+            return kernel.swapaxes(0, 1).reshape(kernel.shape[1], -1)
+        return kernel.reshape(len(kernel), -1).T
 
     def unfreeze(self, model: FlixModel, path: str) -> None:
         """As a user does with a head."""

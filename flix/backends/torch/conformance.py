@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flix.backends.torch import primitives, ways
 from flix.backends.torch.kernels.choice import INTERPRETED
+from flix.backends.torch.layers import FlixConv1D
 
 if TYPE_CHECKING:
     from flix_conformance import AdamW, Batch, Layer  # type: ignore[import-not-found]
@@ -27,6 +31,9 @@ def _plain(layer: Layer) -> nn.Module:
     d_in, d_out = values.shape
     if layer.kind == "embedding":
         made = nn.Embedding(d_in, d_out, dtype=dtype)
+    elif layer.form == "conv1d":
+        # By name and late: the backend stands without transformers.
+        made = import_module("transformers.pytorch_utils").Conv1D(d_out, d_in).to(dtype)
     else:
         made = nn.Linear(d_in, d_out, bias=layer.bias is not None, dtype=dtype)
         values = values.t()
@@ -35,6 +42,15 @@ def _plain(layer: Layer) -> nn.Module:
         if layer.bias is not None:
             made.bias.copy_(torch.from_numpy(layer.bias))
     return made  # type: ignore[no-any-return]
+
+
+def _nested(layers: Sequence[tuple[str, nn.Module]]) -> nn.Sequential:
+    """Layers one after another; what stands before a path's first dot is a module of its own."""
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    for head, group in groupby(layers, lambda layer: layer[0].partition(".")[0]):
+        inner = [(path.partition(".")[2], layer) for path, layer in group]
+        parts[head] = _nested(inner) if inner[0][0] else inner[0][1]
+    return nn.Sequential(parts)
 
 
 def _x(batch: Batch) -> Tensor:
@@ -55,8 +71,9 @@ def _gradient(value: Tensor | None) -> NDArray[Any] | None:
 
 
 def _turned(weight: Tensor, layer: Any) -> Tensor:
-    """A kernel as ``[d_in, d_out]``."""
-    return weight if isinstance(layer, nn.Embedding) else weight.t()
+    """A kernel as ``[d_in, d_out]``; Conv1D, adapted or not, has it so."""
+    turned = isinstance(layer, nn.Linear) and not isinstance(layer, FlixConv1D)
+    return weight.t() if turned else weight
 
 
 class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -81,9 +98,11 @@ class TorchHarness:
     id_dtypes = ("int32", "int64", "int16", "int8", "uint8")
     excluded = (("fused", "float64"),)
     kinds = ("linear", "embedding")
+    nested = True
+    forms = ("conv1d",) if find_spec("transformers") else ()
 
     def plain(self, layers: Sequence[Layer], x: NDArray[Any]) -> nn.Sequential:
-        return nn.Sequential(OrderedDict((layer.path, _plain(layer)) for layer in layers))
+        return _nested([(layer.path, _plain(layer)) for layer in layers])
 
     def __init__(self) -> None:
         self.held: dict[str, tuple[NDArray[Any], Tensor]] = {}

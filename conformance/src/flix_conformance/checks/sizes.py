@@ -29,7 +29,7 @@ _MORE = ((130, 3, 3), (130, 4, 40), (1200, 3, 4))
 _WIDE = 2**16 + 40
 
 
-def _check_all(backend: Backend, case: Case, dy: Array) -> None:
+def check_all(backend: Backend, case: Case, dy: Array) -> None:
     """Hold the output and all gradients to the oracle's."""
     check_output(backend, case)
     found = backend.gradients(case, dy)
@@ -67,7 +67,7 @@ def many_features(draw: Draw, backend: Backend) -> None:
     crowds = [(*crowd, way[0]) for way in draw.ways("float32") for crowd in sizes]
     case = _crowd(draw, *draw.of_turn(crowds))
     dy = output_gradient(draw, case)
-    _check_all(backend, case, dy)
+    check_all(backend, case, dy)
     check_weights(backend, case, dy)
 
 
@@ -121,7 +121,7 @@ def wide_layers(draw: Draw, backend: Backend) -> None:
         case = case.but(x=np.stack([edges, edges[::-1]]))
     first, second, third = range(3)
     case = case.but(ids=np.array([[third, first], [second, third]], np.int32))
-    _check_all(backend, case, output_gradient(draw, case))
+    check_all(backend, case, output_gradient(draw, case))
     if draw.turn == 0:
         same_pairs(backend.initial(case), bits.initial_pairs(case), "initial values")
     if "merge" not in backend.absent:
