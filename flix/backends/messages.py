@@ -206,6 +206,14 @@ def merged(*compositions: Composition) -> RoutingError:
     )
 
 
+def no_experts(paths: Sequence[str]) -> TargetError:
+    """A backend whose layers have no axis of experts is given an adapter, or sizes, of such layers."""
+    return TargetError(
+        f"{listed([repr(path) for path in paths], 3)}: the kernels have an axis of experts, which this backend does not "
+        "adapt; torch's does"
+    )
+
+
 def _shown(shape: Any) -> str:
     """A shape as text; sizes that a framework does not know yet included."""
     return str(list(shape)) if isinstance(shape, Sequence) else str(shape)

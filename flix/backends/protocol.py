@@ -7,7 +7,7 @@ hold in every framework are decided in ``flix.core`` and in the verbs; a primiti
 
 What a model is, is the framework's: a torch module, a Keras model, an nnx module or a pair ``(config, bank)``. Where a
 primitive returns a model, that is the one it was given if it changes models in place. Values are numpy arrays:
-A ``[r, d_in]`` and B ``[d_out, r]``, whatever the framework's own kernels look like.
+A ``[r, d_in]`` and B ``[d_out, r]``, whatever the framework's own kernels look like (``E`` experts: with E in front).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Values = Callable[[str, LayerShape], Mapping[Feature, Pair]]
 """The pairs that a layer starts with, by feature."""
 Samples = Mapping[str, NDArray[Any]]
 Updates = Callable[[str], NDArray[np.float64]]
-"""A composition's update of a layer's kernel, ``[d_out, d_in]``."""
+"""A composition's update of a layer's kernel, ``[d_out, d_in]`` (``[E, d_out, d_in]``)."""
 
 
 class Backend(Protocol):

@@ -11,6 +11,7 @@ from flix import backends
 from flix.cli.console import show, show_json, show_table
 from flix.core.adapter.adapter import Adapter
 from flix.core.adapter.composition import untrained, untrained_note
+from flix.core.adapter.description import as_dict
 from flix.core.adapter.files import load_adapter, read_description
 from flix.core.config.config import FlixConfig
 from flix.core.costs import Layers, Plan, feature_cost, plan
@@ -63,7 +64,7 @@ def update_norms(adapter: Adapter) -> dict[Feature, dict[str, float]]:
         norms[feature] = {}
         for layer in adapter.layers:
             a, b = (part.astype(np.float64) for part in adapter.pair(layer, feature))
-            squared = float(np.sum((a @ a.T) * (b.T @ b)))
+            squared = float(np.sum((a @ a.swapaxes(-1, -2)) * (b.swapaxes(-1, -2) @ b)))
             norms[feature][layer] = adapter.config.scale(layer, feature) * max(squared, 0.0) ** 0.5
     return norms
 
@@ -118,10 +119,7 @@ def inspect_adapter(folder: Path, by_layer: bool, as_json: bool) -> None:
                 ],
                 "removed": removed,
                 "never_trained": [written(f) for f in idle],
-                "layers": {
-                    path: {"kind": s.kind, "d_in": s.d_in, "d_out": s.d_out}
-                    for path, s in adapter.layers.items()
-                },
+                "layers": {path: as_dict(s) for path, s in adapter.layers.items()},
             }
         )
         return
@@ -149,9 +147,16 @@ def inspect_adapter(folder: Path, by_layer: bool, as_json: bool) -> None:
         show(f"note: {untrained_note(idle)}")
     if by_layer:
         show_table(
-            ["layer", "kind", "d_in", "d_out", *names.values()],
+            ["layer", "kind", "experts", "d_in", "d_out", *names.values()],
             [
-                [path, s.kind, s.d_in, s.d_out, *(norms[f][path] for f in live.values())]
+                [
+                    path,
+                    s.kind,
+                    s.experts or "",
+                    s.d_in,
+                    s.d_out,
+                    *(norms[f][path] for f in live.values()),
+                ]
                 for path, s in adapter.layers.items()
             ],
             title="norm of each feature's update by layer",

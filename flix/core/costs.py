@@ -2,7 +2,8 @@
 
 A low-rank pair of rank r on a linear map ``d_in -> d_out`` has r (d_in + d_out) parameters and takes
 2 r (d_in + d_out) floating-point operations a token in the forward (a multiplication and an addition each). On an
-embedding the lookup in A is free: 2 r d_out. A mixture's cost is that of the features active in a row, whatever
+embedding the lookup in A is free: 2 r d_out. A layer of E experts has E pairs, of which a token passes through those
+of the experts that it is sent to. A mixture's cost is that of the features active in a row, whatever
 else is registered.
 
 Two LoRAs are worth comparing with: the *compute-matched* one, whose rank is the largest sum of active ranks of a
@@ -110,20 +111,20 @@ class Plan:
 
 
 def pair_parameters(shape: LayerShape, rank: int) -> int:
-    """Parameters of a pair of this rank on a layer: r (d_in + d_out)."""
-    return rank * (shape.d_in + shape.d_out)
+    """Parameters of a pair of this rank on a layer: r (d_in + d_out), for each expert if it has some."""
+    return shape.parameters(rank)
 
 
 def pair_flops(shape: LayerShape, rank: int) -> int:
     """Forward operations a token of a pair of this rank on a layer."""
     if shape.kind == "embedding":
         return 2 * rank * shape.d_out
-    return 2 * rank * (shape.d_in + shape.d_out)
+    return 2 * shape.active * rank * (shape.d_in + shape.d_out)
 
 
 def layer_flops(shape: LayerShape) -> int:
     """Forward operations a token of the frozen layer itself; a lookup takes none."""
-    return 0 if shape.kind == "embedding" else 2 * shape.d_in * shape.d_out
+    return 0 if shape.kind == "embedding" else 2 * shape.active * shape.d_in * shape.d_out
 
 
 def lora_cost(layers: Layers, rank: int) -> Cost:

@@ -82,7 +82,7 @@ def model_layers(
     with torch.device("meta"):
         model = _loaded(lambda: build(config), f"the base model {name!r} cannot be built")
     chosen = select(primitives.layers(model), targets, excluded)
-    return {i.path: LayerShape(d_in=i.d_in, d_out=i.d_out, kind=i.kind) for i in chosen}
+    return {i.path: LayerShape.told(i) for i in chosen}
 
 
 def enable_checkpointing(model: nn.Module) -> None:

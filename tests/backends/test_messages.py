@@ -41,6 +41,7 @@ CASES = {
         ["'proj'", "[4]", "it is an expert", "exclude_modules", "per token"],
     ),
     "bypassed": ((["a.q", "b.q"],), flix.TargetError, ["a.q, b.q", "exclude_modules=['q']"]),
+    "no_experts": ((["a.down_proj"],), flix.TargetError, ["'a.down_proj'", "axis of experts"]),
     "rows_differ": ((2,), flix.ConfigError, ["row 2", "'gather'"]),
     "folded_in": (({"task": "ner"},), flix.RoutingError, ["'task': 'ner'", "unmerge(model)"]),
     "merged": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,11 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from flix.backends.torch import adapt  # noqa: E402
+from flix.backends.torch.experts import ExpertsKernel  # noqa: E402
 from flix.backends.torch.layer import flix_layers  # noqa: E402
 from flix.backends.torch.parameters import whole  # noqa: E402
 from flix.core.adapter.adapter import tensor_name  # noqa: E402
+from tests.helpers import experts  # noqa: E402
 from tests.helpers.registry import ROWS, config, registry  # noqa: E402
 from tests.helpers.zoo import build, inputs_of  # noqa: E402
 
@@ -51,7 +54,7 @@ def layer_pairs(layer: Any) -> dict[tuple[str, str], tuple[Any, Any]]:
             grad, i = whole(parameter.grad), bank.features.index(feature)
             start, middle, end = bank.layout.starts[i][2 * place : 2 * place + 3]
             pair[0].grad = grad[start:middle].view(a.shape)
-            pair[1].grad = grad[middle:end].view(b.t().shape).t()
+            pair[1].grad = grad[middle:end].view(b.mT.shape).mT
         found[feature] = pair
     return found
 
@@ -124,13 +127,14 @@ def dense_model(
     settings = adapted.flix_config
     pairs = {n: p.detach().clone().requires_grad_() for n, p in live_pairs(adapted).items()}
     weights = weights.to(next(iter(pairs.values())).dtype).clone().requires_grad_()
-    kinds = {path: type(layer).__name__ for path, layer in flix_layers(adapted)}
+    turned = {path: layer.flix_transposed for path, layer in flix_layers(adapted)}
     plain = dict(base.named_parameters())
     rows = []
     for row in range(ids.shape[0]):
         replaced = {}
-        for path, kind in kinds.items():
-            kernel = plain[f"{path}.weight"]
+        for path, transposed in turned.items():
+            own = plain[path if path in plain else f"{path}.weight"]
+            kernel = own
             for entry, feature_id in enumerate(ids[row].tolist()):
                 if feature_id < 0:
                     continue
@@ -140,11 +144,12 @@ def dense_model(
                     continue
                 b = pairs[f"{path}.B.{feature[0]}.{feature[1]}"]
                 update = weights[row, entry] * settings.scale(path, feature) * (b @ a)
-                kernel = kernel + (update if kind == "FlixLinear" else update.t())
-            own = plain[f"{path}.weight"]
+                kernel = kernel + (update.mT if transposed else update)
             for name, parameter in base.named_parameters(remove_duplicate=False):
                 # T5's encoder and decoder embed with kernels tied to "shared".
-                if parameter is own and name.endswith(("embed_tokens.weight", f"{path}.weight")):
+                if parameter is own and name.endswith(
+                    ("embed_tokens.weight", f"{path}.weight", path)
+                ):
                     replaced[name] = kernel
         one = {name: value[row : row + 1] for name, value in inputs.items()}
         result = torch.func.functional_call(base, replaced, (), one, tie_weights=False)
@@ -169,8 +174,12 @@ def updated(
     """
     settings = adapted.flix_config
     pairs = live_pairs(adapted)
-    handles = []
+    handles, patched = [], {}
     for path, layer in flix_layers(adapted):
+        if isinstance(layer, ExpertsKernel):
+            parent, _, name = path.rpartition(".")
+            patched.setdefault(base.get_submodule(parent), {})[name] = path
+            continue
 
         def hook(
             module: Any, args: Any, y: Any, path: str = path, kind: str = layer.flix_kind
@@ -182,16 +191,34 @@ def updated(
                     continue
                 b = pairs[f"{path}.B.{feature[0]}.{feature[1]}"]
                 h = a.t()[x] if kind == "embedding" else x @ a.t()
-                factor = (weights * (ids == number)).sum(-1)[..., None]  # [B, T, 1]
+                factor = (weights * (ids == number)).sum(-1).view(*y.shape[:-1], 1)
                 total = total + factor * settings.scale(path, feature) * (h @ b.t())
             return y + total
 
         handles.append(base.get_submodule(path).register_forward_hook(hook))
+    for module, paths in patched.items():
+
+        def delta(t: int, e: int, path: str) -> Any:
+            total = None
+            for entry, number in enumerate(ids.flatten(0, 1)[t].tolist()):
+                feature = settings.registry.features[number]
+                name = f"{path}.A.{feature[0]}.{feature[1]}"
+                if number >= 0 and name in pairs:
+                    b = pairs[f"{path}.B.{feature[0]}.{feature[1]}"][e]
+                    factor = weights.flatten(0, 1)[t, entry] * settings.scale(path, feature)
+                    own = factor * (b @ pairs[name][e])
+                    total = own if total is None else total + own
+            return total
+
+        deltas = {n: functools.partial(delta, path=path) for n, path in paths.items()}
+        module.forward = functools.partial(experts.forward, module, deltas=deltas)  # type: ignore[method-assign]
     try:
         yield pairs
     finally:
         for handle in handles:
             handle.remove()
+        for module in patched:
+            del module.forward
 
 
 def project_back(result: Any) -> None:

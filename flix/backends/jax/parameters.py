@@ -19,6 +19,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 from numpy.typing import NDArray
 
+from flix.backends import messages
 from flix.core.adapter.adapter import LayerShape, Sizes
 from flix.core.adapter.changes import Change, fresh_pairs
 from flix.core.config.config import FlixConfig
@@ -194,6 +195,8 @@ def init(config: FlixConfig, layers: Mapping[str, Sizes], *, dtype: Any = jnp.fl
     if not isinstance(config, FlixConfig):
         raise ConfigError(f"init needs a FlixConfig, got {type(config).__name__}")
     shapes = {path: LayerShape.of(path, sizes) for path, sizes in layers.items()}
+    if stacked := [path for path, shape in shapes.items() if shape.experts]:
+        raise messages.no_experts(stacked)
     return {
         path: pack(spec, fresh_pairs(config, path, spec.shape), dtype)
         for path, spec in make_specs(config, shapes).items()

@@ -10,6 +10,13 @@ import torch
 from torch import nn
 
 from flix.backends.protocol import Values
+from flix.backends.torch.experts import (
+    ExpertsKernel,
+    become_kernel,
+    experts_of,
+    revert_kernel,
+    site,
+)
 from flix.backends.torch.kernels.choice import require_triton
 from flix.backends.torch.layer import FlixLayer, flix_layers
 from flix.backends.torch.parameters import BANK, Bank
@@ -50,7 +57,13 @@ def layer_infos(model: nn.Module) -> list[LayerInfo]:
         shape = LayerShape(0, 0, "") if target is None else target.shape_of(module)
         told = module is head or is_head(path)
         lookup = isinstance(module, nn.Embedding)
+        kernels, unlike = experts_of(module)
+        reason = "" if kernels else unlike or reason
         infos.append(LayerInfo(path, shape.kind, shape.d_in, shape.d_out, told, reason, lookup))
+        for name, s in kernels.items():
+            sizes = (s.kind, s.d_in, s.d_out)
+            own = f"{path}.{name}"
+            infos.append(LayerInfo(own, *sizes, experts=s.experts, active=s.active))
     return infos
 
 
@@ -69,14 +82,15 @@ def attach(
     trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
     modules = dict(model.named_modules())
     for path in paths:
-        target_of(modules[path], path)
+        if path in modules:
+            target_of(modules[path], path)
     model.requires_grad_(False)
     bank = Bank(config.registry.features, flat_layout(config, {}))
     state = FlixState(config, bank, strategy, trained)
     shapes = become_layers(model, state, paths)
     bank.arrange(config.registry.features, flat_layout(config, shapes))
-    device = device_of(modules[paths[0]])
-    kernels = (getattr(modules[path], "weight", None) for path in paths)
+    device = device_of(site(model, paths[0])[0])
+    kernels = (getattr(layer, "weight", None) for _, layer in flix_layers(model))
     wide = any(kernel is not None and kernel.dtype == torch.float64 for kernel in kernels)
     # Pairs of a half-precision base are kept in float32, where small updates do not round away.
     dtype = torch.float64 if wide else torch.float32
@@ -98,7 +112,14 @@ def settle(model: nn.Module, state: FlixState) -> None:
     """Note what the model's structure tells of its adapted layers' inputs, and let those act that would not."""
     parents.prepare(model)
     places = state.bank.layout.places
-    state.marks.update((places[path], mark) for path, mark in known_marks(model, places))
+    # Modules of experts get all tokens, and send them to their kernels themselves.
+    whole = {kernel.flix_name for kernel in _kernels(model)}
+    paths = [path for path in places if path not in whole]
+    state.marks.update((places[path], mark) for path, mark in known_marks(model, paths))
+
+
+def _kernels(model: nn.Module) -> Iterator[ExpertsKernel]:
+    return (layer for _, layer in flix_layers(model) if isinstance(layer, ExpertsKernel))
 
 
 def become_layers(
@@ -107,7 +128,11 @@ def become_layers(
     """Turn the layers at these paths into adapted ones, with places from ``start`` on; their kinds and sizes."""
     modules, shapes = dict(model.named_modules()), {}
     for place, path in enumerate(paths, start):
-        layer = become(modules[path], path, place, state)
+        layer: FlixLayer | ExpertsKernel
+        if path in modules:
+            layer = become(modules[path], path, place, state)
+        else:
+            layer = become_kernel(*site(model, path), path, place, state)
         shapes[path] = layer.shape_of(layer)
         if isinstance(layer, nn.Embedding):
             _relink(model, modules, path, set(paths))
@@ -151,7 +176,10 @@ def unadapt(model: nn.Module) -> None:
     """Turn an adapted model, in place, back into the plain model it was; its features are gone."""
     trained = set(model.flix_state.trained)  # type: ignore[union-attr, arg-type]
     for _, layer in list(flix_layers(model)):
-        revert(layer)
+        if isinstance(layer, ExpertsKernel):
+            revert_kernel(layer)
+        else:
+            revert(layer)
     parents.release(model)
     model._modules.pop(BANK)
     for module in list(model.modules()):

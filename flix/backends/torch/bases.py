@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from flix.backends.torch.layer import FlixLayer
+from flix.backends.torch.experts import experts_of, site
+from flix.backends.torch.layer import KERNELS, FlixLayer
 from flix.backends.torch.targets import adaptable
 from flix.core.adapter.base import Places
 
@@ -32,17 +33,17 @@ def kernel_samples(
     found: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for path, where in places.items():
-            module: Any = model.get_submodule(path)
-            kind = type(module) if isinstance(module, FlixLayer) else adaptable(module)[0]
-            kernel = vars(module).get("flix_kernel", module._parameters.get("weight"))
+            module, name = site(model, path)
+            layer: Any = vars(module).get(KERNELS, {}).get(name, module)
+            kernel = vars(layer).get("flix_kernel", module._parameters.get(name))
             readable = type(kernel) is nn.Parameter and kernel.dtype in _READABLE
-            if kind is None or not readable or kernel.is_meta:
+            straight = _straight(module)
+            if straight is None or not readable or kernel.is_meta:
                 return None
-            rows, columns = (
-                torch.from_numpy(i).to(kernel.device) for i in (where.rows, where.columns)
-            )
-            straight = kind.flix_transposed
-            found[path] = kernel[(columns, rows) if straight else (rows, columns)].double()
+            sides = (where.columns, where.rows) if straight else (where.rows, where.columns)
+            lead = () if where.experts is None else (where.experts,)
+            at = tuple(torch.from_numpy(i).to(kernel.device) for i in (*lead, *sides))
+            found[path] = kernel[at].double()
         # One copy a device instead of one a kernel.
         devices = {value.device for value in found.values()}
         moved: dict[str, NDArray[Any]] = {}
@@ -52,3 +53,11 @@ def kernel_samples(
             ends = np.cumsum([len(v) for v in held.values()])[:-1]
             moved.update(zip(held, np.split(flat, ends), strict=True))
     return moved
+
+
+def _straight(module: nn.Module) -> bool | None:
+    """Whether a layer, adapted or not, keeps its kernel ``[d_in, d_out]``; None where it cannot be adapted."""
+    if experts_of(module)[0]:
+        return bool(module.is_transposed)
+    kind = type(module) if isinstance(module, FlixLayer) else adaptable(module)[0]
+    return None if kind is None else kind.flix_transposed

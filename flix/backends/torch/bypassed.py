@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from flix.backends import messages
-from flix.backends.torch.layer import FlixLayer, flix_layers
+from flix.backends.torch.layer import KERNELS, Adapted, FlixLayer, flix_layers
 from flix.backends.torch.routing import ActiveRouting, AnyRouting, Base
 
 # Results that have a tensor's form and nothing of its values.
@@ -43,7 +43,7 @@ class Watch(TorchFunctionMode):
         self.used: set[int] = set()
         self._gathered: dict[int, Tensor] = {}
         self._turned: dict[int, Tensor] = {}
-        self._owners: dict[int, list[FlixLayer]] = {}
+        self._owners: dict[int, list[Adapted]] = {}
         self._known: dict[int, Any] = {}
         self._look()
 
@@ -76,8 +76,10 @@ class Watch(TorchFunctionMode):
                 if parameter is None:
                     continue
                 self._known[id(parameter)] = parameter  # kept, so that no other gets its id
-                if isinstance(module, FlixLayer) and name == "weight":
-                    self._owners.setdefault(id(parameter), []).append(module)
+                owner = module if isinstance(module, FlixLayer) and name == "weight" else None
+                owner = owner or vars(module).get(KERNELS, {}).get(name)
+                if owner is not None:
+                    self._owners.setdefault(id(parameter), []).append(owner)
                 else:
                     others.add(id(parameter))
         for shared in others & self._owners.keys():

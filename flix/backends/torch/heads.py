@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flix.backends.torch.layer import flix_layers
+from flix.backends.torch.experts import experts_of
+from flix.backends.torch.layer import KERNELS, flix_layers
 from flix.backends.torch.parameters import BANK, whole
 from flix.backends.torch.patches.models import state_of
 from flix.core.adapter.described import Head
@@ -65,6 +66,11 @@ def head_places(model: nn.Module) -> dict[str, Place]:
         for weight in (vars(module).get("flix_kernel"), module._parameters.get("weight")):
             if weight is not None and weight.ndim > 1:
                 kernels.setdefault(id(weight), []).append(path)
+        for name in experts_of(module)[0]:
+            kernel: Any = vars(module).get(KERNELS, {}).get(name, module)
+            for weight in (vars(kernel).get("flix_kernel"), module._parameters[name]):
+                if weight is not None:
+                    kernels.setdefault(id(weight), []).append(f"{path}.{name}")
     return {
         name: Place(tuple(p.shape), kernels.get(id(p), ()), p.dtype in _TAKES)
         for name, p in base_parameters(model)

@@ -41,7 +41,7 @@ class Views:
     ``torch.no_grad()``.
     """
 
-    def __init__(self, layer: FlixLayer, side: int) -> None:
+    def __init__(self, layer: Adapted, side: int) -> None:
         self._layer, self._side = layer, side
 
     def __getitem__(self, feature: Feature) -> Tensor:
@@ -52,23 +52,20 @@ class Views:
         return feature in config.registry and config.rank(self._layer.flix_name, feature) > 0
 
 
-class FlixLayer(nn.Module):
-    """What all adapted layers share: the pairs of the features, and the way routing reaches them.
+class Adapted:
+    """A frozen kernel with the features' pairs: an adapted layer, or one of the kernels of a module of experts.
 
     Attributes:
         flix_name: the layer's path in its model.
         flix_place: its place among the model's adapted layers.
         flix_state: what it carries, with all adapted layers of its model.
-        flix_strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
-        flix_base: the class of the plain layer.
+        weight: the kernel.
     """
 
     flix_kind = "linear"
     flix_name: str
     flix_place: int
     flix_state: FlixState
-    flix_strategy: str
-    flix_base: type[nn.Module]
     weight: Tensor
 
     # Whether the kernel is stored [d_in, d_out], as transformers' Conv1D and embeddings have it, or [d_out, d_in].
@@ -84,12 +81,12 @@ class FlixLayer(nn.Module):
     @property
     def d_in(self) -> int:
         """Input size; of an embedding, the vocabulary's."""
-        return int(self.weight.shape[0 if self.flix_transposed else 1])
+        return int(self.weight.shape[-2 if self.flix_transposed else -1])
 
     @property
     def d_out(self) -> int:
         """Output size."""
-        return int(self.weight.shape[1 if self.flix_transposed else 0])
+        return int(self.weight.shape[-1 if self.flix_transposed else -2])
 
     @property
     def flix_config(self) -> FlixConfig:
@@ -159,6 +156,29 @@ class FlixLayer(nn.Module):
                 )
         return routing
 
+    def _check_single(self, routing: ActiveRouting, strategy: str) -> None:
+        if strategy == "single" and (row := routing.unlike()) is not None:
+            raise messages.rows_differ(row)
+
+    def _open(self, y: Tensor, training: bool) -> Tensor:
+        """The output of a batch whose features are frozen, while others train: differentiated as one without any."""
+        if y.requires_grad or not (training and torch.is_grad_enabled()):
+            return y
+        held = self.flix_state.bank.held().values()
+        return with_grad(y, training) if any(p.requires_grad for p in held) else y
+
+
+class FlixLayer(Adapted, nn.Module):
+    """What all adapted layers share: the pairs of the features, and the way routing reaches them.
+
+    Attributes:
+        flix_strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
+        flix_base: the class of the plain layer.
+    """
+
+    flix_strategy: str
+    flix_base: type[nn.Module]
+
     def _values(
         self, placed: Placed, routing: ActiveRouting, device: torch.device
     ) -> tuple[Values, Tensor | None]:
@@ -199,17 +219,6 @@ class FlixLayer(nn.Module):
     def _placed(self, x: Tensor, routing: ActiveRouting) -> Placed:
         dtype = x.dtype if x.is_floating_point() else self.weight.dtype
         return routing.placed(self.flix_layout, x.device, dtype)  # type: ignore[arg-type]
-
-    def _check_single(self, routing: ActiveRouting, strategy: str) -> None:
-        if strategy == "single" and (row := routing.unlike()) is not None:
-            raise messages.rows_differ(row)
-
-    def _open(self, y: Tensor) -> Tensor:
-        """The output of a batch whose features are frozen, while others train: differentiated as one without any."""
-        if y.requires_grad or not (self.training and torch.is_grad_enabled()):
-            return y
-        held = self.flix_state.bank.held().values()
-        return with_grad(y, self.training) if any(p.requires_grad for p in held) else y
 
     def _traced_slots(
         self, routing: TracedRouting, like: Tensor, grouped: bool = False
@@ -252,8 +261,15 @@ def with_grad(y: Tensor, training: bool) -> Tensor:
     return y
 
 
-def flix_layers(model: nn.Module) -> Iterator[tuple[str, FlixLayer]]:
-    """(path, layer) of every adapted layer, in the model's order."""
+KERNELS = "flix_kernels"
+"""The name under which an adapted module of experts holds what its kernels are adapted by."""
+
+
+def flix_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(path, layer) of every adapted layer, in the model's order; an expert's kernel goes by its parameter's path."""
     for path, module in model.named_modules():
         if isinstance(module, FlixLayer):
             yield path, module
+        else:
+            for name, kernel in vars(module).get(KERNELS, {}).items():
+                yield f"{path}.{name}" if path else name, kernel

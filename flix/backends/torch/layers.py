@@ -158,13 +158,13 @@ class FlixLinear(FlixLayer, nn.Linear):
             return with_grad(self._base(x, kernel, bias), self.training)
         straight = kernel if self.flix_transposed else kernel.t()
         if strategy == "fused":
-            return self._open(self._fused(x, straight, bias, placed, routing))
+            return self._open(self._fused(x, straight, bias, placed, routing), self.training)
         values, carrier = self._values(placed, routing, x.device)
         scale = placed.scale.to(x.dtype)
         y = RoutedLinear.apply(  # type: ignore[no-untyped-call]
             x, straight, bias, scale, carrier, placed, strategy, values
         )
-        return self._open(y)
+        return self._open(y, self.training)
 
     def _fused(
         self, x: Tensor, kernel: Tensor, bias: Tensor | None, placed: Placed, routing: ActiveRouting
@@ -262,7 +262,7 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
                 return with_grad(self._scaled(base), self.training)
             pairs = self._pairs_of(*self._values(placed, routing, base.device))
             y = base + self._sum(tokens, placed, pairs, base.dtype).view_as(base)
-            return self._open(self._scaled(y))
+            return self._open(self._scaled(y), self.training)
 
     def _scaled(self, y: Tensor) -> Tensor:
         """What transformers' scaled embeddings do to the looked-up row; the update is scaled with its kernel."""

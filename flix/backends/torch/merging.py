@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from flix.backends.protocol import Updates
 from flix.backends.torch.adapt import unadapt
 from flix.backends.torch.around import FlixAround
 from flix.backends.torch.enclosed import added, plain
+from flix.backends.torch.experts import ExpertsKernel, site
 from flix.backends.torch.heads import shares, trained_heads, whole_modules
 from flix.backends.torch.layer import flix_layers
 from flix.backends.torch.layers import FlixConv1D
@@ -53,17 +55,17 @@ def merged(
         enclosed = set()
     users = Counter(id(p) for m in copied.modules() for p in m._parameters.values())
     for path in straight:
-        module = copied.get_submodule(path)
+        module, name = site(copied, path)
         if path in enclosed:
             added(module, path, torch.from_numpy(update(path)))
             continue
-        weight: nn.Parameter = module.weight  # type: ignore[assignment]
+        weight: nn.Parameter = getattr(module, name)
         value = _folded(weight, update(path), straight[path])
         with torch.no_grad():
             if users[id(weight)] == 1:
                 weight.copy_(value)
                 continue
-            module.weight = nn.Parameter(value, requires_grad=weight.requires_grad)
+            setattr(module, name, nn.Parameter(value, requires_grad=weight.requires_grad))
             _untie(getattr(copied, "config", None))
     Merged.mark(copied, active)
     return copied  # type: ignore[no-any-return]
@@ -76,7 +78,8 @@ def _check_here(model: nn.Module, paths: Iterable[str]) -> None:
         TargetError: one has no values here.
     """
     for path in paths:
-        weight = getattr(model.get_submodule(path), "weight", None)
+        module, name = site(model, path)
+        weight = getattr(module, name, None)
         if isinstance(weight, torch.Tensor) and weight.is_meta:
             raise TargetError(
                 f"the kernel of layer {path!r} has no values here: it is offloaded, or on the meta device. Bring it back "
@@ -104,9 +107,13 @@ def _make_plain(model: nn.Module, paths: Collection[str]) -> None:
 
 def _folded(kernel: nn.Parameter, update: Any, straight: bool) -> torch.Tensor:
     """A kernel plus an update ``[d_out, d_in]``, summed in float64, on its device and in its dtype."""
-    change = torch.from_numpy(update)
-    total = kernel.detach().double().cpu() + (change.t() if straight else change)
-    return torch.empty_like(kernel.detach()).copy_(total)
+    change, own = torch.from_numpy(update), kernel.detach()
+    made = torch.empty_like(own)
+    # Experts one by one: in float64 all of them would take several times what the kernel does.
+    parts = [(made, own, change)] if own.dim() == 2 else zip(made, own, change, strict=True)
+    for to, kept, part in parts:
+        to.copy_(kept.double().cpu() + (part.t() if straight else part))
+    return made
 
 
 class Merged:
@@ -206,10 +213,18 @@ def unfold(model: nn.Module) -> None:
     model.flix_state.folded = None  # type: ignore[union-attr]
 
 
+def _family(settings: Any) -> str | None:
+    """What transformers, and PEFT after it, read a model's older files as."""
+    library = sys.modules.get("transformers.conversion_mapping")
+    known = getattr(library, "_MODEL_TO_CONVERSION_PATTERN", {})
+    found = known.get(getattr(settings, "model_type", None))
+    return found if isinstance(found, str) else None
+
+
 def peft_facts(model: nn.Module) -> PeftFacts:
     """What PEFT's and vLLM's files say of an adapted model."""
     settings = getattr(model, "config", None)
-    layers = dict(flix_layers(model))
+    layers = {p: layer for p, layer in flix_layers(model) if not isinstance(layer, ExpertsKernel)}
     return PeftFacts(
         target_modules=suffixes(layers, [path for path, _ in model.named_modules()]),
         architecture=type(model).__name__,
@@ -218,4 +233,5 @@ def peft_facts(model: nn.Module) -> PeftFacts:
         base_model=getattr(settings, "name_or_path", None) or None,
         encoder_decoder=bool(getattr(settings, "is_encoder_decoder", False)),
         vocabulary=getattr(settings, "vocab_size", None),
+        family=_family(settings),
     )

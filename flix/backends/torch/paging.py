@@ -187,4 +187,4 @@ def unpage(model: nn.Module) -> None:
 
 
 def _base_device(model: nn.Module) -> torch.device:
-    return device_of(next(layer for _, layer in flix_layers(model)))
+    return device_of(next(getattr(layer, "module", layer) for _, layer in flix_layers(model)))

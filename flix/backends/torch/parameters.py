@@ -50,6 +50,8 @@ def parameter_key(feature: Feature) -> str:
 class Bank(Resident):
     """The features' parameters, by name ``<group>:<name>``; features of rank 0 everywhere have none.
 
+    Where kernels of experts are adapted, which by their number hold most of the values, the names end in ``:experts``.
+
     A model holds it as ``flix_bank``, a layer that is used by hand, too. It is not a step of a model's computation: run
     by a parent that calls its children in turn, it gives back what it was given.
 
@@ -78,7 +80,8 @@ class Bank(Resident):
         """Set the features and the layout; parameters are kept as they are."""
         self.features, self.layout = tuple(features), layout
         self.ids = {feature: i for i, feature in enumerate(self.features)}
-        self.keys = tuple(parameter_key(feature) for feature in features)
+        ending = ":experts" if any(shape.experts for shape in layout.shapes) else ""
+        self.keys = tuple(parameter_key(feature) + ending for feature in features)
         self.present = self.present.new_zeros(len(features) + 1)
 
     def forward(self, x: Any) -> Any:
@@ -86,12 +89,12 @@ class Bank(Resident):
 
     def hold(self, feature: Feature, parameter: nn.Parameter) -> None:
         """Set a feature's parameter."""
-        self._parameters[parameter_key(feature)] = parameter
+        self._parameters[self.keys[self.ids[feature]]] = parameter
 
     def parameter(self, feature: int | Feature) -> nn.Parameter | None:
         """A feature's parameter, by id or name; None where it has rank 0 everywhere."""
-        key = self.keys[feature] if isinstance(feature, int) else parameter_key(feature)
-        return self._parameters.get(key)
+        place = feature if isinstance(feature, int) else self.ids.get(feature)
+        return None if place is None else self._parameters.get(self.keys[place])
 
     def held(self) -> dict[int, nn.Parameter]:
         """Every parameter by its feature's id."""
@@ -101,6 +104,8 @@ class Bank(Resident):
     def view(self, feature: Feature, place: int) -> tuple[Tensor, Tensor]:
         """A ``[r, d_in]`` and B ``[d_out, r]`` of a feature in a layer: views of its parameter, with their gradient.
 
+        Of kernels of E experts, ``[E, r, d_in]`` and ``[E, d_out, r]``.
+
         Raises:
             KeyError: the feature has no update in the layer.
         """
@@ -108,19 +113,21 @@ class Bank(Resident):
         rank = 0 if i is None else self.layout.rank(i, place)
         if i is None or not rank:
             raise KeyError(feature)
-        value = whole(self._parameters[parameter_key(feature)])  # type: ignore[arg-type]
+        value = whole(self._parameters[self.keys[i]])  # type: ignore[arg-type]
+        lead = self.layout.shapes[place].lead
         start, middle, end = self.layout.starts[i][2 * place : 2 * place + 3]
-        return value[start:middle].view(rank, -1), value[middle:end].view(rank, -1).t()
+        a, b = value[start:middle].view(*lead, rank, -1), value[middle:end].view(*lead, rank, -1)
+        return a, b.transpose(-1, -2)
 
     def array(self, feature: Feature) -> NDArray[Any]:
         """A feature's vector on the host, gathered if it is sharded; halves as float32."""
-        value = whole(self._parameters[parameter_key(feature)].detach())  # type: ignore[union-attr]
+        value = whole(self._parameters[self.keys[self.ids[feature]]].detach())  # type: ignore[union-attr]
         return (value.float() if value.dtype.itemsize < 4 else value).cpu().numpy()  # type: ignore[no-any-return]
 
     def fill(self, feature: Feature, vector: NDArray[Any]) -> None:
         """Set a feature's values."""
         with torch.no_grad():
-            self._parameters[parameter_key(feature)].copy_(torch.from_numpy(vector))  # type: ignore[union-attr]
+            self._parameters[self.keys[self.ids[feature]]].copy_(torch.from_numpy(vector))  # type: ignore[union-attr]
 
     def receive(
         self,

@@ -65,6 +65,8 @@ def _fitted(
     """An input that is not plainly ``[B, ...]``, or whose layer is marked."""
     lead, length = routing.lead, routing.length
     fits = given[: len(lead)] == lead
+    if mark is None and given[:1] + given[2:] == lead and given[1] == 1:
+        return x, routing  # by token, with an axis of one for heads
     if mark is None and not fits:
         mark = _seen(layer, given, routing)
     if mark == GATHERED and fits and len(given) > 1 and given[1] == length:

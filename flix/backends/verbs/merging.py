@@ -182,6 +182,7 @@ def _exported(
     compress_to: int | None,
 ) -> PeftExport:
     """One composition as a LoRA in a folder."""
+    facts.check([path for path, shape in adapter.layers.items() if not shape.experts])
     config, tensors = as_peft(
         adapter,
         active,

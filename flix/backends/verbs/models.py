@@ -112,7 +112,7 @@ class Models(Shared):
         sizes = dict.fromkeys(config.registry.live, 0)
         for path, shape in shapes.items():
             for feature in sizes:
-                sizes[feature] += config.rank(path, feature) * (shape.d_in + shape.d_out)
+                sizes[feature] += shape.parameters(config.rank(path, feature))
         others = self.primitives.count(model)
         return Summary(
             layers=tuple(shapes),

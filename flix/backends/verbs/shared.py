@@ -51,9 +51,12 @@ class Shared:
         """Refuse an adapter whose layers are not among those that the model has, adapted or not."""
         infos = self.primitives.layers(model)
         if infos is None:  # any layer may join
+            stacked = [path for path, shape in adapter.layers.items() if shape.experts]
+            if stacked:
+                raise messages.no_experts(stacked)
             layers = {**adapter.layers, **self.primitives.shapes(model)}
         else:
-            layers = {i.path: LayerShape(i.d_in, i.d_out, i.kind) for i in infos if i.kind}
+            layers = {i.path: LayerShape.told(i) for i in infos if i.kind}
         check_fits(adapter, layers)
 
     def adapter_of(

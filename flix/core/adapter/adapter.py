@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from flix.core.adapter.described import Base, Head
 from flix.core.config.config import FlixConfig, nested
-from flix.core.config.targets import exactly
+from flix.core.config.targets import LayerInfo, exactly
 from flix.core.errors import AdapterError, TargetError, listed, near
 from flix.core.features.names import Feature, written
 
 Pair = tuple[NDArray[Any], NDArray[Any]]
-"""A ``[r, d_in]`` and B ``[d_out, r]`` of a feature in a layer."""
+"""A ``[r, d_in]`` and B ``[d_out, r]`` of a feature in a layer; with E experts ``[E, r, d_in]``, ``[E, d_out, r]``."""
 
 Rename = Union[Mapping[str, str], Callable[[str], str], None]
 _ALLOWED = ("F16", "F32", "F64", "float16", "float32", "float64")
@@ -30,11 +30,37 @@ class LayerShape:
         d_in: input size (of an embedding: the vocabulary's).
         d_out: output size.
         kind: ``"linear"`` or ``"embedding"``.
+        experts: the number of linear maps that the layer is, E, if its kernel has an axis of experts; 0 if it has none.
+        active: how many of them a token is sent to. Costs are counted by it; it is no part of what a layer is.
     """
 
     d_in: int
     d_out: int
     kind: str = "linear"
+    experts: int = 0
+    active: int = field(default=1, compare=False)
+
+    def __str__(self) -> str:
+        many = f" {self.experts} experts of" if self.experts else ""
+        return f"{self.kind}{many} {self.d_in} -> {self.d_out}"
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The axes that A and B have before their own: ``(E,)`` or none."""
+        return (self.experts,) if self.experts else ()
+
+    def sides(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B of a pair."""
+        return (*self.lead, rank, self.d_in), (*self.lead, self.d_out, rank)
+
+    def parameters(self, rank: int) -> int:
+        """How many values a pair has: r (d_in + d_out) for each expert."""
+        return max(self.experts, 1) * rank * (self.d_in + self.d_out)
+
+    @classmethod
+    def told(cls, info: LayerInfo) -> LayerShape:
+        """The shape of a layer that a backend told of."""
+        return cls(info.d_in, info.d_out, info.kind, info.experts, info.active)
 
     @classmethod
     def of(cls, path: str, sizes: Sizes) -> LayerShape:
@@ -67,7 +93,8 @@ class Adapter:
     Attributes:
         config: the configuration.
         layers: the adapted layers by path, in the model's order.
-        tensors: ``<path>.A.<group>.<feature>`` ``[r, d_in]`` and ``<path>.B.<group>.<feature>`` ``[d_out, r]``.
+        tensors: ``<path>.A.<group>.<feature>`` ``[r, d_in]`` and ``<path>.B.<group>.<feature>`` ``[d_out, r]``, with an
+            axis of experts in front where the layer has one.
         heads: parameters of the base that were trained with the features, by their names in the model.
         base: what the adapter was trained on, where that is known.
 
@@ -105,7 +132,7 @@ class Adapter:
         return adapter
 
     def pair(self, layer: str, feature: Feature) -> tuple[NDArray[Any], NDArray[Any]]:
-        """A_f ``[r, d_in]`` and B_f ``[d_out, r]`` of a feature in a layer; empty where its rank is 0.
+        """A_f and B_f of a feature in a layer, see :data:`Pair`; empty where its rank is 0.
 
         Raises:
             AdapterError: the layer is not adapted.
@@ -119,7 +146,8 @@ class Adapter:
             )
         shape = self.layers[layer]
         if self.config.rank(layer, feature) == 0:
-            return np.zeros((0, shape.d_in), np.float32), np.zeros((shape.d_out, 0), np.float32)
+            a, b = shape.sides(0)
+            return np.zeros(a, np.float32), np.zeros(b, np.float32)
         return (
             self.tensors[tensor_name(layer, "A", feature)],
             self.tensors[tensor_name(layer, "B", feature)],
@@ -204,14 +232,15 @@ def tensor_name(layer: str, part: str, feature: Feature) -> str:
 
 def expected_tensors(
     config: FlixConfig, layers: Mapping[str, LayerShape]
-) -> Iterator[tuple[str, tuple[int, int]]]:
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor that an adapter of these layers has."""
     ends = [f".{group}.{name}" for group, name in config.registry.features]
     for path, shape in layers.items():
         a, b = f"{path}.A", f"{path}.B"
         for i, rank in config.updates(path):
-            yield a + ends[i], (rank, shape.d_in)
-            yield b + ends[i], (shape.d_out, rank)
+            a_shape, b_shape = shape.sides(rank)
+            yield a + ends[i], a_shape
+            yield b + ends[i], b_shape
 
 
 def checked_pairs(
@@ -234,10 +263,11 @@ def checked_pairs(
             if feature not in layer:
                 raise AdapterError(f"layer {path!r} has no pair of {written(feature)}")
             a, b = layer[feature]
-            if a.shape != (rank, shape.d_in) or b.shape != (shape.d_out, rank):
+            if (a.shape, b.shape) != shape.sides(rank):
+                wanted = [list(side) for side in shape.sides(rank)]
                 raise AdapterError(
                     f"layer {path!r}: the pair of {written(feature)} must have the shapes "
-                    f"{[rank, shape.d_in]} and {[shape.d_out, rank]}, got {list(a.shape)} and {list(b.shape)}"
+                    f"{wanted[0]} and {wanted[1]}, got {list(a.shape)} and {list(b.shape)}"
                 )
             found += ((a_name + end, a), (b_name + end, b))
     return found
@@ -281,7 +311,7 @@ def check_tensors(
 
 def _unlike(
     name: str,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, str],
     where: str,

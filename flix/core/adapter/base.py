@@ -27,21 +27,27 @@ SAMPLES = 64
 
 @dataclass(frozen=True)
 class Places:
-    """Where a kernel ``[d_out, d_in]`` is looked at: ``kernel[rows, columns]``."""
+    """Where a kernel is looked at: ``kernel[rows, columns]`` of ``[d_out, d_in]``.
+
+    Of a layer of experts, ``kernel[experts, rows, columns]``; others have None there.
+    """
 
     rows: NDArray[np.int64]
     columns: NDArray[np.int64]
+    experts: NDArray[np.int64] | None = None
 
 
 def places(shape: LayerShape) -> Places:
     """The places of a kernel of these sizes that its fingerprint looks at."""
-    size = shape.d_out * shape.d_in
+    each = shape.d_out * shape.d_in
+    size = max(shape.experts, 1) * each
     step = size * 618_034 // 1_000_000 + 1  # by the golden ratio, so that they are spread
     while math.gcd(step, size) > 1:  # and differ
         step += 1
     flat = np.array([i * step % size for i in range(min(SAMPLES, size))], np.int64)
-    rows, columns = np.divmod(flat, max(shape.d_in, 1))
-    return Places(rows, columns)
+    experts, within = np.divmod(flat, max(each, 1))
+    rows, columns = np.divmod(within, max(shape.d_in, 1))
+    return Places(rows, columns, experts if shape.experts else None)
 
 
 def fingerprint(
@@ -59,12 +65,17 @@ def fingerprint(
     for rounded in (_bfloat16, _float16):
         each = sorted(
             hashlib.sha256(
-                f"{shape.kind} {shape.d_in} {shape.d_out} ".encode() + rounded(samples[path])
+                f"{shape.kind} {_lead(shape)}{shape.d_in} {shape.d_out} ".encode()
+                + rounded(samples[path])
             ).digest()
             for path, shape in layers.items()
         )
         halves.append(hashlib.sha256(b"".join(each)).hexdigest()[:16])
     return "-".join(halves)
+
+
+def _lead(shape: LayerShape) -> str:
+    return f"{shape.experts} " if shape.experts else ""
 
 
 def _float16(values: NDArray[Any]) -> bytes:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from flix.core.adapter.adapter import Adapter, LayerShape, Pair
-from flix.core.adapter.initial import initial_a, initial_b, initial_pairs
+from flix.core.adapter.initial import initial_pairs
 from flix.core.adapter.lowrank import resized_mean
 from flix.core.adapter.sharing import chosen_features, combining, select_features
 from flix.core.config.config import FlixConfig
@@ -22,7 +22,7 @@ V = TypeVar("V")
 def fresh_pairs(config: FlixConfig, path: str, shape: LayerShape) -> dict[Feature, Pair]:
     """The pairs that a layer starts with (docs/specification.md §1.3), by feature; without those of rank 0."""
     ranks = {feature: config.rank(path, feature) for feature in config.registry.live}
-    sizes = {"d_in": shape.d_in, "d_out": shape.d_out}
+    sizes = {"d_in": shape.d_in, "d_out": shape.d_out, "experts": shape.experts}
     return {**initial_pairs(seed=config.seed, layer=path, ranks=ranks, **sizes)}
 
 
@@ -84,24 +84,28 @@ class Growth:
 
     def _pair(self, path: str, shape: LayerShape, pairs: Mapping[Feature, Pair]) -> Pair:
         rank = self.config.rank(path, self.feature)
-        fresh = initial_a(
+        fresh = initial_pairs(
             seed=self.config.seed,
             layer=path,
-            group=self.feature[0],
-            feature=self.feature[1],
-            rank=rank,
+            ranks={self.feature: rank},
             d_in=shape.d_in,
+            d_out=shape.d_out,
+            experts=shape.experts,
         )
         known = [origin for origin in self.origins if origin in pairs]
         if not known:
-            return fresh, initial_b(rank=rank, d_out=shape.d_out)
-        return resized_mean(
-            [(pairs[f][0].astype(np.float64), pairs[f][1].astype(np.float64)) for f in known],
-            [self.config.scale(path, f) for f in known],
-            fresh,
-            self.config.scale(path, self.feature),
-            len(self.origins),
-        )
+            return fresh[self.feature]
+        scales = [self.config.scale(path, f) for f in known]
+        scale, count = self.config.scale(path, self.feature), len(self.origins)
+        sources = [tuple(side.astype(np.float64) for side in pairs[f]) for f in known]
+        a = fresh[self.feature][0]
+        if not shape.experts:
+            return resized_mean(sources, scales, a, scale, count)  # type: ignore[arg-type]
+        each = [
+            resized_mean([(s[0][e], s[1][e]) for s in sources], scales, a[e], scale, count)
+            for e in range(shape.experts)
+        ]
+        return np.stack([pair[0] for pair in each]), np.stack([pair[1] for pair in each])
 
 
 def growing(

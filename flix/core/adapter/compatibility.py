@@ -29,11 +29,10 @@ def check_fits(adapter: Adapter, layers: Mapping[str, LayerShape], what: str = "
                 f"{near(path, layers)} that can be adapted; rename= translates layer paths"
             )
         found = layers[path]
-        if (found.kind, found.d_in, found.d_out) != (shape.kind, shape.d_in, shape.d_out):
+        if found != shape:
             raise AdapterError(
-                f"the adapter was made for another architecture: layer {path!r} is "
-                f"{shape.kind} {shape.d_in} -> {shape.d_out} in the adapter and "
-                f"{found.kind} {found.d_in} -> {found.d_out} in {what}"
+                f"the adapter was made for another architecture: layer {path!r} is {shape} in the adapter and "
+                f"{found} in {what}"
             )
 
 

@@ -38,22 +38,23 @@ def lora_pair(
     """One low-rank pair that equals the composition in a layer: A = [A_f], B = [w_f s_f B_f], stacked.
 
     Returns:
-        A ``[r, d_in]`` and B ``[d_out, r]`` with r the sum of the active ranks, and scale 1; B in float64.
+        A ``[r, d_in]`` and B ``[d_out, r]`` with r the sum of the active ranks, and scale 1; B in float64. A layer of E
+        experts has ``[E, r, d_in]`` and ``[E, d_out, r]``.
     """
     pairs = [(adapter.pair(layer, feature), feature, weight) for feature, weight in active]
-    a = np.concatenate([pair[0] for pair, _, _ in pairs], axis=0)
+    a = np.concatenate([pair[0] for pair, _, _ in pairs], axis=-2)
     b = np.concatenate(
         [
             pair[1].astype(np.float64) * (weight * adapter.config.scale(layer, feature))
             for pair, feature, weight in pairs
         ],
-        axis=1,
+        axis=-1,
     )
     return a, b
 
 
 def delta(adapter: Adapter, layer: str, active: Composition) -> NDArray[np.float64]:
-    """The composition's update of a layer's kernel, Σ w_f s_f B_f A_f: float64 ``[d_out, d_in]``."""
+    """The composition's update of a layer's kernel, Σ w_f s_f B_f A_f: float64 ``[d_out, d_in]``, with E in front."""
     a, b = lora_pair(adapter, layer, active)
     result: NDArray[np.float64] = b @ a.astype(np.float64)
     return result

@@ -50,13 +50,16 @@ def described(
         "format": FORMAT,
         "version": VERSION,
         "config": config.to_dict(),
-        "layers": {
-            path: {"kind": shape.kind, "d_in": shape.d_in, "d_out": shape.d_out}
-            for path, shape in layers.items()
-        },
+        "layers": {path: as_dict(shape) for path, shape in layers.items()},
         "heads": list(heads),
         "base": None if base is None else vars(base),
     }
+
+
+def as_dict(shape: LayerShape) -> dict[str, Any]:
+    """A layer as descriptions have it; ``experts`` is there where it has an axis of them."""
+    said = {"kind": shape.kind, "d_in": shape.d_in, "d_out": shape.d_out}
+    return {**said, "experts": shape.experts} if shape.experts else said
 
 
 def as_metadata(description: Mapping[str, Any]) -> dict[str, str]:
@@ -106,7 +109,7 @@ def read(data: Any, where: str) -> Description:
     try:
         config = FlixConfig.from_dict(data["config"])
         layers = {
-            name: LayerShape(d_in=entry["d_in"], d_out=entry["d_out"], kind=entry["kind"])
+            name: LayerShape(entry["d_in"], entry["d_out"], entry["kind"], entry.get("experts", 0))
             for name, entry in data["layers"].items()
         }
         config.check_size(layers)
@@ -124,9 +127,11 @@ def read(data: Any, where: str) -> Description:
     except RecursionError:
         raise AdapterError(f"{where} is damaged or was altered: it nests too deeply") from None
     for name, shape in layers.items():
-        sizes = (shape.d_in, shape.d_out)
-        if shape.kind not in ("linear", "embedding") or any(
-            not is_whole(size) or not 0 <= size <= _LARGEST for size in sizes
+        sizes = (shape.d_in, shape.d_out, shape.experts)
+        if (
+            shape.kind not in ("linear", "embedding")
+            or any(not is_whole(size) or not 0 <= size <= _LARGEST for size in sizes)
+            or (shape.experts and shape.kind != "linear")
         ):
             raise AdapterError(f"{where} describes the layer {name[:200]!r} wrongly: {str(shape)[:200]}")  # fmt: skip
     return Description(config, layers, tuple(heads), base, digest)

@@ -1,8 +1,9 @@
 """Where a feature's pairs lie when all of them are one vector (docs/specification.md §5.2): the arithmetic of it.
 
 A feature's vector holds, for one layer after the other, its A ``[r, d_in]`` and then its B transposed, ``[r, d_out]``,
-both row by row. A layer in which the feature has rank 0 takes nothing. So a rank's row of A and its row of B are each
-contiguous, and layers that join later come after the others: the vectors of features that have no rank in them stay.
+both row by row; where a layer has E experts, ``[E, r, d_in]`` and ``[E, r, d_out]``. A layer in which the feature has
+rank 0 takes nothing. So a rank's row of A and its row of B are each contiguous, and layers that join later come after
+the others: the vectors of features that have no rank in them stay.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class FlatLayout:
         found = []
         for ranks in zip(*(kind.ranks for kind in kinds), strict=True):
             if ranks not in known:
-                sides = ((s.d_in, s.d_out) for s in self.shapes)
+                times = [max(s.experts, 1) for s in self.shapes]
+                sides = ((n * s.d_in, n * s.d_out) for n, s in zip(times, self.shapes, strict=True))
                 known[ranks] = tuple(
                     ranks[kind] * d for kind, pair in zip(which, sides, strict=True) for d in pair
                 )
@@ -92,12 +94,12 @@ class FlatLayout:
         return made
 
     def views(self, vector: NDArray[np.generic], feature: int, place: int) -> Pair:
-        """A ``[r, d_in]`` and B ``[d_out, r]`` of a layer, as views of a feature's vector."""
+        """A ``[r, d_in]`` and B ``[d_out, r]`` of a layer, over its experts if it has some, as views of a vector."""
         rank, shape = self.rank(feature, place), self.shapes[place]
         start, middle, end = self.starts[feature][2 * place : 2 * place + 3]
         return (
-            vector[start:middle].reshape(rank, shape.d_in),
-            vector[middle:end].reshape(rank, shape.d_out).T,
+            vector[start:middle].reshape(*shape.lead, rank, shape.d_in),
+            vector[middle:end].reshape(*shape.lead, rank, shape.d_out).swapaxes(-1, -2),
         )
 
     def pairs(self, vector: NDArray[np.generic], feature: int) -> dict[str, Pair]:

@@ -58,10 +58,29 @@ def initial_table(
 
 
 def initial_pairs(
-    *, seed: int, layer: str, ranks: Mapping[Feature, int], d_in: int, d_out: int
+    *,
+    seed: int,
+    layer: str,
+    ranks: Mapping[Feature, int],
+    d_in: int,
+    d_out: int,
+    experts: int = 0,
 ) -> dict[Feature, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """A and B of a layer's features as they start; those of rank 0 are left out."""
+    """A and B of a layer's features as they start; those of rank 0 are left out.
+
+    Expert e of a layer starts as a layer of the path ``<layer>.<e>`` would: a larger rank keeps every expert's values.
+    """
     chosen = {feature: rank for feature, rank in ranks.items() if rank}
+    if experts:
+        paths = (f"{layer}.{e}" for e in range(experts))
+        each = [
+            initial_pairs(seed=seed, layer=path, ranks=chosen, d_in=d_in, d_out=d_out)
+            for path in paths
+        ]
+        return {
+            f: (np.stack([e[f][0] for e in each]), np.stack([e[f][1] for e in each]))
+            for f in chosen
+        }
     table = initial_table(
         seed=seed, layer=layer, features=list(chosen), ranks=list(chosen.values()), d_in=d_in
     )

@@ -244,8 +244,7 @@ def _joined_layers(named: Mapping[str, Adapter]) -> dict[str, LayerShape]:
             known = layers.setdefault(path, shape)
             if known != shape:
                 raise AdapterError(
-                    f"layer {path!r} is {known.kind} {known.d_in} -> {known.d_out} in {origin[path]} and "
-                    f"{shape.kind} {shape.d_in} -> {shape.d_out} in {name}; adapters that are combined "
+                    f"layer {path!r} is {known} in {origin[path]} and {shape} in {name}; adapters that are combined "
                     "belong to one base model"
                 )
             origin.setdefault(path, name)

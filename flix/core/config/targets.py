@@ -40,6 +40,8 @@ class LayerInfo:
         head: an output head, which "all-linear" leaves out: what the framework tells, or :func:`is_head`.
         reason: why a layer cannot be adapted.
         lookup: a layer like an embedding, which "all-linear" does not speak of.
+        experts: the size of the kernel's axis of experts; 0 where it has none.
+        active: how many experts a token is sent to.
     """
 
     path: str
@@ -49,6 +51,8 @@ class LayerInfo:
     head: bool = False
     reason: str = ""
     lookup: bool = False
+    experts: int = 0
+    active: int = 1
 
 
 def is_head(path: str) -> bool:

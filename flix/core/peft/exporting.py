@@ -1,7 +1,9 @@
 """A composition as one LoRA in PEFT's file format, exactly: pure, in numpy.
 
 The names and rules are PEFT's (checked against 0.21): keys ``base_model.model.<path>.lora_A.weight``, embeddings
-``lora_embedding_A``; one rank for all layers, since servers are reported to ignore ``rank_pattern``.
+``lora_embedding_A``; one rank for all layers, since servers are reported to ignore ``rank_pattern``. Kernels with an
+axis of E experts are ``target_parameters``: A ``[E r, d_in]``, expert by expert, and B ``[d_out, r E]``, rank by rank.
+PEFT nests one wrapper for each such parameter of a module, the last one outermost, and names tensors by the nesting.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class PeftFacts:
         modules: whole modules that were trained beside the features: state by path.
         fan_in_fan_out, base_model: PEFT's.
         encoder_decoder, vocabulary: what vLLM asks.
+        family: the older model whose files transformers reads for this one, too, by its type.
     """
 
     target_modules: Sequence[str]
@@ -47,6 +50,24 @@ class PeftFacts:
     base_model: str | None = None
     encoder_decoder: bool = False
     vocabulary: int | None = None
+    family: str | None = None
+
+    def check(self, layers: Collection[str]) -> None:
+        """Refuse layers that PEFT would take for others.
+
+        In files of older mixtures of experts each expert was a layer. PEFT reads such names as those of experts'
+        kernels, also where a dense or shared layer of the model bears them.
+
+        Raises:
+            AdapterError: such names.
+        """
+        taken = _EXPERTS_OF_OLD.get(self.family or "", ())
+        if found := sorted({tail for path in layers if (tail := path.rpartition(".")[2]) in taken}):
+            raise AdapterError(
+                f"PEFT takes layers of {self.architecture} named {listed([repr(tail) for tail in found])} for its experts', as "
+                "files of older versions had them, and would not read those that are adapted here (dense layers, shared "
+                "experts); leave them out (exclude_modules), or use merge(model, row)"
+            )
 
     @property
     def task_type(self) -> str | None:
@@ -55,6 +76,11 @@ class PeftFacts:
         return next(tasks, None)
 
 
+# What PEFT (0.21) maps to the kernels of experts in models that transformers reads as these.
+_EXPERTS_OF_OLD = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -135,15 +161,19 @@ def as_peft(
     """
     check_exportable(adapter, active)
     pairs = {layer: lora_pair(adapter, layer, active) for layer in adapter.layers}
-    rank = max(a.shape[0] for a, _ in pairs.values())
+    rank = max(a.shape[-2] for a, _ in pairs.values())
     tensors: dict[str, NDArray[np.float32]] = {}
+    stems = _stems(adapter)
     for layer, (a, b) in pairs.items():
-        missing = rank - a.shape[0]
-        a = np.pad(a, ((0, missing), (0, 0))).astype(np.float32)
-        b = np.pad(b, ((0, 0), (0, missing))).astype(np.float32)
-        stem = f"base_model.model.{layer}"
+        missing, stem = rank - a.shape[-2], f"base_model.model.{stems.get(layer, layer)}"
+        none = [(0, 0)] * (a.ndim - 2)
+        a = np.pad(a, [*none, (0, missing), (0, 0)]).astype(np.float32)
+        b = np.pad(b, [*none, (0, 0), (0, missing)]).astype(np.float32)
         if adapter.layers[layer].kind == "embedding":
             tensors[f"{stem}.lora_embedding_A"], tensors[f"{stem}.lora_embedding_B"] = a, b
+        elif layer in stems:
+            a, b = packed_experts(a, b)
+            tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = a, b
         else:
             tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = a, b
     config = {
@@ -157,9 +187,15 @@ def as_peft(
         "bias": "none",
         "modules_to_save": None,
         "fan_in_fan_out": fan_in_fan_out,
-        "target_modules": list(target_modules or adapter.layers),
+        "target_modules": [
+            path
+            for path in (adapter.layers if target_modules is None else target_modules)
+            if path not in stems
+        ],
         "inference_mode": True,
     }
+    if stems:
+        config["target_parameters"] = list(stems)
     return config, tensors
 
 
@@ -173,6 +209,43 @@ def check_exportable(adapter: Adapter, active: Composition) -> None:
     if not any(config.rank(layer, feature) for layer in adapter.layers for feature, _ in active):
         names = listed(written(feature) for feature, _ in active)
         raise AdapterError(f"nothing to export: {names} have rank 0 in every layer")
+
+
+def _stems(adapter: Adapter) -> dict[str, str]:
+    """Under which path PEFT has the tensors of each kernel of experts.
+
+    Raises:
+        AdapterError: a kernel of one expert, which PEFT takes for a plain matrix.
+    """
+    by_module: dict[str, list[str]] = {}
+    for path, shape in adapter.layers.items():
+        if shape.experts == 1:
+            raise AdapterError(
+                f"layer {path!r} has an axis of experts with one expert, which PEFT does not read; merge(model, row) gives "
+                "a plain model"
+            )
+        if shape.experts:
+            by_module.setdefault(path.rpartition(".")[0], []).append(path)
+    return {
+        path: module + ".base_layer" * depth
+        for module, paths in by_module.items()
+        for depth, path in enumerate(reversed(paths))
+    }
+
+
+def packed_experts(
+    a: NDArray[np.floating], b: NDArray[np.floating]
+) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """A ``[E, r, d_in]`` and B ``[E, d_out, r]`` as PEFT has them: ``[E r, d_in]`` and ``[d_out, r E]``."""
+    return a.reshape(-1, a.shape[-1]), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
+
+
+def unpacked_experts(
+    a: NDArray[np.floating], b: NDArray[np.floating], rank: int
+) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """The way back from :func:`packed_experts`."""
+    b = b.reshape(b.shape[0], rank, -1)
+    return a.reshape(-1, rank, a.shape[-1]), b.transpose(2, 0, 1)
 
 
 def with_modules(
@@ -223,12 +296,18 @@ def cut_to_rank(
         other = name.replace(".lora_A.", ".lora_B.").replace(
             ".lora_embedding_A", ".lora_embedding_B"
         )
-        first, second, values = nearest(a, tensors[other], rank)
-        missing = rank - first.shape[0]  # a layer narrower than the rank
-        cut[name] = np.pad(first, ((0, missing), (0, 0))).astype(np.float32)
-        cut[other] = np.pad(second, ((0, 0), (0, missing))).astype(np.float32)
-        lost += float(np.sum(values[rank:] ** 2))
-        norm += float(np.sum(values**2))
+        many = a.shape[0] > int(config["r"])
+        each = zip(*unpacked_experts(a, tensors[other], int(config["r"])), strict=True)
+        pairs = []
+        for one, two in each if many else [(a, tensors[other])]:
+            first, second, values = nearest(one, two, rank)
+            missing = rank - first.shape[0]  # a layer narrower than the rank
+            first = np.pad(first, ((0, missing), (0, 0))).astype(np.float32)
+            pairs.append((first, np.pad(second, ((0, 0), (0, missing))).astype(np.float32)))
+            lost += float(np.sum(values[rank:] ** 2))
+            norm += float(np.sum(values**2))
+        sides = [np.stack(side) for side in zip(*pairs, strict=True)]
+        cut[name], cut[other] = packed_experts(*sides) if many else (sides[0][0], sides[1][0])
     alpha = float(config["lora_alpha"]) * rank / int(config["r"])
     settings = {**config, "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
     return settings, cut, (lost / norm) ** 0.5 if norm else 0.0

@@ -157,6 +157,16 @@ def check_vllm(
     problems = [*_setting_problems(config)]
     notes: list[str] = []
     whole = tuple(f"base_model.model.{path}." for path in config.get("modules_to_save") or ())
+    if parameters := config.get("target_parameters"):
+        modules = {path.rpartition(".")[0] for path in parameters}
+        whole += tuple(f"base_model.model.{path}." for path in modules)
+        problems.append(
+            Problem(
+                "a LoRA is one of layers (target_parameters is null): what vLLM makes of experts is not known here",
+                listed(parameters, 3),
+                _MERGE,
+            )
+        )
     layers, strangers = _layers({n: s for n, s in shapes.items() if not n.startswith(whole)})
     if strangers:
         problems.append(

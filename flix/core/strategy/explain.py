@@ -69,7 +69,7 @@ def explain(
     sets = active_sets(config.registry, rows)
     found: dict[tuple[LayerShape, Facts], list[str]] = {}
     for path, shape in layers.items():
-        if shape.kind != "linear":
+        if shape.kind != "linear" or shape.experts:  # those have one way alone
             continue
         ranks = config.layout(path).ranks
         used = sorted((sum(ranks[i] for i in ids) for ids in sets), reverse=True)

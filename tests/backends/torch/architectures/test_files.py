@@ -11,13 +11,22 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from flix import AdapterError  # noqa: E402
 from flix.backends.torch import adapt, export_peft, load, merge, save  # noqa: E402
 from flix.backends.torch.layer import flix_layers  # noqa: E402
 from tests.helpers.claims import over  # noqa: E402
 from tests.helpers.registry import ROWS, config  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
 from tests.helpers.torch import live_pairs, output, randomize, routing  # noqa: E402
-from tests.helpers.zoo import RELATIVES, ZOO, class_of, inputs_of, pretrained, weights_of  # noqa: E402
+from tests.helpers.zoo import (  # noqa: E402
+    RELATIVES,
+    ZOO,
+    class_of,
+    inputs_of,
+    pretrained,
+    slowly,
+    weights_of,
+)
 
 ROW = {"language": "swa", "task": "pos"}
 
@@ -61,7 +70,7 @@ def _held_to_its_folder(adapted, merged, name, tmp_path):
     assert not list(flix_layers(merged))
     assert_close(_plain(merged, name), expected)
     merged.save_pretrained(tmp_path)
-    again = class_of(name).from_pretrained(tmp_path, dtype=torch.float64)
+    again = slowly(class_of(name).from_pretrained(tmp_path, dtype=torch.float64), name)
     assert_close(_plain(again, name), expected)
     from safetensors import safe_open
 
@@ -93,7 +102,15 @@ def test_merging_an_embedding_leaves_a_tied_head_alone(name, tmp_path):
 @over(ZOO, "PEFT", slow=["minilm"])
 def test_an_exported_composition_opens_in_peft(name, tmp_path):
     peft = pytest.importorskip("peft")
-    model = _adapted(name, rank_pattern={".*(q|q_proj|query|c_attn)": {"task": 1}})
+    excluded = ()
+    if (
+        name == "deepseek-v3"
+    ):  # what its dense layer and its shared experts call theirs, PEFT takes for the experts'
+        excluded = r".*(layers\.0\.mlp|shared_experts)\..*"
+        with pytest.raises(AdapterError, match=r"'down_proj', 'gate_proj', 'up_proj'"):
+            export_peft(_adapted(name), ROW, tmp_path)
+    pattern = {".*(q|q_proj|q_a_proj|query|c_attn)": {"task": 1}}
+    model = _adapted(name, rank_pattern=pattern, exclude_modules=excluded)
     report = export_peft(model, ROW, tmp_path)
     assert report.rank == 7 and report.max_lora_rank == 8
     served = peft.PeftModel.from_pretrained(pretrained(name), tmp_path).double().eval()
