@@ -166,10 +166,18 @@ def bypassed(paths: Sequence[str]) -> TargetError:
     )
 
 
-def rows_differ(row: int) -> ConfigError:
-    """Strategy "single" for rows that differ."""
+def rows_differ(place: Sequence[int]) -> ConfigError:
+    """Strategy "single" for rows that differ.
+
+    Args:
+        place: the row that differs, or by token the row and the position (``flix.core.strategy.union.first_unlike``).
+    """
+    there, first = (
+        ", ".join(f"{what} {n}" for what, n in zip(("row", "position"), where, strict=False))
+        for where in (place, [0] * len(place))
+    )
     return ConfigError(
-        f"strategy 'single' needs one composition for all rows, but row {row} differs from row 0; use "
+        f"strategy 'single' needs one composition for all rows, but {there} differs from {first}; use "
         "'auto', 'gather' or 'masked'"
     )
 

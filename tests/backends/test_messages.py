@@ -42,7 +42,11 @@ CASES = {
     ),
     "bypassed": ((["a.q", "b.q"],), flix.TargetError, ["a.q, b.q", "exclude_modules=['q']"]),
     "no_experts": ((["a.down_proj"],), flix.TargetError, ["'a.down_proj'", "axis of experts"]),
-    "rows_differ": ((2,), flix.ConfigError, ["row 2", "'gather'"]),
+    "rows_differ": (
+        ((2, 3),),
+        flix.ConfigError,
+        ["row 2, position 3 differs from row 0, position 0", "'gather'"],
+    ),
     "folded_in": (({"task": "ner"},), flix.RoutingError, ["'task': 'ner'", "unmerge(model)"]),
     "merged": (
         (((("task", "ner"), 1.0), (("task", "pos"), 0.5)), ((("language", "hau"), 1.0),)),

@@ -198,9 +198,9 @@ class LikeRows(Layer):
 
     def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
         if self.state is not None and self.state.strategy == "single":
-            row = first_unlike(ids, weights)
-            if row is not None:
-                raise messages.rows_differ(row)
+            place = first_unlike(ids, weights)
+            if place is not None:
+                raise messages.rows_differ(place)
         return super().__call__(x, ids, weights)
 
 

@@ -8,6 +8,8 @@ import numpy as np
 from flix_numpy import Layer, current
 from flix_numpy.conformance import Harness
 
+from flix.backends import messages
+from flix.core.strategy.union import first_unlike
 from mutants._registry import AnyWay, ChangedGradients, OptionalHarness, SeveralWays, mutant
 
 
@@ -62,6 +64,16 @@ class TakesTheFirst(Layer):
         if self.state is not None and self.state.strategy == "single":
             ids = np.repeat(ids[:1], len(ids), 0)
             weights = None if weights is None else np.repeat(weights[:1], len(weights), 0)
+        return super().__call__(x, ids, weights)
+
+
+@mutant("counts positions where it names the row that differs", "unlike_rows", AnyWay, SeveralWays)
+class CountsPositions(Layer):
+    def __call__(self, x: Any, ids: Any = None, weights: Any = None) -> Any:
+        if self.state is not None and self.state.strategy == "single":
+            place = first_unlike(ids.reshape(-1, ids.shape[-1]), None)
+            if place is not None:
+                raise messages.rows_differ(place)
         return super().__call__(x, ids, weights)
 
 

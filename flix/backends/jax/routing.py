@@ -43,7 +43,7 @@ class ActiveRouting:
         weights: floats in that shape, or None for 1.
         present: the features whose rows the layers hold, where they were gathered; else None.
         registry: what the ids belong to.
-        unlike: where the ids are known, the first row that differs from row 0.
+        unlike: where the ids are known, the first row (by token, and position) that differs from the first.
         frame: the program that it was put in force in, see :func:`flix.backends.jax.scopes.frame`.
     """
 
@@ -51,7 +51,7 @@ class ActiveRouting:
     weights: Array | None = None
     present: Array | None = None
     registry: FeatureRegistry | None = None
-    unlike: int | None = None
+    unlike: tuple[int, ...] | None = None
     frame: Any = field(default_factory=scopes.frame)
 
     @property

@@ -111,7 +111,7 @@ class ActiveRouting:
         weights: a tensor of that shape, or None for 1.
         lengths: what may be the batch's sequence length (sizes, or scalar tensors where shapes do not tell), for
             layers that get flattened inputs.
-        unlike: the first row that differs from row 0, where the values are known.
+        unlike: the first row (by token, and position) that differs from the first, where the values are known.
         traced: whether they are not; ids of the number of features then stand for those of no feature.
         graph: of the function in which it was made; None in eager mode.
     """
@@ -120,7 +120,7 @@ class ActiveRouting:
     ids: Any
     weights: Any
     lengths: Sequence[Any] = ()
-    unlike: int | None = None
+    unlike: tuple[int, ...] | None = None
     traced: bool = False
     graph: Any = field(default_factory=traced_function)
     _placed: dict[Any, Placed] = field(default_factory=dict)

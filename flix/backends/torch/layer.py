@@ -157,8 +157,8 @@ class Adapted:
         return routing
 
     def _check_single(self, routing: ActiveRouting, strategy: str) -> None:
-        if strategy == "single" and (row := routing.unlike()) is not None:
-            raise messages.rows_differ(row)
+        if strategy == "single" and (place := routing.unlike()) is not None:
+            raise messages.rows_differ(place)
 
     def _open(self, y: Tensor, training: bool) -> Tensor:
         """The output of a batch whose features are frozen, while others train: differentiated as one without any."""

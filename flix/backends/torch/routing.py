@@ -97,17 +97,18 @@ class ActiveRouting:
         self.watch: Any = None  # of a forward that is watched, see ``bypassed``
         self.tokens: dict[int, Token] = {}  # what layers keep for a token, by place
         self._placed: dict[Any, Placed] = {}
-        self._unlike: int | None = -1
+        self._unlike: tuple[int, ...] | None = ()
         self._compositions: Compositions | None = None
         self.entered: FlixState | None = None  # whose forward runs: its values stay as they are
         self._in_force: dict[FlixState, InForce] = {}
         self._whole: weakref.ref[ActiveRouting] | None = None
         self._alone: ActiveRouting | None = None
 
-    def unlike(self) -> int | None:
-        """The first row that differs from row 0, or None."""
-        if self._unlike == -1:
-            self._unlike = first_unlike(self.flat, self._host_weights())
+    def unlike(self) -> tuple[int, ...] | None:
+        """The first row (by token, and position) that differs from the first, or None."""
+        if self._unlike == ():
+            ids, weights = self.flat.reshape(*self.lead, self.flat.shape[-1]), self._host_weights()
+            self._unlike = first_unlike(ids, weights)
         return self._unlike
 
     def compositions(self) -> Compositions:

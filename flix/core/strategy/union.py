@@ -112,13 +112,23 @@ def _blocks(
     return tuple(entries[used].tolist())
 
 
-def first_unlike(ids: NDArray[Any], weights: NDArray[Any] | None) -> int | None:
-    """The first row, ``[W]``, whose composition differs from the first's; None if all rows are alike."""
+def first_unlike(ids: NDArray[Any], weights: NDArray[Any] | None) -> tuple[int, ...] | None:
+    """The first row whose composition differs from the first's, or by token the first row and position.
+
+    Args:
+        ids: ``[B, W]`` or ``[B, T, W]``.
+        weights: None, or in that shape.
+
+    Returns:
+        ``(row,)`` or ``(row, position)``; None if all are alike.
+    """
     unlike = np.zeros((), bool)
     for values in (ids,) if weights is None else (ids, weights):
         rows = values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
         unlike = unlike | (rows != rows[:1]).any(1)
-    return int(np.argmax(unlike)) if unlike.any() else None
+    if not unlike.any():
+        return None
+    return tuple(int(n) for n in np.unravel_index(np.argmax(unlike), ids.shape[:-1]))
 
 
 def bank_rows(

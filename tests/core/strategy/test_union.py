@@ -55,8 +55,11 @@ def test_touched_features_join_the_union():
 
 def test_the_first_row_that_differs():
     assert first_unlike(np.array([[1, 2], [1, 2]]), None) is None
-    assert first_unlike(np.array([[1], [1], [2]]), None) == 2
-    assert first_unlike(np.array([[1], [1]]), np.array([[1.0], [0.5]])) == 1
+    assert first_unlike(np.array([[1], [1], [2]]), None) == (2,)
+    assert first_unlike(np.array([[1], [1]]), np.array([[1.0], [0.5]])) == (1,)
+    tokens = np.zeros((2, 3, 1), np.int32)
+    tokens[1, 2] = 4
+    assert first_unlike(tokens, None) == (1, 2)
 
 
 def test_slots_are_grouped_by_union_row():

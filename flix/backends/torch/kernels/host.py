@@ -31,8 +31,8 @@ def _used(
     rows: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], strategy: str
 ) -> tuple[BankPart, Values]:
     part = bank_part(rows.numpy(), [p.shape[0] for p in a])
-    if strategy == "single" and (row := first_unlike(rows.numpy(), None)) is not None:
-        raise messages.rows_differ(row)
+    if strategy == "single" and (place := first_unlike(rows.numpy(), None)) is not None:
+        raise messages.rows_differ(place)
     return part, ([a[i] for i in part.features], [b[i] for i in part.features])
 
 
