@@ -177,3 +177,11 @@ class SharesScales(Layer):
         for feature, s, a, b, rows, entries, factor, h in super().active(x, ids, weights):
             first = self.kept.setdefault((self.path, feature, a.shape, b.shape), s)
             yield feature, first, a, b, rows, entries, factor * a.dtype.type(first / s), h
+
+
+@mutant("keeps a batch's factors for all layers", "layers_apart")
+class SharesFactors(Layer):
+    def active(self, x: Any, ids: Any, weights: Any) -> Any:
+        kept = vars(self.state).setdefault("kept", {})
+        for feature, s, a, b, rows, entries, factor, h in super().active(x, ids, weights):
+            yield feature, s, a, b, rows, entries, kept.setdefault((feature, id(ids)), factor), h

@@ -79,6 +79,7 @@ class Bank(Resident):
     def arrange(self, features: Sequence[Feature], layout: FlatLayout) -> None:
         """Set the features and the layout; parameters are kept as they are."""
         self.features, self.layout = tuple(features), layout
+        _ = layout.starts  # now: compilers cannot trace how what is made once is made
         self.ids = {feature: i for i, feature in enumerate(self.features)}
         ending = ":experts" if any(shape.experts for shape in layout.shapes) else ""
         self.keys = tuple(parameter_key(feature) + ending for feature in features)

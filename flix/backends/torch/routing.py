@@ -222,9 +222,10 @@ class TracedRouting:
             parts = {i: whole(p).split_with_sizes(sizes[i]) for i, p in held.items()}
         self.bank, self.parts = bank, parts
         if weights is not None and not (weights.requires_grad and torch.is_grad_enabled()):
-            ids = torch.where(
-                weights == 0, -1, ids.to(weights.device)
-            )  # inactive, whatever its values are
+            # Inactive, whatever its values are; an id of no feature stays one.
+            ids = ids.to(weights.device)
+            off = (weights == 0) & (ids >= 0) & (ids < len(bank.features))
+            ids = torch.where(off, -1, ids)
         self.lead = tuple(ids.shape[:-1])
         self.flat = ids.reshape(-1, ids.shape[-1])
         self.weights = None if weights is None else weights.reshape(self.flat.shape)

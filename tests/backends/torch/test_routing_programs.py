@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from flix.backends.torch import adapt, merge  # noqa: E402
+from flix.backends.torch import adapt, merge, remove_feature  # noqa: E402
 from tests.helpers.registry import ROWS, config  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
 from tests.helpers.torch import make, output, randomize, routing  # noqa: E402
@@ -148,3 +148,24 @@ def test_a_merged_decoder_runs_in_onnxruntime(tmp_path):
             plain = output(make("gpt2", torch.float32).eval()(**inputs))
         assert_close(torch.from_numpy(found), wanted)
         assert_far(torch.from_numpy(found), plain, at_least=1e-2)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_a_model_compiles_after_a_removal_and_makes_nan_of_the_removed_id(weight):
+    torch._dynamo.reset()
+    model = remove_feature(
+        adapt(torch.nn.Sequential(torch.nn.Linear(4, 3)), config()), "language", "swa"
+    )
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    registry, x = model.flix_config.registry, torch.randn(2, 4)
+    ids = torch.full((2, 1), registry.id("language", "hau"))
+    weights = torch.tensor([[1.0], [weight]])
+    with torch.no_grad():
+        assert_close(
+            run(x, flix_features=ids, flix_weights=weights),
+            model(x, flix_features=ids, flix_weights=weights),
+        )
+        for bad in (*registry.removed_ids, len(registry)):
+            ids[1] = bad
+            y = run(x, flix_features=ids, flix_weights=weights)
+            assert y[0].isfinite().all() and y[1].isnan().all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -143,3 +145,25 @@ def test_rows_that_are_alike_are_put_together():
     uneven = compositions(np.array([[0]] * 6 + [[1], [2], [3]]), None)
     assert uneven.count == 9 and uneven.order is None
     assert compositions(np.array([[0]] * 4), None).count == 1
+
+
+@pytest.mark.parametrize("how", ["in place", "AdamW", "fused AdamW"])
+def test_tokens_after_values_changed_are_those_of_the_new_values(how):
+    made, (ids, weights) = model("gather"), routing()
+    call = {"flix_features": ids, "flix_weights": weights}
+    x = torch.randn(len(ids), 1, 6).double()
+    held = list(parameters_of(made).values())
+    optimizer = torch.optim.AdamW(held, 0.1, fused=how.startswith("fused"))
+    for parameter in held:
+        parameter.grad = torch.ones_like(parameter)
+    for _ in range(2):
+        with torch.no_grad():
+            for _ in range(3):  # kept from the second on
+                y = made(x, **call)
+            # Of a copy: a forward with gradients would renew what is kept.
+            assert_close(y, plain(copy.deepcopy(made), x, **call))
+            if how == "in place":
+                for parameter in held:
+                    parameter.mul_(-1.5)
+            else:
+                optimizer.step()

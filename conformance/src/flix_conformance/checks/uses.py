@@ -13,11 +13,13 @@ import numpy as np
 from flix_conformance import oracle
 from flix_conformance.backend import Backend
 from flix_conformance.checks._registry import any_kind, check
+from flix_conformance.checks.gradients import check_pairs, output_gradient
 from flix_conformance.checks.outputs import check_output
 from flix_conformance.checks.training import SETTINGS, check_trajectory
 from flix_conformance.compare import close, same_bits
 from flix_conformance.harness import Array, Batch, Case
 from flix_conformance.strategies import Draw
+from flix_conformance.table import Table
 
 
 def _check_answer(case: Case, y: Any, what: str) -> None:
@@ -225,3 +227,42 @@ def two_models(draw: Draw, backend: Backend) -> None:
     made = [now.but(model=backend.adapted(now)) for now in both]
     for now in (*made, *made):
         check_output(backend, now)
+    if "gradients" not in backend.absent:
+        for now in made:
+            check_pairs(backend, now, output_gradient(draw, now), 1)
+
+
+@check(
+    "layers of one model in which features have other ranks and scales each go by their own, in training and evaluation",
+    examples=4,
+)
+def layers_apart(draw: Draw, backend: Backend) -> None:
+    features = {"language": ["hau", "swa"], "task": ["ner", "pos"]}
+    named = [(group, name) for group, own in features.items() for name in own]
+    given = {path: {f: draw.one_of([0, 1, 2, 4]) for f in named} for path in ("q", "k", "up")}
+    config: dict[str, Any] = {"alpha": draw.one_of([3.0, None]), "scaling": draw.one_of(["lora", "rslora"])}  # fmt: skip
+    stack = draw.stack([*given], [*given], features, **config, rank_pattern=given)
+    rng, x = draw.generator(), stack.batch.x.astype(np.float64)
+    pairs = {
+        path: {
+            f: (
+                rng.normal(size=(r, 4)).astype(np.float32),
+                rng.normal(size=(4, r)).astype(np.float32),
+            )
+            for f, r in ranks.items()
+            if r
+        }
+        for path, ranks in given.items()
+    }
+    table = Table.of(features, **config)
+    size = np.abs(x)
+    for layer in stack.layers:
+        now = Case(
+            stack.config, table, layer.path, "linear", layer.kernel, layer.bias, pairs[layer.path], x,
+            stack.batch.ids, stack.batch.weights, "float32", "auto",
+        )  # fmt: skip
+        x, size = oracle.forward(now), oracle.forward(oracle.magnitude(now.but(x=size)))
+    model = backend.stacked(replace(stack, pairs=pairs))
+    calls = [backend.harness.call, *(() if backend.lacks(["evaluated"]) else [backend.harness.evaluated])]  # fmt: skip
+    for call in calls:
+        close(call(model, stack.batch)[0], x, size, "float32", "the output of layers of unlike ranks", 8.0)  # fmt: skip
