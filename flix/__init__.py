@@ -27,7 +27,9 @@ from flix.core.errors import (
 )
 from flix.core.features.dropout import FeatureDropout
 from flix.core.features.registry import FeatureRegistry
+from flix.core.features.relatives import by_parents, by_vectors
 from flix.core.features.routing import Routing
+from flix.core.features.search import SearchedWeights, search_weights
 from flix.core.peft.importing import from_peft
 
 __all__ = [
@@ -43,9 +45,12 @@ __all__ = [
     "RankError",
     "Routing",
     "RoutingError",
+    "SearchedWeights",
     "TargetError",
     "__version__",
     "backends",
+    "by_parents",
+    "by_vectors",
     "combine_adapters",
     "from_peft",
     "load_adapter",
@@ -53,5 +58,6 @@ __all__ = [
     "remove_feature",
     "rename_feature",
     "save_adapter",
+    "search_weights",
     "select_features",
 ]

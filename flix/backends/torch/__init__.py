@@ -20,6 +20,7 @@ from flix.backends.torch.paging import Pager, page, unpage
 from flix.backends.torch.patches.models import RoutedModel
 from flix.backends.torch.routed import routed
 from flix.backends.torch.routing import route
+from flix.backends.torch.searching import search_weights
 from flix.backends.verbs import Verbs
 from flix.core.adapter.summary import Summary
 
@@ -64,6 +65,7 @@ __all__ = [
     "route",
     "routed",
     "save",
+    "search_weights",
     "share_base",
     "summary",
     "thaw",
