@@ -187,7 +187,11 @@ def adaptable(module: nnx.Module) -> tuple[LayerShape | None, str]:
         if isinstance(module, base):
             if type(module) is not base:
                 return None, f"its class {type(module).__name__} has a call of its own"
-            form, reason = find(module, kernel_of(module)[...])
+            kernel = kernel_of(module)[...]
+            held = str(getattr(kernel, "dtype", type(kernel).__name__))
+            if held not in ("float64", "float32", "float16", "bfloat16"):
+                return None, f"its kernel is quantised ({held})"
+            form, reason = find(module, kernel)
             return (None if form is None else LayerShape(form.d_in, form.d_out, kind)), reason
     return None, ""
 

@@ -253,3 +253,19 @@ def test_disable_counts_and_wins_over_explicit_features() -> None:
     second.__exit__(None, None, None)
     assert_far(model(FLOATS, flix_features=IDS), base(FLOATS))
     assert_far(model.up(FLOATS, flix_features=IDS), base.up(FLOATS))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "float8_e4m3fn"])
+def test_quantised_kernels_are_left_out_by_name(dtype: str) -> None:
+    class Two(nnx.Module):
+        def __init__(self) -> None:
+            self.q, self.o = (nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(2))
+            self.q.kernel = nnx.Param(self.q.kernel[...].astype(dtype))
+
+    with pytest.warns(
+        UserWarning, match=rf"leaves out 'q' \(its kernel is quantised \({dtype}\)\)"
+    ):
+        model = adapt(Two(), config())
+    assert [path for path, _ in flix_layers(model)] == ["o"]
+    with pytest.raises(flix.TargetError, match=r"its kernel is quantised"):
+        adapt(Two(), config(target_modules=["q"]))
