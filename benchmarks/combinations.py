@@ -3,7 +3,7 @@
     python -m benchmarks.combinations [--steps 300] [--seed 0]
 
 Trains the quickstart's FLix arm, then scores each held-out cell of the tuning half, all 60 test examples of it, under
-the task with the language's weight 0 and 1, with the mean of all languages, with its nearest relatives in a family tree,
+the task with the weight 0 and 1 of the language, the mean of all languages, its nearest relatives in a family tree,
 and with weights that were searched on 32 of the cell's dev examples. Prints a table for docs/method.md.
 """
 
