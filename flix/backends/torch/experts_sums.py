@@ -78,17 +78,17 @@ class Entries:
         keys = table[sent.row] * experts + sent.experts.of.unsqueeze(1)
         keys, order = keys.reshape(-1).sort(stable=True)
         order = order[: self._ends[-1]]
-        self._experts, self._entry, self._column = (
-            keys,
-            order // max(width, 1),
-            order % max(width, 1),
-        )
-        self._row, self._count = sent.row, experts
-        self._groups = [self._group(i) for i in range(count)]
-
-    def _group(self, i: int) -> Groups:
-        span = slice(self._ends[i], self._ends[i + 1])
-        return Groups(self._experts[span] - i * self._count, self._count)
+        self._entry, self._column = order // max(width, 1), order % max(width, 1)
+        self._row = sent.row
+        edges = torch.arange(count * experts, device=keys.device)
+        ends = torch.searchsorted(keys[: self._ends[-1]], edges, right=True).view(count, experts)
+        starts = torch.tensor(self._ends[:-1], device=keys.device).unsqueeze(1)
+        own = (ends - starts).to(torch.int32).unbind(0)
+        spans = zip(self._ends[:-1], self._ends[1:], own, strict=True)
+        self._groups = [
+            Groups(keys[start:end] - i * experts, experts, each)
+            for i, (start, end, each) in enumerate(spans)
+        ]
 
     def factors(self, weights: Tensor) -> Tensor:
         """The weight ``[N, W]`` of each feature's entries, feature after feature."""
@@ -185,17 +185,24 @@ def backward(
     factors: Tensor | None,
     kept: Sequence[Tensor],
     needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Values | None]:
-    """Gradients of source, kernel, factors and of the values, in float of the entries' dtype; None where not needed."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of source, kernel, factors and values, in the entries' dtype; None where not needed.
+
+    Those of the values are one vector: of A of each feature, then of B transposed of each.
+    """
     need_x, need_kernel, need_factors, need_values = needs
     dx = products(dy, kernel.transpose(1, 2), sent.experts) if need_x else None
     d_factors = torch.zeros_like(factors) if need_factors and factors is not None else None
-    made: Values | None = None
+    flat: Tensor | None = None
+    parts: tuple[Tensor, ...] = ()
     if need_values:
-        made = (
-            [dy.new_zeros(v.shape) for v in values[0]],
-            [dy.new_zeros(v.shape) for v in values[1]],
-        )
+        sizes = [v.numel() for side in values for v in side]
+        flat = dy.new_empty(sum(sizes))
+        parts = flat.split(sizes)
+        held = {share.place for share in shares}
+        for i, part in enumerate(parts):
+            if i % len(values[0]) not in held:
+                part.zero_()
     for share, h in zip(shares, kept, strict=True):
         a, b = sides(values, share, kernel, dy.dtype)
         grad = dy.index_select(0, share.entry)
@@ -204,22 +211,22 @@ def backward(
         if d_factors is not None:
             d_factors[share.span] = (dh * h).sum(1).to(d_factors.dtype) * share.scale
         dh = selected(dh * factor, off)
-        if made is not None:
+        if flat is not None:
             where = sent.token[share.entry] if gathers else share.entry
             own = source.index_select(0, where)
             z = selected(h * factor, off)
-            made[0][share.place] = outer(dh, own, share.experts).reshape(-1)
-            made[1][share.place] = outer(z, grad, share.experts).reshape(-1)
+            outer(dh, own, share.experts, parts[share.place].view(a.shape))
+            outer(z, grad, share.experts, parts[share.place + len(values[0])].view(b.shape))
         if dx is not None:
             part = products(dh, a, share.experts, small=True)
             dx.index_add_(0, share.entry, selected(part, off))
     d_kernel = None
     if need_kernel:
         x = source.index_select(0, sent.token) if gathers else source
-        d_kernel = outer(x, dy, sent.experts)
+        d_kernel = outer(x, dy, sent.experts, dy.new_empty(kernel.shape))
     if dx is not None and gathers:
         dx = torch.zeros_like(source).index_add_(0, sent.token, dx)
-    return dx, d_kernel, d_factors, made
+    return dx, d_kernel, d_factors, flat
 
 
 class RoutedExperts(torch.autograd.Function):
@@ -251,7 +258,7 @@ class RoutedExperts(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (*_differentiable(ctx, dy), None, None, None, None)
         source, kernel, factors, carrier, *kept = ctx.saved_tensors
-        dx, d_kernel, d_factors, made = backward(
+        dx, d_kernel, d_factors, grad = backward(
             dy.contiguous(),
             source,
             kernel,
@@ -263,9 +270,8 @@ class RoutedExperts(torch.autograd.Function):
             kept,
             ctx.needs_input_grad[:4],
         )
-        grad = None
-        if made is not None:
-            grad = torch.cat([*made[0], *made[1]]).to(carrier.device, carrier.dtype)
+        if grad is not None:
+            grad = grad.to(carrier.device, carrier.dtype)
         return dx, d_kernel, d_factors, grad, None, None, None, None
 
 

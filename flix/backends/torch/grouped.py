@@ -22,10 +22,11 @@ class Groups:
     Args:
         of: int64 ``[n]``, ascending: the group of each row.
         count: the number of groups, G.
+        ends: int32 ``[G]``: where each group's rows end, if it is known.
     """
 
-    def __init__(self, of: Tensor, count: int) -> None:
-        self.of, self.count = of, count
+    def __init__(self, of: Tensor, count: int, ends: Tensor | None = None) -> None:
+        self.of, self.count, self._ends = of, count, ends
 
     def __len__(self) -> int:
         return self.of.shape[0]
@@ -33,6 +34,8 @@ class Groups:
     @cached_property
     def ends(self) -> Tensor:
         """int32 ``[G]``: where each group's rows end."""
+        if self._ends is not None:
+            return self._ends
         groups = torch.arange(self.count, device=self.of.device)
         return torch.searchsorted(self.of, groups, right=True).to(torch.int32)
 
@@ -77,14 +80,14 @@ def products(
     return made
 
 
-def outer(a: Tensor, b: Tensor, groups: Groups) -> Tensor:
-    """The sum of a row's outer products in each group: ``[G, p, q]`` of a ``[n, p]`` and b ``[n, q]``."""
+def outer(a: Tensor, b: Tensor, groups: Groups, out: Tensor) -> Tensor:
+    """The sum of the rows' outer products in each group: out ``[G, p, q]`` of a ``[n, p]`` and b ``[n, q]``."""
     if not groups.few and _suits(a, b):
-        return _GROUPED(a.t(), b, offs=groups.ends)  # type: ignore[misc, no-any-return]
-    made = a.new_zeros(groups.count, a.shape[1], b.shape[1])
+        return out.copy_(_GROUPED(a.t(), b, offs=groups.ends))  # type: ignore[misc]
+    out.zero_()
     for group, start, end in groups.spans:
-        torch.mm(a[start:end].t(), b[start:end], out=made[group])
-    return made
+        torch.mm(a[start:end].t(), b[start:end], out=out[group])
+    return out
 
 
 def _suits(*tensors: Tensor) -> bool:

@@ -118,7 +118,7 @@ def routed_experts_backward(
             side = sums.sides(values, share, kernel, x.dtype)[0].transpose(1, 2)
             kept.append(products(own, side, share.experts, small=True))
         wanted = (need_x, need_kernel, need_weights, need_values)
-        dx, d_kernel, d_factors, made = sums.backward(
+        dx, d_kernel, d_factors, flat = sums.backward(
             dy.contiguous(), x, kernel, sent, gathers, shares, values, factors, kept, wanted
         )
         d_weights = x.new_zeros(0)
@@ -128,9 +128,12 @@ def routed_experts_backward(
                 d_weights = entries.scattered(d_factors, d_weights)
         sizes = [v.numel() for v in a], [v.numel() for v in b]
         grads = tuple(a[0].new_zeros(sum(s)) if a else x.new_zeros(0) for s in sizes)
-        if made is not None:
+        if flat is not None:
+            made = flat.split([v.numel() for side in values for v in side])
+            count = len(entries.features)
             held = [i for i, rank in enumerate(ranks) if rank]
-            for parts, size, grad in zip(made, sizes, grads, strict=True):
+            sides = made[:count], made[count:]
+            for parts, size, grad in zip(sides, sizes, grads, strict=True):
                 starts = np.cumsum([0, *size]).tolist()
                 for feature, value in zip(entries.features, parts, strict=True):
                     place = held.index(feature)
