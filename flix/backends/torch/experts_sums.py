@@ -198,7 +198,7 @@ def backward(
     if need_values:
         sizes = [v.numel() for side in values for v in side]
         flat = dy.new_empty(sum(sizes))
-        parts = flat.split(sizes)
+        parts = flat.split_with_sizes(sizes)
         held = {share.place for share in shares}
         for i, part in enumerate(parts):
             if i % len(values[0]) not in held:

@@ -129,7 +129,7 @@ def routed_experts_backward(
         sizes = [v.numel() for v in a], [v.numel() for v in b]
         grads = tuple(a[0].new_zeros(sum(s)) if a else x.new_zeros(0) for s in sizes)
         if flat is not None:
-            made = flat.split([v.numel() for side in values for v in side])
+            made = flat.split_with_sizes([v.numel() for side in values for v in side])
             count = len(entries.features)
             held = [i for i, rank in enumerate(ranks) if rank]
             sides = made[:count], made[count:]
