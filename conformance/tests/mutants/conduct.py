@@ -57,6 +57,12 @@ class RefusesHeads(Primitives):
         return super().attach(model, config, chosen or paths, strategy, values)
 
 
+@mutant("adapts what is excluded", "heads")
+class ForgetsExclusions(Verbs):
+    def adapt(self, model: Any, config: Any, **options: Any) -> Any:
+        return super().adapt(model, replace(config, exclude_modules=()), **options)
+
+
 @mutant("takes the last layer for the head", "cross_heads")
 class LastIsHead(ChangedHeads):
     def is_head(self, path: str, model: Any) -> bool:

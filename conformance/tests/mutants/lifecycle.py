@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -319,3 +320,10 @@ class MergesOwn(ChangedLoading):
                 if isinstance(names, dict)
             } or row
         return super().merge(model, row)
+
+
+@mutant("lets what was compiled before a removal go on as it was", "removed_refused")
+class CompilesForGood(OptionalHarness):
+    def compiled_forward(self, model: Any) -> Any:
+        held = deepcopy(model)
+        return lambda batch: self.call(held, batch)

@@ -339,3 +339,15 @@ def test_a_model_around_an_adapted_one_refuses_what_moves_every_row():
     around, _, x, ids = outer(keras.optimizers.AdamW(1e-2, use_ema=True))
     with pytest.raises(flix.ConfigError, match="use_ema=True overwrites"):
         around.fit([x, ids], np.ones((6, 1)), verbose=0)
+
+
+def test_a_gradient_of_a_whole_table_moves_every_row_of_it():
+    layer = FlixDense(3, config=config(), name="q")
+    layer(tf.ones([1, 4]), flix_features=[[0]])
+    before, table = np.array(layer.flix_B), layer.flix_B
+    optimizer = keep_absent(keras.optimizers.SGD(1.0))
+    optimizer.build([table])
+    optimizer.apply([tf.ones(table.shape)], [table])
+    after = np.array(table)
+    np.testing.assert_array_equal(after[0], before[0])  # stands for unused slots
+    np.testing.assert_allclose(after[1:], before[1:] - 1)

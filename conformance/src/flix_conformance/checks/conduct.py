@@ -45,7 +45,7 @@ def _adapted_layers(backend: Backend, stack: Stack) -> list[str]:
 
 @check(
     '"all-linear" adapts every linear layer but the heads, by their names alone: '
-    f"{', '.join(HEADS)}; a head that is named is adapted",
+    f"{', '.join(HEADS)}; a head that is named is adapted, and what is excluded is not",
     examples=10,
 )
 def heads(draw: Draw, backend: Backend) -> None:
@@ -56,6 +56,11 @@ def heads(draw: Draw, backend: Backend) -> None:
     named = replace(stack, config=replace(stack.config, target_modules=tuple(paths)))
     found = _adapted_layers(backend, named)
     assert found == sorted(paths), f"of {paths}, all of them named, {found} were adapted"
+    left = draw.one_of(paths)
+    told = replace(named.config, exclude_modules=(left,))
+    found = _adapted_layers(backend, replace(named, config=told))
+    wanted = sorted(path for path in paths if path != left)
+    assert found == wanted, f"of {paths}, all but {left!r} named, {found} were adapted"
 
 
 @check("two backends see the same layers and the same heads", examples=6, pair=True)

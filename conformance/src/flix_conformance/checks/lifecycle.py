@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -175,7 +176,12 @@ def removed_refused(draw: Draw, backend: Backend) -> None:
     case = case_of(draw, backend, fits).for_any_rows()
     gone = draw.one_of(removable(case.table))
     number = case.table.ids[gone]
-    model = backend.remove_feature(backend.adapted(case), *gone)
+    before = model = backend.adapted(case)
+    early: Any = None
+    if not backend.lacks(["compiled_forward"]):
+        early = backend.harness.compiled_forward(model)
+        early(case.batch)
+    model = backend.remove_feature(model, *gone)
     good = without(case, number).but(model=model, table=case.table.removed(gone))
     named = good.but(ids=good.ids.copy())
     place = tuple(draw.integer(0, size - 1) for size in named.ids.shape)
@@ -186,6 +192,10 @@ def removed_refused(draw: Draw, backend: Backend) -> None:
     ways: list[Callable[[Any], Any]] = [lambda batch: backend.harness.call(model, batch)]
     if not backend.lacks(["compiled_forward"]):
         ways.append(backend.harness.compiled_forward(model))
+    if early is not None and model is before:
+        with suppress(Exception):  # what was compiled before the change may refuse to go on
+            early(good.batch)
+            ways.append(early)
     size = oracle.forward(oracle.magnitude(good))
     for call in ways:
         y = call(good.batch)[0]  # what is refused is the id, not the call
