@@ -32,7 +32,9 @@ from flix.backends.torch import (  # noqa: E402
     unmerge,
 )
 from flix.backends.torch.experts import FlixExperts  # noqa: E402
+from flix.backends.torch.layer import flix_layers  # noqa: E402
 from tests.helpers.mixtures import (  # noqa: E402
+    COMPOSITIONS,
     ONLY,
     adapted,
     answers,
@@ -268,3 +270,32 @@ def test_experts_that_accelerate_offloads(before):
     assert_close(answers(model), wanted, dtype="float32")
     with pytest.raises(TargetError, match="has no values here"):
         merge(model, ROW)
+
+
+def test_what_is_unfrozen_of_experts_trains_and_is_saved(tmp_path):
+    model = adapted("gpt-oss").train()
+    name = "model.layers.0.mlp.experts.down_proj"
+    bias, kernel = (model.get_parameter(name + end).requires_grad_(True) for end in ("_bias", ""))
+    encoded = model.flix_config.registry.encode(COMPOSITIONS)
+    output(model(**inputs_of("gpt-oss"), flix_features=encoded)).sum().backward()
+    assert bias.grad.any() and kernel.grad.any() and kernel.grad.shape == kernel.shape
+    with pytest.raises(AdapterError, match="is the kernel of the adapted layer"):
+        save(model, tmp_path)
+    kernel.requires_grad_(False)
+    with torch.no_grad():
+        bias.add_(1)
+    save(model, tmp_path)
+    wanted = answers(model.eval(), "gpt-oss")
+    assert torch.equal(answers(load(make("gpt-oss"), tmp_path).eval(), "gpt-oss"), wanted)
+
+
+def test_a_plan_counts_experts_and_those_that_a_token_is_sent_to(tmp_path):
+    from flix.core.costs import plan
+    from flix.training.models import model_layers
+
+    make().save_pretrained(tmp_path)
+    layers = model_layers(str(tmp_path), None, "all-linear", ())
+    model = adapted()
+    assert layers == {path: layer.shape_of(layer) for path, layer in flix_layers(model)}
+    assert {s.active for s in layers.values() if s.experts} == {3}
+    assert plan(config(), layers).mixture.parameters == sum(summary(model).features.values())
