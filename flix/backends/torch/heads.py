@@ -83,7 +83,9 @@ def heads(model: nn.Module, names: Collection[str] | None = None) -> dict[str, H
     found = trained_heads(model) if names is None else {name: known[name] for name in names}
     for name, parameter in found.items():
         check_head(name, Place(tuple(parameter.shape), takes=parameter.dtype in _TAKES), ())
-    state_of("save", model).heads = tuple(found)
+    # An adapted kernel is refused as a head; frozen then, as the message says, it is to be none.
+    kernels = {id(getattr(layer, "weight", None)) for _, layer in flix_layers(model)}
+    state_of("save", model).heads = tuple(n for n, p in found.items() if id(p) not in kernels)
     return {name: as_head(on_host(parameter)) for name, parameter in found.items()}
 
 
