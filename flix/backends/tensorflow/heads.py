@@ -52,7 +52,11 @@ def heads(model: Any, names: Collection[str] | None = None) -> dict[str, Head]:
     if names is None:
         held = model.flix_state.heads
         names = [name for name, v in known.items() if id(v) in training or name in held]
-    model.flix_state.heads = tuple(names)
+    # An adapted kernel is refused as a head; frozen then, as the message says, it is to be none.
+    kernels = {
+        id(kernel_of(layer)) for _, layer in named_layers(model) if isinstance(layer, FlixLayer)
+    }
+    model.flix_state.heads = tuple(name for name in names if id(known[name]) not in kernels)
     return as_heads({name: known[name].numpy() for name in names})
 
 

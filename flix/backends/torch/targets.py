@@ -54,8 +54,11 @@ def adaptable(module: nn.Module) -> tuple[type[FlixLayer] | None, str]:
         return around(type(module)), ""
     if isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features"):
         return None, f"its class {type(module).__name__} is no nn.Linear, as quantised layers are"
+    # DBRX keeps experts one below the other, in a matrix that only the name tells.
+    axes = 2 if "expert" in type(module).__name__.lower() else 3
     if not isinstance(module, nn.modules.conv._ConvNd) and any(
-        p is not None and p.dim() == 3 and min(p.shape) > 1 for p in module._parameters.values()
+        p is not None and p.dim() in (axes, 3) and min(p.shape) > 1
+        for p in module._parameters.values()
     ):
         return None, f"{type(module).__name__} stacks its kernels in one tensor, as experts do"
     return None, ""

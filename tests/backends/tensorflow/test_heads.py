@@ -131,3 +131,14 @@ def test_the_base_is_told_and_compared(tmp_path):
     other.get_layer("q").kernel.assign(other.get_layer("q").kernel * 2)
     with pytest.warns(UserWarning, match=f"fingerprint {found.base.fingerprint}.*is loaded onto"):
         load(other, tmp_path)
+
+
+def test_a_kernel_that_was_refused_is_no_head_once_it_is_frozen(tmp_path):
+    model = trained(unfreeze=False)
+    layer = model.base.get_layer("up")
+    layer._trainable = layer.kernel.trainable = True
+    with pytest.raises(flix.AdapterError, match="kernel of the adapted layer 'up'"):
+        save(model, tmp_path)
+    layer.kernel.trainable = False
+    save(model, tmp_path)
+    assert flix.load_adapter(tmp_path).heads == {}

@@ -42,11 +42,19 @@ class Stacked(nn.Module):
         self.up = nn.Parameter(torch.randn(2, 4, 4))
 
 
+class FlatExperts(nn.Module):
+    """As DBRX's are, one below the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(8, 4))
+
+
 def _mixed():
     bits = nn.Linear(4, 4)
     bits.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     parts = {
-        "q": nn.Linear(4, 4), "a": Own(4, 4), "b": Own(4, 4), "packed": Packed(), "bits": bits, "stacked": Stacked(),
+        "q": nn.Linear(4, 4), "a": Own(4, 4), "b": Own(4, 4), "packed": Packed(), "bits": bits, "stacked": Stacked(), "flat": FlatExperts(),
         "attention": nn.MultiheadAttention(4, 2), "lm_head": Own(4, 4), "emb": nn.Embedding(4, 4),
         "conv": nn.Conv1d(4, 4, 2), "table": nn.ParameterDict({"cls": nn.Parameter(torch.zeros(1, 1, 4))}),
     }  # fmt: skip
@@ -57,6 +65,7 @@ REASONS = [
     r"'a' and 1 more \(its class Own has a forward of its own, which gives no vectors of its size\)",
     r"'packed' \(its class Packed is no nn.Linear, as quantised layers are\)",
     r"'bits' \(its kernel is quantised\)",
+    r"'flat' \(FlatExperts stacks its kernels in one tensor, as experts do\)",
     r"'stacked' \(Stacked stacks its kernels in one tensor, as experts do\)",
     r"'attention.out_proj' \(nn.MultiheadAttention reads its kernel and skips its forward\)",
 ]
@@ -77,7 +86,10 @@ def test_all_linear_says_what_it_leaves_out_and_why_in_one_warning():
 def test_what_was_excluded_or_never_meant_is_not_spoken_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        adapt(_mixed(), config(exclude_modules=["a", "b", "packed", "bits", "stacked", "out_proj"]))
+        adapt(
+            _mixed(),
+            config(exclude_modules=["a", "b", "packed", "bits", "stacked", "flat", "out_proj"]),
+        )
         adapt(_mixed(), config(target_modules=["q"]))
         adapt(make("llama"), config())
 
