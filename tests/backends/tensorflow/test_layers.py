@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import flix
-from flix.backends.tensorflow import FlixDense, FlixEinsumDense, FlixEmbedding
+from flix.backends.tensorflow import FlixDense, FlixEinsumDense, FlixEmbedding, route
 from tests.helpers.dense import dense
 from tests.helpers.registry import config
 from tests.helpers.tensorflow import (
@@ -130,6 +130,15 @@ def test_bad_layers_are_named():
         FlixDense(3, config=config(), strategy="fast")
     with pytest.raises(flix.ConfigError, match="config=FlixConfig"):
         FlixDense(3, config="x")
+
+
+def test_weights_without_features_are_refused_and_told_so():
+    layer = FlixDense(3, config=config())
+    x = np.ones((2, 4), "f")
+    layer(x, flix_features=[[0], [1]])
+    told = pytest.raises(flix.RoutingError, match="given without flix_features")
+    with route(config().registry, [[0], [1]]), told:  # whose weights would be taken
+        layer(x, flix_weights=[[2.0], [2.0]])
 
 
 @pytest.mark.parametrize(

@@ -97,3 +97,11 @@ def test_adapted_model_starts_equal_to_its_base(name):
     inputs = batch(name)
     found = output(adapted(**inputs, flix_features=ids, flix_weights=weights))
     assert_close(found, output(base(**inputs)))
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Sequential, torch.nn.ModuleList])
+def test_the_steps_of_a_list_are_its_own(kind):
+    made = [torch.nn.Linear(8, 8) for _ in range(3)]
+    steps = [*made]
+    model = adapt(kind(*[made] if kind is torch.nn.ModuleList else made), config())
+    assert len(model) == 3 and list(model) == steps and model[-1] is steps[-1]

@@ -48,6 +48,25 @@ def test_linear_equals_the_formula(shape, scaling, strategy):
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("first", [torch.float32, torch.float64])
+def test_layers_of_two_precisions_in_one_model_keep_theirs(first):
+    """One routing serves both; the factors of the one, thirds in float32, are too coarse for the other."""
+    second = {torch.float32: torch.float64, torch.float64: torch.float32}[first]
+    layers = [torch.nn.Linear(6, 6).to(dtype) for dtype in (first, second)]
+    model = adapt(torch.nn.ModuleList(layers), config(ranks={"language": 3, "task": 3}))
+    _fill(model)
+    ids = registry().encode([{"language": "hau", "task": "pos"}, {"task": "ner"}]).ids
+    with route(registry(), ids, torch.full(ids.shape, 1 / 3, dtype=torch.float64)):
+        for layer, dtype in zip(model, (first, second), strict=True):
+            x = torch.randn(2, 6, dtype=dtype, generator=torch.Generator().manual_seed(1))
+            weights = np.full(ids.shape, 1 / 3)
+            expected = _expected(layer, x, torch.from_numpy(ids), torch.from_numpy(weights))
+            assert_close(layer(x), expected, dtype=dtype)
+            if dtype == torch.float64:
+                found = layer(x).detach().numpy()
+                assert np.abs(found - np.asarray(expected)).max() < 1e-10
+
+
 @pytest.mark.parametrize("strategy", ["gather", "masked", "auto"])
 def test_per_token_routing_equals_the_formula_forward_and_backward(strategy):
     layer = _linear(strategy)

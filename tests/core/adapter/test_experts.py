@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import flix
-from flix import AdapterError, TargetError
-from flix.backends.messages import no_experts
+from flix import AdapterError
 from flix.core.adapter.adapter import Adapter, LayerShape, checked_pairs, expected_tensors
 from flix.core.adapter.base import fingerprint, places
 from flix.core.adapter.changes import fresh_pairs, growing
@@ -255,13 +254,3 @@ def test_layers_that_peft_takes_for_experts_are_refused_by_name():
         facts.check(["layers.0.mlp.gate_proj", "layers.0.q_proj"])
     facts.check(["layers.0.q_proj"])
     replace(facts, family=None).check(["layers.0.mlp.gate_proj"])
-
-
-def test_other_backends_refuse_them_by_name():
-    assert isinstance(no_experts([UP]), TargetError)
-    jax = pytest.importorskip("flix.backends.jax")
-    with pytest.raises(TargetError, match=rf"'{UP}', '{DOWN}': the kernels have an axis of"):
-        jax.init(config(), LAYERS)
-    bank = jax.init(config(), {"q": (6, 5)})
-    with pytest.raises(TargetError, match="axis of experts"):
-        jax.load_features((config(), bank), made())

@@ -126,18 +126,18 @@ def routed_class(base: type[nn.Module]) -> type[nn.Module]:
     for name in ("save_pretrained", "push_to_hub"):
         if callable(getattr(base, name, None)):
             members[name] = _refuse_whole
-    if issubclass(base, nn.Sequential):
-        members |= {"__len__": _len_of_sequential, "__iter__": _iter_of_sequential}
+    if issubclass(base, nn.Sequential | nn.ModuleList):
+        members |= {"__len__": _len_of_steps, "__iter__": _iter_of_steps}
     made = type(base.__name__, (RoutedModel, base), members)
     setattr(base, _KEPT, made)
     return made
 
 
-def _len_of_sequential(self: Any) -> int:
+def _len_of_steps(self: Any) -> int:
     return len(self._modules) - (BANK in self._modules)  # it comes last, and is not a step
 
 
-def _iter_of_sequential(self: Any) -> Any:
+def _iter_of_steps(self: Any) -> Any:
     return iter([module for name, module in self._modules.items() if name != BANK])
 
 
