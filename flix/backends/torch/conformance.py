@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from flix_conformance import AdamW, Batch, Layer  # type: ignore[import-not-found]
 
 
+class OwnForward(nn.Linear):
+    """A subclass of ``nn.Linear`` with a forward of its own, around which features act."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 def _plain(layer: Layer) -> nn.Module:
     made: Any
     values, dtype = torch.from_numpy(layer.kernel), getattr(torch, layer.dtype)
@@ -35,7 +42,8 @@ def _plain(layer: Layer) -> nn.Module:
         # By name and late: the backend stands without transformers.
         made = import_module("transformers.pytorch_utils").Conv1D(d_out, d_in).to(dtype)
     else:
-        made = nn.Linear(d_in, d_out, bias=layer.bias is not None, dtype=dtype)
+        kind = OwnForward if layer.form == "own forward" else nn.Linear
+        made = kind(d_in, d_out, bias=layer.bias is not None, dtype=dtype)
         values = values.t()
     with torch.no_grad():
         made.weight.copy_(values)
@@ -99,7 +107,7 @@ class TorchHarness:
     excluded = (("fused", "float64"),)
     kinds = ("linear", "embedding")
     nested = True
-    forms = ("conv1d",) if find_spec("transformers") else ()
+    forms = ("own forward", *(("conv1d",) if find_spec("transformers") else ()))
 
     def plain(self, layers: Sequence[Layer], x: NDArray[Any]) -> nn.Sequential:
         return _nested([(layer.path, _plain(layer)) for layer in layers])

@@ -70,6 +70,32 @@ def _shared(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
     return _called(primitives.write(twin, primitives.read(model)), batch)
 
 
+class _Generating(nn.Sequential):
+    """Gives one position after the other, as generation does: each with the routing of those before it, too."""
+
+    def generate(self, x: Tensor, flix_features: Tensor, flix_weights: Tensor | None) -> Tensor:
+        found = []
+        for end in range(1, x.shape[1] + 1):
+            given = (flix_features, flix_weights)
+            ids, weights = (v if v is None or v.dim() < 3 else v[:, :end] for v in given)
+            y = self(x[:, end - 1 : end], flix_features=ids, flix_weights=weights)
+            found.append(y)
+        return torch.cat(found, 1)
+
+
+def _generated(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """By a model's own ``generate``, whose routing is given as arrays."""
+    x, floating = _x(batch), not isinstance(model[0], nn.Embedding)
+    if x.dim() < 2 + floating:
+        return _called(model, batch)
+    plain = share_base(model)
+    plain.__class__ = _Generating
+    twin = adapt(plain, model.flix_config, strategy=model.flix_state.strategy)
+    primitives.write(twin, primitives.read(model)).eval()
+    with torch.no_grad():
+        return _answer(twin.generate(x, flix_features=batch.ids, flix_weights=batch.weights))
+
+
 def _with_routing(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
     """A :class:`flix.Routing` in place of ids and weights, in inference mode, twice over."""
     weights = np.ones(batch.ids.shape, np.float32) if batch.weights is None else batch.weights
@@ -152,6 +178,7 @@ def ways() -> dict[str, Way]:
         "copied": _copied,
         "pickled": _pickled,
         "over a shared base": _shared,
+        "by generate": _generated,
         "with a flix.Routing": _with_routing,
         "each row under routed": _each_row,
         "a layer by hand": _by_hand,
