@@ -95,9 +95,9 @@ def test_json_holds_no_number_that_is_none(capsys: pytest.CaptureFixture[str]) -
 def test_training_goes_on_when_nobody_reads(config: Callable[..., Path], tmp_path: Path) -> None:
     path = config(training={"steps": 2, "log_every": 1})
     result = flix_with("train", path, out="| true")
-    assert result.stderr == (
-        "flix: nobody reads the output any more; the work goes on\ncodes 0 0\n"
-    )
+    # What libraries say as they are imported is their own affair.
+    said = [line for line in result.stderr.splitlines() if line.startswith(("flix", "codes"))]
+    assert said == ["flix: nobody reads the output any more; the work goes on", "codes 0 0"]
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 2
 
 
