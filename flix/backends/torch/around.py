@@ -84,6 +84,12 @@ def _gives_vectors(module: nn.Linear) -> bool:
     return isinstance(y, Tensor) and y.shape == (2, module.out_features)
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module is a linear map whose kernel plain operations cannot read."""
+    kernel = getattr(module, "weight", None)
+    return encloses(module) and not (isinstance(kernel, Tensor) and readable(kernel))
+
+
 def readable(kernel: Tensor) -> bool:
     """Whether a kernel holds floating-point numbers that plain operations read.
 

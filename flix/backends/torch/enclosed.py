@@ -65,9 +65,8 @@ def plain(module: Any, path: str) -> nn.Linear:
                 f"layer {path!r} ({type(module).__name__}) cannot be run on a batch of vectors"
             )
         weight: Any = getattr(module, "weight", None)
-        own = (
-            isinstance(weight, Tensor) and type(weight.data) is not Tensor
-        )  # torchao's, of a class of its own
+        # Torchao's are of classes of their own.
+        own = isinstance(weight, Tensor) and type(weight.data) is not Tensor
         if own and tuple(weight.shape) == (d_out, d_in):
             kernel = weight.dequantize().double().cpu()
         else:  # the map of each unit vector is a column of the kernel

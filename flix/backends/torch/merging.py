@@ -14,7 +14,7 @@ from torch import nn
 from flix.backends import messages
 from flix.backends.protocol import Updates
 from flix.backends.torch.adapt import unadapt
-from flix.backends.torch.around import FlixAround
+from flix.backends.torch.around import FlixAround, is_quantised
 from flix.backends.torch.enclosed import added, plain
 from flix.backends.torch.experts import ExpertsKernel, site
 from flix.backends.torch.heads import shares, trained_heads, whole_modules
@@ -88,6 +88,7 @@ def _check_here(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def _make_plain(model: nn.Module, paths: Collection[str]) -> None:
+    """Plain linear layers in the place of those at these paths; where none is quantised any more, nothing says so."""
     made: dict[int, nn.Module] = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if path in paths:
@@ -96,13 +97,13 @@ def _make_plain(model: nn.Module, paths: Collection[str]) -> None:
         if id(module) in made:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, made[id(module)])
-    settings = getattr(model, "config", None)
-    for name in ("quantization_config",):
-        if getattr(settings, name, None) is not None:
-            delattr(settings, name)
+    if any(is_quantised(module) for module in model.modules()):
+        return
+    settings: Any = getattr(model, "config", None)
+    if getattr(settings, "quantization_config", None) is not None:
+        del settings.quantization_config
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if name in vars(model):
-            delattr(model, name)
+        vars(model).pop(name, None)
 
 
 def _folded(kernel: nn.Parameter, update: Any, straight: bool) -> torch.Tensor:

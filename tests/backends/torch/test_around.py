@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 
@@ -241,6 +242,15 @@ def test_quantised_layers_become_plain_ones_if_asked(kind):
     assert type(found[0]) is nn.Linear and type(found[2]) is nn.Linear
     near(found(x), y, 0.05 if kind.startswith("bits") else 1e-3)  # LLM.int8 rounds its input, too
     assert isinstance(model[2], FlixAround)
+
+
+@pytest.mark.parametrize("targets,left", [(["0"], True), (["0", "1"], False)])
+def test_a_model_says_that_it_is_quantised_as_long_as_it_is(targets, left):
+    base = nn.Sequential(QuantLinear(4, 4), QuantLinear(4, 4))
+    base.config, base.is_quantized = SimpleNamespace(quantization_config={"bits": 8}), True
+    found = merge(adapt(base, config(target_modules=targets)), ROW, dequantize=True)
+    assert hasattr(found.config, "quantization_config") is left is hasattr(found, "is_quantized")
+    assert base.config.quantization_config and isinstance(found[1], QuantLinear) is left
 
 
 def test_what_is_no_linear_map_becomes_none():
