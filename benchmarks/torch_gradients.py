@@ -40,7 +40,15 @@ def model_pairs(
 def pair_gradients(
     pairs: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]
 ) -> dict[str, Any]:
-    """The gradient of each tensor, as an array; None where none was computed.
+    """:func:`gradients_of`, as arrays."""
+    found = gradients_of(pairs, parameters)
+    return {name: None if v is None else v.cpu().numpy() for name, v in found.items()}
+
+
+def gradients_of(
+    pairs: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]
+) -> dict[str, Tensor | None]:
+    """The gradient of each tensor; None where none was computed.
 
     Args:
         pairs: tensors by name: parameters themselves, or views of parameters that hold more than one pair.
@@ -49,7 +57,7 @@ def pair_gradients(
     Raises:
         LookupError: a tensor lies in none of the parameters.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Tensor | None] = {}
     for name, pair, parameter in _held(pairs, parameters):
         if (gradient := parameter.grad) is None:
             found[name] = None
@@ -58,7 +66,7 @@ def pair_gradients(
             gradient = gradient.contiguous()  # it may be a view, too
             offset = pair.storage_offset() - parameter.storage_offset() + gradient.storage_offset()
             gradient = gradient.as_strided(pair.shape, pair.stride(), offset)
-        found[name] = gradient.detach().cpu().numpy()
+        found[name] = gradient.detach()
     return found
 
 

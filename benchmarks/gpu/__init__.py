@@ -1,1 +1,1 @@
-"""flix on a CUDA device: kernels held to the definition, layers, decoding, a model's step, Pallas (``make gpu``)."""
+"""flix on a CUDA device (``make gpu``): kernels held to the definition, layers, decoding, steps of models, Pallas."""

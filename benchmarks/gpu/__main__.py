@@ -26,12 +26,23 @@ from benchmarks.gpu.record import Record
 from benchmarks.report import ROOT
 
 # Seconds of each section; together less than eight minutes.
-SECTIONS = {"kernels": 105, "layer": 115, "model": 110, "decoding": 50, "pallas": 80}
+SECTIONS = {
+    "kernels": 80,
+    "layer": 85,
+    "model": 80,
+    "experts": 65,
+    "quantised": 60,
+    "decoding": 35,
+    "pallas": 55,
+}
 INTERPRETED = 6
 """How much longer a dry run may take: kernels are interpreted, on whatever machine this is."""
 STOPPING = 12
 """Seconds before its end in which a section begins nothing new."""
-PACKAGES = ("torch", "triton", "jax", "jaxlib", "flax", "transformers", "peft", "numpy")
+PACKAGES = (
+    *("torch", "triton", "jax", "jaxlib", "flax", "transformers", "peft", "numpy"),
+    *("torchao", "bitsandbytes"),
+)
 ALWAYS = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "HF_HUB_OFFLINE": "1",

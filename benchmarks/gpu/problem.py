@@ -34,10 +34,10 @@ def draw_ids(features: int, rows: int, languages: int, tasks: int, seed: int = 0
 
 
 def set_strategy(model: nn.Module, strategy: str) -> None:
-    """Let every adapted layer of a model compute by this strategy."""
+    """Let every adapted layer of a model compute by this strategy, quantised ones too."""
     for module in model.modules():
-        if isinstance(module, FlixLinear):
-            module.flix_strategy = strategy
+        if isinstance(getattr(module, "flix_strategy", None), str):
+            module.flix_strategy = strategy  # type: ignore[assignment]
 
 
 def flix_layer(base: nn.Linear, config: flix.FlixConfig, strategy: str) -> FlixLinear:

@@ -73,7 +73,8 @@ def test_its_file_is_a_part_of_the_page(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("section", list(gpu.SECTIONS))
 def test_the_dry_run_goes_through_a_whole_section(section, tmp_path):
-    pytest.importorskip({"pallas": "jax", "model": "transformers"}.get(section, "triton"))
+    wanted = {"pallas": "jax", "model": "transformers", "experts": "transformers"}
+    pytest.importorskip({**wanted, "quantised": "torchao"}.get(section, "triton"))
     pytest.importorskip("triton")
     out = tmp_path / "gpu.json"
     done = run("--dry-run", "--only", section, "--out", str(out))
@@ -84,4 +85,8 @@ def test_the_dry_run_goes_through_a_whole_section(section, tmp_path):
     assert all("No module" in why for why in part["skipped"].values()), part["skipped"]
     assert part["tables"] and found["dry_run"]
     text = json.dumps(part["tables"])
-    assert "fused" in text if section != "kernels" else part["figures"]["failed"] == []
+    if section == "kernels":
+        assert part["figures"]["failed"] == []
+    else:  # the base, and flix beside it
+        assert "frozen" in text
+        assert ("flix" if section in ("experts", "quantised") else "fused") in text
