@@ -148,7 +148,10 @@ def _registry(room: Path) -> Target:
 def _config(room: Path) -> Target:
     """Configurations of files."""
     plain = configuration(
-        rank_pattern={"q": 2}, alpha={"task": 3.0}, feature_dropout=flix.FeatureDropout(p=0.2)
+        rank_pattern={"q": 2},
+        alpha={"task": 3.0},
+        alpha_pattern={"v": {"task": 5.0}},
+        feature_dropout=flix.FeatureDropout(p=0.2),
     ).to_dict()
 
     def call(value: Any) -> None:

@@ -27,6 +27,7 @@ def build_config(settings: forms.Settings, corpus: Corpus) -> FlixConfig:
         target_modules=settings.target_modules,
         exclude_modules=settings.exclude_modules,
         rank_pattern=settings.rank_pattern,
+        alpha_pattern=settings.alpha_pattern,
         feature_dropout=FeatureDropout(**dropout.model_dump()) if dropout is not None else None,
         unknown=settings.unknown,
         seed=settings.seed,

@@ -54,6 +54,7 @@ Rate = Annotated[float, Number, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Number, Field(gt=0.0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Number, Field(ge=0.0, allow_inf_nan=False)]
 ByFeature = dict[Name, Union[Rank, dict[Name, Rank]]]
+Alphas = Positive | dict[Name, Positive | dict[Name, Positive]]
 
 
 class Form(BaseModel):
@@ -256,7 +257,7 @@ class Settings(Form):
         registry: the features by group; default: as the datasets name them.
         implies: features that others bring along, ``{"task=ner": ["family=word"], "task=*": ["shared=all"]}``.
         ranks: a rule with its arguments, or one rank for all.
-        alpha, scaling, target_modules, exclude_modules, rank_pattern: as for ``FlixConfig``.
+        alpha, scaling, target_modules, exclude_modules, rank_pattern, alpha_pattern: as for ``FlixConfig``.
         feature_dropout: rates, or one rate for all groups.
         unknown: what an unknown feature does when evaluating.
         temperature: combinations are drawn with p ∝ n^(1/temperature).
@@ -274,11 +275,12 @@ class Settings(Form):
     registry: dict[Name, list[Name]] | None = None
     implies: dict[Name, Names] = {}
     ranks: Ranks = UniformRanks(rule="uniform", rank=8)
-    alpha: Positive | dict[Name, Positive | dict[Name, Positive]] | None = None
+    alpha: Alphas | None = None
     scaling: Literal["lora", "rslora"] = "lora"
     target_modules: Names = "all-linear"
     exclude_modules: Name | list[Name] = []
     rank_pattern: dict[Name, Union[Rank, ByFeature]] = {}
+    alpha_pattern: dict[Name, Alphas] = {}
     feature_dropout: DropoutSettings | None = None
     unknown: Union[Literal["error", "skip", "mean"], dict[Name, Names]] = "error"
     temperature: Positive = 2.0

@@ -33,6 +33,7 @@ FEATURES = BASE.replace("hau", "%s")
         BASE + "feature_dropout: {per_group: {%s: 0.5}}\n",
         BASE + "alpha: {language: {%s: 2}}\n",
         BASE + "rank_pattern: {q: {language: {%s: 2}}}\n",
+        BASE + "alpha_pattern: {q: {language: {%s: 2}}}\n",
         BASE + "ranks: {rule: by_group, %s: 2}\n",
         BASE + "ranks: {rule: proportional, budget: 9, sizes: {language: {%s: 2}}}\n",
         BASE + "evaluation: {unseen_group_weights: {%s: 0.5}}\n",

@@ -48,6 +48,19 @@ class HighestPattern(Verbs):
         return super().adapt(model, replace(config, rank_pattern=dict(ordered)), **options)
 
 
+@mutant("gives all layers one alpha", "patterns")
+class OneAlpha(Verbs):
+    def adapt(self, model: Any, config: Any, **options: Any) -> Any:
+        return super().adapt(model, replace(config, alpha_pattern={}), **options)
+
+
+@mutant("lets the last of the patterns of alphas that fit count", "patterns")
+class LastAlpha(Verbs):
+    def adapt(self, model: Any, config: Any, **options: Any) -> Any:
+        turned = dict(reversed(config.alpha_pattern.items()))
+        return super().adapt(model, replace(config, alpha_pattern=turned), **options)
+
+
 @mutant("draws a layer's initial values by the last of its names", "patterns")
 class DrawsByLastName(Primitives):
     def attach(self, model: Any, config: Any, paths: Any, strategy: str, values: Any) -> Any:
@@ -69,6 +82,17 @@ class SharesValues(Primitives):
             path: last[path.rpartition(".")[2], len(next(iter(pairs.values()))[0])]
             for path, pairs in found.items()
         }
+
+
+@mutant("writes files without the alphas that layers have of their own", "several_layers")
+class WritesOneAlpha(Verbs):
+    def save(self, model: Any, directory: Any, **options: Any) -> Any:
+        config = model.state.config
+        model.state.config = replace(config, alpha_pattern={})
+        try:
+            return super().save(model, directory, **options)
+        finally:
+            model.state.config = config
 
 
 @mutant("trains the last layer alone", "several_layers")

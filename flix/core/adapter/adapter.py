@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flix.core.adapter.described import Base, Head
-from flix.core.config.config import FlixConfig, nested
+from flix.core.config.config import FlixConfig
+from flix.core.config.overrides import nested
 from flix.core.config.targets import LayerInfo, exactly
 from flix.core.errors import AdapterError, TargetError, listed, near
 from flix.core.features.names import Feature, written
@@ -214,15 +215,26 @@ def _renamer(rename: Rename, layers: Mapping[str, Any]) -> Callable[[str], str]:
 def _with_ranks_of(
     config: FlixConfig, old: Mapping[str, LayerShape], new: Mapping[str, LayerShape]
 ) -> FlixConfig:
-    """The configuration for renamed layers: rank patterns may not match the new paths, so they are spelled out."""
-    if not config.rank_pattern:
-        return config
-    groups: dict[tuple[tuple[Feature, int], ...], list[str]] = {}
+    """The configuration for renamed layers: patterns may not match the new paths, so they are spelled out."""
+    said: dict[str, Any] = {}
+    if config.rank_pattern:
+        said["rank_pattern"] = _spelled(config, old, new, config.rank)
+    if config.alpha_pattern:
+        said["alpha_pattern"] = _spelled(config, old, new, config.layer_alpha)
+    return replace(config, **said) if said else config
+
+
+def _spelled(
+    config: FlixConfig,
+    old: Mapping[str, LayerShape],
+    new: Mapping[str, LayerShape],
+    number: Callable[[str, Feature], float | None],
+) -> dict[str, Any]:
+    groups: dict[tuple[tuple[Feature, float], ...], list[str]] = {}
     for before, path in zip(old, new, strict=True):
-        ranks = tuple((f, config.rank(before, f)) for f in config.registry.live)
-        groups.setdefault(ranks, []).append(path)
-    pattern = {exactly(paths): nested(dict(ranks)) for ranks, paths in groups.items()}
-    return replace(config, rank_pattern=pattern)
+        numbers = ((f, number(before, f)) for f in config.registry.live)
+        groups.setdefault(tuple((f, n) for f, n in numbers if n is not None), []).append(path)
+    return {exactly(paths): nested(dict(numbers)) for numbers, paths in groups.items()}
 
 
 def tensor_name(layer: str, part: str, feature: Feature) -> str:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from flix.core.adapter.adapter import Adapter, LayerShape, tensor_name
 from flix.core.adapter.base import differing
 from flix.core.adapter.described import Base
-from flix.core.config.config import FlixConfig, nested
+from flix.core.config.config import FlixConfig
+from flix.core.config.overrides import nested
 from flix.core.config.targets import exactly
 from flix.core.errors import AdapterError, ConfigError, FeatureError, listed
 from flix.core.features.names import EVERY, Feature, pair, written
@@ -287,12 +288,9 @@ def _joined_config(
 ) -> FlixConfig:
     first = configs[0]
     ranks = {f: int(configs[i].ranks[f]) for f, i in owners.items()}  # type: ignore[index]
-    alphas = {
-        feature: alpha
-        for feature, i in owners.items()
-        if (alpha := _alpha(adapters[i], feature, first.scaling)) is not None
-    }
+    alphas = _general_alphas(configs, adapters, owners)
     others: dict[tuple[tuple[Feature, int], ...], list[str]] = {}
+    scaled: dict[tuple[tuple[Feature, float], ...], list[str]] = {}
     for path in layers:
         here = {
             f: configs[i].rank(path, f) if path in adapters[i].layers else 0
@@ -300,6 +298,11 @@ def _joined_config(
         }
         if unlike := tuple((f, r) for f, r in here.items() if r != ranks[f]):
             others.setdefault(unlike, []).append(path)
+        wanted = {f: _alpha(configs[owners[f]], path, f, first.scaling) for f in here if here[f]}
+        if apart := tuple(
+            (f, a) for f, a in wanted.items() if a is not None and a != alphas.get(f)
+        ):
+            scaled.setdefault(apart, []).append(path)
     same_layers = all(list(a.layers) == list(layers) for a in adapters)
     return replace(
         first,
@@ -307,27 +310,31 @@ def _joined_config(
         ranks=ranks,
         alpha=alphas or None,
         rank_pattern={exactly(paths): nested(dict(unlike)) for unlike, paths in others.items()},
+        alpha_pattern={exactly(paths): nested(dict(unlike)) for unlike, paths in scaled.items()},
         target_modules=first.target_modules if same_layers else tuple(layers),
         exclude_modules=first.exclude_modules if same_layers else (),
     )
 
 
-def _alpha(adapter: Adapter, feature: Feature, scaling: str) -> float | None:
-    """The alpha that keeps a feature's scales under this scaling; None for alpha = rank."""
-    config = adapter.config
-    alpha = config.alpha
+def _general_alphas(
+    configs: Sequence[FlixConfig], adapters: Sequence[Adapter], owners: Mapping[Feature, int]
+) -> dict[Feature, float]:
+    """The alphas of features that have one, under the first configuration's scaling; of most layers, if they differ."""
+    scaling = configs[0].scaling
+    found: dict[Feature, float] = {}
+    for f, i in owners.items():
+        alpha, paths = configs[i].general_alpha(f), adapters[i].layers
+        if configs[i].scaling != scaling:
+            each = [_alpha(configs[i], p, f, scaling) for p in paths if configs[i].rank(p, f)]
+            alpha = max(each, key=each.count, default=None)  # type: ignore[arg-type, unused-ignore]
+        if alpha is not None:
+            found[f] = alpha
+    return found
+
+
+def _alpha(config: FlixConfig, path: str, feature: Feature, scaling: str) -> float | None:
+    """The alpha that keeps a feature's scale in a layer under this scaling; None for alpha = rank."""
     if config.scaling == scaling:
-        if isinstance(alpha, Mapping):
-            return alpha.get(feature)
-        return None if alpha is None else float(alpha)
-    ranks = {config.rank(path, feature) for path in adapter.layers} - {0}
-    if len(ranks) > 1:
-        raise AdapterError(
-            f"{written(feature)} has ranks {listed(sorted(ranks))} under scaling={config.scaling!r}, and no "
-            f"alpha keeps its scales under the first adapter's {scaling!r}; combine adapters of one scaling"
-        )
-    if not ranks:
-        return None
-    (rank,) = ranks
-    path = next(p for p in adapter.layers if config.rank(p, feature))
+        return config.layer_alpha(path, feature)
+    rank = config.rank(path, feature)
     return config.scale(path, feature) * (rank if scaling == "lora" else rank**0.5)

@@ -9,7 +9,7 @@ from typing import Any, Union
 
 from flix.core.checks import finite, is_whole, whole
 from flix.core.config.layout import LayerLayout
-from flix.core.config.overrides import Overrides
+from flix.core.config.overrides import Overrides, nested
 from flix.core.config.patterns import compiled
 from flix.core.config.ranks import Rule, by_feature
 from flix.core.config.renaming import (
@@ -17,17 +17,18 @@ from flix.core.config.renaming import (
     kept_dropout,
     renamed,
     renamed_fallbacks,
-    renamed_pattern,
+    renamed_patterns,
 )
 from flix.core.config.targets import ALL_LINEAR, Patterns
 from flix.core.errors import ConfigError, FlixError, RankError, near
 from flix.core.features.dropout import FeatureDropout
 from flix.core.features.encoding import Unknown, check_policy
-from flix.core.features.names import Feature, normal, written
+from flix.core.features.names import Feature, written
 from flix.core.features.registry import FeatureRegistry
 
 SCALINGS = ("lora", "rslora")
-RankPattern = Mapping[str, Union[int, Mapping[Any, Any]]]
+Pattern = Mapping[str, Union[float, Mapping[Any, Any]]]
+"""Numbers for some layers: ``{pattern: one for all features, or by group or feature}``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class FlixConfig:
         rank_pattern: other ranks for some layers: ``{pattern: rank}`` or ``{pattern: {group: rank}}`` or
             ``{pattern: {(group, feature): rank}}``; the pattern is a regular expression for the end of a
             layer's path, and the first that matches and names the feature counts.
+        alpha_pattern: other alphas for some layers, in the same forms and by the same rule.
         feature_dropout: dropout for training, or None.
         unknown: how rows with unknown features are encoded (:func:`flix.core.features.encoding.encode`).
         seed: of the initial values.
@@ -58,7 +60,8 @@ class FlixConfig:
     scaling: str = "lora"
     target_modules: Patterns = "all-linear"
     exclude_modules: Patterns = ()
-    rank_pattern: RankPattern = field(default_factory=dict)
+    rank_pattern: Pattern = field(default_factory=dict)
+    alpha_pattern: Pattern = field(default_factory=dict)
     feature_dropout: FeatureDropout | None = None
     unknown: Unknown = "error"
     seed: int = 0
@@ -74,14 +77,11 @@ class FlixConfig:
             raise ConfigError(f"scaling must be 'lora' or 'rslora', got {self.scaling!r}")
         put(self, "target_modules", _patterns(self.target_modules, "target_modules"))
         put(self, "exclude_modules", _patterns(self.exclude_modules, "exclude_modules", empty=True))
-        patterns = self._resolve_rank_pattern()
-        put(self, "_patterns", Overrides(patterns))
-        given = self.rank_pattern.values()
-        put(
-            self,
-            "rank_pattern",
-            {p: _by_group(v, r) for v, (p, r) in zip(given, patterns, strict=True)},
-        )
+        ranks = Overrides.given(self.registry, self.rank_pattern, "rank_pattern", _rank)
+        alphas = Overrides.given(self.registry, self.alpha_pattern, "alpha_pattern", _alpha)
+        put(self, "rank_pattern", ranks.plain(self.rank_pattern))
+        put(self, "alpha_pattern", alphas.plain(self.alpha_pattern))
+        put(self, "_patterns", (ranks, alphas))
         put(self, "_updates", {})
         if self.feature_dropout is not None:
             if not isinstance(self.feature_dropout, FeatureDropout):
@@ -101,67 +101,64 @@ class FlixConfig:
             }
         return finite(alpha, "alpha", positive=True)
 
-    def _resolve_rank_pattern(self) -> tuple[tuple[str, dict[Feature, int]], ...]:
-        if not isinstance(self.rank_pattern, Mapping):
-            raise ConfigError(
-                f"rank_pattern must be {{pattern: rank or ranks}}, got {self.rank_pattern!r}"
-            )
-        resolved = []
-        count = 0
-        for pattern, value in self.rank_pattern.items():
-            what = f"rank_pattern[{pattern!r}]"
-            if isinstance(value, Mapping):
-                ranks = by_feature(self.registry, value, what)
-            else:
-                ranks = dict.fromkeys(self.registry.live, value)
-            resolved.append((pattern, {f: whole(r, what, 0, RankError) for f, r in ranks.items()}))
-            count += len(ranks)
-            Overrides.check_count(count)
-        return tuple(resolved)
-
     def rank(self, layer: str, feature: Feature) -> int:
         """The rank of a feature in a layer: ``rank_pattern``'s where it speaks, else ``ranks``'."""
-        if (rank := self._overrides.ranks(layer).get(feature)) is not None:
+        if (rank := self._ranks.numbers(layer).get(feature)) is not None:
             return rank
         return int(self.ranks[feature])  # type: ignore[index]
 
     def layer_ranks(self, layer: str) -> tuple[int, ...]:
         """The ranks of all features in a layer, in the order of their ids."""
-        ranks = {**self.ranks, **self._overrides.ranks(layer)}  # type: ignore[dict-item]
+        ranks = {**self.ranks, **self._ranks.numbers(layer)}  # type: ignore[dict-item]
         return tuple(ranks[f] for f in self.registry.features)
 
     def updates(self, layer: str) -> tuple[tuple[int, int], ...]:
         """Id and rank of the features that have an update in a layer, in the order of their ids."""
         kept: dict[tuple[int, ...], tuple[tuple[int, int], ...]] = self._updates  # type: ignore[attr-defined]
-        return self._overrides.once(
+        return self._ranks.once(
             kept,
             layer,
             lambda: tuple((i, r) for i, r in enumerate(self.layer_ranks(layer)) if r),
         )
 
     def check_size(self, layers: Iterable[str]) -> None:
-        """Refuse a ``rank_pattern`` that takes long to work out for these layers.
+        """Refuse patterns of ranks or alphas that take long to work out for these layers.
 
         Raises:
-            ConfigError: it does.
+            ConfigError: they do.
         """
-        self._overrides.check_size(layers, len(self.registry))
+        paths = list(layers)
+        self._ranks.check_size(paths, len(self.registry))
+        self._alphas.check_size(paths, len(self.registry))
 
     @property
-    def _overrides(self) -> Overrides:
-        return self._patterns  # type: ignore[attr-defined, no-any-return]
+    def _ranks(self) -> Overrides[int]:
+        return self._patterns[0]  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def _alphas(self) -> Overrides[float]:
+        return self._patterns[1]  # type: ignore[attr-defined, no-any-return]
+
+    def layer_alpha(self, layer: str, feature: Feature) -> float | None:
+        """A feature's alpha in a layer: ``alpha_pattern``'s where it speaks, else ``alpha``'s; None for the rank."""
+        alpha = self._alphas.numbers(layer).get(feature)
+        return self.general_alpha(feature) if alpha is None else alpha
+
+    def general_alpha(self, feature: Feature) -> float | None:
+        """A feature's alpha where no ``alpha_pattern`` speaks; None for the rank."""
+        if isinstance(self.alpha, Mapping):
+            return self.alpha.get(feature)
+        return None if self.alpha is None else float(self.alpha)
 
     def scale(self, layer: str, feature: Feature) -> float:
         """s_f (docs/specification.md §1.2) in a layer; 0 where the feature has rank 0."""
         rank = self.rank(layer, feature)
         if rank == 0:
             return 0.0
-        alpha: float = rank
-        if isinstance(self.alpha, Mapping):
-            alpha = self.alpha.get(feature, rank)
-        elif self.alpha is not None:
-            alpha = float(self.alpha)
-        return alpha / (rank if self.scaling == "lora" else math.sqrt(rank))
+        alpha = self.layer_alpha(layer, feature)
+        return (rank if alpha is None else alpha) / (
+            rank if self.scaling == "lora" else math.sqrt(rank)
+        )
 
     def layout(self, layer: str) -> LayerLayout:
         """Ranks and scales of all features in a layer, in the order of their ids."""
@@ -254,10 +251,8 @@ class FlixConfig:
             registry=registry,
             ranks=renamed(self.ranks, translate),  # type: ignore[arg-type]
             alpha=renamed(alpha, translate) if isinstance(alpha, Mapping) else alpha,
-            rank_pattern={
-                pattern: renamed_pattern(ranks, registry, translate)
-                for pattern, ranks in self.rank_pattern.items()
-            },
+            rank_pattern=renamed_patterns(self.rank_pattern, registry, translate),
+            alpha_pattern=renamed_patterns(self.alpha_pattern, registry, translate),
             unknown=renamed_fallbacks(self.unknown, self.registry, registry, translate),
             feature_dropout=kept_dropout(self.feature_dropout, registry),
         )
@@ -272,6 +267,8 @@ class FlixConfig:
             "target_modules": _plain(self.target_modules),
             "exclude_modules": _plain(self.exclude_modules),
             "rank_pattern": dict(self.rank_pattern),
+            # Left out where there is none: versions from before it read such files.
+            **({"alpha_pattern": dict(self.alpha_pattern)} if self.alpha_pattern else {}),
             "feature_dropout": self.feature_dropout.to_dict() if self.feature_dropout else None,
             "unknown": _plain_unknown(self.unknown),
             "seed": self.seed,
@@ -342,38 +339,12 @@ def _patterns(value: object, what: str, empty: bool = False) -> str | tuple[str,
     raise ConfigError(f"{what} must be a string or a list of suffixes, got {value!r}")
 
 
-def nested(values: Mapping[Feature, Any]) -> dict[str, Any]:
-    """{(group, feature): v} as {group: {feature: v}}, the form that files have."""
-    found: dict[str, Any] = {}
-    for (group, name), value in values.items():
-        found.setdefault(group, {})[name] = value
-    return found
+def _rank(value: object, what: str) -> int:
+    return whole(value, what, 0, RankError)
 
 
-def _by_group(given: Any, ranks: Mapping[Feature, int]) -> Any:
-    """Ranks of a ``rank_pattern`` in the form that files have: one, or {group: one, or {name: rank}}.
-
-    A group stays as a whole, for features to come, unless some of its features are named.
-
-    Args:
-        given: as the user gave them.
-        ranks: the same by feature.
-    """
-    if not isinstance(given, Mapping):
-        return int(given)
-    found = nested(ranks)
-    shared: dict[str, int] = {}
-    named: set[str] = set()
-    for key, value in given.items():
-        if isinstance(key, tuple):
-            named.add(normal(key[0], "a group"))
-        elif not isinstance(value, Mapping) and normal(key, "a group") in found:
-            shared[normal(key, "a group")] = int(value)
-        elif not isinstance(value, Mapping):  # "group=name"
-            named.add(normal(key.partition("=")[0].strip(), "a group"))
-    for group in shared.keys() - named:
-        found[group] = shared[group]
-    return found
+def _alpha(value: object, what: str) -> float:
+    return finite(value, what, positive=True)
 
 
 def _plain(patterns: Patterns) -> str | list[str]:

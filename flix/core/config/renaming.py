@@ -27,25 +27,32 @@ def renamed(values: Mapping[Feature, V], translate: Translate) -> dict[Feature, 
     return found
 
 
-def renamed_pattern(ranks: Any, registry: FeatureTable, translate: Translate) -> Any:
-    """The ranks of one ``rank_pattern`` under the new names.
+def renamed_patterns(
+    patterns: Mapping[str, Any], registry: FeatureTable, translate: Translate
+) -> dict[str, Any]:
+    """A ``rank_pattern`` or ``alpha_pattern`` under the new names; see :func:`renamed_pattern`."""
+    return {p: renamed_pattern(given, registry, translate) for p, given in patterns.items()}
+
+
+def renamed_pattern(numbers: Any, registry: FeatureTable, translate: Translate) -> Any:
+    """The numbers of one pattern under the new names.
 
     Args:
-        ranks: one for all features, or ``{group: one rank, or {name: rank}}``.
+        numbers: one for all features, or ``{group: one, or {name: number}}``.
         registry: the new one.
         translate: the features' new names.
     """
-    if not isinstance(ranks, Mapping):
-        return ranks
+    if not isinstance(numbers, Mapping):
+        return numbers
     found: dict[str, Any] = {}
-    for group, value in ranks.items():
+    for group, value in numbers.items():
         if not isinstance(value, Mapping):
             if group in registry.groups:
                 found[group] = value
             continue
-        given = {(group, name): rank for name, rank in value.items()}
-        for (new_group, name), rank in renamed(given, translate).items():
-            found.setdefault(new_group, {})[name] = rank
+        given = {(group, name): number for name, number in value.items()}
+        for (new_group, name), number in renamed(given, translate).items():
+            found.setdefault(new_group, {})[name] = number
     return found
 
 

@@ -19,8 +19,8 @@ from flix.core.adapter.adapter import Adapter, LayerShape, tensor_name
 from flix.core.adapter.described import DTYPES, Base, widened
 from flix.core.adapter.stored import StoredTensors
 from flix.core.checks import is_number, is_whole
-from flix.core.config.config import FlixConfig, nested
-from flix.core.config.overrides import Overrides
+from flix.core.config.config import FlixConfig
+from flix.core.config.overrides import Overrides, nested
 from flix.core.config.targets import exactly
 from flix.core.errors import AdapterError, ConfigError, listed, shown
 from flix.core.features.names import Feature, normal_group, normal_name
@@ -288,8 +288,9 @@ def _tensors(
 def from_peft(folders: Mapping[str, Path_], group: str, *, skip_modules: bool = False) -> Adapter:
     """LoRAs that PEFT wrote, as one adapter: each becomes a feature, together they are a group.
 
-    Ranks and scales are those of the LoRAs. Where a LoRA's scale differs between its layers, the difference goes into
-    B. Paths are those inside the model that PEFT wrapped.
+    Ranks and scales are those of the LoRAs, by layer where they differ (``rank_pattern``, ``alpha_pattern``). The sign
+    of a scale below 0, which PEFT allows, goes into B, and a scale of 0 makes B zero. Paths are those inside the model
+    that PEFT wrapped.
 
     Args:
         folders: the folder of each LoRA, by the name that its feature gets.
@@ -323,21 +324,22 @@ def from_peft(folders: Mapping[str, Path_], group: str, *, skip_modules: bool = 
     tensors: dict[str, NDArray[Any]] = {}
     for name, lora in loras.items():
         for path, (a, b) in lora.pairs.items():
-            ratio = lora.scales[path] / config.scale(path, (group, name))
             tensors[tensor_name(path, "A", (group, name))] = _wide(a)
-            b = _wide(b)
-            if ratio != 1.0:
-                with np.errstate(over="ignore", under="ignore"):
-                    given, b = b, (b * ratio).astype(b.dtype)
-                vanished = ratio != 0 and ((b == 0) & (given != 0)).any()
-                if vanished or not np.isfinite(b).all():
-                    raise AdapterError(
-                        f"{name!r}: layer {path!r} has the scale {lora.scales[path]:.3g} beside other layers' "
-                        f"{config.scale(path, (group, name)):.3g}, and {b.dtype} cannot hold what of it goes into its B"
-                    )
-            tensors[tensor_name(path, "B", (group, name))] = b
+            b, scale = _wide(b), lora.scales[path]
+            _check_scale(b, scale, f"{name!r}: layer {path!r}")
+            tensors[tensor_name(path, "B", (group, name))] = b if scale > 0 else b * np.sign(scale)
     bases = {lora.base for lora in loras.values()}
     return Adapter(config, layers, tensors, base=bases.pop() if len(bases) == 1 else None)
+
+
+def _check_scale(b: NDArray[Any], scale: float, where: str) -> None:
+    """Refuse a scale that its layer's values do not bear: their product must neither overflow nor vanish."""
+    with np.errstate(over="ignore", under="ignore"):
+        lost = scale and not b.dtype.type(scale)
+        if lost or not np.isfinite(np.abs(b).max(initial=0) * b.dtype.type(scale)):
+            raise AdapterError(
+                f"{where} has the scale {scale:.3g}, and {b.dtype} cannot hold what it makes of its B"
+            )
 
 
 def _wide(tensor: NDArray[Any]) -> NDArray[Any]:
@@ -350,28 +352,40 @@ def _config(
     rslora = all(lora.rslora for lora in loras.values())
     ranks: dict[Feature, int] = {}
     alphas: dict[Feature, float] = {}
+    own: dict[Feature, dict[str, float]] = {}
     for name, lora in loras.items():
-        # Rank and scale of most layers; the others are spelled out, or go into B.
+        # Rank and alpha of most layers; the others are spelled out.
         sizes = [a.shape[0] for a, _ in lora.pairs.values()]
-        rank = max(set(sizes), key=sizes.count)
-        path = next(p for p, (a, _) in lora.pairs.items() if a.shape[0] == rank)
-        ranks[group, name] = rank
-        alpha = lora.scales[path] * (math.sqrt(rank) if rslora else rank)
-        # A scale of 0 or below, which PEFT allows, goes into B.
-        alphas[group, name] = alpha if alpha > 0 else float(rank)
-    groups: dict[tuple[tuple[Feature, int], ...], list[str]] = {}
+        ranks[group, name] = max(set(sizes), key=sizes.count)
+        own[group, name] = here = {
+            p: _alpha(lora.scales[p], a.shape[0], rslora) for p, (a, _) in lora.pairs.items()
+        }
+        given = [*here.values()]
+        alphas[group, name] = max(given, key=given.count)
+    others: dict[tuple[tuple[Feature, int], ...], list[str]] = {}
+    scaled: dict[tuple[tuple[Feature, float], ...], list[str]] = {}
     for path in layers:
-        here = {
+        sizes_here = {
             (group, name): lora.pairs[path][0].shape[0] if path in lora.pairs else 0
             for name, lora in loras.items()
         }
-        if unlike := tuple((f, r) for f, r in here.items() if r != ranks[f]):
-            groups.setdefault(unlike, []).append(path)
+        if unlike := tuple((f, r) for f, r in sizes_here.items() if r != ranks[f]):
+            others.setdefault(unlike, []).append(path)
+        apart = ((f, found[path]) for f, found in own.items() if path in found)
+        if differing := tuple((f, alpha) for f, alpha in apart if alpha != alphas[f]):
+            scaled.setdefault(differing, []).append(path)
     return FlixConfig(
         registry=registry,
         ranks=ranks,
         alpha=alphas,
         scaling="rslora" if rslora else "lora",
         target_modules=tuple(layers),
-        rank_pattern={exactly(paths): nested(dict(unlike)) for unlike, paths in groups.items()},
+        rank_pattern={exactly(paths): nested(dict(unlike)) for unlike, paths in others.items()},
+        alpha_pattern={exactly(paths): nested(dict(unlike)) for unlike, paths in scaled.items()},
     )
+
+
+def _alpha(scale: float, rank: int, rslora: bool) -> float:
+    """The alpha of a scale's size; the rank for a scale of 0, which B takes. Rounding makes no two of one."""
+    alpha = abs(scale) * (math.sqrt(rank) if rslora else rank)
+    return float(f"{alpha:.12g}") if alpha else float(rank)

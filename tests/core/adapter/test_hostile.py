@@ -109,6 +109,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "a pattern that is none": lambda: pattern("(a"),
     "patterns without number": lambda: described(layers=many_layers(5000), rank_pattern={f"x.*{i}y": 1 for i in range(30_000)}),
     "patterns for very many layers": lambda: described(layers=many_layers(40_000), rank_pattern={f"x.*{i}y": 1 for i in range(1900)}),
+    "alphas without number": lambda: described(layers=many_layers(5000), alpha_pattern={f"x.*{i}y": 1 for i in range(30_000)}),
     "patterns with very many ranks": lambda: described(NAMES, rank_pattern={f"x{i}": i for i in range(1900)}),
     "layers times features": lambda: described(NAMES, layers=many_layers(20_000), ranks=1),
     "heads without number": lambda: {**described(), "heads": [str(i) for i in range(50_000)]},

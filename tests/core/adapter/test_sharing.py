@@ -182,9 +182,32 @@ def test_scales_survive_another_scaling(scaling):
         )
         wanted = second.config.scale(path, ("task", "ner"))
         assert both.config.scale(path, ("task", "ner")) == pytest.approx(wanted, rel=1e-14)
-    uneven = adapter(1, {"task": ["ner"]}, LAYERS, None, scaling=other, rank_pattern={"b.q": 1})
-    with pytest.raises(AdapterError, match="no alpha keeps its scales"):
-        flix.combine_adapters([first, uneven])
+    more = {"rank_pattern": {"b.q": 1}, "alpha_pattern": {"a.q": 5.0, "emb": {"task": 2}}}
+    for given in ({}, {"alpha": 3.0}):
+        uneven = adapter(1, {"task": ["ner"]}, LAYERS, None, scaling=other, **more, **given)
+        both = flix.combine_adapters([first, uneven])
+        for path in LAYERS:
+            wanted = uneven.config.scale(path, ("task", "ner"))
+            assert both.config.scale(path, ("task", "ner")) == pytest.approx(wanted, rel=1e-14)
+            mine = first.config.scale(path, ("language", "hau"))
+            assert both.config.scale(path, ("language", "hau")) == mine
+    assert both.config.rank("a.b.q", ("task", "ner")) == 1
+
+
+def test_alphas_by_layer_come_along():
+    """Also where a layer has another alpha than the rank, and the feature none of its own."""
+    first = adapter(0, {"language": ["hau"]}, LAYERS, None, alpha_pattern={"a.q": 5.0})
+    second = adapter(
+        1, {"task": ["ner"]}, LAYERS, None, alpha=3, alpha_pattern={"emb": {"task": 7}}
+    )
+    both = flix.combine_adapters([first, second])
+    hau, ner = ("language", "hau"), ("task", "ner")
+    assert [both.config.scale(p, hau) for p in LAYERS] == [2.5, 1.0, 1.0]
+    assert [both.config.scale(p, ner) for p in LAYERS] == [1.5, 1.5, 3.5]
+    renamed = second.renamed({"a.q": "x.emb", "emb": "y"})
+    assert [renamed.config.scale(p, ner) for p in ("x.emb", "a.b.q", "y")] == [1.5, 1.5, 3.5]
+    bare = first.renamed({"a.q": "z"})
+    assert [bare.config.scale(p, hau) for p in ("z", "a.b.q", "emb")] == [2.5, 1.0, 1.0]
 
 
 def test_renamed_layers_keep_their_own_ranks_even_where_paths_end_alike():

@@ -69,6 +69,36 @@ def test_rank_patterns_take_the_form_that_files_have():
     assert c.with_feature("task", "pos", rank=5).rank("q", ("task", "pos")) == 2
 
 
+def test_alphas_by_layer():
+    """The first pattern that matches the layer and names the feature counts, as for ranks."""
+    c = config(
+        ranks=4,
+        alpha={"task": 2.0},
+        scaling="rslora",
+        alpha_pattern={"a.q": {"language": 6, ("language", "hau"): 8}, "q": 3, "mlp.*": {"task": np.float32(0.5)}},
+        rank_pattern={"mlp.*": 9},
+    )  # fmt: skip
+    hau, swa, ner = c.registry.features
+    assert [c.scale("a.q", f) for f in (hau, swa, ner)] == [4.0, 3.0, 1.5]
+    assert [c.scale("b.q", f) for f in (hau, swa, ner)] == [1.5, 1.5, 1.5]
+    assert [c.scale("x.mlp.up", f) for f in (hau, swa, ner)] == [3.0, 3.0, 0.5 / 3]
+    assert [c.scale("seq", f) for f in (hau, swa, ner)] == [2.0, 2.0, 1.0]
+    assert c.layout("b.q").scales == (1.5, 1.5, 1.5)
+    again = FlixConfig.from_dict(json.loads(json.dumps(c.to_dict())))
+    assert again == c and again.layout("a.q") == c.layout("a.q")
+    renamed = c.with_renamed("language", "swa", "swh")
+    assert renamed.layout("a.q") == c.layout("a.q")
+    assert c.without_feature("language", "hau").layout("a.q").scales == (0.0, 3.0, 1.5)
+    assert c.subset([ner]).layout("x.mlp.up").scales == (0.5 / 3,)
+    grown = c.with_feature("task", "pos", rank=4, alpha=10.0)
+    assert grown.scale("k", ("task", "pos")) == 5.0 and grown.scale("q", ("task", "pos")) == 1.5
+
+
+def test_files_without_alphas_by_layer_stay_as_they_were():
+    assert "alpha_pattern" not in config(alpha=2.0).to_dict()
+    assert FlixConfig.from_dict(config().to_dict()).alpha_pattern == {}
+
+
 def test_fallbacks_follow_the_names():
     c = config(unknown={"zul": ["hau", "swa"], "fra": "hau"})
     assert c.with_renamed("language", "hau", "ha").unknown == {"zul": ["ha", "swa"], "fra": ["ha"]}
@@ -101,6 +131,15 @@ def test_with_feature_keeps_everything_else():
         ({"rank_pattern": {"(": 1}}, "not a regular expression"),
         ({"rank_pattern": {"q": {"tsk": 1}}}, "no feature group 'tsk'"),
         ({"rank_pattern": {"q": -1}}, "whole number of 0 or more"),
+        ({"rank_pattern": 3}, "rank_pattern must be {pattern: rank or ranks}, got 3"),
+        ({"alpha_pattern": [3]}, r"alpha_pattern must be {pattern: alpha or alphas}, got \[3\]"),
+        ({"alpha_pattern": {"q": 0}}, r"alpha_pattern\['q'\] must be a positive number"),
+        ({"alpha_pattern": {"q": {"tsk": 1}}}, "no feature group 'tsk'"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern: '.' is not a regular expression"),
+        (
+            {"alpha_pattern": {f"x{i}": 1 for i in range(3000)}},
+            "alpha_pattern has more than 2,000 patterns",
+        ),
         ({"feature_dropout": 0.2}, "must be a FeatureDropout"),
         ({"feature_dropout": FeatureDropout(0.1, per_group={"x": 0.1})}, "no feature group 'x'"),
         ({"unknown": "ignore"}, "unknown must be"),

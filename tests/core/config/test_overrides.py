@@ -14,9 +14,11 @@ A, B = ("g", "a"), ("g", "b")
 
 def test_the_first_pattern_that_names_a_feature_counts():
     found = Overrides([("q", {A: 1}), ("x.q", {A: 2, B: 3}), ("k", {B: 4})])
-    assert found.ranks("x.q") == {A: 1, B: 3} and found.ranks("q") == {A: 1}
-    assert found.ranks("x.k") == {B: 4} and found.ranks("v") == {}
-    assert found.ranks("y.q") is found.ranks("q")  # layers that the same patterns match share it
+    assert found.numbers("x.q") == {A: 1, B: 3} and found.numbers("q") == {A: 1}
+    assert found.numbers("x.k") == {B: 4} and found.numbers("v") == {}
+    assert found.numbers("y.q") is found.numbers(
+        "q"
+    )  # layers that the same patterns match share it
 
 
 def test_updates_are_the_ranks_above_nothing():

@@ -46,6 +46,20 @@ def test_peft_form_pads_to_one_rank_and_is_exact(tmp_path):
         as_peft(original, ((("language", "swa"), 1.0),))
 
 
+def test_alphas_by_layer_go_into_b():
+    """Servers read no ``alpha_pattern``, so a LoRA has one alpha, and each layer's scale is in its B."""
+    original = adapter(alpha=2.0, alpha_pattern={"a.q": {"task": 12.0}}, scaling="rslora")
+    active = composition(original.config, {"language": "hau", "task": "ñ ü"})
+    config, tensors = as_peft(original, active)
+    assert config["lora_alpha"] == config["r"] and "alpha_pattern" not in config
+    a, b = (tensors[f"base_model.model.a.q.lora_{part}.weight"] for part in "AB")
+    pairs = [original.pair("a.q", f) for f, _ in active]
+    wanted = sum(
+        s * pair[1] @ pair[0] for s, pair in zip((2 / 2**0.5, 12 / 3**0.5), pairs, strict=True)
+    )
+    np.testing.assert_allclose(b @ a, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_layers_are_named_by_their_last_part_where_it_is_exact():
     modules = ["", "a", "a.q", "a.v", "b", "b.q", "b.v", "b.out"]
     assert suffixes(["a.q", "b.q", "b.out"], modules) == ["out", "q"]

@@ -79,8 +79,13 @@ def test_scales_and_ranks_by_layer(tmp_path, settings, scales):
     adapter = from_peft({"ner": tmp_path / "l"}, "task")
     same(adapter, lora, ("task", "ner"))
     assert {p: adapter.config.rank(p, ("task", "ner")) for p in RANKS} == RANKS
-    kept = adapter.pair("a.v", ("task", "ner"))[0]
-    assert np.array_equal(kept, lora.pairs["a.v"][0])
+    for path, scale in lora.scales.items():
+        a, b = adapter.pair(path, ("task", "ner"))
+        assert np.array_equal(a, lora.pairs[path][0])
+        # Scales are the configuration's; the sign alone goes into B.
+        assert np.array_equal(b, np.sign(scale) * lora.pairs[path][1])
+        if scale:
+            assert adapter.config.scale(path, ("task", "ner")) == pytest.approx(abs(scale))
 
 
 def test_several_become_a_group_and_survive_a_save(tmp_path):
@@ -245,11 +250,16 @@ def test_loras_of_different_models(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("patterns", "layer"), [({"emb": 8}, "emb"), ({"emb": 1e200, "q": 8, "v": 4}, "emb")]
+    ("alpha", "patterns", "layer"),
+    [
+        (1e200, {"emb": 8}, "a.q"),
+        (1e200, {"emb": 1e200, "q": 8, "v": 4}, "emb"),
+        (8, {"v": -1e-200}, "a.v"),
+    ],
 )
-def test_scales_that_no_value_bears(tmp_path, patterns, layer):
-    """The difference of a layer's scale goes into B, which must neither overflow nor vanish."""
-    lora = folder(tmp_path / "a", lora_alpha=1e200, alpha_pattern=patterns)
+def test_scales_that_no_value_bears(tmp_path, alpha, patterns, layer):
+    """What a scale makes of a layer's B must neither overflow nor vanish."""
+    lora = folder(tmp_path / "a", lora_alpha=alpha, alpha_pattern=patterns)
     with pytest.raises(AdapterError, match=rf"layer '{layer}' has the scale .* float32 cannot"):
         from_peft({"x": lora}, "g")
 
@@ -259,7 +269,7 @@ def test_a_scale_that_takes_a_factor_beyond_its_dtype_is_refused(tmp_path):
     path = folder(tmp_path / "l", large, alpha_pattern={"emb": 1e12})
     with pytest.raises(
         AdapterError,
-        match=r"layer 'emb' has the scale 2\.5e\+11 beside other layers' 2, and float32 cannot hold",
+        match=r"layer 'emb' has the scale 2\.5e\+11, and float32 cannot hold",
     ):
         from_peft({"x": path}, "task")
 

@@ -43,12 +43,22 @@ _RANKS: tuple[tuple[dict[str, int], dict[str, int]], ...] = (
     ({"q": 3, r"a\.q": 2, r"a\..*": 0}, {"a.q": 3, "a.q2": 0, "a.b.q": 3, "xa.q": 3, "b.q": 3}),
     ({r"b\.q": 2, r"x?a\.q": 3}, {"a.q": 3, "a.q2": 1, "a.b.q": 2, "xa.q": 3, "b.q": 2}),
 )
+# The same for alphas; 3 is what all others have.
+_ALPHAS: tuple[tuple[dict[str, float], dict[str, float]], ...] = (
+    ({r"a\.q": 1.5, "q": 6.0}, {"a.q": 1.5, "a.b.q": 6.0, "xa.q": 6.0, "b.q": 6.0}),
+    ({"q2": 0.5, "q": 2.0, r"b\.q": 7.0}, {"a.q2": 0.5, "a.q": 2.0, "a.b.q": 2.0, "xa.q": 2.0, "b.q": 2.0}),
+    ({r"xa?\.q": 5.0}, {"xa.q": 5.0}),
+)  # fmt: skip
 
 
 def _layers(
-    draw: Draw, targets: Any, ranks: Mapping[str, int], **settings: Any
+    draw: Draw,
+    targets: Any,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    **settings: Any,
 ) -> tuple[list[Case], Table]:
-    """The layers' cases, in order; those without a rank have no pairs."""
+    """The layers' cases, in order, each with its own table of alphas; those without a rank have no pairs."""
     rules: dict[str, Any] = {"alpha": 3.0, "seed": 5}
     config = flix.FlixConfig(
         registry=flix.FeatureRegistry(_NAMES), ranks=1, target_modules=targets, **rules, **settings
@@ -71,7 +81,7 @@ def _layers(
     cases = [
         Case(
             config=config,
-            table=table,
+            table=replace(table, alpha=alphas.get(path, table.alpha)),
             path=path,
             kind="linear",
             kernel=values(_SIZE, _SIZE),
@@ -110,7 +120,7 @@ def _check_output(backend: Backend, model: Any, cases: Sequence[Case], what: str
 
 
 @check(
-    "patterns of targets choose layers by whole names; the first pattern of ranks that fits counts; each layer starts and acts by its own path",
+    "patterns of targets choose layers by whole names; the first pattern of ranks, and of alphas, that fits counts; each layer starts and acts by its own path",
     examples=7,
     needs=("nested",),
 )
@@ -120,7 +130,9 @@ def patterns(draw: Draw, backend: Backend) -> None:
     ranks = {path: rank for path, rank in ranks.items() if path in chosen}
     features = [(group, name) for group, names in _NAMES.items() for name in names]
     given = {key: dict.fromkeys(features, rank) for key, rank in pattern.items()}
-    cases, _ = _layers(draw, targets, ranks, exclude_modules=excluded, rank_pattern=given)
+    scaled, alphas = draw.one_of(_ALPHAS)
+    said = {"exclude_modules": excluded, "rank_pattern": given, "alpha_pattern": scaled}
+    cases, _ = _layers(draw, targets, ranks, alphas, **said)
     model = _adapted(backend, cases)
     found = _read(backend, model)
     assert set(found) == chosen, f"{targets!r} without {excluded!r} chose {sorted(found)}"
@@ -130,7 +142,7 @@ def patterns(draw: Draw, backend: Backend) -> None:
             same_pairs(found[case.path], bits.initial_pairs(case), what)
     given_pairs = {case.path: case.pairs for case in cases if case.pairs}
     model = backend.primitives.write(model, given_pairs)
-    _check_output(backend, model, cases, "the output of several layers")
+    _check_output(backend, model, cases, f"the output of several layers under alphas {scaled}")
 
 
 @check(
@@ -140,11 +152,13 @@ def patterns(draw: Draw, backend: Backend) -> None:
     uses=("training", "files", "merge"),
 )
 def several_layers(draw: Draw, backend: Backend) -> None:
-    cases, table = _layers(draw, ["q", "q2"], dict(zip(_PATHS, (1, 2, 3, 2, 1), strict=True)))
+    scaled, alphas = _ALPHAS[0]
+    given = dict(zip(_PATHS, (1, 2, 3, 2, 1), strict=True))
+    cases, table = _layers(draw, ["q", "q2"], given, alphas)
     ranks = {
         c.path.replace(".", r"\."): {f: len(a) for f, (a, _) in c.pairs.items()} for c in cases
     }
-    config = replace(cases[0].config, rank_pattern=ranks)
+    config = replace(cases[0].config, rank_pattern=ranks, alpha_pattern=scaled)
     cases = [case.but(config=config) for case in cases]
     model = backend.primitives.write(_adapted(backend, cases), {c.path: c.pairs for c in cases})
     step, run = backend.harness.trainer(model, SETTINGS), oracle.Run(cases, SETTINGS)
