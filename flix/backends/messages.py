@@ -122,7 +122,9 @@ def without_features(weights: Any, path: str, call: str) -> RoutingError:
     return unrouted_layer(path, call) if weights is None else weights_alone()
 
 
-def other_lead(path: str, given: Any, lead: Any, ways_out: bool = False) -> RoutingError:
+def other_lead(
+    path: str, given: Any, lead: Any, ways_out: bool = False, unseen: bool = False
+) -> RoutingError:
     """A layer's input has other leading sizes than the routing.
 
     Args:
@@ -130,12 +132,16 @@ def other_lead(path: str, given: Any, lead: Any, ways_out: bool = False) -> Rout
         given: the input's, ``[batch, ...]``.
         lead: the routing's: ``[batch]``, or ``[batch, length]`` by token.
         ways_out: whether to say what else can be done.
+        unseen: whether the model was compiled before a plain call of it was seen.
     """
+    plain = ", call the model once before it is compiled, which shows whether they are parts of each row in turn"
     what = "[batch, length]" if len(lead) == 2 else "[batch]"
     return RoutingError(
         f"layer {path!r} got an input of leading shape {_shown(given)}, but flix_features routes {what} = "
         f"{_shown(lead)}; one row of ids is needed for each row of the batch (and one for each position, "
-        "where routing is per token)" + (f". Otherwise {_WAYS_OUT}" if ways_out else "")
+        "where routing is per token)"
+        + (f". Otherwise {_WAYS_OUT}" if ways_out else "")
+        + (plain if unseen else "")
     )
 
 
@@ -148,6 +154,31 @@ def doubtful_rows(path: str, given: Any, lead: Any, why: str) -> RoutingError:
     return RoutingError(
         f"layer {path!r} got an input of leading shape {_shown(given)}, and flix_features routes rows {_shown(lead)}; "
         f"{why}, so whose rows these are is not known, even where a size fits; {_WAYS_OUT}"
+    )
+
+
+def one_for_all(path: str) -> RoutingError:
+    """A layer's output, one for all rows in the plain model, is indexed as if it still were."""
+    *_, parent, tail = ("", *path.split("."))
+    chosen = repr(rf".*\b{parent}\..*") if tail.isdigit() and parent else repr([tail])
+    return RoutingError(
+        f"layer {path!r} gets one input for all rows of the batch, so that each row has an output of its own, but the "
+        "model goes on to take entries of it by an index, as a table of relative positions, which would be those of one "
+        f"row; leave the layer out when adapting (exclude_modules={chosen}), or give all rows one composition"
+    )
+
+
+def unlike_media(path: str, kind: str, without: Sequence[int], prompt: Any) -> RoutingError:
+    """As many images as rows, but not one for each."""
+    whose = (
+        "without input_ids it cannot be seen that each row has one"
+        if prompt is None
+        else f"not one for each: {listed([f'row {row}' for row in without])} without any"
+    )
+    return RoutingError(
+        f"layer {path!r} gets as many inputs of the kind {kind!r} as the batch has rows, but {whose}, so that whose "
+        f"they are is not known; give each row of a batch one {kind}, leave the layer out when adapting (exclude_modules), or "
+        "give all rows one composition"
     )
 
 

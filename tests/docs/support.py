@@ -110,6 +110,29 @@ _BASES = {
 }
 
 
+_MEDIA = {
+    "vit": "ViT",
+    "dinov2": "DINOv2",
+    "swin": "Swin",
+    "swinv2": "Swin v2, without its position biases",
+    "convnext": "ConvNeXt, its linear layers",
+    "sam": "SAM",
+    "timesformer": "TimeSformer",
+    "clip": "CLIP",
+    "siglip": "SigLIP",
+    "llava": "LLaVA",
+    "wav2vec2": "wav2vec 2.0",
+    "hubert": "HuBERT",
+    "wavlm": "WavLM, without its attention",
+    "ast": "Audio Spectrogram Transformer",
+    "whisper": "Whisper",
+}
+
+
+def _media_applies(name: str, feature: str) -> bool:
+    return (name, feature) != ("convnext", "checkpointing")
+
+
 def _base_applies(base: str, feature: str) -> bool:
     if feature == "dequantized":
         return "-" in base or base in ("gptq", "doubled")
@@ -185,6 +208,26 @@ SECTIONS: dict[str, Section] = {
             ),
         ),
         applies=_base_applies,
+    ),
+    "media": Section(
+        paths=("tests/backends/torch/architectures/test_media.py",),
+        architectures=_MEDIA,
+        tables=(
+            (
+                "Model",
+                {
+                    "mixed batch": "mixed batch",
+                    "gradients": "gradients",
+                    "routed": "`routed`",
+                    "checkpointing": "checkpointing",
+                    "torch.compile": "`torch.compile`",
+                    "save and load": "save, load",
+                    "merge": "`merge`",
+                    "PEFT": "export to PEFT",
+                },
+            ),
+        ),
+        applies=_media_applies,
     ),
     "jax": Section(
         paths=("tests/backends/jax", "tests/backends/test_files.py"),

@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 from tests.docs import support
 from tests.docs.support import ROOT, SECTIONS, Section, collect, render, rewritten
+from tests.helpers.media import MEDIA
 from tests.helpers.zoo import ZOO
 
 SMALL = Section(
@@ -38,6 +39,7 @@ def test_the_committed_table_is_what_the_tests_claim():
 
 def test_every_architecture_of_the_tests_has_a_row():
     assert list(SECTIONS["torch"].architectures) == list(ZOO)
+    assert list(SECTIONS["media"].architectures) == list(MEDIA)
 
 
 def test_cells_are_covered_inapplicable_or_untested():

@@ -99,7 +99,10 @@ def batch(name: str, rows: int = len(ROWS), length: int = 9) -> dict[str, Any]:
 
 
 def output(result: Any) -> Any:
-    return result.logits if "logits" in result else result.last_hidden_state
+    if "text_embeds" in result:  # two towers
+        return torch.cat([result.text_embeds, result.image_embeds], -1)
+    names = ("logits", "pred_masks", "last_hidden_state")
+    return next(result[name] for name in names if name in result)
 
 
 def adapted(name: str = "llama", seed: int = 0, **changes: Any) -> Any:

@@ -20,7 +20,7 @@ from flix.backends.torch.layer import FlixLayer, with_grad
 from flix.backends.torch.parameters import Carried, Values
 from flix.backends.torch.placing import Placed
 from flix.backends.torch.routing import AnyRouting, TracedRouting
-from flix.backends.torch.rows import rows_of
+from flix.backends.torch.rows import noted, rows_of
 from flix.backends.torch.sums import routed_backward, routed_forward, stack, traced_linear
 from flix.core.adapter.adapter import LayerShape
 from flix.core.errors import TargetError
@@ -141,7 +141,7 @@ class FlixAround(FlixLayer):
             rows = x.reshape(count, length, x.shape[-1]).to(base.dtype)
             own = base.expand(*x.shape[:-1], base.shape[-1]).reshape(count, length, -1)
             y = self._sum(rows, own, routing)
-        return y.view(*x.shape[:-1], self.d_out)
+        return noted(self, y.view(*x.shape[:-1], self.d_out), routing)
 
     def _check(self, x: Any, base: Any) -> None:
         named = f"layer {self.flix_name!r} ({type(self).__name__})"

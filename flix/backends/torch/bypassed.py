@@ -5,12 +5,12 @@ function mode every operation with its arguments. A layer whose kernel went into
 is an error. Layers that were just not reached (an unused decoder, an expert without tokens, layer drop) are none, and
 neither is a look at a kernel's dtype or device. What is not watched costs a layer one look at its routing.
 
-The same eyes see tokens that are gathered from rows, as experts get them (see ``rows``).
+The same eyes see tokens that are gathered from rows, as experts get them, and windows cut out of rows (see ``rows``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from flix.backends import messages
 from flix.backends.torch.layer import KERNELS, Adapted, FlixLayer, flix_layers
+from flix.backends.torch.lineage import Lineage
 from flix.backends.torch.routing import ActiveRouting, AnyRouting, Base
+from flix.backends.torch.rows import MEDIA
 
 # Results that have a tensor's form and nothing of its values.
 _LIKE = frozenset(("type_as", "expand_as", "view_as", "reshape_as", "result_type", "can_cast"))
@@ -33,13 +35,17 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         called: places of the layers that ran.
+        origins: of the layers' outputs, by place, as ``lineage`` knows them.
+        lineage: where rows lie in its tensors.
     """
 
     def __init__(self, model: nn.Module, routing: ActiveRouting) -> None:
         super().__init__()
         self.model, self.rows = model, routing.lead[0] if routing.lead else 0
         self.tokens = self.rows * (routing.length or 1)
+        self.lineage = Lineage(self.rows if len(routing.lead) == 1 else 0)
         self.called: set[int] = set()
+        self.origins: dict[int, Any] = {}
         self.used: set[int] = set()
         self._gathered: dict[int, Tensor] = {}
         self._turned: dict[int, Tensor] = {}
@@ -63,6 +69,7 @@ class Watch(TorchFunctionMode):
                     self._use(tensor, name, first=bool(args) and tensor is args[0])
             if self.rows:
                 self._follow(name, args, kwargs, tensors, made)
+                self.lineage.follow(name, args, kwargs, result)
         return result
 
     def _look(self) -> None:
@@ -99,6 +106,19 @@ class Watch(TorchFunctionMode):
     def gathered(self, x: Tensor) -> bool:
         """Whether a layer's input holds tokens gathered from rows."""
         return id(x) in self._gathered
+
+    def begin(self, inputs: Iterable[Any]) -> None:
+        """Look at the model's inputs: which are rows, and which hold the patches of all rows, one after the other."""
+        given = [value for value in inputs if isinstance(value, Tensor)]
+        self.lineage.start(given)
+        for x in given:
+            others = {1, self.rows}.isdisjoint(x.shape[:1]) and x.shape[1:2] != (self.rows,)
+            if x.dim() == 2 and x.is_floating_point() and others:
+                self._gathered[id(x)] = x
+
+    def spread(self, x: Tensor) -> bool:
+        """Whether a layer's input has several entries of its first dimension for each row, one row's in turn."""
+        return self.lineage.of(x) == 0 and x.shape[0] > self.rows
 
     def turned(self, x: Tensor) -> bool:
         """Whether a layer's input has the sequence first, and the rows after it."""
@@ -141,7 +161,11 @@ class Watch(TorchFunctionMode):
     def _chosen(self, source: Tensor, index: Any) -> bool:
         """Whether an index picks rows or tokens by their contents: not each row in turn, as poolers do."""
         first = index[0] if isinstance(index, tuple) and index else index
-        if id(source) in self._known or source.shape[0] not in (self.rows, self.tokens):
+        known = source.shape[0] in (self.rows, self.tokens) or self.lineage.of(source) == 0
+        layer = self.lineage.origin(source)
+        if isinstance(layer, Adapted) and self.lineage.of(source) == 0:
+            raise messages.one_for_all(layer.flix_name)
+        if id(source) in self._known or not known:
             return False  # a table, and no tokens
         if not isinstance(first, Tensor) or first.dim() == 0:
             return False
@@ -207,6 +231,10 @@ def run(
     if torch.compiler.is_compiling() or _compiled(model):
         return forward(model, *args, **kwargs)
     with _watched(model, routing) as watch:
+        if routing.batch == watch.rows:
+            watch.begin((*args, *kwargs.values()))
+        if routing.media is not None:
+            watch.lineage.start([routing.media.values], MEDIA)
         result = forward(model, *args, **kwargs)
     if found := watch.bypassed():
         raise messages.bypassed(found)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flix.backends import messages
 from flix.backends.torch import scopes
 from flix.backends.torch.distributed import touched_by_all
+from flix.backends.torch.media import media_of
 from flix.backends.torch.routing import (
     BASE,
     AnyRouting,
@@ -81,7 +82,9 @@ def routing_of(
             known is not None
             and all(a is b or (type(a) is int and a == b) for a, b in zip(known, made_of))  # noqa: B905
         ):
-            return known[-1].enter(state)  # type: ignore[no-any-return]
+            routing = known[-1].enter(state)
+            routing.media = media_of(model, args, kwargs, len(routing.flat))
+            return routing  # type: ignore[no-any-return]
     routing = make_routing(
         state.config.registry,
         features,
@@ -91,6 +94,7 @@ def routing_of(
         touched=touched_by_all(model, state) if torch.is_grad_enabled() else None,
     )
     routing.counted = counted
+    routing.media = media_of(model, args, kwargs, len(routing.flat))
     if keep:
         state.last = (*made_of, routing)
     return routing.enter(state)

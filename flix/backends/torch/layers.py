@@ -15,7 +15,7 @@ from flix.backends.torch.layer import FlixLayer, with_grad
 from flix.backends.torch.parameters import BANK, Bank, Values
 from flix.backends.torch.placing import Placed
 from flix.backends.torch.routing import ActiveRouting, AnyRouting, TracedRouting, current
-from flix.backends.torch.rows import rows_of
+from flix.backends.torch.rows import noted, rows_of
 from flix.backends.torch.scaled import scaled
 from flix.backends.torch.state import FlixState
 from flix.backends.torch.sums import RoutedLinear, stack, summed, traced_linear
@@ -107,7 +107,7 @@ class FlixLinear(FlixLayer, nn.Linear):
             bias = None if self.bias is None else self.bias.to(dtype)
             with torch.autocast(device, enabled=False):
                 y = self._sum(x.to(dtype), kernel, bias, routing)
-        return y.view(*lead, self.d_out)
+        return noted(self, y.view(*lead, self.d_out), routing)
 
     def _kept(self, x: Tensor) -> Token | None:
         """What the layer prepared for such an input under this routing."""
@@ -262,7 +262,7 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
                 return with_grad(self._scaled(base), self.training)
             pairs = self._pairs_of(*self._values(placed, routing, base.device))
             y = base + self._sum(tokens, placed, pairs, base.dtype).view_as(base)
-            return self._open(self._scaled(y), self.training)
+            return noted(self, self._open(self._scaled(y), self.training), routing)
 
     def _scaled(self, y: Tensor) -> Tensor:
         """What transformers' scaled embeddings do to the looked-up row; the update is scaled with its kernel."""

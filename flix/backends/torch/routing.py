@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flix.backends.torch.kernels.tables import upload
+from flix.backends.torch.media import Media
 from flix.backends.torch.parameters import Bank, InForce, whole
 from flix.backends.torch.placing import Placed
 from flix.backends.torch.tokens import Compositions, Token, compositions
@@ -94,6 +95,7 @@ class ActiveRouting:
         self.length = length
         self.touched, self.batch = touched, batch
         self.counted = batch is not None  # whether the model's input has so many rows somewhere
+        self.media: Media | None = None  # whose rows their layers' inputs are
         self.watch: Any = None  # of a forward that is watched, see ``bypassed``
         self.tokens: dict[int, Token] = {}  # what layers keep for a token, by place
         self._placed: dict[Any, Placed] = {}
@@ -205,7 +207,7 @@ class TracedRouting:
         parts: of every feature of the bank, by id: its vector, split for the layers.
     """
 
-    watch = None
+    watch, media = None, None
 
     def __init__(
         self,

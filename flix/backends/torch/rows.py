@@ -2,8 +2,9 @@
 
 A layer sees the batch in its first dimension (``[B, ...]``), one row for all (``[1, ...]``: position tables, a shared
 image), or all tokens in one dimension (``[B * S]``). Layers that get tokens gathered from rows, and those that get the
-sequence first, are marked in the model's state: from then on they are refused, whatever the sizes. One composition for
-all rows is never in doubt.
+sequence first, are marked in the model's state: from then on they are refused, whatever the sizes. Those that get
+windows or frames, each row's in turn (``[B * windows, ...]``), are marked, too, where ``lineage`` has followed the rows
+there; others of such sizes are refused. One composition for all rows is never in doubt.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from flix.backends import messages
-from flix.backends.torch.routing import AnyRouting
+from flix.backends.torch.routing import ActiveRouting, AnyRouting, TracedRouting
 
+MEDIA = "media"
 GATHERED = "it gets tokens gathered from the batch's rows, as experts do"
 TIME_FIRST = "its inputs have the sequence first, as its block says (batch_first=False)"
 SEEN_TIME_FIRST = "its inputs have the sequence first, as a call showed"
+SPREAD = "it gets parts of each row in turn, as windows and frames are"
 
 
 def rows_of(
@@ -43,10 +46,17 @@ def rows_of(
     mark = layer.flix_state.marks.get(layer.flix_place)
     if (watch := routing.watch) is not None:
         watch.called.add(layer.flix_place)
+        watch.origins[layer.flix_place] = watch.lineage.origin(x)
+        if watch.origins[layer.flix_place] == MEDIA:
+            layer.flix_state.media.update(_alike(layer))
         if mark is None and lead and watch.gathered(x):
             mark = _mark(layer, GATHERED)
         if mark is None and lead and watch.turned(x):
             mark = _mark(layer, SEEN_TIME_FIRST)
+        if mark is None and len(lead) == 1 and len(given) > 1 and watch.spread(x):
+            mark = _mark(layer, SPREAD)
+    if routing.media is not None and layer.flix_place in layer.flix_state.media:
+        _check_media(layer, routing)
     if given[: len(lead)] != lead or (mark is not None and lead):
         x, routing = _fitted(layer, x, given, routing, mark)
         given, lead = tuple(x.shape[: x.dim() - trailing]), routing.lead
@@ -59,12 +69,28 @@ def rows_of(
     return x, count, total // count if count else 0, routing
 
 
+def _check_media(layer: Any, routing: ActiveRouting) -> None:
+    media = routing.media
+    if media is not None and media.without and routing.alone() is None:
+        raise messages.unlike_media(layer.flix_name, media.kind, media.without, media.prompt)
+
+
+def noted(layer: Any, y: Tensor, routing: AnyRouting) -> Tensor:
+    """An adapted layer's output, whose rows are where the input's were, as a watched forward notes."""
+    if (watch := routing.watch) is not None and routing.lead:
+        watch.lineage.made(y, watch.origins.get(layer.flix_place))
+    return y
+
+
 def _fitted(
     layer: Any, x: Tensor, given: tuple[int, ...], routing: AnyRouting, mark: str | None
 ) -> tuple[Tensor, AnyRouting]:
     """An input that is not plainly ``[B, ...]``, or whose layer is marked."""
     lead, length = routing.lead, routing.length
     fits = given[: len(lead)] == lead
+    if mark == SPREAD and len(lead) == 1 and given and lead[0] and given[0] % lead[0] == 0:  # noqa: SIM102
+        if fits or routing.watch is None or routing.watch.spread(x):
+            return x, routing
     if mark is None and given[:1] + given[2:] == lead and given[1] == 1:
         return x, routing  # by token, with an axis of one for heads
     if mark is None and not fits:
@@ -80,12 +106,15 @@ def _fitted(
     if mark in (None, SEEN_TIME_FIRST):
         if given[:1] == (1,) and given[1 : len(lead)] == lead[1:] and routing.batch == lead[0]:
             # One row for all: each row of the batch gets its own.
+            if routing.watch is not None:
+                routing.watch.origins[layer.flix_place] = layer
             return x.expand(lead[0], *x.shape[1:]), routing
         if len(given) == 1 and _flattened(given[0], routing):
             return x, routing
     if mark is not None and (fits or mark != SEEN_TIME_FIRST):
         raise messages.doubtful_rows(layer.flix_name, list(given), list(lead), mark)
-    raise messages.other_lead(layer.flix_name, list(given), list(lead), ways_out=True)
+    unseen = isinstance(routing, TracedRouting) and len(given) > 1
+    raise messages.other_lead(layer.flix_name, list(given), list(lead), True, unseen)
 
 
 def _flattened(tokens: int, routing: AnyRouting) -> bool:
@@ -108,12 +137,16 @@ def _seen(layer: Any, given: tuple[int, ...], routing: AnyRouting) -> str | None
 
 def _mark(layer: Any, mark: str) -> str:
     """Mark a layer, and those that differ from it in a number in their path alone."""
-    state, pattern = layer.flix_state, _pattern(layer.flix_name)
-    state.marks[layer.flix_place] = mark
-    for path, place in state.bank.layout.places.items():
-        if _pattern(path) == pattern:
-            state.marks[place] = mark
+    layer.flix_state.marks.update((place, mark) for place in _alike(layer))
     return mark
+
+
+def _alike(layer: Any) -> set[int]:
+    """The places of a layer and of those that differ from it in a number in their path alone."""
+    places, pattern = layer.flix_state.bank.layout.places, _pattern(layer.flix_name)
+    return {place for path, place in places.items() if _pattern(path) == pattern} | {
+        layer.flix_place
+    }
 
 
 def _pattern(path: str) -> str:

@@ -24,6 +24,7 @@ class FlixState:
         traced: whether a compiled forward has run since the last optimizer step.
         pager: the :class:`flix.backends.torch.paging.Pager`, while the features are paged.
         marks: what is known of layers whose inputs are not plainly ``[B, ...]``, by place (see ``rows``).
+        media: places of the layers that were seen to get images or sounds, one for each row.
         forms: the forms of calls that were watched, and found in order (see ``bypassed``).
         last: the last routing of an evaluation and what it was made of: generation calls at every token.
     """
@@ -37,6 +38,7 @@ class FlixState:
     traced: bool = False
     pager: Any = None
     marks: dict[int, str] = field(default_factory=dict)
+    media: set[int] = field(default_factory=set)
     forms: set[tuple[Any, ...]] = field(default_factory=set)
     last: tuple[Any, ...] | None = None
 

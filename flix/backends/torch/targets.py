@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from flix.backends.torch.around import around, encloses, readable
 from flix.backends.torch.layer import FlixLayer
@@ -56,7 +57,7 @@ def adaptable(module: nn.Module) -> tuple[type[FlixLayer] | None, str]:
         return None, f"its class {type(module).__name__} is no nn.Linear, as quantised layers are"
     # DBRX keeps experts one below the other, in a matrix that only the name tells.
     axes = 2 if "expert" in type(module).__name__.lower() else 3
-    if not isinstance(module, nn.modules.conv._ConvNd) and any(
+    if not isinstance(module, nn.modules.conv._ConvNd | ParametrizationList) and any(
         p is not None and p.dim() in (axes, 3) and min(p.shape) > 1
         for p in module._parameters.values()
     ):
