@@ -13,9 +13,14 @@ from torch import Tensor, nn
 
 def scale_of(module: nn.Module) -> Tensor | float | None:
     """What a scaled embedding multiplies by; None for others, and for plain ones whatever attributes they have."""
-    if type(module) is nn.Embedding or getattr(module, "flix_base", None) is nn.Embedding:
+    base = getattr(module, "flix_base", type(module))
+    if base is nn.Embedding:
         return None
-    return getattr(module, "embed_scale", None)
+    if (own := getattr(module, "embed_scale", None)) is not None:
+        return own  # type: ignore[no-any-return]
+    # An adapted layer is of a class of ours, and what its own class says is looked up there.
+    told = getattr(base, "embed_scale", None)
+    return told.fget(module) if isinstance(told, property) else told  # type: ignore[no-any-return, misc]
 
 
 def scaled(module: nn.Module, y: Tensor) -> Tensor:

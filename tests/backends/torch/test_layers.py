@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 import flix  # noqa: E402
 from flix import ConfigError, RoutingError  # noqa: E402
-from flix.backends.torch import FlixEmbedding, FlixLinear, adapt, route  # noqa: E402
+from flix.backends.torch import FlixEmbedding, FlixLinear, adapt, merge, route  # noqa: E402
 from tests.helpers.dense import by_id, dense  # noqa: E402
 from tests.helpers.registry import ROWS, config, registry  # noqa: E402
 from tests.helpers.tolerance import assert_close  # noqa: E402
@@ -295,3 +295,35 @@ def test_every_kind_of_target_in_half_precision(base, auto, compiled):
         assert_close(found[name], value, dtype=coarsest, times=3, name=name)
     wanted = auto or base
     assert all(v.dtype == wanted for n, v in found.items() if n.startswith(("eval", "train")))
+
+
+class _ByItsClass(torch.nn.Embedding):
+    embed_scale = 3.0
+
+    def forward(self, x):
+        return super().forward(x) * self.embed_scale
+
+
+class _ByAProperty(torch.nn.Embedding):
+    @property
+    def embed_scale(self):
+        return self.embedding_dim**0.5
+
+    def forward(self, x):
+        return super().forward(x) * self.embed_scale
+
+
+@pytest.mark.parametrize("kind", [_ByItsClass, _ByAProperty])
+def test_an_embedding_whose_class_says_its_scale_keeps_it(kind):
+    model = torch.nn.Sequential(kind(7, 4))
+    tokens = torch.arange(6).view(2, 3)
+    wanted = model(tokens)
+    model = adapt(model, config(target_modules=("0",)))
+    idle = torch.full((2, 1), -1)
+    torch.testing.assert_close(model(tokens, flix_features=idle), wanted)
+    randomize(model)
+    features = torch.tensor([[0], [4]])
+    y = model(tokens, flix_features=features)
+    rows = [{"language": "hau"}, {"task": "ner"}]
+    for row, (own, composition) in enumerate(zip(y, rows, strict=True)):
+        torch.testing.assert_close(merge(model, composition)(tokens[row]), own)
