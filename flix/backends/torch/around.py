@@ -19,7 +19,7 @@ from flix.backends.torch.kernels.routes import used
 from flix.backends.torch.layer import FlixLayer, with_grad
 from flix.backends.torch.parameters import Carried, Values
 from flix.backends.torch.placing import Placed
-from flix.backends.torch.routing import AnyRouting, TracedRouting
+from flix.backends.torch.routing import ActiveRouting, AnyRouting, TracedRouting
 from flix.backends.torch.rows import noted, rows_of
 from flix.backends.torch.sums import routed_backward, routed_forward, stack, traced_linear
 from flix.core.adapter.adapter import LayerShape
@@ -103,8 +103,8 @@ def readable(kernel: Tensor) -> bool:
 class FlixAround(FlixLayer):
     """What a linear layer with a forward of its own becomes; see the module.
 
-    Its strategies are those of :class:`flix.backends.torch.FlixLinear`, but for ``"fused"``, whose kernels compute the
-    base map, too: gather takes its place.
+    Its strategies are those of :class:`flix.backends.torch.FlixLinear`; in compiled graphs gather takes the place of
+    ``"fused"``.
     """
 
     in_features: int
@@ -169,19 +169,25 @@ class FlixAround(FlixLayer):
         if isinstance(routing, TracedRouting):
             return self._traced(x, base, routing)
         placed = self._placed(x, routing)
-        strategy = placed.strategy(self._strategy, x)
-        strategy = "gather" if strategy == "fused" else strategy
+        strategy = placed.strategy(self.flix_strategy, x)
         self._check_single(routing, strategy)
         if not placed.active or x.shape[0] == 0:
             return with_grad(base, self.training)
+        if strategy == "fused":
+            return self._fused(x, base, placed, routing)
         values, carrier = self._values(placed, routing, x.device)
         scale = placed.scale.to(x.dtype)
         y: Tensor = Added.apply(x, base, scale, carrier, placed, strategy, values)  # type: ignore[no-untyped-call]
         return y
 
-    @property
-    def _strategy(self) -> str:
-        return "gather" if self.flix_strategy == "fused" else self.flix_strategy
+    def _fused(self, x: Tensor, base: Tensor, placed: Placed, routing: ActiveRouting) -> Tensor:
+        # Triton is loaded when it is needed.
+        from flix.backends.torch.kernels.eager import FusedAround
+
+        found, place = routing.in_force(self.flix_state), self.flix_place
+        return FusedAround.apply(  # type: ignore[no-any-return, no-untyped-call]
+            x, base, placed.scale, found.carrier(place), placed, found, place
+        )
 
     def _traced(self, x: Tensor, base: Tensor, routing: TracedRouting) -> Tensor:
         pairs = self._traced_pairs(routing)
@@ -219,7 +225,7 @@ class Added(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         if torch.is_grad_enabled():
-            return (*_differentiable(ctx, grad), None, None, None)
+            return (*differentiable(ctx, grad), None, None, None)
         x, scale, carrier, h = ctx.saved_tensors
         need_x, need_base, need_scale, need_pairs = ctx.needs_input_grad[:4]
         placed: Placed = ctx.placed
@@ -248,7 +254,7 @@ def _made(placed: Placed, strategy: str, dtype: torch.dtype) -> dict[str, Any]:
     return {"blocks": placed.host.blocks, "factor": factor, "live": placed.live}
 
 
-def _differentiable(ctx: Any, grad: Tensor) -> Iterator[Tensor | None]:
+def differentiable(ctx: Any, grad: Tensor) -> Iterator[Tensor | None]:
     """The gradients of :class:`Added` as plain operations, which are differentiated again (``create_graph``)."""
     # Aliases: one input may be made of another, and only its direct part is wanted here.
     held: list[Any] = [None if v is None else v.view_as(v) for v in ctx.saved_tensors[:3]]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flix.backends.torch import around
 from flix.backends.torch.kernels import launch
 from flix.backends.torch.kernels.tables import layer_table
 from flix.backends.torch.parameters import InForce
@@ -54,21 +55,76 @@ class FusedLinear(torch.autograd.Function):
             )
             return (*differentiable(ctx, dy), None, None, None)
         x, kernel, _, scale, carrier, h = ctx.saved_tensors
-        need_x, need_kernel, need_bias, need_scale, need_pairs = ctx.needs_input_grad[:5]
-        table, room, pairs = ctx.table, None, None
-        if need_pairs:
-            d_in, d_out = x.shape[2], dy.shape[2]
-            room = x.new_empty(table.rows * (d_in + d_out), dtype=table.dtype)
-            a, b = room.split_with_sizes((table.rows * d_in, table.rows * d_out))
-            pairs = a.view(-1, d_in), b.view(-1, d_out)
-        given = x, kernel, scale, *ctx.placed.grouped(), h, table, pairs, need_x, need_scale
-        dx, d_scale = launch.gradients(dy, *given)
+        need_x, need_kernel, need_bias, *needs = ctx.needs_input_grad[:5]
+        dx, d_scale, d_pairs = _gradients(ctx, dy, x, kernel, scale, carrier, h, need_x, *needs)
         flat, flat_dy = x.reshape(-1, x.shape[2]), dy.reshape(-1, dy.shape[2])
         return (
-            dx if need_x else None,
+            dx,
             flat.t() @ flat_dy if need_kernel else None,
             flat_dy.sum(0) if need_bias else None,
             d_scale,
-            None if room is None else room.to(carrier.device, carrier.dtype),
+            d_pairs,
             *(None, None, None),
         )
+
+
+class FusedAround(torch.autograd.Function):
+    """:class:`flix.backends.torch.around.Added` by the fused kernels.
+
+    Inputs: x ``[N, S, d_in]``; the layer's own output ``[N, S, d_out]``, in the dtype of x; and FusedLinear's others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        carrier: Tensor | None,
+        placed: Placed,
+        found: InForce,
+        place: int,
+    ) -> Tensor:
+        table = layer_table(found, place, placed.active, x.device)
+        y, h = launch.outputs(x, None, None, scale, placed.grouped()[0], table, base)
+        ctx.save_for_backward(x, scale, carrier, h)
+        ctx.placed, ctx.table = placed, table
+        ctx.found, ctx.place = found, place
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            device = ctx.saved_tensors[0].device
+            ctx.values = ctx.found.values(ctx.placed.active, ctx.place, device)
+            ctx.strategy = "gather"
+            return (*around.differentiable(ctx, dy), None, None, None)
+        x, scale, carrier, h = ctx.saved_tensors
+        need_x, need_base, *needs = ctx.needs_input_grad[:4]
+        dx, d_scale, d_pairs = _gradients(ctx, dy, x, None, scale, carrier, h, need_x, *needs)
+        return dx, dy if need_base else None, d_scale, d_pairs, None, None, None
+
+
+def _gradients(
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor,
+    kernel: Tensor | None,
+    scale: Tensor,
+    carrier: Tensor | None,
+    h: Tensor,
+    need_x: bool,
+    need_scale: bool,
+    need_pairs: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, scale and the pairs, None where they are not needed."""
+    table, room, pairs = ctx.table, None, None
+    if need_pairs:
+        d_in, d_out = x.shape[2], dy.shape[2]
+        room = x.new_empty(table.rows * (d_in + d_out), dtype=table.dtype)
+        a, b = room.split_with_sizes((table.rows * d_in, table.rows * d_out))
+        pairs = a.view(-1, d_in), b.view(-1, d_out)
+    given = x, kernel, scale, *ctx.placed.grouped(), h, table, pairs, need_x, need_scale
+    dx, d_scale = launch.gradients(dy, *given)
+    own = None if room is None else room.to(carrier.device, carrier.dtype)  # type: ignore[union-attr]
+    return dx if need_x else None, d_scale, own

@@ -217,11 +217,17 @@ def forward(
 
 
 def outputs(
-    x: Tensor, kernel: Tensor, bias: Tensor | None, scale: Tensor, rows: Tensor, table: Table
+    x: Tensor,
+    kernel: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    rows: Tensor,
+    table: Table,
+    base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`forward` on a bank whose table is made."""
+    """:func:`forward` on a bank whose table is made; without a kernel, ``base`` ``[N, S, d_out]`` is its product."""
     count, length, d_in = x.shape
-    d_out = kernel.shape[1]
+    d_out = base.shape[2] if kernel is None else kernel.shape[1]  # type: ignore[union-attr]
     x = x.contiguous()
     out = x.new_empty((count, length, d_out))
     h = x.new_empty((count, length, rows.shape[1]), dtype=torch.float32)
@@ -234,7 +240,10 @@ def outputs(
         else:
             z, _ = batch.down(x, A, batch.cut(x, d_in))
             batch.up(z, B, bias, out, batch.cut(x, d_out), h=h)
-    out.view(-1, d_out).addmm_(x.view(-1, d_in), kernel)
+    if kernel is None:
+        out.add_(base)  # type: ignore[arg-type]
+    else:
+        out.view(-1, d_out).addmm_(x.view(-1, d_in), kernel)
     return out, h
 
 
@@ -267,7 +276,7 @@ def backward(
 def gradients(
     dy: Tensor,
     x: Tensor,
-    kernel: Tensor,
+    kernel: Tensor | None,
     scale: Tensor,
     rows: Tensor,
     order: Tensor,
@@ -281,7 +290,8 @@ def gradients(
     """Gradients of x, which has no meaning where it is not needed, and of scale, None where it is not.
 
     Args:
-        dy, x, kernel, scale, rows, order, starts, h: as for :func:`backward`.
+        dy, x, kernel, scale, rows, order, starts, h: as for :func:`backward`; without a kernel x gets what comes by way
+            of the features.
         table: the bank's.
         pairs: where the gradients of A ``[bank rows, d_in]`` and of B transposed ``[bank rows, d_out]`` go; None if
             they are not needed.
@@ -322,6 +332,6 @@ def gradients(
         elif pairs is not None:
             batch.gather_tokens(x, dz, order, starts, pairs[0])
             batch.gather_tokens(dy, h, order, starts, pairs[1])
-    if need_x:
+    if need_x and kernel is not None:
         dx.view(-1, d_in).addmm_(dy.view(-1, d_out), kernel.t())
     return dx, (dz * h).sum(1) if need_scale else None

@@ -268,3 +268,50 @@ def test_float32_is_multiplied_as_torch_is_told(asked, wanted, request):
     one = torch.ones(1)
     assert launch._products(one)["precision"] == asked
     assert launch._products(one.bfloat16())["precision"] == "ieee"
+
+
+class _OwnForward(torch.nn.Linear):
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+def _around(strategy, shape, ids, weights, dtype=torch.float32, twice=False):
+    """Output and gradients of a layer with a forward of its own, as ``step_of`` has them of a plain one."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(_OwnForward(shape[-1], 19)).to(DEVICE, dtype)
+    model = adapt(model, config(target_modules=("0",)), strategy=strategy)
+    randomize(model)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(*shape, generator=generator).to(DEVICE, dtype).requires_grad_()
+    weights = weights.clone().to(DEVICE).requires_grad_()
+    y = model(x, flix_features=ids, flix_weights=weights)
+    dy = torch.randn(y.shape, generator=generator).to(DEVICE, dtype)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    wanted = [x, weights, *parameters]
+    found = torch.autograd.grad(y, wanted, dy, create_graph=twice, allow_unused=True)
+    if twice:
+        again = sum((g**2).sum() for g in found if g is not None)
+        found = torch.autograd.grad(again, wanted, allow_unused=True)
+    named = {str(i): g.cpu() for i, g in enumerate(found) if g is not None}
+    return {"y": y.detach().cpu(), **named}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4, 24), (4, 1, 21), (4, 5, 24), (4, 69, 40)])
+def test_around_a_forward_of_its_own(shape, dtype):
+    found, expected = (_around(s, shape, *routing(), dtype) for s in ("fused", "gather"))
+    _agree(found, expected, dtype)
+
+
+def test_gradients_of_gradients_around_a_forward_of_its_own():
+    found, expected = (_around(s, (4, 5, 12), *routing(), twice=True) for s in ("fused", "gather"))
+    _agree(found, expected)
+
+
+def test_the_kernels_run_around_a_forward_of_its_own(monkeypatch):
+    from flix.backends.torch.kernels import launch
+
+    seen, plain = [], launch.outputs
+    monkeypatch.setattr(launch, "outputs", lambda *given: seen.append(given) or plain(*given))
+    _around("fused", (4, 5, 12), *routing())
+    assert len(seen) == 1
