@@ -9,7 +9,7 @@ in and numpy out. See :mod:`flix_conformance.harness`.
 """
 
 from flix_conformance.backend import Backend
-from flix_conformance.harness import AdamW, Batch, Case, Harness, Layer, Pairs
+from flix_conformance.harness import AdamW, Batch, Case, Experts, Harness, Layer, Pairs
 
-__all__ = ["AdamW", "Backend", "Batch", "Case", "Harness", "Layer", "Pairs"]
+__all__ = ["AdamW", "Backend", "Batch", "Case", "Experts", "Harness", "Layer", "Pairs"]
 __version__ = "0.1.0"

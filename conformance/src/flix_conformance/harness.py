@@ -157,6 +157,30 @@ class Stack:
     strategy: str = "auto"
 
 
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """A plain mixture of experts, ``y = Σ_j share_j (silu(x G_e) * (x U_e)) D_e`` over the experts e that x is sent to.
+
+    Where a position is sent depends on nothing but its place: position p of a batch, counted row by row, goes to the
+    experts ``sent[p % P]``, each with its share ``share[p % P]``.
+
+    Attributes:
+        path: its path in the model, a name without dots.
+        up: G and U, the one beside the other, of E experts: ``[E, d, 2 h]``.
+        down: D, ``[E, h, d]``.
+        sent: int64 ``[P, k]``, distinct in a row.
+        share: float32 ``[P, k]``.
+        dtype: what up and down are to be in; they hold only values that it has.
+    """
+
+    path: str
+    up: Array
+    down: Array
+    sent: Array
+    share: Array
+    dtype: str = "float32"
+
+
 @dataclass(frozen=True)
 class AdamW:
     """Decoupled weight decay, p <- p - lr (m̂ / (√v̂ + eps) + decay p), with a step count for each feature."""
@@ -195,6 +219,11 @@ class Harness(Protocol):
       several axes. A :class:`Layer` of such a ``form`` has even sizes, each of which may be two axes. Its kernel
       ``[d_in, d_out]`` is what docs/specification.md §1.1 makes of the framework's own; the model takes and gives
       flat x and y, as with any layer;
+    - ``experts(experts, x)``, a plain model of one mixture of :class:`Experts`, and the paths that the verbs know its
+      two kernels by, up and down. The other methods take it as any model; but ``pairs`` of ``gradients`` then are by
+      path, each by feature, ``[E, r, d_in]`` and ``[E, d_out, r]``, and ``kernel`` gives ``[E, d_in, d_out]``;
+    - ``search(model, batch, row, *, groups, method, l1, steps)``, the backend's ``search_weights`` with a batch without
+      routing; the loss is that of :class:`Batch`'s target, and what it gives has ``row``, ``loss`` and ``before``;
     - ``largest(model, batch, dy)``, the bytes of the largest array that a call and its gradients make, or of all that
       they hold at once, where the framework can tell;
     - ``unfreeze(model, path)`` lets a layer of the base train, as a user does with a head, where that can be done.

@@ -24,7 +24,7 @@ ABILITIES = {
 
 OPTIONAL = (
     "encode", "dropout", "refuse", "within", "excluded", "id_dtypes", "evaluated", "compiled_forward", "fit", "unfreeze",
-    "absent", "nested", "forms", "largest", "ways", "loops",
+    "absent", "nested", "forms", "largest", "ways", "loops", "experts", "search",
 )  # fmt: skip
 _NO_METHODS = ("excluded", "id_dtypes", "absent", "nested", "forms")
 _KNOWN = {"dtypes": ("float32", "bfloat16", "float64"), "kinds": ("linear", "embedding")}

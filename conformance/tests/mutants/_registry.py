@@ -204,7 +204,7 @@ class LikeRows(Layer):
         return super().__call__(x, ids, weights)
 
 
-OPTIONAL = {
+OPTIONAL: dict[str, tuple[type[Any], ...]] = {
     "needs": (OptionalPrimitives, OptionalHarness, FoldingLayer),
     "strategy": (AnyWay, SeveralWays, LikeRows),
     "dtype": (Halves,),
@@ -213,8 +213,8 @@ OPTIONAL = {
 
 def optional(check: str) -> tuple[type[Any], ...]:
     """What a check needs in place of the example's own."""
-    if CHECKS[check].needs:
-        return OPTIONAL["needs"]
+    if needs := CHECKS[check].needs:
+        return OPTIONAL[next((name for name in needs if name in OPTIONAL), "needs")]
     if CHECKS[check].dtype is not None:
         return OPTIONAL["dtype"]
     return OPTIONAL["strategy"] if CHECKS[check].strategy != "auto" else ()

@@ -179,3 +179,26 @@ class DecaysBase(AdamW):
         super().step(gradients)
         decayed = self.layer.kernel * (1 - self.settings.lr * self.settings.decay)
         self.layer.kernel = decayed.astype(self.layer.dtype)
+
+
+@mutant("takes routing for a merged model, and heeds none of it", "merged_anew")
+class MergedTakesRouting(Primitives):
+    def merged(self, model: Any, active: Any, update: Any) -> Any:
+        plain = super().merged(model, active, update)
+        made = type("Deaf", (type(plain),), {"__call__": lambda self, x, ids=None, weights=None: type(plain).__call__(self, x, *((ids, weights) if self.state else ()))})(plain)  # fmt: skip
+        made.held = plain.held
+        return made
+
+
+@mutant("takes the kernel of before the merge for the base when it is adapted anew", "merged_anew")
+class ForgetsTheMerge(Verbs):
+    def merge(self, model: Any, row: Any, **options: Any) -> Any:
+        merged = super().merge(model, row, **options)
+        for path, layer in merged.items():
+            layer.before = model[path].kernel
+        return merged
+
+    def adapt(self, model: Any, config: Any, **options: Any) -> Any:
+        for layer in model.values():
+            layer.kernel = getattr(layer, "before", layer.kernel)
+        return super().adapt(model, config, **options)

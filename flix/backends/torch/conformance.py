@@ -17,12 +17,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from flix.backends.torch import primitives, ways
+from flix.backends.torch import loops, primitives, search_weights, ways
+from flix.backends.torch.experts import site
 from flix.backends.torch.kernels.choice import INTERPRETED
 from flix.backends.torch.layers import FlixConv1D
 
 if TYPE_CHECKING:
-    from flix_conformance import AdamW, Batch, Layer  # type: ignore[import-not-found]
+    from flix_conformance import AdamW, Batch, Experts, Layer  # type: ignore[import-not-found]
 
 
 class OwnForward(nn.Linear):
@@ -30,6 +31,22 @@ class OwnForward(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
+
+
+class Sending(nn.Module):
+    """Transformers' experts with a router that goes by a position's place alone."""
+
+    def __init__(self, experts: nn.Module, sent: Tensor, share: Tensor) -> None:
+        super().__init__()
+        self.experts = experts
+        self.register_buffer("sent", sent)
+        self.register_buffer("share", share)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        place = torch.arange(len(tokens)) % len(self.sent)  # type: ignore[arg-type]
+        y = self.experts(tokens, self.sent[place], self.share[place])  # type: ignore[index]
+        return y.view(x.shape)  # type: ignore[no-any-return]
 
 
 def _plain(layer: Layer) -> nn.Module:
@@ -112,6 +129,29 @@ class TorchHarness:
     def plain(self, layers: Sequence[Layer], x: NDArray[Any]) -> nn.Sequential:
         return _nested([(layer.path, _plain(layer)) for layer in layers])
 
+    if find_spec("transformers"):
+
+        def experts(self, experts: Experts, x: NDArray[Any]) -> tuple[nn.Sequential, str, str]:
+            """Mixtral's, whose kernels stand as ``[E, d_out, d_in]``."""
+            mixtral = import_module("transformers.models.mixtral")
+            count, size, inner = experts.down.shape[0], experts.down.shape[2], experts.down.shape[1]
+            config = mixtral.MixtralConfig(
+                num_local_experts=count,
+                hidden_size=size,
+                intermediate_size=inner,
+                num_experts_per_tok=experts.sent.shape[1],
+            )
+            made = mixtral.modeling_mixtral.MixtralExperts(config)
+            kernels = {"gate_up_proj": experts.up, "down_proj": experts.down}
+            for name, kernel in kernels.items():
+                held = torch.from_numpy(kernel).transpose(1, 2).contiguous()
+                setattr(made, name, nn.Parameter(held.to(getattr(torch, experts.dtype))))
+            sent, share = torch.from_numpy(experts.sent), torch.from_numpy(experts.share)
+            router = Sending(made, sent, share.to(held.dtype))
+            model = nn.Sequential(OrderedDict({experts.path: router}))
+            up, down = (f"{experts.path}.experts.{name}" for name in kernels)
+            return model, up, down
+
     def __init__(self) -> None:
         self.held: dict[str, tuple[NDArray[Any], Tensor]] = {}
 
@@ -146,10 +186,23 @@ class TorchHarness:
             if value is not None and value.is_floating_point():
                 value.requires_grad_()
         y = model(x, **routing)
+        if isinstance(
+            model[0], Sending
+        ):  # gradients that could be differentiated again are the same
+            seed = torch.from_numpy(dy).to(y.dtype)
+            (again,) = torch.autograd.grad(y, x, seed, create_graph=True)
+            (once,) = torch.autograd.grad(y, x, seed, retain_graph=True)
+            assert torch.allclose(again, once, 1e-4, 1e-4), "a differentiable gradient differs"
         if y.requires_grad:
             y.backward(torch.from_numpy(dy).to(y.dtype))
         layer, bank = model[0], model.flix_state.bank
         vectors = {i: _gradient(p) for i, p in bank.held().items()}
+        if isinstance(layer, Sending):
+            pairs: Any = {
+                path: {bank.features[i]: bank.layout.views(v, i, n) for i, v in vectors.items()}
+                for path, n in bank.layout.places.items()
+            }
+            return {"x": _gradient(x), "weights": _gradient(weights), "pairs": pairs}
         base = layer.weight.grad
         return {
             "x": _gradient(x),
@@ -201,15 +254,24 @@ class TorchHarness:
         return int(found.size)
 
     def kernel(self, model: Any, path: str) -> NDArray[Any]:
-        layer = model.get_submodule(path)
-        weight = _turned(layer.weight.detach(), layer)
+        layer, name = site(model, path)
+        weight = getattr(layer, name).detach()
+        weight = _turned(weight, layer) if weight.dim() < 3 else weight.transpose(1, 2)
         return (weight.float() if weight.dtype == torch.bfloat16 else weight).numpy().copy()
 
     def ways(self) -> dict[str, Any]:
         return ways.ways()
 
     def loops(self) -> dict[str, Any]:
-        return ways.loops()
+        return loops.loops()
+
+    def search(self, model: Any, batch: Batch, row: Any, **options: Any) -> Any:
+        target = torch.from_numpy(batch.target)
+
+        def loss(y: Tensor, _: Any) -> Tensor:
+            return ((y - target) ** 2).sum() / (2 * len(target))
+
+        return search_weights(model, {"input": _x(batch)}, row, loss=loss, **options)
 
     def unfreeze(self, model: Any, path: str) -> None:
         model.get_submodule(path).requires_grad_()

@@ -1,17 +1,19 @@
-"""The other ways to call and to train an adapted model, for the conformance kit (see :mod:`.conformance`)."""
+"""The other ways to call an adapted model, for the conformance kit (see :mod:`.conformance`)."""
 
 from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import flix
 from flix.backends.torch import (
@@ -19,16 +21,16 @@ from flix.backends.torch import (
     FlixLinear,
     adapt,
     page,
-    parameter_groups,
     primitives,
     route,
     routed,
     share_base,
     unpage,
 )
+from flix.backends.torch import merge as flix_merge
 
 if TYPE_CHECKING:
-    from flix_conformance import AdamW, Batch  # type: ignore[import-not-found]
+    from flix_conformance import Batch  # type: ignore[import-not-found]
 
 Way = Callable[[Any, Any], tuple[NDArray[Any], str]]
 
@@ -94,6 +96,161 @@ def _generated(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
     primitives.write(twin, primitives.read(model)).eval()
     with torch.no_grad():
         return _answer(twin.generate(x, flix_features=batch.ids, flix_weights=batch.weights))
+
+
+class _Flattening(nn.Sequential):
+    """Makes one sequence of all rows, as models do that have no batch inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.dim() - (not isinstance(self[0], nn.Embedding))
+        y = super().forward(x.flatten(0, tokens - 1))  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:tokens], -1)  # type: ignore[no-any-return]
+
+
+def _flattened(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """Rows of one composition together, of which the layers see no rows."""
+    if batch.ids.ndim > 2 or not len(batch.ids):
+        return _called(model, batch)
+    plain = share_base(model)
+    plain.__class__ = _Flattening
+    twin = adapt(plain, model.flix_config, strategy=model.flix_state.strategy)
+    primitives.write(twin, primitives.read(model))
+    (ids, weights), x, found = _ids(batch), _x(batch), []
+    for row in range(len(x)):
+        given = [None if v is None else v[[row, row]] for v in (ids, weights)]
+        with torch.no_grad():
+            y = twin(x[[row, row]], flix_features=given[0], flix_weights=given[1])
+        found.append(y[:1])
+    return _answer(torch.cat(found))
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Multiplies what it looks up, as Gemma's and BART's do."""
+
+    embed_scale = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.embed_scale
+
+
+def _scaled(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """With an embedding that doubles halves of the same values."""
+    if not isinstance(model[0], nn.Embedding):
+        return _called(model, batch)
+    plain: Any = copy.deepcopy(share_base(model))
+    plain[0].__class__ = ScaledEmbedding
+    with torch.no_grad():
+        plain[0].weight.mul_(0.5)
+    twin = adapt(plain, model.flix_config, strategy=model.flix_state.strategy)
+    halves = {
+        path: {feature: (a, b * 0.5) for feature, (a, b) in pairs.items()}
+        for path, pairs in primitives.read(model).items()
+    }
+    return _called(primitives.write(twin, halves), batch)
+
+
+def _resized(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """With a larger vocabulary, as models of transformers are given one."""
+    if not isinstance(model[0], nn.Embedding):
+        return _called(model, batch)
+    plain = copy.deepcopy(share_base(model))
+    plain.__class__ = _Resizable
+    twin: Any = adapt(plain, model.flix_config, strategy=model.flix_state.strategy)
+    primitives.write(twin, primitives.read(model))
+    twin.resize_token_embeddings(len(twin[0].weight) + 3)
+    return _called(twin, batch)
+
+
+class _Resizable(nn.Sequential):
+    """Takes another vocabulary as models of transformers do: by a new layer."""
+
+    def resize_token_embeddings(self, size: int) -> nn.Module:
+        old: Any = self[0]
+        made = nn.Embedding(size, old.weight.shape[1], dtype=old.weight.dtype)
+        with torch.no_grad():
+            made.weight[: len(old.weight)] = old.weight
+        setattr(self, next(iter(self._modules)), made)
+        return made
+
+
+class BitLinear(nn.Module):
+    """Stands for the layers of quantised models that are known by their classes' names: a forward, and no kernel."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = like.in_features, like.out_features
+        self.compute_dtype = like.weight.dtype
+        self.register_buffer("held", like.weight.detach().clone())
+        self.bias = like.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.held, self.bias)  # type: ignore[arg-type]
+
+
+def _row(model: Any, ids: NDArray[Any], weights: NDArray[Any] | None) -> dict[str, Any]:
+    """A composition as a row; what others would bring along is named, with the weight 0."""
+    registry, row = model.flix_config.registry, dict[str, Any]()
+    for group, name in registry.live:
+        row.setdefault(group, {})[name] = 0.0
+    for place, number in enumerate(ids):
+        if number >= 0:
+            group, name = registry.features[number]
+            row[group][name] += 1.0 if weights is None else float(weights[place])
+    return row
+
+
+def _merged_each(model: Any, batch: Batch, dequantize: bool = False) -> tuple[NDArray[Any], str]:
+    """Each row by a model that its composition is merged into."""
+    if batch.ids.ndim > 2 or not len(batch.ids):
+        return _called(model, batch)
+    x, found = _x(batch), []
+    for row, ids in enumerate(batch.ids):
+        own = _row(model, ids, None if batch.weights is None else batch.weights[row])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what else reads a kernel
+            merged = flix_merge(model, own, dequantize=dequantize)
+        with torch.no_grad():
+            found.append(merged(x[row : row + 1]))
+    return _answer(torch.cat(found))
+
+
+def _quantised(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """Over a layer of a class that quantised models have, and merged into a plain one made of it."""
+    if not isinstance(model[0], nn.Linear):
+        return _called(model, batch)
+    plain = copy.deepcopy(share_base(model))
+    setattr(plain, next(iter(plain._modules)), BitLinear(plain[0]))  # type: ignore[index]
+    twin = adapt(plain, model.flix_config, strategy=model.flix_state.strategy)
+    primitives.write(twin, primitives.read(model))
+    y, _ = _merged_each(twin, batch, dequantize=True)
+    found = _called(twin, batch)
+    _alike(y, found[0], batch, "merged")
+    _alike(_slope(twin, batch), _slope(model, batch), batch, "the gradient of x")
+    return found
+
+
+def _slope(model: Any, batch: Batch) -> NDArray[Any]:
+    """The gradient of x that could be differentiated again, and is that of one backward."""
+    x, (ids, weights) = _x(batch).requires_grad_(), _ids(batch)
+    y = model(x, flix_features=ids, flix_weights=weights)
+    (again,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (once,) = torch.autograd.grad(y.sum(), x)
+    first, second = (v.detach().double().numpy() for v in (again, once))
+    _alike(first, second, batch, "the gradient, again,")
+    return once.double().numpy()  # type: ignore[no-any-return]
+
+
+def _alike(y: NDArray[Any], wanted: NDArray[Any], batch: Batch, what: str) -> None:
+    bound = {"float64": 1e-9, "float32": 1e-3}.get(batch.dtype, 0.05)
+    size = np.abs(wanted).max(initial=1)
+    assert np.allclose(y, wanted, bound, bound * size), f"{what} differs"
+
+
+def _offloaded(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """With the base in the host's memory, whose parts come where they are used, by accelerate's hooks."""
+    copied = copy.deepcopy(model)
+    import_module("accelerate").cpu_offload(copied, torch.device("cpu"))
+    return _called(copied, batch)
 
 
 def _with_routing(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
@@ -179,92 +336,16 @@ def ways() -> dict[str, Way]:
         "pickled": _pickled,
         "over a shared base": _shared,
         "by generate": _generated,
+        "flattened": _flattened,
+        "with a larger vocabulary": _resized,
+        "with an embedding that scales": _scaled,
+        "each row merged": _merged_each,
+        "over a quantised layer": _quantised,
+        **({"offloaded": _offloaded} if find_spec("accelerate") else {}),
         "with a flix.Routing": _with_routing,
         "each row under routed": _each_row,
         "a layer by hand": _by_hand,
         "a layer of its own": _own_layer,
         "torch.func": _mapped,
         "paged": _paged,
-    }
-
-
-def _steps(
-    model: Any,
-    batches: Sequence[Batch],
-    settings: AdamW,
-    call: Callable[[Batch], Tensor],
-    grouped: bool = False,
-    **options: Any,
-) -> None:
-    s = settings
-    trained: Any = primitives.parameters(model)
-    if grouped:
-        trained = parameter_groups(model, s.lr, weight_decay=dict.fromkeys(model.flix_config.registry.groups, s.decay))  # fmt: skip
-    adamw = torch.optim.AdamW(trained, s.lr, (s.beta1, s.beta2), s.eps, s.decay, **options)
-    for batch in batches:
-        adamw.zero_grad()
-        target = torch.from_numpy(batch.target)
-        (((call(batch) - target) ** 2).sum() / (2 * len(target))).backward()  # type: ignore[no-untyped-call]
-        adamw.step()
-
-
-def _reentrant(model: Any, batches: Sequence[Batch], settings: AdamW) -> None:
-    """The layer inside a reentrant checkpoint, under routing from around it; not of tokens, which want no gradient."""
-    floating = not isinstance(model[0], nn.Embedding)
-
-    def call(batch: Batch) -> Tensor:
-        with route(model.flix_config.registry, *_ids(batch)):
-            return checkpoint(model[0], _x(batch), use_reentrant=floating)  # type: ignore[no-any-return]
-
-    _steps(model.train(), batches, settings, call)
-
-
-def _checkpointed(model: Any, batches: Sequence[Batch], settings: AdamW) -> None:
-    """The same, in the other mode of checkpoints."""
-
-    def call(batch: Batch) -> Tensor:
-        with route(model.flix_config.registry, *_ids(batch)):
-            return checkpoint(model[0], _x(batch), use_reentrant=False)  # type: ignore[no-any-return]
-
-    _steps(model.train(), batches, settings, call)
-
-
-def _compiled(model: Any, batches: Sequence[Batch], settings: AdamW) -> None:
-    torch._dynamo.reset()
-    run = torch.compile(model.train(), backend="aot_eager", fullgraph=True)
-
-    def call(batch: Batch) -> Tensor:
-        ids, weights = _ids(batch)
-        return run(_x(batch), flix_features=ids, flix_weights=weights)  # type: ignore[no-any-return, no-untyped-call]
-
-    _steps(model, batches, settings, call)
-
-
-def _fused(model: Any, batches: Sequence[Batch], settings: AdamW) -> None:
-    """torch's fused optimizer, by groups of parameters; it is evaluated between steps."""
-
-    def call(batch: Batch) -> Tensor:
-        _called(model.eval(), batch)
-        ids, weights = _ids(batch)
-        return model.train()(_x(batch), flix_features=ids, flix_weights=weights)  # type: ignore[no-any-return]
-
-    _steps(model, batches, settings, call, grouped=True, fused=True)
-
-
-def _paged_steps(model: Any, batches: Sequence[Batch], settings: AdamW) -> None:
-    page(model, 1 << 20)
-    try:
-        _fused(model, batches, settings)
-    finally:
-        unpage(model)
-
-
-def loops() -> dict[str, Callable[..., None]]:
-    """See ``flix_conformance.harness.Harness``."""
-    return {
-        "reentrant checkpoints": _reentrant,
-        "checkpoints": _checkpointed,
-        "compiled": _compiled,
-        "fused, by groups": _fused,
-        "paged": _paged_steps,
     }

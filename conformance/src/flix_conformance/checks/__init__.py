@@ -4,6 +4,7 @@ from flix_conformance.checks import (
     conduct,
     cross,
     exchange,
+    experts,
     files,
     gradients,
     inputs,
@@ -15,6 +16,7 @@ from flix_conformance.checks import (
     loading,
     outputs,
     runs,
+    search,
     sizes,
     training,
     uses,
@@ -29,6 +31,7 @@ _MODULES = (
     isolation,
     sizes,
     layers,
+    experts,
     training,
     uses,
     files,
@@ -38,6 +41,7 @@ _MODULES = (
     exchange,
     conduct,
     lives,
+    search,
     cross,
 )
 _ORDER = [module.__name__ for module in _MODULES]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 
 from flix_conformance import bits, oracle
@@ -124,3 +126,22 @@ def merge(draw: Draw, backend: Backend) -> None:
         "the output, beside the merged kernel's,",
         slack=2.0,
     )
+
+
+@check(
+    "a merged model refuses routing; adapted anew, its features act beside what was merged",
+    examples=4,
+    uses=("merge",),
+)
+def merged_anew(draw: Draw, backend: Backend) -> None:
+    case = draw.case(kind=any_kind(draw, backend.kinds), where=lambda s: s.acts, pool=12)
+    row = draw.rows(case.table, 1, full=True)[0]
+    with backend.within(case.dtype), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what else reads a kernel is the user's
+        merged = backend.verb("merge")(backend.adapted(case), row)
+        kernel = np.asarray(backend.harness.kernel(merged, case.path), np.float64)
+        # A TypeError will do: where calls are of the user's own classes, a plain model knows of no routing.
+        assert backend.refuse(case.but(model=merged)), "a merged model took routing"
+        again = backend.verb("adapt")(merged, case.config, strategy=case.strategy)
+        again = backend.primitives.write(again, {case.path: case.pairs})
+        check_output(backend, case.but(model=again, kernel=kernel))
