@@ -153,7 +153,7 @@ class Lineage:
             if not same or not self._agree(given, places):
                 return None
             if stem == "stack":
-                return d + (dim <= d)
+                return d + int(dim <= d)
             return d if dim != d else None
         if stem == "unbind":
             return _dropped(d, (named or 0) % t.dim())
