@@ -113,7 +113,7 @@ def changed_kernel(verb: str, what: str) -> TargetError:
     """A framework's own verb would change how an adapted layer is computed."""
     return TargetError(
         f"{verb} was called on an adapted {what}, whose features would act no more; merge(model, row) first, or do it "
-        "before adapt, which leaves out what is quantized or has a LoRA of its own"
+        "before adapt, which takes what is quantized as it is, and leaves out what has a LoRA of its own"
     )
 
 

@@ -254,6 +254,28 @@ SECTIONS: dict[str, Section] = {
         ),
         applies=_jax_applies,
     ),
+    "keras-bases": Section(
+        paths=("tests/backends/tensorflow/test_quantised.py",),
+        architectures={
+            "int8": '`quantize("int8")`',
+            "int4": '`quantize("int4")`, a scale for some rows',
+            "int4 by channel": "four bits, a scale for each output",
+            "float8": '`quantize("float8")`',
+        },
+        tables=(
+            (
+                "Base",
+                {
+                    "mixed batch": "mixed batch",
+                    "gradients": "gradients",
+                    "save and load": "save, load",
+                    "keras file": "`.keras`",
+                    "export": "SavedModel",
+                    "dequantized": "`merge(dequantize=True)`",
+                },
+            ),
+        ),
+    ),
     "tensorflow": Section(
         paths=("tests/backends/tensorflow", "tests/backends/test_files.py"),
         architectures={

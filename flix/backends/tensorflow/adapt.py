@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from flix.backends import messages
 from flix.backends.protocol import Values
-from flix.backends.tensorflow import bypassed
+from flix.backends.tensorflow import bypassed, quantised
 from flix.backends.tensorflow.base import (
     FEATURES,
     INPUTS,
@@ -98,7 +98,7 @@ class FlixModel(keras.Model):  # type: ignore[misc]
         """Refused.
 
         Raises:
-            TargetError: always; merge the model first, or adapt the layers that are not quantized.
+            TargetError: always; merge the model first, or quantize the base before it is adapted.
         """
         raise messages.changed_kernel("quantize", f"model {self.name!r}")
 
@@ -242,6 +242,7 @@ class FlixModel(keras.Model):  # type: ignore[misc]
             "paths": [path for path, _ in layers],
             "strategies": [layer.flix_strategy for _, layer in layers],
             "frozen": list(self.flix_state.frozen),
+            "quantised": quantised.facts(named_layers(self.base)),
             "flags": self.flix_state.flags,
             "trainable": trainable_flags(self.base),
         }
@@ -259,6 +260,7 @@ class FlixModel(keras.Model):  # type: ignore[misc]
                 f"{type(base).__name__} is not built after from_config; a subclassed model that is to be "
                 "loaded needs build(), or to have been called on one batch before it was adapted"
             )
+        quantised.restore(named_layers(base), config.get("quantised", {}))
         model = cls(base, config_from(config["config"]), name=config["name"])
         frozen = config["frozen"]
         if frozen and isinstance(frozen[0], list):  # files of before: a list for each layer

@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 from flix.backends import messages
-from flix.backends.tensorflow import bypassed
+from flix.backends.tensorflow import bypassed, quantised
 from flix.backends.tensorflow.bypassed import WatchedKernel
 from flix.backends.tensorflow.parameters import FlixState, Parameters, config_from
 from flix.backends.tensorflow.patches.saving import register
@@ -68,7 +68,7 @@ class FlixLayer(Parameters):
             inputs: ``[B, ..., d_in]``, sparse ones, too, or token ids ``[B, ...]``.
             flix_features: int ``[B, W]`` or ``[B, T, W]``; default: the routing in force.
             flix_weights: float in that shape; default 1.
-            training: Keras's; it changes nothing here.
+            training: Keras's; it goes to the forward of a quantised layer.
 
         Returns:
             ``[B, ..., d_out]``, in the plain layer's form.
@@ -82,8 +82,14 @@ class FlixLayer(Parameters):
         bypassed.ran(self)
         routing = self._routing(flix_features, flix_weights)
         if routing is None:
+            if self.quantization_mode is not None:  # type: ignore[attr-defined]
+                return self.flix_base.quantized_call(self, inputs, training=training)
             return self.flix_base.call(self, inputs)
-        return self._routed(inputs, routing)
+        return self._routed(inputs, routing, training)
+
+    def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
+        """Keras's hook, which it calls in the place of ``call`` where the layer was quantised."""
+        return self.call(*args, **kwargs)
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
         """Refused, as :meth:`enable_lora` is: the layer would be called without its features from then on.
@@ -97,7 +103,7 @@ class FlixLayer(Parameters):
         """Refused; see :meth:`quantize`."""
         raise messages.changed_kernel("enable_lora", f"layer {self.flix_name!r}")
 
-    def _routed(self, inputs: Any, routing: ActiveRouting) -> Any:
+    def _routed(self, inputs: Any, routing: ActiveRouting, training: Any) -> Any:
         """The adapted map under some routing."""
         raise NotImplementedError
 
@@ -220,11 +226,14 @@ class FlixDense(FlixLayer, WatchedKernel, layers.Dense):  # type: ignore[misc]
 
     flix_base = layers.Dense
 
-    def _routed(self, inputs: Any, routing: ActiveRouting) -> Any:
+    def _routed(self, inputs: Any, routing: ActiveRouting, training: Any) -> Any:
         x, rows, strategy = self._grouped(inputs, routing, trailing=1)
-        base = ops.matmul(x, self.kernel)
-        if self.bias is not None:
-            base = ops.add(base, self.bias)
+        if self.quantization_mode is not None:
+            base = quantised.base_output(self, x, training)
+        else:
+            base = ops.matmul(x, self.kernel)
+            if self.bias is not None:
+                base = ops.add(base, self.bias)
         y = self._sum(x, base, rows, routing, strategy)
         return y if self.activation is None else self.activation(y)
 
@@ -260,21 +269,27 @@ class FlixEinsumDense(FlixLayer, WatchedKernel, layers.EinsumDense):  # type: ig
     def form_of(layer: Any) -> Form:
         """How the kernel of an EinsumDense layer with a linear equation, adapted or not, is a matrix."""
         found = getattr(layer, "flix_map", None) or linear_einsum(layer.equation)
-        return found.form(tuple(layer._kernel.shape))  # type: ignore[no-any-return,union-attr]
+        return found.form(quantised.kernel_shape(layer))  # type: ignore[no-any-return,union-attr]
 
-    def _routed(self, inputs: Any, routing: ActiveRouting) -> Any:
+    def _routed(self, inputs: Any, routing: ActiveRouting, training: Any) -> Any:
         form, rank = self.form_of(self), inputs.shape.rank
         positions = rank - len(form.contracted)
-        x = _transposed(inputs, self.flix_map.input_order(rank))
+        order = self.flix_map.input_order(rank)
+        x = _transposed(inputs, order)
         x, rows, strategy = self._grouped(x, routing, len(form.contracted))
         lead = sizes(x)[:positions]
-        kernel = tf.transpose(self.kernel, form.order)
+        back = self.flix_map.output_order(positions + len(form.sizes))
+        own = self.quantization_mode is not None
+        if own:
+            base = quantised.base_output(self, _transposed(x, _inverse(order)), training)
+            base = tf.reshape(_transposed(base, _inverse(back)), [rows[0] * rows[1], form.d_out])
         x = tf.reshape(x, [rows[0] * rows[1], form.d_in])
-        base = tf.matmul(x, tf.reshape(kernel, [form.d_in, form.d_out]))
+        if not own:
+            kernel = tf.transpose(self.kernel, form.order)
+            base = tf.matmul(x, tf.reshape(kernel, [form.d_in, form.d_out]))
         y = self._sum(x, base, rows, routing, strategy)
-        y = tf.reshape(y, [*lead, *form.sizes])
-        y = _transposed(y, self.flix_map.output_order(positions + len(form.sizes)))
-        if self.bias is not None:
+        y = _transposed(tf.reshape(y, [*lead, *form.sizes]), back)
+        if self.bias is not None and not own:
             y = ops.add(y, self.bias)
         return y if self.activation is None else self.activation(y)
 
@@ -289,9 +304,13 @@ class FlixEmbedding(FlixLayer, layers.Embedding):  # type: ignore[misc]
     flix_kind = "embedding"
     flix_base = layers.Embedding
 
-    def _routed(self, inputs: Any, routing: ActiveRouting) -> Any:
+    def _routed(self, inputs: Any, routing: ActiveRouting, training: Any) -> Any:
         x, rows, strategy = self._grouped(inputs, routing, trailing=0)
-        return self._sum(x, layers.Embedding.call(self, x), rows, routing, strategy)
+        if self.quantization_mode is not None:
+            base = quantised.base_output(self, x, training)
+        else:
+            base = layers.Embedding.call(self, x)
+        return self._sum(x, base, rows, routing, strategy)
 
     def compute_output_spec(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Keras's hook."""
@@ -310,7 +329,7 @@ def adaptable(layer: Any) -> tuple[type[Any] | None, str]:
             return None, f"its class {type(layer).__name__} may have a call of its own"
         if getattr(layer, "lora_enabled", False):
             return None, "it has a LoRA of its own (enable_lora)"
-        if layer.quantization_mode is not None:
+        if layer.quantization_mode not in (None, *quantised.MODES):
             return None, f"it is quantized ({layer.quantization_mode})"
         if not layer.built:
             return None, "it is not built yet; call the model on a batch first"
@@ -330,6 +349,10 @@ def _linear_map(equation: str) -> LinearEinsum | str:
 
 def _transposed(x: Any, order: list[int]) -> Any:
     return x if order == sorted(order) else tf.transpose(x, order)
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 def _product(sizes: Sizes) -> int:

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from flix.backends.protocol import Updates
+from flix.backends.tensorflow import quantised
 from flix.backends.tensorflow.adapt import FlixModel
 from flix.backends.tensorflow.base import set_trainable_flags
 from flix.backends.tensorflow.parameters import is_table, kernel_of
@@ -18,20 +19,33 @@ from flix.core.adapter.composition import Composition
 from flix.core.errors import TargetError
 
 
-def merged(model: Any, active: Composition, update: Updates) -> Any:
+def dequantized(model: Any, active: Composition, update: Updates) -> Any:
+    """As :func:`merged`, with plain layers in the place of the adapted ones that are quantised."""
+    return merged(model, active, update, dequantize=True)
+
+
+def merged(model: Any, active: Composition, update: Updates, *, dequantize: bool = False) -> Any:
     """A plain copy of the base with an update added to each adapted layer's kernel; no flix layer is left.
 
     The copy is made from the base's configuration, so a subclassed base needs ``get_config`` (as it does for
     ``save``), if its constructor takes arguments.
 
     Raises:
-        TargetError: the base cannot be copied.
+        TargetError: the base cannot be copied; a kernel is quantised, and no plain layers are asked for.
     """
+    layers = dict(flix_layers(model.base))
+    whole = {path for path, layer in layers.items() if layer.quantization_mode is not None}
+    if whole and not dequantize:
+        path = next(path for path in layers if path in whole)
+        raise quantised.refused(path, layers[path])
     merged = _copy(model)
     copies = dict(named_layers(merged))
-    for path, layer in flix_layers(model.base):
-        kernel = kernel_of(copies[path])
+    for path, layer in layers.items():
         added = layer.form_of(layer).unflatten(update(path).T)
+        if path in whole:
+            quantised.make_plain(copies[path], quantised.dequantised(layer) + added)
+            continue
+        kernel = kernel_of(copies[path])
         kernel.assign(kernel.numpy().astype(np.float64) + added)
     set_trainable_flags(merged, model.flix_state.flags)
     return merged
@@ -49,6 +63,7 @@ def _copy(model: FlixModel) -> Any:
         copy = keras.saving.deserialize_keras_object(description)
     if not copy.built and model.flix_state.specs is not None:
         copy(keras.tree.map_structure(_zeros, model.flix_state.specs))
+    quantised.restore(named_layers(copy), quantised.facts(named_layers(base)))
     olds, news = _variables(base), _variables(copy)
     shapes = [[[tuple(v.shape) for v in own] for own in layers] for layers in (olds, news)]
     if not copy.built or shapes[0] != shapes[1]:
@@ -66,7 +81,14 @@ def _zeros(spec: Any) -> Any:
 
 
 def _variables(model: Any) -> list[list[Any]]:
-    """The variables of the model itself and of each layer, but the tables, in the order in which they were made."""
-    layers = [model, *(layer for _, layer in named_layers(model))]
-    own = ([*layer._trainable_variables, *layer._non_trainable_variables] for layer in layers)
-    return [[v for v in variables if not is_table(v)] for variables in own]
+    """The variables of the model itself and of each layer, but the tables, in the order in which they were made.
+
+    Those of a quantised layer by name: they are in another order where Keras quantised a layer that it had built.
+    """
+    found = []
+    for layer in (model, *(layer for _, layer in named_layers(model))):
+        own = [*layer._trainable_variables, *layer._non_trainable_variables]
+        own = [v for v in own if not is_table(v)]
+        quantized = getattr(layer, "quantization_mode", None) is not None
+        found.append(sorted(own, key=lambda v: v.name) if quantized else own)
+    return found

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from flix.backends.tensorflow import quantised
 from flix.core.adapter.adapter import LayerShape, Pair
 from flix.core.adapter.changes import fresh_pairs
 from flix.core.config.config import FlixConfig
@@ -100,7 +101,7 @@ class Parameters:
     @staticmethod
     def form_of(layer: Any) -> Form:
         """How the kernel of a layer of this kind, adapted or not, is a matrix."""
-        return Form((0,), (1,), tuple(kernel_of(layer).shape))
+        return Form((0,), (1,), quantised.kernel_shape(layer))
 
     @classmethod
     def shape_of(cls, layer: Any) -> LayerShape:

@@ -14,7 +14,7 @@ from flix.backends.tensorflow.adapt import FlixModel, attach, attach_layers
 from flix.backends.tensorflow.base import forget_traces, layer_infos
 from flix.backends.tensorflow.bases import base_name, kernel_samples
 from flix.backends.tensorflow.heads import head_places, heads, put_heads
-from flix.backends.tensorflow.merging import merged
+from flix.backends.tensorflow.merging import dequantized, merged
 from flix.backends.tensorflow.parameters import by_id, is_table
 from flix.backends.tensorflow.patches.captures import traced_function
 from flix.backends.tensorflow.paths import flix_layers
@@ -140,6 +140,6 @@ def switch(model: FlixModel, by: int) -> None:
 
 
 __all__ = [
-    "adapted", "attach", "base_name", "change", "check_plain", "count", "frozen", "head_places", "heads",
-    "kernel_samples", "layers", "merged", "parameters", "put_heads", "read", "set_frozen", "shapes", "switch", "write",
+    "adapted", "attach", "base_name", "change", "check_plain", "count", "dequantized", "frozen", "head_places",
+    "heads", "kernel_samples", "layers", "merged", "parameters", "put_heads", "read", "set_frozen", "shapes", "switch", "write",
 ]  # fmt: skip

@@ -254,11 +254,12 @@ def test_quantize_and_lora_of_keras_are_refused_by_name_on_what_is_adapted():
     assert_close(model(given), before)
 
 
-def test_a_quantized_layer_is_refused_by_name_and_others_beside_it_act():
+def test_a_layer_quantized_by_gptq_is_refused_by_name_and_others_beside_it_act():
     plain = functional()
-    plain.get_layer("q").quantize("int8")
+    settings = keras.quantizers.GPTQConfig(dataset=None, tokenizer=None, group_size=4)
+    plain.get_layer("q").quantize("gptq", config=settings)
     base = plain(X).numpy()
-    with pytest.raises(flix.TargetError, match=r"quantized \(int8\)"):
+    with pytest.raises(flix.TargetError, match=r"quantized \(gptq\)"):
         adapt(plain, config(target_modules=["q"]))
     model = adapt(plain, config(target_modules=["out"]))
     randomize(layer for _, layer in flix_layers(model.base))
