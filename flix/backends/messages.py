@@ -145,6 +145,16 @@ def other_lead(
     )
 
 
+def no_rows_of_places(path: str, shape: Sequence[int], by: int) -> RoutingError:
+    """A convolution whose input is no batch, or under routing by token."""
+    what = "features differ by token" if by == 2 else "the input is no batch"
+    return RoutingError(
+        f"layer {path!r} is a convolution, whose rows are the batch's ([batch, channels, ...]), got the input {_shown(shape)}, "
+        f"where {what}; give one row of ids for each row of the batch, leave the layer out when adapting "
+        "(exclude_modules), or give all rows one composition"
+    )
+
+
 def doubtful_rows(path: str, given: Any, lead: Any, why: str) -> RoutingError:
     """A layer's input of which no size says whose rows it holds; otherwise as :func:`other_lead`.
 

@@ -210,7 +210,10 @@ SECTIONS: dict[str, Section] = {
         applies=_base_applies,
     ),
     "media": Section(
-        paths=("tests/backends/torch/architectures/test_media.py",),
+        paths=(
+            "tests/backends/torch/architectures/test_media.py",
+            "tests/backends/torch/test_convolutions.py",
+        ),
         architectures=_MEDIA,
         tables=(
             (
@@ -219,6 +222,7 @@ SECTIONS: dict[str, Section] = {
                     "mixed batch": "mixed batch",
                     "gradients": "gradients",
                     "routed": "`routed`",
+                    "convolutions": "its convolutions",
                     "checkpointing": "checkpointing",
                     "torch.compile": "`torch.compile`",
                     "save and load": "save, load",

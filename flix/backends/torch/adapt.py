@@ -57,9 +57,11 @@ def layer_infos(model: nn.Module) -> list[LayerInfo]:
         shape = LayerShape(0, 0, "") if target is None else target.shape_of(module)
         told = module is head or is_head(path)
         lookup = isinstance(module, nn.Embedding)
+        named = isinstance(module, nn.modules.conv._ConvNd)
         kernels, unlike = experts_of(module)
         reason = "" if kernels else unlike or reason
-        infos.append(LayerInfo(path, shape.kind, shape.d_in, shape.d_out, told, reason, lookup))
+        given = (shape.kind, shape.d_in, shape.d_out)
+        infos.append(LayerInfo(path, *given, told, reason, lookup, named=named))
         for name, s in kernels.items():
             sizes = (s.kind, s.d_in, s.d_out)
             own = f"{path}.{name}"

@@ -41,6 +41,8 @@ def kernel_samples(
             if straight is None or not readable or kernel.is_meta:
                 return None
             sides = (where.columns, where.rows) if straight else (where.rows, where.columns)
+            if isinstance(module, nn.modules.conv._ConvNd):
+                kernel = kernel.flatten(1)
             lead = () if where.experts is None else (where.experts,)
             at = tuple(torch.from_numpy(i).to(kernel.device) for i in (*lead, *sides))
             found[path] = kernel[at].double()

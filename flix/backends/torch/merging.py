@@ -15,6 +15,7 @@ from flix.backends import messages
 from flix.backends.protocol import Updates
 from flix.backends.torch.adapt import unadapt
 from flix.backends.torch.around import FlixAround, is_quantised
+from flix.backends.torch.convolutions import FlixConvolution, peft_reason
 from flix.backends.torch.enclosed import added, plain
 from flix.backends.torch.experts import ExpertsKernel, site
 from flix.backends.torch.heads import shares, trained_heads, whole_modules
@@ -111,7 +112,9 @@ def _folded(kernel: nn.Parameter, update: Any, straight: bool) -> torch.Tensor:
     change, own = torch.from_numpy(update), kernel.detach()
     made = torch.empty_like(own)
     # Experts one by one: in float64 all of them would take several times what the kernel does.
-    parts = [(made, own, change)] if own.dim() == 2 else zip(made, own, change, strict=True)
+    one = change.dim() == 2  # a matrix, a convolution's kernel, too
+    change = change.reshape(own.shape) if one and not straight else change
+    parts = [(made, own, change)] if one else zip(made, own, change, strict=True)
     for to, kept, part in parts:
         to.copy_(kept.double().cpu() + (part.t() if straight else part))
     return made
@@ -226,6 +229,7 @@ def peft_facts(model: nn.Module) -> PeftFacts:
     """What PEFT's and vLLM's files say of an adapted model."""
     settings = getattr(model, "config", None)
     layers = {p: layer for p, layer in flix_layers(model) if not isinstance(layer, ExpertsKernel)}
+    convolutions = {p: c for p, c in layers.items() if isinstance(c, FlixConvolution)}
     return PeftFacts(
         target_modules=suffixes(layers, [path for path, _ in model.named_modules()]),
         architecture=type(model).__name__,
@@ -235,4 +239,6 @@ def peft_facts(model: nn.Module) -> PeftFacts:
         encoder_decoder=bool(getattr(settings, "is_encoder_decoder", False)),
         vocabulary=getattr(settings, "vocab_size", None),
         family=_family(settings),
+        kernels={p: c.kernel_size for p, c in convolutions.items()},
+        unread={p: why for p, c in convolutions.items() if (why := peft_reason(c))},
     )

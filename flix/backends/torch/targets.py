@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from flix.backends.torch.around import around, encloses, readable
+from flix.backends.torch.convolutions import convolution
 from flix.backends.torch.layer import FlixLayer
 from flix.backends.torch.layers import FlixConv1D, FlixEmbedding, FlixLinear, carry
 from flix.backends.torch.patches.hooked import rebind, runs_own
@@ -53,11 +54,18 @@ def adaptable(module: nn.Module) -> tuple[type[FlixLayer] | None, str]:
         return target, ""
     if encloses(module):
         return around(type(module)), ""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        found, reason = convolution(module)
+        if found is not None and not runs_own(module):
+            return None, "its forward is patched on the instance"
+        if found is not None and not readable(module.weight):
+            return None, "its kernel is quantised"
+        return found, reason
     if isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features"):
         return None, f"its class {type(module).__name__} is no nn.Linear, as quantised layers are"
     # DBRX keeps experts one below the other, in a matrix that only the name tells.
     axes = 2 if "expert" in type(module).__name__.lower() else 3
-    if not isinstance(module, nn.modules.conv._ConvNd | ParametrizationList) and any(
+    if not isinstance(module, ParametrizationList) and any(
         p is not None and p.dim() in (axes, 3) and min(p.shape) > 1
         for p in module._parameters.values()
     ):

@@ -35,7 +35,8 @@ class Models(Shared):
         ``FlixModel``. Heads that are to be trained are unfrozen by hand afterwards.
 
         Args:
-            model: a plain model with targets among its layers: ``nn.Linear``, Conv1D and ``nn.Embedding`` in torch;
+            model: a plain model with targets among its layers: ``nn.Linear``, Conv1D and ``nn.Embedding`` in torch,
+                convolutions where they are named;
                 Linear, LinearGeneral, Einsum and Embed in flax.nnx; Dense, EinsumDense and Embedding in Keras.
             config: the configuration.
             strategy: how the sums are computed: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.

@@ -42,6 +42,7 @@ class LayerInfo:
         lookup: a layer like an embedding, which "all-linear" does not speak of.
         experts: the size of the kernel's axis of experts; 0 where it has none.
         active: how many experts a token is sent to.
+        named: a layer that is adapted only where it is named, as convolutions are in PEFT: not under "all-linear".
     """
 
     path: str
@@ -53,6 +54,7 @@ class LayerInfo:
     lookup: bool = False
     experts: int = 0
     active: int = 1
+    named: bool = False
 
 
 def is_head(path: str) -> bool:
@@ -94,7 +96,7 @@ def select(
             cannot be adapted.
     """
     if targets == ALL_LINEAR:
-        chosen = [info for info in layers if info.kind == "linear" and not info.head]
+        chosen = [i for i in layers if i.kind == "linear" and not (i.head or i.named)]
     else:
         chosen = [info for info in layers if matches(info.path, targets)]
         if not isinstance(targets, str):
@@ -146,7 +148,7 @@ def left_out(layers: Sequence[LayerInfo], targets: Patterns, excluded: Patterns 
         return ""
     reasons: dict[str, list[str]] = {}
     for info in layers:
-        passed_over = info.reason and not (info.kind or info.head or info.lookup)
+        passed_over = info.reason and not (info.kind or info.head or info.lookup or info.named)
         if passed_over and not (excluded and matches(info.path, excluded)):
             reasons.setdefault(info.reason, []).append(info.path)
     said = (

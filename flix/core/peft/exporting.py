@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class PeftFacts:
         fan_in_fan_out, base_model: PEFT's.
         encoder_decoder, vocabulary: what vLLM asks.
         family: the older model whose files transformers reads for this one, too, by its type.
+        kernels: the kernel's sizes of each layer that is a convolution.
+        unread: why PEFT would compute another update of a layer than it is, by its path.
     """
 
     target_modules: Sequence[str]
@@ -51,6 +53,8 @@ class PeftFacts:
     encoder_decoder: bool = False
     vocabulary: int | None = None
     family: str | None = None
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, layers: Collection[str]) -> None:
         """Refuse layers that PEFT would take for others.
@@ -59,8 +63,14 @@ class PeftFacts:
         kernels, also where a dense or shared layer of the model bears them.
 
         Raises:
-            AdapterError: such names.
+            AdapterError: such names, or convolutions whose LoRA PEFT computes otherwise.
         """
+        if self.unread:
+            path, reason = next(iter(self.unread.items()))
+            raise AdapterError(
+                f"layer {path!r} is a convolution with {reason}, which PEFT leaves out of its LoRA: it would compute another "
+                "update; leave the layer out (exclude_modules), or use merge(model, row)"
+            )
         taken = _EXPERTS_OF_OLD.get(self.family or "", ())
         if found := sorted({tail for path in layers if (tail := path.rpartition(".")[2]) in taken}):
             raise AdapterError(

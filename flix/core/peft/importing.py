@@ -26,6 +26,7 @@ from flix.core.errors import AdapterError, ConfigError, listed, shown
 from flix.core.features.names import Feature, normal_group, normal_name
 from flix.core.features.registry import FeatureRegistry
 from flix.core.files import Path_
+from flix.core.peft.convolutions import as_matrices
 from flix.core.peft.exporting import CONFIG_FILE, TENSOR_FILE
 from flix.core.strictjson import parsed
 
@@ -134,6 +135,7 @@ def _read(folder: Path, place: int | None, stack: ExitStack, skip_modules: bool)
         )
     pairs: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
     for path, parts in found.items():
+        parts = as_matrices(parts)
         matrices = set(parts) == {"A", "B"} and all(t.ndim == 2 for t in parts.values())
         if not matrices or not 0 < parts["A"].shape[0] == parts["B"].shape[1]:
             raise AdapterError(

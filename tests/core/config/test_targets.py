@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flix import TargetError
-from flix.core.config.targets import LayerInfo, is_head, select
+from flix.core.config.targets import LayerInfo, is_head, left_out, select
 
 LAYERS = [
     LayerInfo("model", ""),
@@ -68,3 +68,18 @@ def test_what_all_linear_leaves_out_is_grouped_by_its_reason():
     with pytest.raises(TargetError, match=r"leaves no layer to adapt.*left out: 'c' \(stacked\)"):
         select(layers, ALL_LINEAR, ["a", "b", "d"])
     assert left_out(layers, ALL_LINEAR, "b|c|d") == left_out(layers, ["a"]) == ""
+
+
+def test_layers_that_must_be_named_are_none_of_all_linear():
+    layers = [
+        LayerInfo("q", "linear", 4, 4),
+        LayerInfo("conv", "linear", 9, 4, named=True),
+        LayerInfo("deep", "", reason="it has groups", named=True),
+    ]
+    assert [info.path for info in select(layers, "all-linear")] == ["q"]
+    assert left_out(layers, "all-linear") == ""
+    assert [info.path for info in select(layers, ["conv"])] == ["conv"]
+    assert [info.path for info in select(layers, "q|conv")] == ["q", "conv"]
+    for named in (["deep"], ".*"):
+        with pytest.raises(TargetError, match="it has groups"):
+            select(layers, named)
