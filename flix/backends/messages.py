@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from flix.core.adapter.composition import Composition
@@ -22,6 +22,18 @@ def adapted_already() -> TargetError:
     """A model was to be adapted twice."""
     return TargetError(
         "the model is adapted already; add features with add_feature, or adapt a fresh copy"
+    )
+
+
+def undropped(rate: float, paths: Collection[str] | None) -> ConfigError:
+    """``lora_dropout`` where it cannot act (docs/specification.md §1.8): in these layers, or (None) in this backend."""
+    why = "this backend's layers have none"
+    if paths is not None:
+        why = f"the low-rank maps of {listed(paths, 3)} can have none (experts; nor have PEFT's)"
+    return ConfigError(
+        f"lora_dropout={rate:g}, dropout on the low-rank path, cannot act: {why}; "
+        + ("leave them out (exclude_modules), or " if paths is not None else "")
+        + "set lora_dropout=0"
     )
 
 

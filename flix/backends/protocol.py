@@ -46,12 +46,8 @@ class Backend(Protocol):
     # Models and their layers.
 
     def check_plain(self, model: Any) -> None:
-        """Refuse what cannot be adapted as a whole: no model of the framework, not built, wrapped already. An adapted
-        model is refused before it comes here.
-
-        Raises:
-            TargetError: it is; the message names the way out.
-        """
+        """Refuse what cannot be adapted as a whole: no model of the framework, not built, wrapped already. The message
+        of the TargetError names the way out. An adapted model is refused before it comes here."""
 
     def layers(self, model: Any) -> Sequence[LayerInfo] | None:
         """Every layer of a plain or adapted model, in the model's order, as the target rules see it.
@@ -66,7 +62,6 @@ class Backend(Protocol):
         """Adapt exactly these layers of a plain model, freeze the rest, and let its call take routing.
 
         Args:
-            model: a plain model.
             config: the configuration.
             paths: the layers.
             strategy: how their sums are computed.
@@ -132,7 +127,6 @@ class Backend(Protocol):
         """A plain copy of the model with an update added to each adapted layer's kernel; the model stays as it is.
 
         Args:
-            model: an adapted model.
             active: the composition, for messages of the copy.
             update: what is added to a layer's kernel, summed in float64 before it is rounded to the kernel's dtype.
         """
@@ -159,6 +153,13 @@ class SupportsBase(Protocol):
 
     def kernel_samples(self, model: Any, places: Mapping[str, Places]) -> Samples | None:
         """Values of the base's own kernels ``[d_out, d_in]``, whatever is folded in; None where one cannot be read."""
+
+
+class SupportsDropout(Protocol):
+    """Linear layers hide entries of their input from the features in training (docs/specification.md §1.8)."""
+
+    def undropped(self, layers: Mapping[str, LayerShape]) -> Collection[str]:
+        """Those of some layers in which that cannot be done."""
 
 
 class SupportsFolding(Protocol):

@@ -134,6 +134,7 @@ def inspect_adapter(folder: Path, by_layer: bool, as_json: bool) -> None:
     show(
         f"scaling {config.scaling}, seed {config.seed}, unknown features: {config.unknown}, "
         f"feature dropout: {', '.join(f'{g} {p:g}' for g, p in rates.items()) or 'none'}"
+        + (f", lora_dropout: {config.lora_dropout:g}" if config.lora_dropout else "")
     )
     show_table(
         ["id", "feature", "rank", "parameters", "norm of update", "implies"],

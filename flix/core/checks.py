@@ -60,6 +60,24 @@ def finite(
     return number
 
 
+def rate(value: object, what: str, *, below_one: bool = False) -> float:
+    """``value`` as a dropout rate, from 0 to 1.
+
+    Args:
+        value: what was given.
+        what: its name, for the message.
+        below_one: refuse 1, too.
+
+    Raises:
+        ConfigError: another thing, or out of range.
+    """
+    number = _float(value)
+    if not 0.0 <= number <= 1.0 or (below_one and number == 1.0):
+        until = "0 up to, not including, 1" if below_one else "0 to 1"
+        raise ConfigError(f"dropout rate {what} must be a number from {until}, got {shown(value)}")
+    return number
+
+
 def _float(value: object) -> float:
     """A number as a float, NaN for another thing; whole numbers beyond every float are infinite."""
     if not is_number(value):

@@ -29,6 +29,7 @@ def build_config(settings: forms.Settings, corpus: Corpus) -> FlixConfig:
         rank_pattern=settings.rank_pattern,
         alpha_pattern=settings.alpha_pattern,
         feature_dropout=FeatureDropout(**dropout.model_dump()) if dropout is not None else None,
+        lora_dropout=settings.lora_dropout,
         unknown=settings.unknown,
         seed=settings.seed,
     )

@@ -259,6 +259,7 @@ class Settings(Form):
         ranks: a rule with its arguments, or one rank for all.
         alpha, scaling, target_modules, exclude_modules, rank_pattern, alpha_pattern: as for ``FlixConfig``.
         feature_dropout: rates, or one rate for all groups.
+        lora_dropout: as for ``FlixConfig``.
         unknown: what an unknown feature does when evaluating.
         temperature: combinations are drawn with p ∝ n^(1/temperature).
         seed: of initial values, sampling, dropout and training.
@@ -282,6 +283,7 @@ class Settings(Form):
     rank_pattern: dict[Name, Union[Rank, ByFeature]] = {}
     alpha_pattern: dict[Name, Alphas] = {}
     feature_dropout: DropoutSettings | None = None
+    lora_dropout: Annotated[float, Number, Field(ge=0.0, lt=1.0)] = 0.0
     unknown: Union[Literal["error", "skip", "mean"], dict[Name, Names]] = "error"
     temperature: Positive = 2.0
     seed: Annotated[int, Number, Field(ge=0, lt=2**32)] = 0

@@ -42,6 +42,12 @@ CASES = {
     ),
     "bypassed": ((["a.q", "b.q"],), flix.TargetError, ["a.q, b.q", "exclude_modules=['q']"]),
     "no_experts": ((["a.down_proj"],), flix.TargetError, ["'a.down_proj'", "axis of experts"]),
+    "no_rows_of_places": (("conv", [4, 3, 8], 2), flix.RoutingError, ["'conv'", "[4, 3, 8]"]),
+    "undropped": (
+        (0.1, ["a.down_proj"]),
+        flix.ConfigError,
+        ["lora_dropout=0.1", "a.down_proj", "exclude_modules"],
+    ),
     "rows_differ": (
         ((2, 3),),
         flix.ConfigError,

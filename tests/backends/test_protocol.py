@@ -15,6 +15,7 @@ OPTIONAL = [
     protocol.SupportsHeads,
     protocol.SupportsBase,
     protocol.SupportsDequantizing,
+    protocol.SupportsDropout,
     protocol.SupportsFolding,
     protocol.SupportsPeft,
 ]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -27,7 +28,8 @@ from flix.backends.jax.kernels import fused
 from flix.backends.jax.parameters import Bank, LayerBank, LayerRows, LayerSpec, Rows
 from flix.backends.jax.routing import ActiveRouting, is_traced, leading_shape, make_routing
 from flix.backends.jax.sharding import left_to_compiler, partitioned
-from flix.core.errors import RoutingError, TargetError
+from flix.core.checks import rate
+from flix.core.errors import ConfigError, RoutingError, TargetError
 from flix.core.strategy.decide import check_strategy
 
 
@@ -40,6 +42,8 @@ def linear(
     *,
     bias: Array | None = None,
     strategy: str = "auto",
+    lora_dropout: float = 0.0,
+    key: Array | None = None,
 ) -> Array:
     """x W + b, plus each row's own sum of low-rank updates (docs/specification.md §1.1).
 
@@ -52,6 +56,9 @@ def linear(
         bias: ``[d_out]`` or None.
         strategy: ``"auto"`` (from shapes and the device alone), ``"gather"``, ``"masked"``, ``"single"``, or
             ``"fused"``, Pallas kernels for a GPU or TPU (embeddings gather).
+        lora_dropout: with which probability an entry of x is hidden from the features: ``config.lora_dropout`` in
+            training, 0 otherwise.
+        key: a key of ``jax.random`` for the mask, one for each layer and step; needed where the rate is not 0.
 
     Returns:
         ``[B, ..., d_out]``, in the dtype of x W.
@@ -59,10 +66,10 @@ def linear(
     Raises:
         RoutingError: routing that breaks a rule or does not fit x.
         TargetError: a kernel of other sizes than the layer.
-        ConfigError: an unknown strategy, "single" for rows known to differ, or "fused" on a CPU.
+        ConfigError: an unknown strategy, "single" for rows known to differ, "fused" on a CPU, or a rate without a key.
     """
     routing = _routing("linear", layer, LayerBank, ids, weights)
-    return _linear(x, kernel, layer, routing, bias, strategy)
+    return _linear(x, kernel, layer, routing, bias, strategy, lora_dropout, key)
 
 
 def linear_rows(
@@ -75,13 +82,15 @@ def linear_rows(
     *,
     bias: Array | None = None,
     strategy: str = "auto",
+    lora_dropout: float = 0.0,
+    key: Array | None = None,
 ) -> Array:
     """:func:`linear` over rows made by :func:`gather`; ``present`` says whose they are.
 
     An id that is not among ``present`` gives NaN in its row.
     """
     routing = _routing("linear_rows", rows, LayerRows, ids, weights, present)
-    return _linear(x, kernel, rows, routing, bias, strategy)
+    return _linear(x, kernel, rows, routing, bias, strategy, lora_dropout, key)
 
 
 def embed(
@@ -134,7 +143,14 @@ def _routing(
 
 
 def _linear(
-    x: Array, kernel: Array, layer: Any, routing: ActiveRouting, bias: Array | None, strategy: str
+    x: Array,
+    kernel: Array,
+    layer: Any,
+    routing: ActiveRouting,
+    bias: Array | None,
+    strategy: str,
+    lora_dropout: float,
+    key: Array | None,
 ) -> Array:
     shape = layer.spec.shape
     if tuple(kernel.shape) != (shape.d_in, shape.d_out) or x.shape[-1:] != (shape.d_in,):
@@ -145,6 +161,12 @@ def _linear(
     y = jnp.matmul(x, kernel)
     if bias is not None:
         y = y + bias.astype(y.dtype)
+    if lora_dropout := rate(lora_dropout, "lora_dropout", below_one=True):
+        if key is None:
+            raise ConfigError(
+                f"lora_dropout={lora_dropout:g} draws a mask and needs key=, a key of jax.random; leave both away in evaluation"
+            )
+        x = dropped(x, lora_dropout, key)
     return _add(y, x, layer, routing, strategy)
 
 
@@ -164,6 +186,12 @@ def _add(y: Array, x: Array, layer: Any, routing: ActiveRouting, strategy: str) 
     if isinstance(layer, LayerBank):
         name_broken(layer.spec, layer.A, layer.B, routing.ids)
     return add_update(y, x, layer.spec, layer.A, layer.B, routing, strategy)
+
+
+def dropped(x: Array, rate: float, key: Array) -> Array:
+    """x without the entries that a mask hides, the others divided by (1 - rate)."""
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
 
 
 def add_update(

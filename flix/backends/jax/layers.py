@@ -15,7 +15,7 @@ from jax import Array
 
 from flix.backends import messages
 from flix.backends.jax import bypassed, finite, forms, scopes
-from flix.backends.jax.functional import add_update
+from flix.backends.jax.functional import add_update, dropped
 from flix.backends.jax.parameters import LayerBank, LayerSpec
 from flix.backends.jax.patches.carrying import Carrying
 from flix.backends.jax.routing import CALL, ActiveRouting, in_force, make_routing, present_of
@@ -38,6 +38,8 @@ class FlixLayer(Carrying):
         flix_spec: the layer's path, sizes, ranks, scales and registry.
         flix_state: the model's :class:`flix.backends.jax.adapt.FlixState`.
         flix_strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
+        flix_dropout: a linear layer's ``nnx.RngStream`` for the masks of ``lora_dropout``, named "dropout" for
+            ``nnx.reseed``; there where the rate is not 0.
         deterministic: False while training; ``model.train()`` and ``model.eval()`` set it, as they do Dropout's.
     """
 
@@ -46,6 +48,7 @@ class FlixLayer(Carrying):
     flix_strategy: str
     flix_A: Any
     flix_B: Any
+    flix_dropout: Any
     deterministic: bool
 
     def __call__(
@@ -97,6 +100,9 @@ class FlixLayer(Carrying):
     def _updated(self, y: Array, x: Array, routing: ActiveRouting) -> Array:
         """y ``[..., d_out]`` plus the routed sum over x ``[..., d_in]``, or tokens ``[...]``."""
         spec, a, b = self.flix_spec, self.flix_A[...], self.flix_B[...]
+        rate = self.flix_state.config.lora_dropout
+        if rate and not self.deterministic and spec.shape.kind == "linear":
+            x = dropped(x, rate, self.flix_dropout())
         if routing.present is None:
             finite.name_broken(spec, a, b, routing.ids, self.flix_state.named)
         return add_update(y, x, spec, a, b, routing, self.flix_strategy)

@@ -5,7 +5,7 @@ A module is changed in place; of a pair comes a new one. A layer's tables are re
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -159,6 +159,11 @@ def count(model: Any) -> Counts:
         return Counts()
     base = nnx.state(model, nnx.All(nnx.Param, nnx.Not(FlixParam)))
     return Counts(total=sum(int(leaf.size) for leaf in jax.tree.leaves(base)))
+
+
+def undropped(layers: Mapping[str, LayerShape]) -> list[str]:
+    """None: embeddings see their tokens whole, as PEFT's do."""
+    return []
 
 
 def switch(model: Any, by: int) -> None:

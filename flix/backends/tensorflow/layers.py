@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers, ops
@@ -68,7 +69,7 @@ class FlixLayer(Parameters):
             inputs: ``[B, ..., d_in]``, sparse ones, too, or token ids ``[B, ...]``.
             flix_features: int ``[B, W]`` or ``[B, T, W]``; default: the routing in force.
             flix_weights: float in that shape; default 1.
-            training: Keras's; it goes to the forward of a quantised layer.
+            training: Keras's: whether ``lora_dropout`` acts; it goes to the forward of a quantised layer, too.
 
         Returns:
             ``[B, ..., d_out]``, in the plain layer's form.
@@ -121,6 +122,11 @@ class FlixLayer(Parameters):
             if routing.registry is not registry and routing.registry != registry:
                 raise messages.other_registry(self.flix_name, routing.registry, registry)
         return routing if self.flix_A is not None else None
+
+    def _dropped(self, x: Any, training: bool) -> Any:
+        """What the features see of a linear layer's input; in training, ``lora_dropout`` hides entries from them."""
+        rate = self.flix_config.lora_dropout
+        return keras.random.dropout(x, rate, seed=self.flix_seed) if training and rate else x
 
     def _sum(
         self, x: Any, base: Any, rows: tuple[Any, Any], routing: ActiveRouting, strategy: str
@@ -234,7 +240,7 @@ class FlixDense(FlixLayer, WatchedKernel, layers.Dense):  # type: ignore[misc]
             base = ops.matmul(x, self.kernel)
             if self.bias is not None:
                 base = ops.add(base, self.bias)
-        y = self._sum(x, base, rows, routing, strategy)
+        y = self._sum(self._dropped(x, training), base, rows, routing, strategy)
         return y if self.activation is None else self.activation(y)
 
 
@@ -287,7 +293,7 @@ class FlixEinsumDense(FlixLayer, WatchedKernel, layers.EinsumDense):  # type: ig
         if not own:
             kernel = tf.transpose(self.kernel, form.order)
             base = tf.matmul(x, tf.reshape(kernel, [form.d_in, form.d_out]))
-        y = self._sum(x, base, rows, routing, strategy)
+        y = self._sum(self._dropped(x, training), base, rows, routing, strategy)
         y = _transposed(tf.reshape(y, [*lead, *form.sizes]), back)
         if self.bias is not None and not own:
             y = ops.add(y, self.bias)

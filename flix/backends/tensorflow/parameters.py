@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from flix.backends.tensorflow import quantised
 from flix.core.adapter.adapter import LayerShape, Pair
 from flix.core.adapter.changes import fresh_pairs
+from flix.core.adapter.initial import dropout_seed
 from flix.core.config.config import FlixConfig
 from flix.core.config.kernels import Form
 from flix.core.config.layout import LayerLayout
@@ -86,6 +88,7 @@ class Parameters:
         flix_layout: ranks and scales here.
         flix_live: which rows train.
         flix_A, flix_B: the tables; None where every rank is 0.
+        flix_seed: a linear layer's generator of masks for ``lora_dropout``; None where that is 0.
     """
 
     flix_kind = "linear"
@@ -97,6 +100,7 @@ class Parameters:
     flix_live: Live
     flix_A: Any
     flix_B: Any
+    flix_seed: Any = None
 
     @staticmethod
     def form_of(layer: Any) -> Form:
@@ -154,6 +158,20 @@ class Parameters:
             pairs = fresh_pairs(self.flix_config, self.flix_name, self.layer_shape)
             values = by_id(self.flix_config.registry, pairs)
         self.make_tables(values)
+        if self.flix_config.lora_dropout and self.flix_kind == "linear" and self.flix_seed is None:
+            seed = dropout_seed(self.flix_config.seed, self.flix_name)
+            with self._unlocked():
+                self.flix_seed = keras.random.SeedGenerator(seed)
+
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        """Variables may join a layer that is built."""
+        tracker = self._tracker  # type: ignore[attr-defined]
+        locked = tracker.locked
+        tracker.unlock()
+        yield
+        if locked:
+            tracker.lock()
 
     def make_tables(self, values: Mapping[int, Pair]) -> None:
         """Make the tables anew, from the pairs of every feature with an update here, by id."""
@@ -169,10 +187,7 @@ class Parameters:
         shape = self.layer_shape
         wholes = np.zeros((rows, shape.d_in), dtype), np.zeros((rows, shape.d_out), dtype)
         self.flix_layout.put(wholes[0][1:], wholes[1][1:], values)
-        tracker = self._tracker  # type: ignore[attr-defined]
-        locked = tracker.locked
-        tracker.unlock()
-        with self._open_name_scope():  # type: ignore[attr-defined]
+        with self._unlocked(), self._open_name_scope():  # type: ignore[attr-defined]
             for name, whole in zip(("flix_A", "flix_B"), wholes, strict=True):
                 table = self.add_weight(  # type: ignore[attr-defined]
                     name=name,
@@ -184,8 +199,6 @@ class Parameters:
                 )
                 table.flix_table = True
                 setattr(self, name, table)
-        if locked:
-            tracker.lock()
 
     def span(self, feature: int) -> slice:
         """The rows of the tables that are a feature's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import keras
@@ -134,6 +134,11 @@ def count(model: FlixModel) -> Counts:
     return Counts(total=size(model.variables), trainable=size(model.trainable_variables))
 
 
+def undropped(layers: Mapping[str, LayerShape]) -> list[str]:
+    """None: embeddings see their tokens whole, as PEFT's do."""
+    return []
+
+
 def switch(model: FlixModel, by: int) -> None:
     """What Keras traces is kept apart for a model that is off (:class:`FlixModel`)."""
     current.switch(model.flix_state, by, graph=traced_function())
@@ -141,5 +146,6 @@ def switch(model: FlixModel, by: int) -> None:
 
 __all__ = [
     "adapted", "attach", "base_name", "change", "check_plain", "count", "dequantized", "frozen", "head_places",
-    "heads", "kernel_samples", "layers", "merged", "parameters", "put_heads", "read", "set_frozen", "shapes", "switch", "write",
+    "heads", "kernel_samples", "layers", "merged", "parameters", "put_heads", "read", "set_frozen", "shapes", "switch",
+    "undropped", "write",
 ]  # fmt: skip

@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import copyreg
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flix.backends.torch.kernels.routes import used
-from flix.backends.torch.layer import FlixLayer, with_grad
-from flix.backends.torch.parameters import Carried, Values
-from flix.backends.torch.placing import Placed
-from flix.backends.torch.routing import ActiveRouting, AnyRouting, TracedRouting
+from flix.backends.torch.added import added
+from flix.backends.torch.layer import FlixLayer
 from flix.backends.torch.rows import noted, rows_of
-from flix.backends.torch.sums import routed_backward, routed_forward, stack, traced_linear
 from flix.core.adapter.adapter import LayerShape
 from flix.core.errors import TargetError
 
@@ -140,7 +136,8 @@ class FlixAround(FlixLayer):
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(count, length, x.shape[-1]).to(base.dtype)
             own = base.expand(*x.shape[:-1], base.shape[-1]).reshape(count, length, -1)
-            y = self._sum(rows, own, routing)
+            rate = self._dropped()
+            y = added(self, F.dropout(rows, rate) if rate else rows, own, routing)
         return noted(self, y.view(*x.shape[:-1], self.d_out), routing)
 
     def _check(self, x: Any, base: Any) -> None:
@@ -164,118 +161,6 @@ class FlixAround(FlixLayer):
                 f"{named} records no gradient of its input, so features of the layers before it would not be trained; "
                 "adapt none of those, or use a quantisation that trains"
             )
-
-    def _sum(self, x: Tensor, base: Tensor, routing: AnyRouting) -> Tensor:
-        if isinstance(routing, TracedRouting):
-            return self._traced(x, base, routing)
-        placed = self._placed(x, routing)
-        strategy = placed.strategy(self.flix_strategy, x)
-        self._check_single(routing, strategy)
-        if not placed.active or x.shape[0] == 0:
-            return with_grad(base, self.training)
-        if strategy == "fused":
-            return self._fused(x, base, placed, routing)
-        values, carrier = self._values(placed, routing, x.device)
-        scale = placed.scale.to(x.dtype)
-        y: Tensor = Added.apply(x, base, scale, carrier, placed, strategy, values)  # type: ignore[no-untyped-call]
-        return y
-
-    def _fused(self, x: Tensor, base: Tensor, placed: Placed, routing: ActiveRouting) -> Tensor:
-        # Triton is loaded when it is needed.
-        from flix.backends.torch.kernels.eager import FusedAround
-
-        found, place = routing.in_force(self.flix_state), self.flix_place
-        return FusedAround.apply(  # type: ignore[no-any-return, no-untyped-call]
-            x, base, placed.scale, found.carrier(place), placed, found, place
-        )
-
-    def _traced(self, x: Tensor, base: Tensor, routing: TracedRouting) -> Tensor:
-        pairs = self._traced_pairs(routing)
-        if not pairs[0] or routing.flat.shape[1] == 0:
-            return base
-        rows, scale, *_ = self._traced_slots(routing, x)
-        a, b = stack(pairs, self.d_in, self.d_out, x.dtype, end=1)
-        strategy = "single" if self.flix_strategy == "single" else "gather"
-        return traced_linear(x, base, scale.to(x.dtype), used(rows, len(a) - 1), a, b, strategy)
-
-
-class Added(torch.autograd.Function):
-    """``base + Σ_slots scale · B_slot (A_slot x)``: :class:`flix.backends.torch.sums.RoutedLinear` without a kernel.
-
-    Inputs: x ``[N, S, d_in]``, base ``[N, S, d_out]``, and RoutedLinear's others.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        base: Tensor,
-        scale: Tensor,
-        carrier: Tensor | None,
-        placed: Placed,
-        strategy: str,
-        values: Values,
-    ) -> Tensor:
-        given = (x, base, None, scale, placed.rows, strategy, values)
-        y, h, strategy = routed_forward(*given, **_made(placed, strategy, x.dtype))
-        ctx.save_for_backward(x, scale, carrier, h)
-        ctx.strategy, ctx.placed, ctx.values = strategy, placed, values
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            return (*differentiable(ctx, grad), None, None, None)
-        x, scale, carrier, h = ctx.saved_tensors
-        need_x, need_base, need_scale, need_pairs = ctx.needs_input_grad[:4]
-        placed: Placed = ctx.placed
-        dx, d_scale, d_pairs = routed_backward(
-            grad.contiguous(),
-            x,
-            None,
-            scale,
-            placed.rows,
-            h,
-            ctx.strategy,
-            ctx.values,
-            need_x=need_x,
-            need_scale=need_scale,
-            need_pairs=need_pairs,
-            **_made(placed, ctx.strategy, x.dtype),
-        )
-        if d_pairs is not None:
-            d_pairs = d_pairs.to(carrier.device, carrier.dtype)
-        return dx, grad if need_base else None, d_scale, d_pairs, None, None, None
-
-
-def _made(placed: Placed, strategy: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What was made before, once for all layers."""
-    factor = placed.mask(dtype) if strategy == "masked" else None
-    return {"blocks": placed.host.blocks, "factor": factor, "live": placed.live}
-
-
-def differentiable(ctx: Any, grad: Tensor) -> Iterator[Tensor | None]:
-    """The gradients of :class:`Added` as plain operations, which are differentiated again (``create_graph``)."""
-    # Aliases: one input may be made of another, and only its direct part is wanted here.
-    held: list[Any] = [None if v is None else v.view_as(v) for v in ctx.saved_tensors[:3]]
-    x, scale, carrier = held
-    values: Values = ctx.values
-    if carrier is not None:
-        parts = Carried.apply(carrier, *values)  # type: ignore[no-untyped-call]
-        values = parts[: len(values[0])], parts[len(values[0]) :]
-    a, b = stack(values, x.shape[-1], grad.shape[-1], x.dtype, end=1)
-    y = traced_linear(
-        x, torch.zeros_like(grad), scale.to(x.dtype), ctx.placed.rows, a, b, ctx.strategy
-    )
-    need_x, need_base, *others = ctx.needs_input_grad[:4]
-    wanted = [v for v, need in zip(held, (need_x, *others), strict=True) if need]
-    found = iter(
-        torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True) if wanted else ()
-    )
-    yield next(found) if need_x else None
-    yield grad if need_base else None
-    for need in others:
-        yield next(found) if need else None
 
 
 def around(cls: type[nn.Module]) -> type[FlixAround]:

@@ -84,7 +84,8 @@ class FlixConvolution(FlixLayer):
         x, count, _, routing = rows_of(self, x, routing, trailing=places)
         own = own.expand(x.shape[0], *own.shape[1:])
         with torch.autocast(x.device.type, enabled=False):
-            y = self._sum(x.to(base.dtype), own, count, routing)
+            x, rate = x.to(base.dtype), self._dropped()
+            y = self._sum(F.dropout(x, rate) if rate else x, own, count, routing)
         return noted(self, y[0] if single else y, routing)
 
     def _sum(self, x: Tensor, base: Tensor, count: int, routing: AnyRouting) -> Tensor:

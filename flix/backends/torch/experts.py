@@ -228,6 +228,8 @@ def _check(module: Any, first: ExpertsKernel, routing: AnyRouting) -> None:
             f"torch.func's transforms do not run through the experts of {first.flix_name!r}; leave them out "
             "(exclude_modules), or take gradients with autograd"
         )
+    if module.training and (rate := first.flix_state.config.lora_dropout):
+        raise messages.undropped(rate, [k.flix_name for k in module.flix_kernels.values()])
     if isinstance(routing, ActiveRouting) and first.flix_state.strategy == "single":
         first._check_single(routing, "single")
 

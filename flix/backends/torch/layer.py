@@ -179,6 +179,10 @@ class FlixLayer(Adapted, nn.Module):
     flix_strategy: str
     flix_base: type[nn.Module]
 
+    def _dropped(self) -> float:
+        """With which rate entries of the low-rank maps' input are dropped now; 0.0 in evaluation."""
+        return self.flix_state.config.lora_dropout if self.training else 0.0
+
     def _values(
         self, placed: Placed, routing: ActiveRouting, device: torch.device
     ) -> tuple[Values, Tensor | None]:

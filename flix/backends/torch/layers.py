@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flix.backends.torch.added import added
 from flix.backends.torch.kernels.choice import require_triton, strategy_for
 from flix.backends.torch.kernels.operators import routed_linear
 from flix.backends.torch.kernels.routes import used
@@ -85,7 +86,10 @@ class FlixLinear(FlixLayer, nn.Linear):
             RoutingError: no routing in training, or routing that does not fit x.
             ConfigError: ``"single"`` for rows that differ; ``"fused"`` where it cannot run.
         """
-        if flix_features is None and flix_weights is None and not torch.is_grad_enabled():
+        rate = self._dropped()
+        if not (
+            rate or flix_features is not None or flix_weights is not None or torch.is_grad_enabled()
+        ):
             token = self._kept(x)
             if token is not None:
                 return self._by(token, x)
@@ -97,7 +101,7 @@ class FlixLinear(FlixLayer, nn.Linear):
         lead, device = x.shape[:-1], x.device.type
         x = x.reshape(count, length, x.shape[-1])
         if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-            token = self._prepared(given, x, routing)
+            token = None if rate else self._prepared(given, x, routing)
             if token is not None:
                 return self._by(token, given)
             y = self._sum(x, self.weight, self.bias, routing)
@@ -143,6 +147,8 @@ class FlixLinear(FlixLayer, nn.Linear):
         return y
 
     def _sum(self, x: Tensor, kernel: Tensor, bias: Tensor | None, routing: AnyRouting) -> Tensor:
+        if rate := self._dropped():
+            return added(self, F.dropout(x, rate), self._base(x, kernel, bias), routing)
         if isinstance(routing, TracedRouting):
             return self._traced(x, kernel, bias, routing)
         return self._eager(x, kernel, bias, routing)

@@ -143,6 +143,11 @@ def count(model: Any) -> Counts:
     )
 
 
+def undropped(layers: Mapping[str, LayerShape]) -> list[str]:
+    """Experts, whose tokens come sorted; embeddings see theirs whole, as PEFT's do."""
+    return [path for path, shape in layers.items() if shape.experts]
+
+
 def switch(model: Any, by: int) -> None:
     scopes.switch(_state(model), by)
 
@@ -182,6 +187,7 @@ __all__ = [
     "set_frozen",
     "shapes",
     "switch",
+    "undropped",
     "unfold",
     "write",
 ]

@@ -151,6 +151,8 @@ class Files(Shared):
         ):
             warn(said)
         if config is None:
+            if error := self.undropped(adapter.config, adapter.layers):
+                warn(f"the adapter answers as ever, but cannot be trained on as it was: {error}")
             model = self.primitives.attach(
                 model,
                 adapter.config,

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from flix.backends.verbs.shared import Shared
+from flix.core.adapter.adapter import LayerShape
 from flix.core.adapter.changes import fresh_pairs
 from flix.core.adapter.sharing import chosen_features
 from flix.core.adapter.summary import Summary
@@ -47,7 +48,7 @@ class Models(Shared):
         Raises:
             TargetError: patterns that match nothing or a layer that cannot be adapted; a model that is adapted already,
                 not built, or wrapped.
-            ConfigError: an unknown strategy, or one that cannot run here.
+            ConfigError: an unknown strategy, or one that cannot run here; ``lora_dropout`` where a layer has none.
         """
         if not isinstance(config, FlixConfig):
             raise ConfigError(f"adapt needs a FlixConfig, got {type(config).__name__}")
@@ -61,7 +62,10 @@ class Models(Shared):
                 stacklevel=2,
             )
 
-        paths = [info.path for info in chosen]
+        layers = {info.path: LayerShape.told(info) for info in chosen}
+        if error := self.undropped(config, layers):
+            raise error
+        paths = [*layers]
         return self.primitives.attach(model, config, paths, strategy, partial(fresh_pairs, config))
 
     def freeze(self, model: M, features: Any) -> M:

@@ -13,6 +13,7 @@ from flix.backends.protocol import (
     Backend,
     Pairs,
     SupportsBase,
+    SupportsDropout,
     lacking,
 )
 from flix.core.adapter.adapter import Adapter, LayerShape, Pair, tensor_name
@@ -21,7 +22,7 @@ from flix.core.adapter.compatibility import check_fits
 from flix.core.adapter.composition import Composition, composition
 from flix.core.adapter.described import Base
 from flix.core.config.config import FlixConfig
-from flix.core.errors import TargetError
+from flix.core.errors import ConfigError, TargetError
 from flix.core.features.encoding import Row
 from flix.core.features.names import Feature
 
@@ -58,6 +59,16 @@ class Shared:
         else:
             layers = {i.path: LayerShape.told(i) for i in infos if i.kind}
         check_fits(adapter, layers)
+
+    def undropped(self, config: FlixConfig, layers: Mapping[str, LayerShape]) -> ConfigError | None:
+        """The error that ``lora_dropout`` cannot act in all of these layers; None where it can, or is 0."""
+        rate = config.lora_dropout
+        if not rate:
+            return None
+        if not self.offers(SupportsDropout):
+            return messages.undropped(rate, None)
+        found = self.primitives.undropped(layers)  # type: ignore[attr-defined]
+        return messages.undropped(rate, found) if found else None
 
     def adapter_of(
         self, model: Any, features: Collection[Feature] | None = None, copy: bool = False

@@ -91,6 +91,11 @@ def initial_pairs(
     }
 
 
+def dropout_seed(seed: int, layer: str) -> int:
+    """Where a layer's generator of masks for ``lora_dropout`` begins, if it has one of its own: 31 bits."""
+    return int(rng.key("dropout", seed, layer)[0] >> np.uint64(33))
+
+
 def initial_b(*, rank: int, d_out: int) -> NDArray[np.float32]:
     """B_f = 0, so that the adapted model starts equal to the base: float32 ``[d_out, rank]``."""
     return np.zeros((d_out, rank), dtype=np.float32)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Union
 
-from flix.core.checks import finite, is_whole, whole
+from flix.core.checks import finite, is_whole, rate, whole
 from flix.core.config.layout import LayerLayout
 from flix.core.config.overrides import Overrides, nested
 from flix.core.config.patterns import compiled
@@ -47,6 +47,8 @@ class FlixConfig:
             layer's path, and the first that matches and names the feature counts.
         alpha_pattern: other alphas for some layers, in the same forms and by the same rule.
         feature_dropout: dropout for training, or None.
+        lora_dropout: in training, with which probability each entry of a linear layer's input is hidden from the
+            features' low-rank maps (docs/specification.md §1.8); the base sees all. 0 up to, not including, 1.
         unknown: how rows with unknown features are encoded (:func:`flix.core.features.encoding.encode`).
         seed: of the initial values.
 
@@ -63,6 +65,7 @@ class FlixConfig:
     rank_pattern: Pattern = field(default_factory=dict)
     alpha_pattern: Pattern = field(default_factory=dict)
     feature_dropout: FeatureDropout | None = None
+    lora_dropout: float = 0.0
     unknown: Unknown = "error"
     seed: int = 0
 
@@ -89,6 +92,7 @@ class FlixConfig:
                     f"feature_dropout must be a FeatureDropout or None, got {self.feature_dropout!r}"
                 )
             self.feature_dropout.check(self.registry)
+        put(self, "lora_dropout", rate(self.lora_dropout, "lora_dropout", below_one=True))
         check_policy(self.unknown)
         put(self, "seed", whole(self.seed, "seed"))
 
@@ -269,6 +273,7 @@ class FlixConfig:
             "rank_pattern": dict(self.rank_pattern),
             # Left out where there is none: versions from before it read such files.
             **({"alpha_pattern": dict(self.alpha_pattern)} if self.alpha_pattern else {}),
+            **({"lora_dropout": self.lora_dropout} if self.lora_dropout else {}),
             "feature_dropout": self.feature_dropout.to_dict() if self.feature_dropout else None,
             "unknown": _plain_unknown(self.unknown),
             "seed": self.seed,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flix.core import rng
-from flix.core.checks import is_number
+from flix.core.checks import rate
 from flix.core.errors import ConfigError, shown
 from flix.core.features.names import normal_group
 from flix.core.features.routing import Routing
@@ -40,12 +40,10 @@ class FeatureDropout:
     rescale: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "p", _rate(self.p, "p"))
+        object.__setattr__(self, "p", rate(self.p, "p"))
         if not isinstance(self.per_group, Mapping):
             raise ConfigError(f"per_group must be {{group: rate}}, got {shown(self.per_group)}")
-        rates = {
-            normal_group(g): _rate(rate, f"per_group[{g!r}]") for g, rate in self.per_group.items()
-        }
+        rates = {normal_group(g): rate(p, f"per_group[{g!r}]") for g, p in self.per_group.items()}
         if len(rates) < len(self.per_group):
             raise ConfigError("per_group names a group twice, in two Unicode forms")
         object.__setattr__(self, "per_group", rates)
@@ -125,9 +123,3 @@ class FeatureDropout:
             "keep_one": self.keep_one,
             "rescale": self.rescale,
         }
-
-
-def _rate(value: object, what: str) -> float:
-    if not is_number(value) or not 0.0 <= value <= 1.0:  # type: ignore[operator]
-        raise ConfigError(f"dropout rate {what} must be a number from 0 to 1, got {shown(value)}")
-    return float(value)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,3 +153,18 @@ def test_every_verb_is_documented_and_takes_the_model_first():
         verb = getattr(verbs, name)
         assert inspect.getdoc(verb), name
         assert next(iter(inspect.signature(verb).parameters)) == "model", name
+
+
+def test_a_backend_without_dropout_refuses_it_and_reads_files_that_had_it(tmp_path):
+    with pytest.raises(
+        ConfigError,
+        match=r"lora_dropout=0\.1.* cannot act: this backend's layers have none; set",
+    ):
+        verbs.adapt(plain(), config(lora_dropout=0.1))
+    adapter = verbs.to_adapter(adapted())
+    adapter = flix.Adapter(
+        replace(adapter.config, lora_dropout=0.1), adapter.layers, adapter.tensors
+    )
+    with pytest.warns(UserWarning, match=r"cannot be trained on as it was: lora_dropout=0\.1"):
+        model = verbs.load_into(plain(), adapter)
+    assert verbs.to_adapter(model).config.lora_dropout == 0.1

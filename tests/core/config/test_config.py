@@ -94,9 +94,12 @@ def test_alphas_by_layer():
     assert grown.scale("k", ("task", "pos")) == 5.0 and grown.scale("q", ("task", "pos")) == 1.5
 
 
-def test_files_without_alphas_by_layer_stay_as_they_were():
-    assert "alpha_pattern" not in config(alpha=2.0).to_dict()
-    assert FlixConfig.from_dict(config().to_dict()).alpha_pattern == {}
+def test_what_is_not_said_is_not_written():
+    assert not {"alpha_pattern", "lora_dropout"} & {*config(alpha=2.0).to_dict()}
+    again = FlixConfig.from_dict(config().to_dict())
+    assert again.alpha_pattern == {} and again.lora_dropout == 0.0
+    told = config(lora_dropout=0.25).to_dict()
+    assert FlixConfig.from_dict(told).lora_dropout == told["lora_dropout"] == 0.25
 
 
 def test_fallbacks_follow_the_names():
@@ -142,6 +145,12 @@ def test_with_feature_keeps_everything_else():
         ),
         ({"feature_dropout": 0.2}, "must be a FeatureDropout"),
         ({"feature_dropout": FeatureDropout(0.1, per_group={"x": 0.1})}, "no feature group 'x'"),
+        (
+            {"lora_dropout": 1.0},
+            "rate lora_dropout must be a number from 0 up to, not including, 1, got 1.0",
+        ),
+        ({"lora_dropout": True}, "rate lora_dropout must be a number"),
+        ({"lora_dropout": float("nan")}, "rate lora_dropout must be a number"),
         ({"unknown": "ignore"}, "unknown must be"),
         ({"seed": 1.5}, "seed must be a whole number"),
     ],

@@ -88,6 +88,22 @@ def test_scales_and_ranks_by_layer(tmp_path, settings, scales):
             assert adapter.config.scale(path, ("task", "ner")) == pytest.approx(abs(scale))
 
 
+def test_a_dropout_that_all_have_is_kept(tmp_path):
+    """Training goes on with it; where LoRAs differ, or drop all, no rate speaks for all."""
+    for name, rate in (("a", 0.1), ("b", 0.1), ("c", 0.2), ("d", 1.0), ("e", None)):
+        folder(tmp_path / name, lora_dropout=rate)
+    read = {
+        n: from_peft({m: tmp_path / m for m in n}, "task").config.lora_dropout
+        for n in ("a", "ab", "ac", "d", "e")
+    }
+    assert read == {"a": 0.1, "ab": 0.1, "ac": 0.0, "d": 0.0, "e": 0.0}
+    folder(tmp_path / "f", lora_dropout="much")
+    with pytest.raises(
+        AdapterError, match="rate lora_dropout must be a number from 0 to 1, got 'much'"
+    ):
+        from_peft({"f": tmp_path / "f"}, "task")
+
+
 def test_several_become_a_group_and_survive_a_save(tmp_path):
     first = folder(tmp_path / "one", use_rslora=True)
     second = folder(tmp_path / "two", pairs({"a.q": 3, "b.k": 1}), r=3, alpha_pattern={"k": 5})

@@ -14,6 +14,7 @@ from flax import nnx
 
 from flix.backends.jax.layers import CLASSES, FlixLayer
 from flix.backends.jax.parameters import LayerBank
+from flix.core.adapter.initial import dropout_seed
 
 
 def become(module: nnx.Module, strategy: str, state: Any, bank: LayerBank, training: bool) -> None:
@@ -22,6 +23,10 @@ def become(module: nnx.Module, strategy: str, state: Any, bank: LayerBank, train
     assert isinstance(module, FlixLayer)
     module.flix_strategy, module.flix_state = strategy, state
     module.deterministic = not training
+    config, spec = state.config, bank.spec
+    if config.lora_dropout and spec.shape.kind == "linear":
+        seed = dropout_seed(config.seed, spec.path)
+        module.flix_dropout = nnx.RngStream(seed, tag="dropout")
     module.put(bank)
 
 

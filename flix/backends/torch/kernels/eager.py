@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flix.backends.torch import around
+from flix.backends.torch import added
 from flix.backends.torch.kernels import launch
 from flix.backends.torch.kernels.tables import layer_table
 from flix.backends.torch.parameters import InForce
@@ -69,7 +69,7 @@ class FusedLinear(torch.autograd.Function):
 
 
 class FusedAround(torch.autograd.Function):
-    """:class:`flix.backends.torch.around.Added` by the fused kernels.
+    """:class:`flix.backends.torch.added.Added` by the fused kernels.
 
     Inputs: x ``[N, S, d_in]``; the layer's own output ``[N, S, d_out]``, in the dtype of x; and FusedLinear's others.
     """
@@ -98,7 +98,7 @@ class FusedAround(torch.autograd.Function):
             device = ctx.saved_tensors[0].device
             ctx.values = ctx.found.values(ctx.placed.active, ctx.place, device)
             ctx.strategy = "gather"
-            return (*around.differentiable(ctx, dy), None, None, None)
+            return (*added.differentiable(ctx, dy), None, None, None)
         x, scale, carrier, h = ctx.saved_tensors
         need_x, need_base, *needs = ctx.needs_input_grad[:4]
         dx, d_scale, d_pairs = _gradients(ctx, dy, x, None, scale, carrier, h, need_x, *needs)
