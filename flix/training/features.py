@@ -32,6 +32,7 @@ def build_config(settings: forms.Settings, corpus: Corpus) -> FlixConfig:
         lora_dropout=settings.lora_dropout,
         unknown=settings.unknown,
         seed=settings.seed,
+        init=settings.init,
     )
 
 

@@ -262,6 +262,7 @@ class Settings(Form):
         lora_dropout: as for ``FlixConfig``.
         unknown: what an unknown feature does when evaluating.
         temperature: combinations are drawn with p ∝ n^(1/temperature).
+        init: as for ``FlixConfig``.
         seed: of initial values, sampling, dropout and training.
         training, evaluation: see there.
         base_folder: what relative paths are relative to; set by the reader.
@@ -287,6 +288,7 @@ class Settings(Form):
     unknown: Union[Literal["error", "skip", "mean"], dict[Name, Names]] = "error"
     temperature: Positive = 2.0
     seed: Annotated[int, Number, Field(ge=0, lt=2**32)] = 0
+    init: Literal["uniform", "orthogonal"] = "uniform"
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     base_folder: Path = Field(default=Path("."), exclude=True, repr=False)

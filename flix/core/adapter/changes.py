@@ -23,7 +23,8 @@ def fresh_pairs(config: FlixConfig, path: str, shape: LayerShape) -> dict[Featur
     """The pairs that a layer starts with (docs/specification.md §1.3), by feature; without those of rank 0."""
     ranks = {feature: config.rank(path, feature) for feature in config.registry.live}
     sizes = {"d_in": shape.d_in, "d_out": shape.d_out, "experts": shape.experts}
-    return {**initial_pairs(seed=config.seed, layer=path, ranks=ranks, **sizes)}
+    made = initial_pairs(seed=config.seed, layer=path, ranks=ranks, init=config.init, **sizes)
+    return {**made}
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +92,7 @@ class Growth:
             d_in=shape.d_in,
             d_out=shape.d_out,
             experts=shape.experts,
+            init=self.config.init,
         )
         known = [origin for origin in self.origins if origin in pairs]
         if not known:

@@ -1,4 +1,4 @@
-"""Initial values of the pairs (docs/specification.md §1.3): A uniform, B zero, the same bytes in every backend."""
+"""What pairs start with (docs/specification.md §1.3): A uniform or orthonormal, B zero, in every backend alike."""
 
 from __future__ import annotations
 
@@ -65,16 +65,18 @@ def initial_pairs(
     d_in: int,
     d_out: int,
     experts: int = 0,
+    init: str = "uniform",
 ) -> dict[Feature, tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """A and B of a layer's features as they start; those of rank 0 are left out.
 
     Expert e of a layer starts as a layer of the path ``<layer>.<e>`` would: a larger rank keeps every expert's values.
+    With ``init="orthogonal"`` each A is :func:`orthonormal`.
     """
     chosen = {feature: rank for feature, rank in ranks.items() if rank}
     if experts:
         paths = (f"{layer}.{e}" for e in range(experts))
         each = [
-            initial_pairs(seed=seed, layer=path, ranks=chosen, d_in=d_in, d_out=d_out)
+            initial_pairs(seed=seed, layer=path, ranks=chosen, d_in=d_in, d_out=d_out, init=init)
             for path in paths
         ]
         return {
@@ -85,10 +87,34 @@ def initial_pairs(
         seed=seed, layer=layer, features=list(chosen), ranks=list(chosen.values()), d_in=d_in
     )
     ends = itertools.accumulate(chosen.values())
+    made = orthonormal if init == "orthogonal" else _as_it_is
     return {
-        feature: (table[end - rank : end], initial_b(rank=rank, d_out=d_out))
+        feature: (made(table[end - rank : end]), initial_b(rank=rank, d_out=d_out))
         for (feature, rank), end in zip(chosen.items(), ends, strict=True)
     }
+
+
+def _as_it_is(a: NDArray[np.float32]) -> NDArray[np.float32]:
+    return a
+
+
+def orthonormal(a: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The rows of A made orthonormal one after the other (Gram and Schmidt), in float64, rounded to float32 at the end.
+
+    A larger rank so keeps the rows of a smaller one. Beyond d_in rows, of which there are no more, the next d_in begin
+    anew.
+
+    Args:
+        a: ``[r, d_in]``, as :func:`initial_a` gives it.
+    """
+    parts, step = [], a.shape[1]
+    if not a.size:
+        return a
+    for begin in range(0, len(a), step):
+        q, r = np.linalg.qr(a[begin : begin + step].astype(np.float64).T)
+        # The factors are unique where the diagonal of R is positive: then they are Gram's and Schmidt's.
+        parts.append((q * np.where(np.diagonal(r) < 0, -1.0, 1.0)).T)
+    return np.concatenate(parts).astype(np.float32)
 
 
 def dropout_seed(seed: int, layer: str) -> int:

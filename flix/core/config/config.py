@@ -19,7 +19,7 @@ from flix.core.config.renaming import (
     renamed_fallbacks,
     renamed_patterns,
 )
-from flix.core.config.targets import ALL_LINEAR, Patterns
+from flix.core.config.targets import ALL_LINEAR, CHANGES_BASE, Patterns
 from flix.core.errors import ConfigError, FlixError, RankError, near
 from flix.core.features.dropout import FeatureDropout
 from flix.core.features.encoding import Unknown, check_policy
@@ -27,6 +27,7 @@ from flix.core.features.names import Feature, written
 from flix.core.features.registry import FeatureRegistry
 
 SCALINGS = ("lora", "rslora")
+INITS = ("uniform", "orthogonal")
 Pattern = Mapping[str, Union[float, Mapping[Any, Any]]]
 """Numbers for some layers: ``{pattern: one for all features, or by group or feature}``."""
 
@@ -51,6 +52,7 @@ class FlixConfig:
             features' low-rank maps (docs/specification.md §1.8); the base sees all. 0 up to, not including, 1.
         unknown: how rows with unknown features are encoded (:func:`flix.core.features.encoding.encode`).
         seed: of the initial values.
+        init: how A starts: ``"uniform"``, as LoRA's, or ``"orthogonal"``, with orthonormal rows; B is zero.
 
     Raises:
         ConfigError, RankError, FeatureError, RoutingError: a value that breaks its rule.
@@ -68,6 +70,7 @@ class FlixConfig:
     lora_dropout: float = 0.0
     unknown: Unknown = "error"
     seed: int = 0
+    init: str = "uniform"
 
     def __post_init__(self) -> None:
         if not isinstance(self.registry, FeatureRegistry):
@@ -95,6 +98,8 @@ class FlixConfig:
         put(self, "lora_dropout", rate(self.lora_dropout, "lora_dropout", below_one=True))
         check_policy(self.unknown)
         put(self, "seed", whole(self.seed, "seed"))
+        if self.init not in INITS:
+            raise ConfigError(_no_start(self.init))
 
     def _resolve_alpha(self, alpha: object) -> float | dict[Feature, float]:
         if isinstance(alpha, Mapping):
@@ -277,6 +282,7 @@ class FlixConfig:
             "feature_dropout": self.feature_dropout.to_dict() if self.feature_dropout else None,
             "unknown": _plain_unknown(self.unknown),
             "seed": self.seed,
+            **({"init": self.init} if self.init != "uniform" else {}),
         }
 
     @classmethod
@@ -342,6 +348,16 @@ def _patterns(value: object, what: str, empty: bool = False) -> str | tuple[str,
             return tuple(value)
         raise ConfigError(f"{what} must name at least one layer, got none")
     raise ConfigError(f"{what} must be a string or a list of suffixes, got {value!r}")
+
+
+def _no_start(init: object) -> str:
+    said = f"init must be 'uniform' or 'orthogonal', got {init!r}"
+    if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
+        said += (
+            ": such a start moves a part of the base's kernels into one adapter, and the base would change for rows "
+            "without it, too"
+        )
+    return said
 
 
 def _rank(value: object, what: str) -> int:

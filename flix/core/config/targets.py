@@ -10,6 +10,8 @@ from flix.core.config.patterns import compiled, exactly
 from flix.core.errors import TargetError, listed, near
 
 ALL_LINEAR = "all-linear"
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+"""What PEFT calls the starts that change the base's kernels."""
 Patterns = Union[str, Sequence[str]]
 
 HEADS = frozenset(
@@ -176,6 +178,6 @@ def _shown(patterns: Patterns) -> str:
 
 
 __all__ = [
-    "ALL_LINEAR", "HEADS", "LayerInfo", "Patterns", "exactly", "is_head", "left_out", "matches", "pattern_matches",
+    "ALL_LINEAR", "CHANGES_BASE", "HEADS", "LayerInfo", "Patterns", "exactly", "is_head", "left_out", "matches", "pattern_matches",
     "select",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from flix.core.adapter.described import DTYPES, Base, widened
 from flix.core.adapter.stored import StoredTensors
 from flix.core.checks import is_number, is_whole, rate
 from flix.core.config.overrides import Overrides
+from flix.core.config.targets import CHANGES_BASE
 from flix.core.errors import AdapterError, ConfigError, listed, shown
 from flix.core.files import Path_
 from flix.core.peft.convolutions import as_matrices
@@ -44,7 +45,6 @@ _REFUSED = {
 }
 # With an adapted embedding or head PEFT saves the frozen kernel as well; it is the base's.
 _FROZEN = ".base_layer.weight"
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +238,7 @@ def _settings(folder: Path, place: int | None) -> dict[str, Any]:
             f"{str(folder)!r} trained biases (bias={shown(settings['bias'])}); a feature holds pairs only"
         )
     start = settings.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise AdapterError(
             f"{str(folder)!r} began by changing the base's kernels (init_lora_weights={shown(start)}); let PEFT "
             "convert it to a plain LoRA when it saves (path_initial_model_for_weight_conversion)"

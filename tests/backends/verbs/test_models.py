@@ -168,3 +168,13 @@ def test_a_backend_without_dropout_refuses_it_and_reads_files_that_had_it(tmp_pa
     with pytest.warns(UserWarning, match=r"cannot be trained on as it was: lora_dropout=0\.1"):
         model = verbs.load_into(plain(), adapter)
     assert verbs.to_adapter(model).config.lora_dropout == 0.1
+
+
+def test_models_start_orthogonal_where_asked_and_features_that_join():
+    model = verbs.adapt(plain(), config(init="orthogonal"))
+    model = verbs.add_feature(model, "task", "new", rank=3)
+    found = values(model)
+    for name in ("q.A.language.swa", "k.A.task.new"):
+        np.testing.assert_allclose(found[name] @ found[name].T, np.eye(3), atol=1e-6)
+    assert not found["q.B.language.swa"].any()
+    assert_close(model(tokens(), IDS, WEIGHTS), plain()(tokens()))

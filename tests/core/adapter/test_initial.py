@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flix.core.adapter import initial
-from flix.core.adapter.initial import initial_a, initial_b
+from flix.core.adapter.initial import initial_a, initial_b, initial_pairs, orthonormal
 
 
 def test_initial_values():
@@ -35,3 +35,39 @@ def test_a_value_goes_by_its_position_however_many_are_made_at_a_time(monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(initial, "_VALUES", values)
             np.testing.assert_array_equal(initial_a(d_in=d_in, **arguments), wanted)
+
+
+def test_orthogonal_rows_are_gram_and_schmidts():
+    arguments = {"seed": 0, "layer": "a.q", "group": "task", "feature": "ner", "d_in": 12}
+    plain = initial_a(rank=8, **arguments)
+    a = orthonormal(plain)
+    assert a.dtype == np.float32
+    np.testing.assert_allclose(a @ a.T, np.eye(8), atol=1e-6)
+    wanted = []
+    for row in plain.astype(np.float64):
+        rest = row - sum(((q @ row) * q for q in wanted), np.zeros(12))
+        wanted.append(rest / np.linalg.norm(rest))
+    np.testing.assert_allclose(a, wanted, atol=1e-6)
+    np.testing.assert_allclose(orthonormal(initial_a(rank=3, **arguments)), a[:3], atol=1e-7)
+
+
+def test_more_rows_than_inputs_begin_anew():
+    a = orthonormal(initial_a(seed=0, layer="q", group="g", feature="f", rank=7, d_in=3))
+    for part in (a[:3], a[3:6]):
+        np.testing.assert_allclose(part @ part.T, np.eye(3), atol=1e-6)
+    assert a.shape == (7, 3) and np.linalg.norm(a[6]) == pytest.approx(1)
+    assert orthonormal(np.zeros((0, 3), np.float32)).shape == (0, 3)
+    one = orthonormal(initial_a(seed=0, layer="q", group="g", feature="f", rank=5, d_in=1))
+    np.testing.assert_array_equal(np.abs(one), 1)
+
+
+def test_pairs_start_orthogonal_where_asked_each_by_itself():
+    ranks, sizes = {("g", "a"): 2, ("g", "b"): 3, ("g", "c"): 0}, {"d_in": 6, "d_out": 4}
+    found = initial_pairs(seed=1, layer="q", ranks=ranks, init="orthogonal", **sizes)
+    alone = initial_pairs(seed=1, layer="q", ranks={("g", "b"): 3}, init="orthogonal", **sizes)
+    assert {*found} == {("g", "a"), ("g", "b")} and not any(b.any() for _, b in found.values())
+    np.testing.assert_array_equal(found["g", "b"][0], alone["g", "b"][0])
+    experts = initial_pairs(seed=1, layer="q", ranks=ranks, init="orthogonal", experts=2, **sizes)
+    for e in range(2):
+        own = initial_pairs(seed=1, layer=f"q.{e}", ranks=ranks, init="orthogonal", **sizes)
+        np.testing.assert_array_equal(experts["g", "a"][0][e], own["g", "a"][0])

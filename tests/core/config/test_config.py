@@ -95,9 +95,10 @@ def test_alphas_by_layer():
 
 
 def test_what_is_not_said_is_not_written():
-    assert not {"alpha_pattern", "lora_dropout"} & {*config(alpha=2.0).to_dict()}
+    assert not {"alpha_pattern", "lora_dropout", "init"} & {*config(alpha=2.0).to_dict()}
     again = FlixConfig.from_dict(config().to_dict())
     assert again.alpha_pattern == {} and again.lora_dropout == 0.0
+    assert FlixConfig.from_dict(config(init="orthogonal").to_dict()).init == "orthogonal"
     told = config(lora_dropout=0.25).to_dict()
     assert FlixConfig.from_dict(told).lora_dropout == told["lora_dropout"] == 0.25
 
@@ -151,6 +152,12 @@ def test_with_feature_keeps_everything_else():
         ),
         ({"lora_dropout": True}, "rate lora_dropout must be a number"),
         ({"lora_dropout": float("nan")}, "rate lora_dropout must be a number"),
+        ({"init": "gaussian"}, "init must be 'uniform' or 'orthogonal', got 'gaussian'$"),
+        (
+            {"init": "pissa_niter_4"},
+            "got 'pissa_niter_4': such a start moves a part of the base's kernels",
+        ),
+        ({"init": None}, "init must be 'uniform' or 'orthogonal', got None"),
         ({"unknown": "ignore"}, "unknown must be"),
         ({"seed": 1.5}, "seed must be a whole number"),
     ],
