@@ -133,11 +133,16 @@ class FlixAround(FlixLayer):
             return base  # type: ignore[no-any-return]
         self._check(x, base)
         x, count, length, routing = rows_of(self, x, routing, trailing=1)
-        with torch.autocast(x.device.type, enabled=False):
-            rows = x.reshape(count, length, x.shape[-1]).to(base.dtype)
-            own = base.expand(*x.shape[:-1], base.shape[-1]).reshape(count, length, -1)
-            rate = self._dropped()
-            y = added(self, F.dropout(rows, rate) if rate else rows, own, routing)
+        if x.shape[:-1] != base.shape[:-1]:  # one row of tokens for all
+            base = base.expand(*x.shape[:-1], base.shape[-1])
+        rows = x.reshape(count, length, x.shape[-1]).to(base.dtype)
+        own, rate = base.reshape(count, length, base.shape[-1]), self._dropped()
+        rows = F.dropout(rows, rate) if rate else rows
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                y = added(self, rows, own, routing)
+        else:  # the context costs as much as a launch
+            y = added(self, rows, own, routing)
         return noted(self, y.view(*x.shape[:-1], self.d_out), routing)
 
     def _check(self, x: Any, base: Any) -> None:
