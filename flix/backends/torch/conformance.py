@@ -62,11 +62,23 @@ def _plain(layer: Layer) -> nn.Module:
         kind = OwnForward if layer.form == "own forward" else nn.Linear
         made = kind(d_in, d_out, bias=layer.bias is not None, dtype=dtype)
         values = values.t()
+    if layer.form == "convolution":
+        made = nn.Conv1d(d_in // 2, d_out, 2, 2, bias=layer.bias is not None, dtype=dtype)
+        values = values.reshape(made.weight.shape)
     with torch.no_grad():
         made.weight.copy_(values)
         if layer.bias is not None:
             made.bias.copy_(torch.from_numpy(layer.bias))
     return made  # type: ignore[no-any-return]
+
+
+class Convolving(nn.Sequential):
+    """One convolution over sequences in which a position's vector is a patch of two places."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = x.reshape(*x.shape[:2], -1, 2).permute(0, 2, 1, 3)
+        y = super().forward(patches.flatten(2))  # type: ignore[no-untyped-call]
+        return y.transpose(1, 2)  # type: ignore[no-any-return]
 
 
 def _nested(layers: Sequence[tuple[str, nn.Module]]) -> nn.Sequential:
@@ -97,6 +109,8 @@ def _gradient(value: Tensor | None) -> NDArray[Any] | None:
 
 def _turned(weight: Tensor, layer: Any) -> Tensor:
     """A kernel as ``[d_in, d_out]``; Conv1D, adapted or not, has it so."""
+    if isinstance(layer, nn.Conv1d):
+        return weight.flatten(1).t()
     turned = isinstance(layer, nn.Linear) and not isinstance(layer, FlixConv1D)
     return weight.t() if turned else weight
 
@@ -124,10 +138,13 @@ class TorchHarness:
     excluded = (("fused", "float64"),)
     kinds = ("linear", "embedding")
     nested = True
-    forms = ("own forward", *(("conv1d",) if find_spec("transformers") else ()))
+    forms = ("own forward", "convolution", *(("conv1d",) if find_spec("transformers") else ()))
 
     def plain(self, layers: Sequence[Layer], x: NDArray[Any]) -> nn.Sequential:
-        return _nested([(layer.path, _plain(layer)) for layer in layers])
+        made = [(layer.path, _plain(layer)) for layer in layers]
+        if layers[0].form == "convolution":
+            return Convolving(OrderedDict(made))
+        return _nested(made)
 
     if find_spec("transformers"):
 
@@ -256,7 +273,8 @@ class TorchHarness:
     def kernel(self, model: Any, path: str) -> NDArray[Any]:
         layer, name = site(model, path)
         weight = getattr(layer, name).detach()
-        weight = _turned(weight, layer) if weight.dim() < 3 else weight.transpose(1, 2)
+        experts = weight.dim() == 3 and not isinstance(layer, nn.Conv1d)
+        weight = weight.transpose(1, 2) if experts else _turned(weight, layer)
         return (weight.float() if weight.dtype == torch.bfloat16 else weight).numpy().copy()
 
     def ways(self) -> dict[str, Any]:

@@ -246,6 +246,26 @@ def _alike(y: NDArray[Any], wanted: NDArray[Any], batch: Batch, what: str) -> No
     assert np.allclose(y, wanted, bound, bound * size), f"{what} differs"
 
 
+class _Windowed(nn.Sequential):
+    """Cuts each row's positions into windows, which go through the layers as if they were rows, in two orders."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, size = x.shape
+        windows = torch.stack(x.unbind(1), 1).reshape(batch * length, 1, size)
+        y = super().forward(windows)  # type: ignore[no-untyped-call]
+        return y.view(batch, length, -1)  # type: ignore[no-any-return]
+
+
+def _in_windows(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """Row by row of windows, as models of images have them."""
+    if batch.x.ndim != 3 or batch.ids.ndim > 2 or 0 in batch.x.shape:
+        return _called(model, batch)
+    plain = share_base(model)
+    plain.__class__ = _Windowed
+    twin = adapt(plain, model.flix_config, strategy=model.flix_state.strategy)
+    return _called(primitives.write(twin, primitives.read(model)), batch)
+
+
 def _offloaded(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
     """With the base in the host's memory, whose parts come where they are used, by accelerate's hooks."""
     copied = copy.deepcopy(model)
@@ -337,6 +357,7 @@ def ways() -> dict[str, Way]:
         "over a shared base": _shared,
         "by generate": _generated,
         "flattened": _flattened,
+        "in windows": _in_windows,
         "with a larger vocabulary": _resized,
         "with an embedding that scales": _scaled,
         "each row merged": _merged_each,

@@ -194,7 +194,7 @@ def several_layers(draw: Draw, backend: Backend) -> None:
 
 @check(
     "layers whose kernels stand the other way, or have several axes, start, act, learn, merge, and go by the same files",
-    examples=3,
+    examples=6,
     needs=("forms",),
     uses=("gradients", "files", "merge"),
 )
