@@ -161,7 +161,9 @@ def run(record: Record) -> None:
     small = [(4, 3, 48), (4, 70, 48)]
     large, many = ((2, 16, 16), 12) if record.dry else ((16, 512, 4096), 1000)
     for dtype in TOLERANCE:
-        for shape in small[:1] if record.dry else (*small, large):
+        # The large one in the dtype that is timed alone: in float32 it takes 22 s, most of them to compile.
+        shapes = (*small, large) if dtype == "bfloat16" else small
+        for shape in small[:1] if record.dry else shapes:
             name = f"{dtype}, {' x '.join(map(str, shape))}"
 
             def one(name: str = name, shape: Any = shape, dtype: str = dtype) -> float:

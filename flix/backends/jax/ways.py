@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from numpy.typing import NDArray
 
 import flix
@@ -27,10 +28,12 @@ from flix.backends.jax import (
     linear,
     linear_rows,
     load_bank,
+    merge_kernels,
     primitives,
     route,
     save,
     scatter,
+    shard,
     sparse_update,
     touched,
 )
@@ -134,6 +137,39 @@ def _gathered(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
     return _answer(_pure(model, _x(batch), batch.ids, batch.weights, bank, present))
 
 
+def _on_a_mesh(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """The pure functions over a bank that is placed on a mesh, of one device here."""
+    mesh = jax.make_mesh((1, 1), ("in", "out"))
+    kernels = {model.paths[0]: PartitionSpec("in", "out")}  # type: ignore[no-untyped-call]
+    bank = shard(primitives.bank_of(model), mesh, kernels)
+    present = touched(batch.ids, len(model.flix_config.registry))
+    return _answer(_pure(model, _x(batch), batch.ids, batch.weights, bank, present))
+
+
+def _merged_each(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """Each row by the kernel that its composition is merged into."""
+    if batch.ids.ndim > 2 or not len(batch.ids):
+        return _called(model, batch)
+    layer, path, x = _layer(model), model.paths[0], _x(batch)
+    config, bank, found = model.flix_config, primitives.bank_of(model), []
+    kernel, bias = kernel_of(layer)[...], getattr(layer, "bias", None)
+    for row, ids in enumerate(batch.ids):
+        own: dict[str, dict[str, float]] = {}
+        for group, name in config.registry.live:  # what others would bring along is named, too
+            own.setdefault(group, {})[name] = 0.0
+        for place, number in enumerate(ids):
+            if number >= 0:
+                group, name = config.registry.features[number]
+                own[group][name] += 1.0 if batch.weights is None else float(batch.weights[row, place])  # fmt: skip
+        merged = merge_kernels(config, bank, {path: kernel}, own)[path]
+        if bank[path].spec.shape.kind == "embedding":
+            found.append(merged[x[row]])
+        else:
+            y = jnp.matmul(x[row], merged, precision="highest")
+            found.append(y if bias is None else y + bias[...])
+    return _answer(jnp.stack(found))
+
+
 def _exported(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
     """A pure function of parameters, compiled."""
     function, parameters = export_fn(model)
@@ -149,6 +185,8 @@ def ways() -> dict[str, Way]:
         "inside compiled functions": _inside,
         "mapped": _mapped,
         "rows of a bank": _gathered,
+        "on a mesh": _on_a_mesh,
+        "each row merged": _merged_each,
         "exported": _exported,
     }
 
