@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from numpy.typing import NDArray
 
 import flix
@@ -139,7 +139,7 @@ def _gathered(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
 
 def _on_a_mesh(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
     """The pure functions over a bank that is placed on a mesh, of one device here."""
-    mesh = jax.make_mesh((1, 1), ("in", "out"))
+    mesh = jax.make_mesh((1, 1), ("in", "out"), axis_types=(AxisType.Auto, AxisType.Auto))
     kernels = {model.paths[0]: PartitionSpec("in", "out")}  # type: ignore[no-untyped-call]
     bank = shard(primitives.bank_of(model), mesh, kernels)
     present = touched(batch.ids, len(model.flix_config.registry))
