@@ -28,6 +28,10 @@ from flix.backends.jax.layers import FlixParam, kernel_of
 if TYPE_CHECKING:
     from flix_conformance import AdamW, Batch, Layer  # type: ignore[import-not-found]
 
+_KEPT = 1000
+"""Models after which compiled programs are let go: each maps memory, and a process has some 65,000 such maps on Linux.
+The nightly profile came to more, and XLA ended the process."""
+
 
 class _Model(nnx.Module):
     """Layers, one after another, over flat inputs; what stands before a path's first dot is a module of its own."""
@@ -196,7 +200,13 @@ class JaxHarness:
     def within(self, dtype: str) -> Any:
         return jax.enable_x64(dtype == "float64")
 
+    def __init__(self) -> None:
+        self.models = 0
+
     def plain(self, layers: Sequence[Layer], x: NDArray[Any]) -> _Model:
+        self.models += 1
+        if self.models % _KEPT == 0:
+            jax.clear_caches()
         return _Model(layers)
 
     def call(self, model: Any, batch: Batch, path: str | None = None) -> tuple[NDArray[Any], str]:
