@@ -206,7 +206,7 @@ class JaxHarness:
     def plain(self, layers: Sequence[Layer], x: NDArray[Any]) -> _Model:
         self.models += 1
         if self.models % _KEPT == 0:
-            jax.clear_caches()
+            jax.clear_caches()  # type: ignore[no-untyped-call]
         return _Model(layers)
 
     def call(self, model: Any, batch: Batch, path: str | None = None) -> tuple[NDArray[Any], str]:
