@@ -258,6 +258,31 @@ SECTIONS: dict[str, Section] = {
         ),
         applies=_jax_applies,
     ),
+    "jax-bases": Section(
+        paths=("tests/backends/jax/test_around.py",),
+        architectures={
+            "int8": "a subclass of `nnx.Linear`: int8, a scale for each output",
+            "int4": "a module of its own: int4, scales of blocks",
+            "float8": "a subclass of `nnx.Linear`: float8",
+            "embed": "a subclass of `nnx.Embed`: int8",
+            "subclass": "other subclasses of `nnx.Linear`",
+            "doubled": "those that scale",
+            "clipped": "those that clip",
+        },
+        tables=(
+            (
+                "Layer",
+                {
+                    "mixed batch": "mixed batch",
+                    "gradients": "gradients",
+                    "save and load": "save, load",
+                    "merge": "`merge`",
+                    "dequantized": "`merge(dequantize=True)`",
+                },
+            ),
+        ),
+        applies=lambda layer, feature: (layer, feature) != ("subclass", "dequantized"),
+    ),
     "keras-bases": Section(
         paths=("tests/backends/tensorflow/test_quantised.py",),
         architectures={

@@ -10,7 +10,7 @@ from typing import Any
 from flax import nnx
 
 from flix.backends import messages
-from flix.backends.jax.layers import FlixLayer, adaptable, kernel_of, pair_dtype
+from flix.backends.jax.layers import FlixLayer, adaptable, pair_dtype
 from flix.backends.jax.parameters import make_specs, pack
 from flix.backends.jax.patches.layers import become, revert
 from flix.backends.jax.patches.model import RoutedModel, route_calls, unrouted
@@ -97,7 +97,7 @@ def attach(
         shapes[path] = shape
     state = FlixState(config)
     for path, spec in make_specs(config, shapes).items():
-        bank = pack(spec, values(path, spec.shape), pair_dtype(kernel_of(modules[path])[...]))
+        bank = pack(spec, values(path, spec.shape), pair_dtype(modules[path]))
         become(modules[path], strategy, state, bank, training=True)
     route_calls(model)
     model.flix_state = state

@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from jax import Array
 
-from flix.backends.jax import primitives
+from flix.backends.jax import primitives, quantised
+from flix.backends.jax.forms import FLOATS
 from flix.backends.jax.merging import folded
 from flix.backends.jax.parameters import Bank, make_specs, pack
+from flix.backends.jax.quantised import Kernel
 from flix.backends.verbs.shared import Shared, by_layer
 from flix.core.adapter.adapter import Adapter, Rename
 from flix.core.adapter.composition import delta
@@ -43,7 +45,12 @@ def load_bank(
 
 
 def merge_kernels(
-    config: FlixConfig, bank: Bank, kernels: Mapping[str, Array], row: Row
+    config: FlixConfig,
+    bank: Bank,
+    kernels: Mapping[str, Kernel],
+    row: Row,
+    *,
+    dequantize: bool = False,
 ) -> dict[str, Array]:
     """Kernels with one composition folded in, for the functional core.
 
@@ -52,21 +59,34 @@ def merge_kernels(
         bank: ``{path: LayerBank}``.
         kernels: ``{path: kernel [d_in, d_out]}``; layers that are not adapted are handed back as they are.
         row: the composition.
+        dequantize: of kernels with a scale (:mod:`flix.backends.jax.quantised`), give plain ones in the scale's dtype.
 
     Raises:
         FeatureError, RoutingError: a row that cannot be encoded, or that activates nothing.
-        TargetError: an adapted layer without a kernel, or with one of other sizes.
+        TargetError: an adapted layer without a kernel, or with one of other sizes; one that is quantised or a function.
     """
     active, adapter = Shared(primitives).composed("merge_kernels", (config, bank), row)
-    result = dict(kernels)
+    result: dict[str, Any] = dict(kernels)
     for path, shape in adapter.layers.items():
         kernel = kernels.get(path)
-        if kernel is None or tuple(kernel.shape) != (shape.d_in, shape.d_out):
-            found = "none" if kernel is None else list(kernel.shape)
+        own = quantised.values_of(kernel, path)
+        if own is None or tuple(own.shape) != (shape.d_in, shape.d_out):
+            what = "none" if kernel is None else "a function"
+            found = what if own is None else list(own.shape)
             raise TargetError(
                 f"layer {path!r} needs a kernel [{shape.d_in}, {shape.d_out}], got {found}"
             )
-        result[path] = folded(kernel, delta(adapter, path, active).T)
+        update = delta(adapter, path, active).T
+        if isinstance(kernel, Mapping) and dequantize:
+            whole = quantised.dequantised(kernel, path) + update
+            result[path] = jnp.asarray(whole, jnp.asarray(kernel["scale"]).dtype)
+        elif isinstance(kernel, Mapping) or str(own.dtype) not in FLOATS:
+            raise TargetError(
+                f"layer {path!r} cannot be merged: its kernel is quantised ({own.dtype}); give it with its scale, and "
+                "dequantize=True, for a plain kernel"
+            )
+        else:
+            result[path] = folded(own, update)
     return result
 
 

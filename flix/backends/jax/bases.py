@@ -26,7 +26,9 @@ def kernel_samples(model: Any, places: Mapping[str, Places]) -> dict[str, NDArra
         return None
     modules, found = modules_of(model), {}
     for path, where in places.items():
-        kernel = kernel_of(modules[path])[...]
+        if (held := kernel_of(modules[path])) is None:
+            return None
+        kernel = held[...]
         if not jnp.issubdtype(kernel.dtype, jnp.floating) or not kernel.is_fully_addressable:
             return None
         index = form_of(modules[path]).at(where.rows, where.columns)

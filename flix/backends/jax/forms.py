@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Union
+from typing import Any, Union
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from flix.core.adapter.adapter import LayerShape
 from flix.core.config.kernels import Form, linear_einsum
 
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 Found = tuple[Union[Form, None], str]
 """A form, or why there is none."""
 
@@ -24,6 +26,34 @@ def _found(kernel: Array, contracted: tuple[int, ...], free: tuple[int, ...]) ->
 def linear_form(layer: nnx.Linear | nnx.Embed, kernel: Array) -> Found:
     """The form of a Linear's kernel ``[d_in, d_out]``, or an Embed's table ``[vocabulary, d_out]``."""
     return _found(kernel, (0,), (1,))
+
+
+def own_forward(module: nnx.Module) -> LayerShape | None:
+    """Kind and sizes of a layer whose own forward is called: its class is the user's, or a library's.
+
+    Subclasses of Linear and Embed; and quantised layers of any class that say ``in_features`` and ``out_features`` and
+    hold an array of integers, or of floats of eight bits. None for other modules.
+    """
+    if isinstance(module, nnx.Embed):
+        return LayerShape(module.num_embeddings, module.features, "embedding")
+    d_in, d_out = (vars(module).get(name) for name in ("in_features", "out_features"))
+    if not (isinstance(d_in, int) and isinstance(d_out, int) and min(d_in, d_out) > 0):
+        return None
+    known = isinstance(module, nnx.Linear) or quantised(module)
+    return LayerShape(d_in, d_out, "linear") if known else None
+
+
+def quantised(module: nnx.Module) -> str:
+    """The dtype of what a layer holds of integers, or of floats of eight bits; empty where there is none."""
+    held = (v[...] for v in vars(module).values() if isinstance(v, nnx.Variable) and _array(v))
+    found = [str(value.dtype) for value in held if value.ndim > 1]
+    return next(
+        (name for name in found if name.startswith(("int", "uint", "float8", "float4"))), ""
+    )
+
+
+def _array(variable: nnx.Variable[Any]) -> bool:
+    return hasattr(variable.get_raw_value(), "dtype")
 
 
 def general_form(layer: nnx.LinearGeneral, kernel: Array) -> Found:

@@ -22,10 +22,11 @@ import numpy as np
 from jax import Array
 
 from flix.backends import messages
-from flix.backends.jax import sums
+from flix.backends.jax import quantised, sums
 from flix.backends.jax.finite import name_broken
 from flix.backends.jax.kernels import fused
 from flix.backends.jax.parameters import Bank, LayerBank, LayerRows, LayerSpec, Rows
+from flix.backends.jax.quantised import Kernel
 from flix.backends.jax.routing import ActiveRouting, is_traced, leading_shape, make_routing
 from flix.backends.jax.sharding import left_to_compiler, partitioned
 from flix.core.checks import rate
@@ -35,7 +36,7 @@ from flix.core.strategy.decide import check_strategy
 
 def linear(
     x: Array,
-    kernel: Array,
+    kernel: Kernel,
     layer: LayerBank,
     ids: Any,
     weights: Any = None,
@@ -49,7 +50,8 @@ def linear(
 
     Args:
         x: ``[B, ..., d_in]``; under ``vmap`` over rows ``[S, d_in]`` or ``[d_in]``.
-        kernel: ``[d_in, d_out]``.
+        kernel: ``[d_in, d_out]``; a quantised one is ``{"kernel": integers, "scale": floats}`` or a function that gives
+            ``[B, ..., d_out]`` for x (:mod:`flix.backends.jax.quantised`).
         layer: the layer's bank.
         ids: int ``[B, W]`` or ``[B, T, W]`` (per token); under ``vmap`` over rows ``[W]``.
         weights: float in the shape of ids; default 1.
@@ -74,7 +76,7 @@ def linear(
 
 def linear_rows(
     x: Array,
-    kernel: Array,
+    kernel: Kernel,
     rows: LayerRows,
     ids: Any,
     present: Array,
@@ -95,7 +97,7 @@ def linear_rows(
 
 def embed(
     tokens: Array,
-    table: Array,
+    table: Kernel,
     layer: LayerBank,
     ids: Any,
     weights: Any = None,
@@ -106,7 +108,7 @@ def embed(
 
     Args:
         tokens: int ``[B, ...]``.
-        table: ``[vocabulary, d_out]``.
+        table: ``[vocabulary, d_out]``, or as :func:`linear` takes a quantised kernel.
         layer: the bank of a layer of kind "embedding".
         ids, weights, strategy: as for :func:`linear`, and so what is raised.
 
@@ -118,7 +120,7 @@ def embed(
 
 def embed_rows(
     tokens: Array,
-    table: Array,
+    table: Kernel,
     rows: LayerRows,
     ids: Any,
     present: Array,
@@ -144,7 +146,7 @@ def _routing(
 
 def _linear(
     x: Array,
-    kernel: Array,
+    kernel: Kernel,
     layer: Any,
     routing: ActiveRouting,
     bias: Array | None,
@@ -153,12 +155,13 @@ def _linear(
     key: Array | None,
 ) -> Array:
     shape = layer.spec.shape
-    if tuple(kernel.shape) != (shape.d_in, shape.d_out) or x.shape[-1:] != (shape.d_in,):
+    own = _sizes(kernel, layer)
+    if own not in (None, (shape.d_in, shape.d_out)) or x.shape[-1:] != (shape.d_in,):
         raise TargetError(
             f"layer {layer.spec.path!r} maps {shape.d_in} -> {shape.d_out}, but the kernel is "
-            f"{list(kernel.shape)} (wanted [d_in, d_out]) and x is {list(x.shape)}"
+            f"{'a function' if own is None else list(own)} (wanted [d_in, d_out]) and x is {list(x.shape)}"
         )
-    y = jnp.matmul(x, kernel)
+    y = quantised.product(x, kernel, layer.spec.path, shape.d_out)
     if bias is not None:
         y = y + bias.astype(y.dtype)
     if lora_dropout := rate(lora_dropout, "lora_dropout", below_one=True):
@@ -170,15 +173,24 @@ def _linear(
     return _add(y, x, layer, routing, strategy)
 
 
-def _embed(tokens: Array, table: Array, layer: Any, routing: ActiveRouting, strategy: str) -> Array:
+def _sizes(kernel: Kernel, layer: Any) -> tuple[int, ...] | None:
+    """The shape of a kernel; None of a function."""
+    values = quantised.values_of(kernel, layer.spec.path)
+    return None if values is None else tuple(values.shape)
+
+
+def _embed(
+    tokens: Array, table: Kernel, layer: Any, routing: ActiveRouting, strategy: str
+) -> Array:
     shape = layer.spec.shape
-    if shape.kind != "embedding" or tuple(table.shape) != (shape.d_in, shape.d_out):
+    own = _sizes(table, layer)
+    if shape.kind != "embedding" or own not in (None, (shape.d_in, shape.d_out)):
         raise TargetError(
             f"layer {layer.spec.path!r} is {shape.kind} {shape.d_in} -> {shape.d_out}, but the table "
-            f"is {list(table.shape)}; an embedding's sizes are (vocabulary, d_out, 'embedding')"
+            f"is {'a function' if own is None else list(own)}; an embedding's sizes are (vocabulary, d_out, 'embedding')"
         )
     tokens = jnp.asarray(tokens)
-    y = jnp.take(table, tokens, axis=0)
+    y = quantised.lookup(tokens, table, layer.spec.path, shape.d_out)
     return _add(y, tokens, layer, routing, strategy)
 
 

@@ -35,8 +35,9 @@ def head_places(model: Any) -> dict[str, Place]:
     """The base's parameters by name, and the layers whose kernel each is."""
     kernels: dict[int, list[str]] = {}
     for path, module in modules_of(model).items() if isinstance(model, nnx.Module) else ():
-        if adaptable(module)[0] is not None:
-            kernels.setdefault(id(kernel_of(module)), []).append(path)
+        kernel = None if adaptable(module)[0] is None else kernel_of(module)
+        if kernel is not None:
+            kernels.setdefault(id(kernel), []).append(path)
     return {
         name: Place(tuple(p[...].shape), kernels.get(id(p), ()), Head.holds(p[...].dtype))
         for name, p in base_parameters(model)

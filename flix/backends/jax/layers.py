@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -40,6 +39,7 @@ class FlixLayer(Carrying):
         flix_strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
         flix_dropout: a linear layer's ``nnx.RngStream`` for the masks of ``lora_dropout``, named "dropout" for
             ``nnx.reseed``; there where the rate is not 0.
+        flix_kept: there where ``deterministic`` is the layer's own.
         deterministic: False while training; ``model.train()`` and ``model.eval()`` set it, as they do Dropout's.
     """
 
@@ -49,6 +49,7 @@ class FlixLayer(Carrying):
     flix_A: Any
     flix_B: Any
     flix_dropout: Any
+    flix_kept: bool
     deterministic: bool
 
     def __call__(
@@ -163,6 +164,31 @@ class FlixEmbed(FlixLayer, nnx.Embed):
     """nnx.Embed, adapted: tokens ``[B, ...]`` to ``[B, ..., d_out]``; ``attend`` reads the base's table alone."""
 
 
+class FlixAround(FlixLayer):
+    """Mixed in before a class whose own forward is called: a quantised layer, a subclass of Linear or Embed.
+
+    It maps ``[..., d_in]`` to ``[..., d_out]``, or tokens ``[...]``, in whatever way; the routed sum is added to that.
+    """
+
+    def put(self, bank: LayerBank) -> None:
+        """See :meth:`FlixLayer.put`; where the layer has no kernel ``[d_in, d_out]``, there is no sharding to take."""
+        if kernel_of(self) is not None:
+            return super().put(bank)
+        self.flix_spec = bank.spec
+        finite.look_again(self)
+        self.flix_A, self.flix_B = FlixParam(bank.A), FlixParam(bank.B)
+
+    def _updated(self, y: Array, x: Array, routing: ActiveRouting) -> Array:
+        shape = self.flix_spec.shape
+        lead = x.shape if shape.kind == "embedding" else x.shape[:-1]
+        if y.shape != (*lead, shape.d_out):
+            raise TargetError(
+                f"layer {self.flix_spec.path!r} ({type(self).__name__}) maps {list(x.shape)} to {list(y.shape)}; features "
+                f"are added to an output {[*lead, shape.d_out]}. Leave it out of target_modules"
+            )
+        return super()._updated(y, x, routing)
+
+
 CLASSES: tuple[tuple[Any, Any, Any, str], ...] = (
     (nnx.Linear, FlixLinear, forms.linear_form, "linear"),
     (nnx.LinearGeneral, FlixLinearGeneral, forms.general_form, "linear"),
@@ -173,12 +199,22 @@ CLASSES: tuple[tuple[Any, Any, Any, str], ...] = (
 
 
 def kernel_of(layer: Any) -> Any:
-    """The Variable that holds a layer's kernel."""
-    return layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
+    """The Variable that holds a layer's kernel; None of a layer with a forward of its own that has no such kernel."""
+    name = "embedding" if isinstance(layer, nnx.Embed) else "kernel"
+    known = {cls for base, target, *_ in CLASSES for cls in (base, target)}
+    shape = None if type(layer) in known else forms.own_forward(layer)
+    if shape is None:
+        return getattr(layer, name)
+    kernel = vars(layer).get(name)
+    fits = isinstance(kernel, nnx.Variable) and kernel[...].shape == (shape.d_in, shape.d_out)
+    return kernel if fits else None
 
 
 def form_of(layer: Any) -> Form:
     """The form of an adapted layer's kernel."""
+    if isinstance(layer, FlixAround):
+        shape = layer.flix_spec.shape
+        return Form((0,), (1,), (shape.d_in, shape.d_out))
     find = next(find for base, _, find, _ in CLASSES if isinstance(layer, base))
     form, _ = find(layer, kernel_of(layer)[...])
     assert form is not None
@@ -192,17 +228,19 @@ def adaptable(module: nnx.Module) -> tuple[LayerShape | None, str]:
     for base, _, find, kind in CLASSES:
         if isinstance(module, base):
             if type(module) is not base:
+                if (own := forms.own_forward(module)) is not None:
+                    return own, ""
                 return None, f"its class {type(module).__name__} has a call of its own"
             kernel = kernel_of(module)[...]
             held = str(getattr(kernel, "dtype", type(kernel).__name__))
-            if held not in ("float64", "float32", "float16", "bfloat16"):
+            if held not in forms.FLOATS:
                 return None, f"its kernel is quantised ({held})"
             form, reason = find(module, kernel)
             return (None if form is None else LayerShape(form.d_in, form.d_out, kind)), reason
-    return None, ""
+    return forms.own_forward(module), ""
 
 
-def pair_dtype(kernel: Array) -> Any:
-    """The dtype of pairs: a half-precision base's are kept in float32, where small updates do not round away."""
-    halves = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
-    return jnp.float32 if kernel.dtype in halves else jax.dtypes.canonicalize_dtype(kernel.dtype)
+def pair_dtype(layer: Any) -> Any:
+    """The dtype of a layer's pairs: float32 where a kernel has fewer bits, so that small updates do not round away."""
+    kernel = kernel_of(layer)
+    return jnp.float64 if kernel is not None and kernel[...].dtype == jnp.float64 else jnp.float32

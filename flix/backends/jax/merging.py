@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from flix.backends.jax import around
 from flix.backends.jax.adapt import detach, flix_layers
-from flix.backends.jax.layers import FlixEmbed, form_of, kernel_of
+from flix.backends.jax.layers import FlixAround, FlixEmbed, form_of, kernel_of
 from flix.backends.protocol import Updates
 from flix.core.adapter.composition import Composition
 from flix.core.errors import TargetError
@@ -22,7 +23,12 @@ from flix.core.errors import TargetError
 M = TypeVar("M")
 
 
-def merged(model: M, active: Composition, update: Updates) -> M:
+def dequantized(model: M, active: Composition, update: Updates) -> M:
+    """As :func:`merged`, with plain layers in the place of those whose own forward is called."""
+    return merged(model, active, update, dequantize=True)
+
+
+def merged(model: M, active: Composition, update: Updates, *, dequantize: bool = False) -> M:
     """See :meth:`flix.backends.protocol.Backend.merged`.
 
     The table of an adapted Embed is folded for the lookup; an ``attend`` of the same module then reads the folded table
@@ -37,7 +43,11 @@ def merged(model: M, active: Composition, update: Updates) -> M:
     modules = (module for _, module in nnx.iter_modules(plain))
     held = (v for module in modules for v in vars(module).values() if isinstance(v, nnx.Variable))
     users = Counter(map(id, held))
+    own: dict[str, Any] = {}
     for path, layer in flix_layers(plain):
+        if isinstance(layer, FlixAround):
+            own[path] = layer
+            continue
         kernel, name = kernel_of(layer), "kernel"
         if isinstance(layer, FlixEmbed):
             name = "embedding"
@@ -52,6 +62,8 @@ def merged(model: M, active: Composition, update: Updates) -> M:
         else:
             setattr(layer, name, type(kernel)(value, **kernel.get_metadata()))
     detach(plain)
+    for path, layer in own.items():
+        (around.make_plain if dequantize else around.fold)(layer, path, update(path).T)
     return plain
 
 

@@ -29,6 +29,7 @@ from flix.backends.jax.heads import head_places as head_places
 from flix.backends.jax.heads import heads as heads
 from flix.backends.jax.heads import put_heads as put_heads
 from flix.backends.jax.layers import FlixParam
+from flix.backends.jax.merging import dequantized as dequantized
 from flix.backends.jax.merging import merged as merged
 from flix.backends.jax.parameters import Bank, LayerBank, changed, pack
 from flix.backends.jax.patches.layers import become
