@@ -167,6 +167,14 @@ def no_rows_of_places(path: str, shape: Sequence[int], by: int) -> RoutingError:
     )
 
 
+def no_batch(path: str, shape: Sequence[int]) -> RoutingError:
+    """An input without a batch, under rows that differ."""
+    return RoutingError(
+        f"layer {path!r} got the input {_shown(shape)}, which is no batch, while the rows of flix_features differ; give the "
+        "batch in one dimension, or all rows one composition"
+    )
+
+
 def doubtful_rows(path: str, given: Any, lead: Any, why: str) -> RoutingError:
     """A layer's input of which no size says whose rows it holds; otherwise as :func:`other_lead`.
 

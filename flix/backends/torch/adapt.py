@@ -10,6 +10,14 @@ import torch
 from torch import nn
 
 from flix.backends.protocol import Values
+from flix.backends.torch.attention import (
+    FlixAttention,
+    PackedProjection,
+    attention_of,
+    become_attention,
+    become_packed,
+    revert_attention,
+)
 from flix.backends.torch.experts import (
     ExpertsKernel,
     become_kernel,
@@ -38,12 +46,10 @@ def layer_infos(model: nn.Module) -> list[LayerInfo]:
     head = None
     with suppress(NotImplementedError, AttributeError):
         head = model.get_output_embeddings()  # type: ignore[operator]
-    inside_attention = {
-        id(child)
-        for module in model.modules()
-        if isinstance(module, nn.MultiheadAttention)
-        for child in module.modules()
-        if child is not module
+    refused = {
+        id(module.out_proj): reason
+        for path, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and (reason := _unread(path, module))
     }
     infos = []
     for path, module in model.named_modules():
@@ -52,14 +58,15 @@ def layer_infos(model: nn.Module) -> list[LayerInfo]:
         target, reason = adaptable(module)
         if isinstance(module, FlixLayer):
             target, reason = type(module), ""
-        elif id(module) in inside_attention and isinstance(module, nn.Linear):
-            target, reason = None, "nn.MultiheadAttention reads its kernel and skips its forward"
+        elif id(module) in refused:
+            target, reason = None, refused[id(module)]
         shape = LayerShape(0, 0, "") if target is None else target.shape_of(module)
         told = module is head or is_head(path)
         lookup = isinstance(module, nn.Embedding)
         named = isinstance(module, nn.modules.conv._ConvNd)
         kernels, unlike = experts_of(module)
         reason = "" if kernels else unlike or reason
+        kernels = kernels or attention_of(module)[0]
         given = (shape.kind, shape.d_in, shape.d_out)
         infos.append(LayerInfo(path, *given, told, reason, lookup, named=named))
         for name, s in kernels.items():
@@ -67,6 +74,12 @@ def layer_infos(model: nn.Module) -> list[LayerInfo]:
             own = f"{path}.{name}"
             infos.append(LayerInfo(own, *sizes, experts=s.experts, active=s.active))
     return infos
+
+
+def _unread(path: str, module: nn.MultiheadAttention) -> str:
+    """Why the ``out_proj`` of an attention cannot be adapted."""
+    reason = attention_of(module)[1] if path else "it is the whole model"
+    return reason and f"nn.MultiheadAttention reads its kernel and skips its forward: {reason}"
 
 
 def peft_layer(model: nn.Module) -> str | None:
@@ -133,8 +146,13 @@ def become_layers(
         layer: FlixLayer | ExpertsKernel
         if path in modules:
             layer = become(modules[path], path, place, state)
+            above = modules[path.rpartition(".")[0]]
+            if isinstance(above, nn.MultiheadAttention):
+                become_attention(above)
         else:
-            layer = become_kernel(*site(model, path), path, place, state)
+            where = site(model, path)
+            packed = isinstance(where[0], nn.MultiheadAttention)
+            layer = (become_packed if packed else become_kernel)(*where, path, place, state)
         shapes[path] = layer.shape_of(layer)
         if isinstance(layer, nn.Embedding):
             _relink(model, modules, path, set(paths))
@@ -180,8 +198,11 @@ def unadapt(model: nn.Module) -> None:
     for _, layer in list(flix_layers(model)):
         if isinstance(layer, ExpertsKernel):
             revert_kernel(layer)
-        else:
+        elif not isinstance(layer, PackedProjection):
             revert(layer)
+    for module in model.modules():
+        if isinstance(module, FlixAttention):
+            revert_attention(module)
     parents.release(model)
     model._modules.pop(BANK)
     for module in list(model.modules()):

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from flix.backends.torch.attention import attention_of
 from flix.backends.torch.experts import experts_of, site
 from flix.backends.torch.layer import KERNELS, FlixLayer
 from flix.backends.torch.targets import adaptable
@@ -61,5 +62,7 @@ def _straight(module: nn.Module) -> bool | None:
     """Whether a layer, adapted or not, keeps its kernel ``[d_in, d_out]``; None where it cannot be adapted."""
     if experts_of(module)[0]:
         return bool(module.is_transposed)
+    if attention_of(module)[0]:
+        return False
     kind = type(module) if isinstance(module, FlixLayer) else adaptable(module)[0]
     return None if kind is None else kind.flix_transposed

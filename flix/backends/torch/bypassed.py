@@ -110,7 +110,8 @@ class Watch(TorchFunctionMode):
     def begin(self, inputs: Iterable[Any]) -> None:
         """Look at the model's inputs: which are rows, and which hold the patches of all rows, one after the other."""
         given = [value for value in inputs if isinstance(value, Tensor)]
-        self.lineage.start(given)
+        # Of as many positions as rows it is not known which come first.
+        self.lineage.start(x for x in given if x.dim() != 3 or x.shape[1] != self.rows)
         for x in given:
             others = {1, self.rows}.isdisjoint(x.shape[:1]) and x.shape[1:2] != (self.rows,)
             if x.dim() == 2 and x.is_floating_point() and others:
@@ -119,6 +120,11 @@ class Watch(TorchFunctionMode):
     def spread(self, x: Tensor) -> bool:
         """Whether a layer's input has several entries of its first dimension for each row, one row's in turn."""
         return self.lineage.of(x) == 0 and x.shape[0] > self.rows
+
+    def set_rows_first(self, x: Tensor) -> None:
+        """Note that a tensor has its rows first, as a module says that knows what it is given."""
+        self._turned.pop(id(x), None)
+        self.lineage.made(x)
 
     def turned(self, x: Tensor) -> bool:
         """Whether a layer's input has the sequence first, and the rows after it."""

@@ -194,7 +194,9 @@ def convolution(module: nn.Module) -> tuple[type[FlixConvolution] | None, str]:
 def peft_reason(layer: FlixConvolution) -> str:
     """Why PEFT (0.21) would compute another update than this layer's; empty where it computes the same."""
     if any(apart != 1 for apart in layer.dilation):
-        return f"dilation={tuple(layer.dilation)}"
-    if layer.padding_mode != "zeros":
-        return f"padding_mode={layer.padding_mode!r}"
-    return ""
+        found = f"dilation={tuple(layer.dilation)}"
+    elif layer.padding_mode != "zeros":
+        found = f"padding_mode={layer.padding_mode!r}"
+    else:
+        return ""
+    return f"is a convolution with {found}, which PEFT leaves out of its LoRA"

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from flix.backends.torch.attention import attention_of
 from flix.backends.torch.experts import experts_of
 from flix.backends.torch.layer import KERNELS, flix_layers
 from flix.backends.torch.parameters import BANK, whole
@@ -66,7 +67,7 @@ def head_places(model: nn.Module) -> dict[str, Place]:
         for weight in (vars(module).get("flix_kernel"), module._parameters.get("weight")):
             if weight is not None and weight.ndim > 1:
                 kernels.setdefault(id(weight), []).append(path)
-        for name in experts_of(module)[0]:
+        for name in experts_of(module)[0] or attention_of(module)[0]:
             kernel: Any = vars(module).get(KERNELS, {}).get(name, module)
             for weight in (vars(kernel).get("flix_kernel"), module._parameters[name]):
                 if weight is not None:

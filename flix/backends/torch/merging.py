@@ -15,6 +15,7 @@ from flix.backends import messages
 from flix.backends.protocol import Updates
 from flix.backends.torch.adapt import unadapt
 from flix.backends.torch.around import FlixAround, is_quantised
+from flix.backends.torch.attention import FlixAttention, PackedProjection
 from flix.backends.torch.convolutions import FlixConvolution, peft_reason
 from flix.backends.torch.enclosed import added, plain
 from flix.backends.torch.experts import ExpertsKernel, site
@@ -24,6 +25,7 @@ from flix.backends.torch.layers import FlixConv1D
 from flix.backends.torch.patches.models import RoutedModel
 from flix.core.adapter.composition import Composition
 from flix.core.errors import TargetError
+from flix.core.peft.attention import TWICE
 from flix.core.peft.exporting import PeftFacts, suffixes
 
 Model = TypeVar("Model")
@@ -230,8 +232,14 @@ def peft_facts(model: nn.Module) -> PeftFacts:
     settings = getattr(model, "config", None)
     layers = {p: layer for p, layer in flix_layers(model) if not isinstance(layer, ExpertsKernel)}
     convolutions = {p: c for p, c in layers.items() if isinstance(c, FlixConvolution)}
+    modules = dict(model.named_modules())
+    above = {path: path.rpartition(".")[0] for path in layers}
+    packed = {p: above[p] for p, layer in layers.items() if isinstance(layer, PackedProjection)}
+    outputs = [p for p in layers if isinstance(modules.get(above[p]), FlixAttention)]
+    unread = {p: why for p, c in convolutions.items() if (why := peft_reason(c))}
+    unread |= {path: TWICE for path in outputs if path not in packed}
     return PeftFacts(
-        target_modules=suffixes(layers, [path for path, _ in model.named_modules()]),
+        target_modules=suffixes([packed.get(p, p) for p in layers], list(modules)),
         architecture=type(model).__name__,
         modules=whole_modules(model),
         fan_in_fan_out=any(isinstance(layer, FlixConv1D) for layer in layers.values()),
@@ -239,6 +247,7 @@ def peft_facts(model: nn.Module) -> PeftFacts:
         encoder_decoder=bool(getattr(settings, "is_encoder_decoder", False)),
         vocabulary=getattr(settings, "vocab_size", None),
         family=_family(settings),
+        attentions=list(packed.values()),
         kernels={p: c.kernel_size for p, c in convolutions.items()},
-        unread={p: why for p, c in convolutions.items() if (why := peft_reason(c))},
+        unread=unread,
     )

@@ -161,8 +161,13 @@ def known_marks(model: nn.Module, paths: Any) -> Iterator[tuple[str, str]]:
         if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
         and not module.self_attn.batch_first
     }
+    turned = {
+        path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
+    }
     for path in paths:
         parts = path.split(".")
+        if path.rpartition(".")[0] in turned:
+            continue  # it turns what its projections get
         if any("expert" in part.lower() and "shared" not in part.lower() for part in parts):
             yield path, GATHERED
         elif any(".".join(parts[:i]) in first for i in range(len(parts))):

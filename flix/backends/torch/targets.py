@@ -16,6 +16,9 @@ from flix.backends.torch.scaled import is_scaled_embedding
 from flix.backends.torch.state import FlixState
 from flix.core.errors import TargetError
 
+# What nn.MultiheadAttention has for its out_proj: nn.Linear, under a name by which quantisation passes it over.
+_OUT_PROJ = nn.modules.linear.NonDynamicallyQuantizableLinear
+
 
 def _conv1d_class() -> type[nn.Module] | None:
     """transformers' Conv1D, if transformers is loaded (a model that has one has loaded it)."""
@@ -37,7 +40,7 @@ def adaptable(module: nn.Module) -> tuple[type[FlixLayer] | None, str]:
             continue
         if not runs_own(module):
             return None, "its forward is patched on the instance"
-        plain = type(module) is base or is_scaled_embedding(module)
+        plain = type(module) in (base, _OUT_PROJ) or is_scaled_embedding(module)
         if encloses(module) and not (plain and readable(module.weight)):  # type: ignore[arg-type]
             return around(type(module)), ""
         if not plain:

@@ -17,6 +17,7 @@ from flix.core.adapter.composition import Composition, composition, delta
 from flix.core.errors import ConfigError, TargetError
 from flix.core.features.encoding import Row
 from flix.core.files import Path_
+from flix.core.peft.attention import as_attention
 from flix.core.peft.convolutions import as_convolutions
 from flix.core.peft.exporting import (
     PeftExport,
@@ -195,7 +196,7 @@ def _exported(
     error = 0.0
     if compress_to is not None:
         config, tensors, error = cut_to_rank(config, tensors, compress_to)
-    tensors = as_convolutions(tensors, facts.kernels)
+    tensors = as_attention(as_convolutions(tensors, facts.kernels), facts.attentions)
     config, tensors = with_modules(config, tensors, facts.modules)
     return write_peft(
         directory,

@@ -42,6 +42,7 @@ class PeftFacts:
         encoder_decoder, vocabulary: what vLLM asks.
         family: the older model whose files transformers reads for this one, too, by its type.
         kernels: the kernel's sizes of each layer that is a convolution.
+        attentions: the modules whose kernels PEFT adapts as one, by the attention's path.
         unread: why PEFT would compute another update of a layer than it is, by its path.
     """
 
@@ -54,6 +55,7 @@ class PeftFacts:
     vocabulary: int | None = None
     family: str | None = None
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    attentions: Collection[str] = ()
     unread: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, layers: Collection[str]) -> None:
@@ -63,13 +65,12 @@ class PeftFacts:
         kernels, also where a dense or shared layer of the model bears them.
 
         Raises:
-            AdapterError: such names, or convolutions whose LoRA PEFT computes otherwise.
+            AdapterError: such names, or layers whose LoRA PEFT computes otherwise.
         """
         if self.unread:
             path, reason = next(iter(self.unread.items()))
             raise AdapterError(
-                f"layer {path!r} is a convolution with {reason}, which PEFT leaves out of its LoRA: it would compute another "
-                "update; leave the layer out (exclude_modules), or use merge(model, row)"
+                f"layer {path!r} {reason}: it would compute another update than flix; leave the layer out (exclude_modules), or use merge(model, row)"
             )
         taken = _EXPERTS_OF_OLD.get(self.family or "", ())
         if found := sorted({tail for path in layers if (tail := path.rpartition(".")[2]) in taken}):

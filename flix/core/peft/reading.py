@@ -22,6 +22,7 @@ from flix.core.config.overrides import Overrides
 from flix.core.config.targets import CHANGES_BASE
 from flix.core.errors import AdapterError, ConfigError, listed, shown
 from flix.core.files import Path_
+from flix.core.peft.attention import of_attention
 from flix.core.peft.convolutions import as_matrices
 from flix.core.peft.exporting import CONFIG_FILE, TENSOR_FILE
 from flix.core.strictjson import parsed
@@ -161,6 +162,10 @@ def _read(folder: Path, place: int | None, stack: ExitStack, skip_modules: bool)
         name if isinstance(name, str) else None, revision if isinstance(revision, str) else None
     )
     dropout = _dropout(settings, where)
+    names = of_attention(pairs)
+    pairs = {name: pairs[path] for path, name in names.items()}
+    scales = {name: scales[path] for path, name in names.items()}
+    kinds = {name: kinds[path] for path, name in names.items()}
     return PeftLora(pairs, scales, kinds, bool(rslora), base if base.name else None, dropout)
 
 

@@ -77,10 +77,9 @@ def test_adapting_twice_is_refused():
 
 def test_multihead_attention_is_not_silently_skipped():
     model = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    with pytest.raises(TargetError, match="MultiheadAttention reads its kernel"):
-        adapt(model, config(target_modules=["out_proj"]))
     adapt(model, config())
-    assert {path for path, _ in flix_layers(model)} == {"linear1", "linear2"}
+    attention = {"self_attn.in_proj_weight", "self_attn.out_proj"}
+    assert {path for path, _ in flix_layers(model)} == {"linear1", "linear2", *attention}
 
 
 def test_unadapted_models_are_refused():

@@ -32,7 +32,7 @@ def _encoder(layers=2, **changes):
 def test_torchs_encoder_acts_in_evaluation(grad, activation, masked):
     model = adapt(_encoder(activation=activation), config())
     randomize(model, std=0.3)
-    assert len(list(flix_layers(model))) == 4, "two linear layers of each block"
+    assert len(list(flix_layers(model))) == 8, "two linear layers of each block, two projections"
     rows = [*ROWS[:3], ROWS[0]]
     x, (ids, weights) = torch.randn(4, 7, 16).double(), routing(rows)
     mask = (torch.arange(7) >= torch.tensor([7, 3, 5, 6])[:, None]) if masked else None
