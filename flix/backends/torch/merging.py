@@ -23,6 +23,7 @@ from flix.backends.torch.heads import shares, trained_heads, whole_modules
 from flix.backends.torch.layer import flix_layers
 from flix.backends.torch.layers import FlixConv1D
 from flix.backends.torch.patches.models import RoutedModel
+from flix.backends.torch.sharded import FlixSharded
 from flix.core.adapter.composition import Composition
 from flix.core.errors import TargetError
 from flix.core.peft.attention import TWICE
@@ -46,6 +47,7 @@ def merged(
     only that layer's kernel changes; the copy's configuration then says so. The copy refuses ``flix_features``, which
     transformers' models would take for one of their many keywords (a forward pre-hook does; files do not hold it).
     """
+    _refuse_sharded(model, "merge")
     # Without the features' values, of which a composition needs few.
     kept = {id(p): p for p in model.flix_bank.parameters()}  # type: ignore[attr-defined]
     copied: Any = copy.deepcopy(model, kept)  # type: ignore[arg-type]
@@ -72,6 +74,20 @@ def merged(
             _untie(getattr(copied, "config", None))
     Merged.mark(copied, active)
     return copied  # type: ignore[no-any-return]
+
+
+def _refuse_sharded(model: nn.Module, verb: str) -> None:
+    """Refuse kernels of which each process has a part.
+
+    Raises:
+        TargetError: there are.
+    """
+    for path, layer in flix_layers(model):
+        if isinstance(layer, FlixSharded):
+            raise TargetError(
+                f"{verb}: layer {path!r} is spread over processes (tp_plan), and no process has its whole kernel; "
+                f"save(model, folder), load(base, folder) with a base that is loaded without tp_plan, and {verb} there"
+            )
 
 
 def _check_here(model: nn.Module, paths: Iterable[str]) -> None:
@@ -193,6 +209,7 @@ def share_base(model: Torch) -> Torch:
 
 def fold(model: nn.Module, row: Mapping[str, Any], update: Updates) -> None:
     """Add an update to each adapted layer's kernel; the model then takes no routing."""
+    _refuse_sharded(model, "merge_in_place")
     layers = dict(flix_layers(model))
     _check_here(model, layers)
     for path, layer in layers.items():

@@ -13,6 +13,7 @@ from flix.backends.torch.layer import FlixLayer
 from flix.backends.torch.layers import FlixConv1D, FlixEmbedding, FlixLinear, carry
 from flix.backends.torch.patches.hooked import rebind, runs_own
 from flix.backends.torch.scaled import is_scaled_embedding
+from flix.backends.torch.sharded import FORWARD, FlixSharded, sharded
 from flix.backends.torch.state import FlixState
 from flix.core.errors import TargetError
 
@@ -30,6 +31,9 @@ def adaptable(module: nn.Module) -> tuple[type[FlixLayer] | None, str]:
     """The class that an unadapted module becomes, or None with the reason (empty for other kinds of modules)."""
     if isinstance(module, FlixLayer):
         return None, "it is adapted already"
+    found, reason = sharded(module)
+    if found is not None or reason:
+        return found, reason
     conv1d = _conv1d_class()
     for base, target in (
         (nn.Linear, FlixLinear),
@@ -58,12 +62,12 @@ def adaptable(module: nn.Module) -> tuple[type[FlixLayer] | None, str]:
     if encloses(module):
         return around(type(module)), ""
     if isinstance(module, nn.modules.conv._ConvNd):
-        found, reason = convolution(module)
-        if found is not None and not runs_own(module):
+        kind, reason = convolution(module)
+        if kind is not None and not runs_own(module):
             return None, "its forward is patched on the instance"
-        if found is not None and not readable(module.weight):
+        if kind is not None and not readable(module.weight):
             return None, "its kernel is quantised"
-        return found, reason
+        return kind, reason
     if isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features"):
         return None, f"its class {type(module).__name__} is no nn.Linear, as quantised layers are"
     # DBRX keeps experts one below the other, in a matrix that only the name tells.
@@ -98,6 +102,8 @@ def become(module: nn.Module, name: str, place: int, state: FlixState) -> FlixLa
     assert isinstance(module, FlixLayer)
     rebind(module, base)
     carry(module, name, place, state, base)
+    if isinstance(module, FlixSharded):
+        vars(module)[FORWARD] = vars(module).pop("forward")
     return module
 
 
@@ -106,7 +112,10 @@ def revert(module: FlixLayer) -> None:
     adapted, base = type(module), module.flix_base
     if "flix_kernel" in vars(module):  # merged in place: the base's own kernel comes back
         module.weight = vars(module)["flix_kernel"]
+    own = vars(module).get(FORWARD)
     for name in [key for key in vars(module) if key.startswith("flix_")]:
         delattr(module, name)
     module.__class__ = base  # type: ignore[assignment]
     rebind(module, adapted)
+    if own is not None:
+        vars(module)["forward"] = own

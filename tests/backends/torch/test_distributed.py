@@ -23,11 +23,21 @@ def _free_port() -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_equal_one(kind):
+@pytest.mark.parametrize(
+    ("worker", "kind"),
+    [
+        ("distributed_worker", "ddp"),
+        ("distributed_worker", "fsdp"),
+        ("tensor_parallel_worker", "tp"),
+        ("tensor_parallel_worker", "hooks"),
+    ],
+)
+def test_two_processes_equal_one(worker, kind):
+    if kind == "tp":
+        pytest.importorskip("transformers.distributed.tensor_parallel")
     port = _free_port()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.backends.torch.distributed_worker", kind]
+    command = [sys.executable, "-m", f"tests.backends.torch.{worker}", kind]
     workers = [
         subprocess.Popen(
             [*command, str(rank), port],
