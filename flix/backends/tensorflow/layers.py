@@ -121,7 +121,7 @@ class FlixLayer(Parameters):
             routing = in_force(self.flix_name)
             if routing.registry is not registry and routing.registry != registry:
                 raise messages.other_registry(self.flix_name, routing.registry, registry)
-        return routing if self.flix_A is not None else None
+        return routing
 
     def _dropped(self, x: Any, training: bool) -> Any:
         """What the features see of a linear layer's input; in training, ``lora_dropout`` hides entries from them."""
@@ -132,6 +132,8 @@ class FlixLayer(Parameters):
         self, x: Any, base: Any, rows: tuple[Any, Any], routing: ActiveRouting, strategy: str
     ) -> Any:
         """base, in its own shape, plus what the features make of x: rows N of S positions, or of S token ids."""
+        if self.flix_A is None:  # every rank is 0; the routing was held to the input all the same
+            return base
         placed = routing.placed(self.flix_layout, self.flix_A.dtype)
         tables = self.flix_A.value, self.flix_B.value
         tokens, shape = self.flix_kind == "embedding", self.layer_shape

@@ -148,3 +148,16 @@ def test_weights_without_features_are_refused_and_told_so():
 def test_equations_that_are_no_linear_map_of_a_batch_are_refused(equation):
     with pytest.raises((flix.TargetError, ValueError), match=r"cannot be adapted"):
         FlixEinsumDense(equation, (4,), config=config())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, D_IN), (3, D_IN)])
+def test_a_layer_whose_ranks_are_all_0_refuses_malformed_routing_too(shape):
+    """The nightly kit found that it took ids of more positions than the input has, and gave the base."""
+    layer = FlixDense(D_OUT, config=config(ranks=0, alpha=None), name="q")
+    layer.build((None, D_IN))
+    x = np.ones(shape, np.float32)
+    fitting = np.zeros((shape[0], 1), np.int32)
+    assert_close(layer(x, flix_features=fitting), x @ layer.kernel.numpy() + layer.bias.numpy())
+    for ids in (np.zeros((shape[0], 4, 1), np.int32), np.zeros((5, 1), np.int32)):
+        with pytest.raises(flix.RoutingError):
+            layer(x, flix_features=ids)
