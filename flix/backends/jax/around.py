@@ -49,6 +49,21 @@ def fold(layer: Any, path: str, update: NDArray[np.float64]) -> None:
         raise _refused(layer, path, "its output does not change as its kernel does")
 
 
+def check_own(layer: Any, path: str) -> None:
+    """Refuse a layer whose kernel is another library's: its model quantises whatever kernel it finds as it runs.
+
+    Raises:
+        TargetError: it is.
+    """
+    kernel = vars(layer).get("kernel")
+    if kernel is not None and not isinstance(kernel, nnx.Variable):
+        raise TargetError(
+            f"layer {path!r} ({type(layer).__name__}) cannot be merged: its kernel is quantised "
+            f"({type(kernel).__module__.split('.')[0]}'s {type(kernel).__name__}), and the model would quantise a plain one "
+            "again as it runs; merge before the model is quantised"
+        )
+
+
 def make_plain(layer: Any, path: str, update: NDArray[np.float64]) -> None:
     """Turn a layer with a forward of its own, in place, into the Linear or Embed that computes the same plus an update.
 

@@ -26,7 +26,7 @@ def kernel_samples(model: Any, places: Mapping[str, Places]) -> dict[str, NDArra
         return None
     modules, found = modules_of(model), {}
     for path, where in places.items():
-        if (held := kernel_of(modules[path])) is None:
+        if not isinstance(held := kernel_of(modules[path]), nnx.Variable):
             return None
         kernel = held[...]
         if not jnp.issubdtype(kernel.dtype, jnp.floating) or not kernel.is_fully_addressable:

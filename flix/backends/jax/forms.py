@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Union
+from typing import Union
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -45,15 +46,12 @@ def own_forward(module: nnx.Module) -> LayerShape | None:
 
 def quantised(module: nnx.Module) -> str:
     """The dtype of what a layer holds of integers, or of floats of eight bits; empty where there is none."""
-    held = (v[...] for v in vars(module).values() if isinstance(v, nnx.Variable) and _array(v))
+    own = [v for v in vars(module).values() if not isinstance(v, nnx.Module)]
+    held = [leaf for leaf in jax.tree.leaves(own) if hasattr(leaf, "dtype")]  # qwix's have parts
     found = [str(value.dtype) for value in held if value.ndim > 1]
     return next(
         (name for name in found if name.startswith(("int", "uint", "float8", "float4"))), ""
     )
-
-
-def _array(variable: nnx.Variable[Any]) -> bool:
-    return hasattr(variable.get_raw_value(), "dtype")
 
 
 def general_form(layer: nnx.LinearGeneral, kernel: Array) -> Found:

@@ -36,7 +36,7 @@ def head_places(model: Any) -> dict[str, Place]:
     kernels: dict[int, list[str]] = {}
     for path, module in modules_of(model).items() if isinstance(model, nnx.Module) else ():
         kernel = None if adaptable(module)[0] is None else kernel_of(module)
-        if kernel is not None:
+        if isinstance(kernel, nnx.Variable):
             kernels.setdefault(id(kernel), []).append(path)
     return {
         name: Place(tuple(p[...].shape), kernels.get(id(p), ()), Head.holds(p[...].dtype))

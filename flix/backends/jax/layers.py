@@ -16,6 +16,7 @@ from flix.backends import messages
 from flix.backends.jax import bypassed, finite, forms, scopes
 from flix.backends.jax.functional import add_update, dropped
 from flix.backends.jax.parameters import LayerBank, LayerSpec
+from flix.backends.jax.patches import interception
 from flix.backends.jax.patches.carrying import Carrying
 from flix.backends.jax.routing import CALL, ActiveRouting, in_force, make_routing, present_of
 from flix.backends.jax.sharding import like_kernel
@@ -64,7 +65,9 @@ class FlixLayer(Carrying):
         routing = self._routing(flix_features, flix_weights)
         bypassed.ran(self)
         y = super().__call__(inputs, *args, **kw)  # type: ignore[misc]
-        return y if routing is None else self._updated(y, inputs, routing)
+        if routing is not None:
+            y = interception.free(self._updated, y, inputs, routing)
+        return y  # type: ignore[no-any-return]
 
     @property
     def bank(self) -> LayerBank:
@@ -231,7 +234,11 @@ def adaptable(module: nnx.Module) -> tuple[LayerShape | None, str]:
                 if (own := forms.own_forward(module)) is not None:
                     return own, ""
                 return None, f"its class {type(module).__name__} has a call of its own"
-            kernel = kernel_of(module)[...]
+            variable = kernel_of(module)
+            if not isinstance(variable, nnx.Variable):  # it has parts: qwix's
+                own = forms.own_forward(module) if base is nnx.Linear else None
+                return own, "" if own else f"its kernel is quantised ({type(variable).__name__})"
+            kernel = variable[...]
             held = str(getattr(kernel, "dtype", type(kernel).__name__))
             if held not in forms.FLOATS:
                 return None, f"its kernel is quantised ({held})"
@@ -243,4 +250,5 @@ def adaptable(module: nnx.Module) -> tuple[LayerShape | None, str]:
 def pair_dtype(layer: Any) -> Any:
     """The dtype of a layer's pairs: float32 where a kernel has fewer bits, so that small updates do not round away."""
     kernel = kernel_of(layer)
-    return jnp.float64 if kernel is not None and kernel[...].dtype == jnp.float64 else jnp.float32
+    known = isinstance(kernel, nnx.Variable)
+    return jnp.float64 if known and kernel[...].dtype == jnp.float64 else jnp.float32

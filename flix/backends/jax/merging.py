@@ -45,6 +45,7 @@ def merged(model: M, active: Composition, update: Updates, *, dequantize: bool =
     users = Counter(map(id, held))
     own: dict[str, Any] = {}
     for path, layer in flix_layers(plain):
+        around.check_own(layer, path)
         if isinstance(layer, FlixAround):
             own[path] = layer
             continue

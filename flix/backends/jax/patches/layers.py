@@ -16,14 +16,15 @@ from typing import Any
 from flax import nnx
 
 from flix.backends.jax import bypassed
-from flix.backends.jax.layers import CLASSES, FlixAround, FlixLayer
+from flix.backends.jax.layers import CLASSES, FlixAround, FlixLayer, kernel_of
 from flix.backends.jax.parameters import LayerBank
 from flix.core.adapter.initial import dropout_seed
 
 
 def become(module: nnx.Module, strategy: str, state: Any, bank: LayerBank, training: bool) -> None:
     """Turn a plain layer into an adapted one; one with a ``deterministic`` of its own keeps that."""
-    target = next((target for base, target, _, _ in CLASSES if type(module) is base), None)
+    whole = isinstance(kernel_of(module), nnx.Variable)  # else it has parts: qwix's
+    target = next((t for base, t, _, _ in CLASSES if type(module) is base and whole), None)
     change_class(module, target or around_class(type(module)))
     assert isinstance(module, FlixLayer)
     module.flix_strategy, module.flix_state = strategy, state
