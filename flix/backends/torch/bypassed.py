@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from flix.backends import messages
 from flix.backends.torch.layer import KERNELS, Adapted, FlixLayer, flix_layers
-from flix.backends.torch.lineage import Lineage
+from flix.backends.torch.lineage import Lineage, Notes
 from flix.backends.torch.routing import ActiveRouting, AnyRouting, Base
 from flix.backends.torch.rows import MEDIA
 
@@ -36,6 +36,7 @@ class Watch(TorchFunctionMode):
     Attributes:
         called: places of the layers that ran.
         origins: of the layers' outputs, by place, as ``lineage`` knows them.
+        of_batch: whether the layers' outputs are made of the batch's values, by place.
         lineage: where rows lie in its tensors.
     """
 
@@ -46,8 +47,10 @@ class Watch(TorchFunctionMode):
         self.lineage = Lineage(self.rows if len(routing.lead) == 1 else 0)
         self.called: set[int] = set()
         self.origins: dict[int, Any] = {}
+        self.of_batch: dict[int, bool] = {}
         self.used: set[int] = set()
         self._gathered: dict[int, Tensor] = {}
+        self._packed, self._batch = Notes(), Notes()
         self._turned: dict[int, Tensor] = {}
         self._owners: dict[int, list[Adapted]] = {}
         self._known: dict[int, Any] = {}
@@ -67,6 +70,8 @@ class Watch(TorchFunctionMode):
             for tensor in tensors:
                 if isinstance(tensor, nn.Parameter):
                     self._use(tensor, name, first=bool(args) and tensor is args[0])
+            if any(self._batch[t] for t in tensors) and not _without_values(name):
+                self.take(_tensors((result,)))
             if self.rows:
                 self._follow(name, args, kwargs, tensors, made)
                 self.lineage.follow(name, args, kwargs, result)
@@ -104,18 +109,29 @@ class Watch(TorchFunctionMode):
                 self.used.add(layer.flix_place)
 
     def gathered(self, x: Tensor) -> bool:
-        """Whether a layer's input holds tokens gathered from rows."""
-        return id(x) in self._gathered
+        """Whether a layer's input holds tokens gathered from rows, or those of all rows one after the other."""
+        joined = self.rows > 1 and x.shape[:1] == (1,) and self.taken(x)
+        return joined or id(x) in self._gathered or bool(self._packed[x])
 
     def begin(self, inputs: Iterable[Any]) -> None:
         """Look at the model's inputs: which are rows, and which hold the patches of all rows, one after the other."""
         given = [value for value in inputs if isinstance(value, Tensor)]
         # Of as many positions as rows it is not known which come first.
         self.lineage.start(x for x in given if x.dim() != 3 or x.shape[1] != self.rows)
+        self.take(x for x in given if x.dim() > 1 and x.shape[0] == self.rows > 1)
         for x in given:
             others = {1, self.rows}.isdisjoint(x.shape[:1]) and x.shape[1:2] != (self.rows,)
             if x.dim() == 2 and x.is_floating_point() and others:
-                self._gathered[id(x)] = x
+                self._packed[x] = True
+
+    def take(self, tensors: Iterable[Tensor]) -> None:
+        """Note tensors that are made of the batch's values."""
+        for tensor in tensors:
+            self._batch[tensor] = True
+
+    def taken(self, x: Tensor) -> bool:
+        """Whether a tensor is made of the batch's values."""
+        return bool(self._batch[x])
 
     def spread(self, x: Tensor) -> bool:
         """Whether a layer's input has several entries of its first dimension for each row, one row's in turn."""
@@ -154,6 +170,8 @@ class Watch(TorchFunctionMode):
             return
         if made.dim() > 1 and tensors:
             self._turn(name, args, tensors, made)
+        if any(self._packed[t] and t.shape[0] == made.shape[0] for t in tensors):
+            self._packed[made] = True
         chosen = False
         if tensors and name == "__getitem__" and len(args) > 1:
             chosen = self._chosen(tensors[0], args[1])

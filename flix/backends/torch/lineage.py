@@ -9,6 +9,7 @@ of a dimension of ``B * k`` that holds rows belongs to row ``i // k``.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -47,6 +48,28 @@ _JOINS = _words("cat concat concatenate stack")
 _LIKE = _words("to type_as expand_as view_as reshape_as")  # a second tensor gives its form alone
 
 
+class Notes:
+    """What is noted of tensors, as long as they live: a watched forward holds none that a plain one would let go."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._held)
+
+    def __setitem__(self, tensor: Tensor, note: Any) -> None:
+        self._held[id(tensor)] = (weakref.ref(tensor), note)
+
+    def __getitem__(self, tensor: Tensor) -> Any:
+        """The note; None where there is none."""
+        held = self._held.get(id(tensor))  # may be that of a tensor that was there before
+        return held[1] if held is not None and held[0]() is tensor else None
+
+    def drop(self, tensor: Tensor) -> None:
+        """Forget a tensor's note."""
+        self._held.pop(id(tensor), None)
+
+
 class Lineage:
     """The tensors of one forward that hold rows, and in which dimension.
 
@@ -56,8 +79,7 @@ class Lineage:
 
     def __init__(self, rows: int) -> None:
         self.rows = rows if rows > 1 else 0
-        # Tensors are kept, so that no other gets their id.
-        self._held: dict[int, tuple[Tensor, int, Any]] = {}
+        self._held = Notes()
 
     def start(self, tensors: Iterable[Any], origin: Any = None) -> None:
         """Take tensors ``[B, ...]`` for a batch, of some origin."""
@@ -72,15 +94,15 @@ class Lineage:
 
     def of(self, x: Tensor) -> int | None:
         """The dimension that holds a tensor's rows, if it is known."""
-        held = self._held.get(id(x))
-        return None if held is None else held[1]
+        held = self._held[x]
+        return None if held is None else int(held[0])
 
     def origin(self, x: Tensor) -> Any:
         """What a tensor is made of: the layer that gave each row its own of what is one for all in the plain model, or
         what :meth:`start` was told; None for others.
         """
-        held = self._held.get(id(x))
-        return None if held is None else held[2]
+        held = self._held[x]
+        return None if held is None else held[1]
 
     def follow(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         """Note where the results of an operation have their rows."""
@@ -103,12 +125,12 @@ class Lineage:
         origin = self.origin(given[source])
         for tensor in made:
             if found is None or not found < tensor.dim() or tensor.shape[found] % self.rows:
-                self._held.pop(id(tensor), None)  # changed in place by what does not keep rows
+                self._held.drop(tensor)  # changed in place by what does not keep rows
             else:
                 self._note(tensor, found, origin)
 
     def _note(self, tensor: Tensor, dim: int, origin: Any = None) -> None:
-        self._held[id(tensor)] = (tensor, dim, origin)
+        self._held[tensor] = (dim, origin)
 
     def _kept(
         self,

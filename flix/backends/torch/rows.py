@@ -47,6 +47,7 @@ def rows_of(
     if (watch := routing.watch) is not None:
         watch.called.add(layer.flix_place)
         watch.origins[layer.flix_place] = watch.lineage.origin(x)
+        watch.of_batch[layer.flix_place] = watch.taken(x)
         if watch.origins[layer.flix_place] == MEDIA:
             layer.flix_state.media.update(_alike(layer))
         if mark is None and lead and watch.gathered(x):
@@ -77,8 +78,11 @@ def _check_media(layer: Any, routing: ActiveRouting) -> None:
 
 def noted(layer: Any, y: Tensor, routing: AnyRouting) -> Tensor:
     """An adapted layer's output, whose rows are where the input's were, as a watched forward notes."""
-    if (watch := routing.watch) is not None and routing.lead:
-        watch.lineage.made(y, watch.origins.get(layer.flix_place))
+    if (watch := routing.watch) is not None:
+        if watch.of_batch.get(layer.flix_place):
+            watch.take([y])
+        if routing.lead:
+            watch.lineage.made(y, watch.origins.get(layer.flix_place))
     return y
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 
 torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
-from flix.backends.torch.lineage import Lineage  # noqa: E402
+from flix.backends.torch.lineage import Lineage, Notes  # noqa: E402
 
 B = 4
 
@@ -135,3 +137,18 @@ def test_a_layers_output_has_its_rows_first_again():
     assert lineage.of(y) == 0 and lineage.origin(y) == "origin"
     lineage.follow("view", (y, 3, B, 2), {}, made := y.view(3, B, 2))
     assert lineage.of(made) is None  # 3 is no multiple of the rows
+
+
+def test_no_tensor_is_held():
+    """A first forward of a large model would hold all that it computes."""
+    x, notes = torch.zeros(B, 2), Notes()
+    with Following(x) as mode:
+        y = x + 1
+        gone = weakref.ref(y)
+        notes[y] = "note"
+        assert mode.lineage.of(y) == 0 and notes[y] == "note"
+        del y
+        assert gone() is None
+        for _ in range(50):  # others get its id
+            other = torch.empty(1)
+            assert mode.lineage.of(other) is None and notes[other] is None

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5")
 
-from flix import RoutingError  # noqa: E402
+from flix import AdapterError, RoutingError  # noqa: E402
 from flix.backends.torch import adapt, export_peft, load, merge, routed, save  # noqa: E402
 from tests.helpers.claims import over  # noqa: E402
 from tests.helpers.media import MEDIA, make  # noqa: E402
@@ -32,7 +32,8 @@ def over_media(*features):
 
 
 def adapted_of(name, **changes):
-    model = adapt(make(name), config(exclude_modules=MEDIA[name].excluded, **changes))
+    changes = {"exclude_modules": MEDIA[name].excluded, **changes}
+    model = adapt(make(name), config(**changes))
     randomize(model, std=0.2)
     return model.eval()
 
@@ -89,7 +90,12 @@ def test_a_merged_model_is_what_one_composition_gives(name):
 @over_media("PEFT")
 def test_an_exported_composition_opens_in_peft(name, tmp_path):
     peft = pytest.importorskip("peft")
-    model = adapted_of(name)
+    changes = {}
+    if name == "siglip":  # torch's own attention pools its images
+        changes["exclude_modules"] = ["head.attention.out_proj"]
+        with pytest.raises(AdapterError, match=r"head\.attention\.out_proj' .*twice"):
+            export_peft(adapted_of(name), ROW, tmp_path)
+    model = adapted_of(name, **changes)
     with torch.no_grad():  # files are in float32; SAM makes much of a little
         for parameter in model.flix_bank.parameters():
             parameter.copy_(parameter.bfloat16())
@@ -244,3 +250,22 @@ def test_a_copy_keeps_what_is_known_of_its_layers():
     model = adapted_of("swin")
     expected = run(model, "swin")
     assert_close(run(copy.deepcopy(model), "swin"), expected)
+
+
+def test_images_that_are_joined_in_one_row_are_refused_by_name():
+    """Pixtral puts the patches of all images into one row, whose attention is masked."""
+    import transformers
+
+    settings = copy.deepcopy(MEDIA["llava"].settings[1])
+    settings["vision_config"] |= {"model_type": "pixtral", "head_dim": 8}
+    torch.manual_seed(0)
+    base = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(**settings, vision_feature_select_strategy="full")
+    )
+    model = adapt(base.double().eval(), config())
+    inputs = {**MEDIA["llava"].inputs(4), "image_sizes": torch.tensor([[16, 16]] * 4)}
+    with pytest.raises(RoutingError, match=r"vision_tower\S*q_proj' got .*\[1, 64\].*gathered"):
+        run(model, "llava", **inputs)
+    randomize(model)
+    with torch.no_grad(), routed(model, ROW):
+        assert_close(output(model(**inputs)), output(merge(model, ROW)(**inputs)))
