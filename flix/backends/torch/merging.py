@@ -76,7 +76,7 @@ def merged(
     return copied  # type: ignore[no-any-return]
 
 
-def _refuse_sharded(model: nn.Module, verb: str) -> None:
+def _refuse_sharded(model: Any, verb: str) -> None:
     """Refuse kernels of which each process has a part.
 
     Raises:

@@ -63,7 +63,7 @@ class FlixSharded(FlixLayer, nn.Linear):
             return x
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
-        shape = (*x.shape[:-1], self.d_in)
+        shape = torch.Size((*x.shape[:-1], self.d_in))
         stride = torch.empty(shape, device="meta").stride()
         mesh = self.weight.device_mesh  # type: ignore[attr-defined]
         part = DTensor.from_local(x, mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride)

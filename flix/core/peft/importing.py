@@ -49,12 +49,13 @@ def from_peft(folders: Mapping[str, Path_], group: str, *, skip_modules: bool = 
     layers: dict[str, LayerShape] = {}
     for name, lora in loras.items():
         for path, (a, b) in lora.pairs.items():
-            shape = LayerShape(a.shape[1], b.shape[0], lora.kinds[path])
+            many = len(a) if a.ndim == 3 else 0
+            shape = LayerShape(a.shape[-1], b.shape[-2], lora.kinds[path], many)
             if layers.setdefault(path, shape) != shape:
                 known = layers[path]
                 raise AdapterError(
-                    f"{name!r}: layer {path!r} is {shape.kind} {shape.d_in} -> {shape.d_out}, but "
-                    f"{known.kind} {known.d_in} -> {known.d_out} in another LoRA; they must belong to one model"
+                    f"{name!r}: layer {path!r} is {shape}, but "
+                    f"{known} in another LoRA; they must belong to one model"
                 )
     config = _config(registry, group, loras, list(layers))
     tensors: dict[str, NDArray[Any]] = {}
@@ -91,10 +92,10 @@ def _config(
     own: dict[Feature, dict[str, float]] = {}
     for name, lora in loras.items():
         # Rank and alpha of most layers; the others are spelled out.
-        sizes = [a.shape[0] for a, _ in lora.pairs.values()]
+        sizes = [a.shape[-2] for a, _ in lora.pairs.values()]
         ranks[group, name] = max(set(sizes), key=sizes.count)
         own[group, name] = here = {
-            p: _alpha(lora.scales[p], a.shape[0], rslora) for p, (a, _) in lora.pairs.items()
+            p: _alpha(lora.scales[p], a.shape[-2], rslora) for p, (a, _) in lora.pairs.items()
         }
         given = [*here.values()]
         alphas[group, name] = max(given, key=given.count)
@@ -102,7 +103,7 @@ def _config(
     scaled: dict[tuple[tuple[Feature, float], ...], list[str]] = {}
     for path in layers:
         sizes_here = {
-            (group, name): lora.pairs[path][0].shape[0] if path in lora.pairs else 0
+            (group, name): lora.pairs[path][0].shape[-2] if path in lora.pairs else 0
             for name, lora in loras.items()
         }
         if unlike := tuple((f, r) for f, r in sizes_here.items() if r != ranks[f]):

@@ -25,6 +25,7 @@ from flix.core.files import Path_
 from flix.core.peft.attention import of_attention
 from flix.core.peft.convolutions import as_matrices
 from flix.core.peft.exporting import CONFIG_FILE, TENSOR_FILE
+from flix.core.peft.parameters import with_experts
 from flix.core.strictjson import parsed
 
 _KEY = re.compile(
@@ -41,7 +42,6 @@ _REFUSED = {
     "arrow_config": "it routes among experts",
     "layer_replication": "it repeats the base's layers",
     "alora_invocation_tokens": "it acts from certain tokens on",
-    "target_parameters": "it changes bare parameters",
     "megatron_config": "it is cut for Megatron",
 }
 # With an adapted embedding or head PEFT saves the frozen kernel as well; it is the base's.
@@ -53,7 +53,7 @@ class PeftLora:
     """A LoRA as PEFT wrote it.
 
     Attributes:
-        pairs: A ``[r, d_in]`` and B ``[d_out, r]`` by layer.
+        pairs: A ``[r, d_in]`` and B ``[d_out, r]`` by layer; of experts ``[E, r, d_in]`` and ``[E, d_out, r]``.
         scales: PEFT's scale by layer.
         kinds: ``"linear"`` or ``"embedding"`` by layer.
         rslora: whether scales are alpha / sqrt(r).
@@ -131,11 +131,19 @@ def _read(folder: Path, place: int | None, stack: ExitStack, skip_modules: bool)
             f"{str(folder)!r} holds more than low-rank pairs: {listed(others, 5)}. A feature holds pairs "
             "only; with skip_modules=True they alone are imported, and the rest is yours to load"
         )
+    where = repr(str(folder / CONFIG_FILE))
+    ranks, alphas = (_Values(settings, name, where) for name in ("r", "lora_alpha"))
+    if targets := _target_parameters(settings, where):
+        ranks.check_size(found)
+        found = with_experts(found, targets, ranks.of, repr(str(folder)))
     pairs: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
     for path, parts in found.items():
-        parts = as_matrices(parts)
-        matrices = set(parts) == {"A", "B"} and all(t.ndim == 2 for t in parts.values())
-        if not matrices or not 0 < parts["A"].shape[0] == parts["B"].shape[1]:
+        if path in kinds:
+            parts, axes = as_matrices(parts), 2
+        else:
+            kinds[path], axes = "linear", 3  # experts
+        matrices = set(parts) == {"A", "B"} and all(t.ndim == axes for t in parts.values())
+        if not matrices or not 0 < parts["A"].shape[-2] == parts["B"].shape[-1]:
             raise AdapterError(
                 f"{str(folder)!r}: layer {path!r} needs lora_A [r, d_in] and lora_B [d_out, r], got "
                 f"{ {part: list(t.shape) for part, t in parts.items()} }"
@@ -143,14 +151,12 @@ def _read(folder: Path, place: int | None, stack: ExitStack, skip_modules: bool)
         pairs[path] = (parts["A"], parts["B"])
     if not pairs:
         raise AdapterError(f"{str(folder)!r} holds no low-rank pair")
-    where = repr(str(folder / CONFIG_FILE))
-    ranks, alphas = (_Values(settings, name, where) for name in ("r", "lora_alpha"))
     for values in (ranks, alphas):
         values.check_size(pairs)
     rslora = settings.get("use_rslora", False)
     scales: dict[str, float] = {}
     for path, (a, _) in pairs.items():
-        rank = a.shape[0]
+        rank = a.shape[-2]
         if (said := ranks.of(path)) != rank:
             raise AdapterError(
                 f"{str(folder)!r}: layer {path!r} has rank {rank} in its tensors, and {said} by {CONFIG_FILE} (r, "
@@ -167,6 +173,15 @@ def _read(folder: Path, place: int | None, stack: ExitStack, skip_modules: bool)
     scales = {name: scales[path] for path, name in names.items()}
     kinds = {name: kinds[path] for path, name in names.items()}
     return PeftLora(pairs, scales, kinds, bool(rslora), base if base.name else None, dropout)
+
+
+def _target_parameters(settings: Mapping[str, Any], where: str) -> list[str]:
+    given = settings.get("target_parameters") or []
+    if not isinstance(given, list) or not all(isinstance(t, str) and t for t in given):
+        raise AdapterError(
+            f"{where}: target_parameters must be a list of names, got {shown(given)}"
+        )
+    return given
 
 
 def _dropout(settings: Mapping[str, Any], where: str) -> float:

@@ -18,6 +18,7 @@ from flix.backends.torch import (  # noqa: E402
     add_feature,
     export_peft,
     freeze,
+    import_peft,
     load,
     load_features,
     merge,
@@ -117,6 +118,29 @@ def test_peft_opens_experts_by_target_parameters(name, tmp_path):
         found = output(opened(**inputs))
     assert_close(found, answers(model, name, rows=[mix] * 4, **inputs), dtype="float32")
     assert_far(found, output(make(name).eval()(**inputs)))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])
+def test_what_peft_trained_of_experts_becomes_a_feature(name, tmp_path):
+    """PEFT's own file, each row under its LoRA or the base."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    settings = peft.LoraConfig(
+        r=2, lora_alpha=6, target_modules=["q_proj"], rank_pattern={"q_proj": 3},
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"], init_lora_weights=False,
+    )  # fmt: skip
+    wrapped = peft.get_peft_model(make(name), settings).double().eval()
+    wrapped.save_pretrained(tmp_path / "one")
+    model = import_peft(make(name), {"one": tmp_path / "one"}, "task").double().eval()
+    assert {*kernels(model)} == {n for n, p in make(name).named_parameters() if p.dim() == 3}
+    inputs = inputs_of(name)
+    ids = torch.tensor([[0], [-1], [0], [0]])
+    with torch.no_grad():
+        found, wanted = output(model(**inputs, flix_features=ids)), output(wrapped(**inputs))
+        base = output(make(name).double().eval()(**inputs))
+    assert_close(found[[0, 2, 3]], wanted[[0, 2, 3]], dtype="float32")
+    assert_close(found[1], base[1], dtype="float32")
+    assert_far(wanted, base)
 
 
 def test_an_export_may_be_cut_expert_by_expert(tmp_path):

@@ -24,6 +24,7 @@ from flix.core.peft.exporting import (
     cut_to_rank,
     packed_experts,
     unpacked_experts,
+    write_peft,
 )
 from flix.core.peft.vllm import check_vllm
 from tests.helpers.registry import config
@@ -254,3 +255,41 @@ def test_layers_that_peft_takes_for_experts_are_refused_by_name():
         facts.check(["layers.0.mlp.gate_proj", "layers.0.q_proj"])
     facts.check(["layers.0.q_proj"])
     replace(facts, family=None).check(["layers.0.mlp.gate_proj"])
+
+
+def test_what_peft_has_of_experts_comes_back(tmp_path):
+    adapter = made()
+    active = composition(adapter.config, ROW)
+    settings, tensors = as_peft(adapter, active)
+    write_peft(tmp_path / "a", settings, tensors)
+    again = flix.from_peft({"one": tmp_path / "a"}, "task")
+    assert dict(again.layers) == dict(adapter.layers)
+    for path in adapter.layers:
+        found = delta(again, path, ((("task", "one"), 1.0),))
+        np.testing.assert_allclose(found, delta(adapter, path, active), atol=1e-5)
+    # By the parameters' names alone, as people write them; a dense layer among them stays one.
+    short = {**settings, "target_parameters": ["down_proj", "gate_up_proj"]}
+    write_peft(tmp_path / "b", short, tensors)
+    assert dict(flix.from_peft({"one": tmp_path / "b"}, "task").layers) == dict(adapter.layers)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"target_parameters": ["experts.down_proj"]},
+            "the factors of 2 parameters, .*names down_proj: it is not known",
+        ),
+        (
+            {"target_parameters": ["experts.one", "experts.two"]},
+            "names one, two: it is not known which are whose",
+        ),
+        ({"r": 7}, r"needs lora_A \[experts \* r, d_in\] .* with r = 7"),
+    ],
+)
+def test_experts_of_which_a_file_says_too_little(tmp_path, changes, message):
+    adapter = made()
+    settings, tensors = as_peft(adapter, composition(adapter.config, ROW))
+    write_peft(tmp_path / "a", {**settings, **changes}, tensors)
+    with pytest.raises(flix.AdapterError, match=message):
+        flix.from_peft({"one": tmp_path / "a"}, "task")

@@ -175,7 +175,7 @@ def test_whole_modules_are_refused_or_left_out(tmp_path):
         ({"arrow_config": {"top_k": 3}}, "routes among experts"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-        ({"target_parameters": ["w"]}, "bare parameters"),
+        ({"target_parameters": "w"}, "target_parameters must be a list of names, got 'w'"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         ({"lora_alpha": "much"}, "lora_alpha must be a finite number, got 'much'"),
         ({"lora_alpha": "8"}, "lora_alpha must be a finite number, got '8'"),
