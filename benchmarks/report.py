@@ -21,6 +21,7 @@ PARTS = (
     "layer-tensorflow",
     "model-t5",
     "model-gpt2",
+    "model-int8",
     "model-jax",
     "model-keras",
     "scale-layer",

@@ -28,6 +28,7 @@ SUITES = {
     "layer-tensorflow": "benchmarks.layer.tensorflow_layer:suite",
     "model-t5": "benchmarks.model.torch_model:t5",
     "model-gpt2": "benchmarks.model.torch_model:gpt2",
+    "model-int8": "benchmarks.model.torch_quantised:suite",
     "model-jax": "benchmarks.model.jax_model:suite",
     "model-keras": "benchmarks.model.keras_model:suite",
     "scale-layer": "benchmarks.scale.layer_growth:suite",
@@ -35,7 +36,7 @@ SUITES = {
     "scale-paging": "benchmarks.scale.paging:suite",
 }
 SMOKE_PROCESSES = (
-    ("model-t5", "model-gpt2"),
+    ("model-t5", "model-gpt2", "model-int8"),
     ("layer-torch", "scale-layer", "scale-features", "scale-paging"),
     ("layer-jax", "model-jax"),
     ("layer-tensorflow", "model-keras"),

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flix.backends.torch import FlixEmbedding, FlixLinear
+from flix.backends.torch.layer import FlixLayer
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(path, layer) of every adapted layer."""
     for path, module in model.named_modules():
-        if isinstance(module, (FlixLinear, FlixEmbedding)):
+        if isinstance(module, FlixLayer):
             yield path, module
 
 
@@ -83,6 +83,10 @@ def _held(
     """(name, pair, the parameter that holds it) of every pair."""
     by_storage: dict[int, list[nn.Parameter]] = {}
     for parameter in parameters:
+        if (
+            type(parameter.data) is not Tensor
+        ):  # torchao's kernels, which have no storage of their own
+            continue
         by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append(parameter)
     for name, pair in pairs.items():
         for parameter in by_storage.get(pair.untyped_storage().data_ptr(), ()):
