@@ -43,6 +43,17 @@ CASES = {
     "bypassed": ((["a.q", "b.q"],), flix.TargetError, ["a.q, b.q", "exclude_modules=['q']"]),
     "no_experts": ((["a.down_proj"],), flix.TargetError, ["'a.down_proj'", "axis of experts"]),
     "no_rows_of_places": (("conv", [4, 3, 8], 2), flix.RoutingError, ["'conv'", "[4, 3, 8]"]),
+    "no_batch": (("q", [3, 4]), flix.RoutingError, ["'q'", "[3, 4]", "one composition"]),
+    "one_for_all": (
+        ("attention.table.0",),
+        flix.RoutingError,
+        ["'attention.table.0'", "exclude_modules", "table"],
+    ),
+    "unlike_media": (
+        ("vision.q", "image", [1], object()),
+        flix.RoutingError,
+        ["'vision.q'", "'image'", "row 1 without any"],
+    ),
     "undropped": (
         (0.1, ["a.down_proj"]),
         flix.ConfigError,
