@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from flix.backends import messages
-from flix.backends.torch.experts_sums import Entries, RoutedExperts, Sent
+from flix.backends.torch.experts_entries import Entries, Sent, row_order
+from flix.backends.torch.experts_sums import RoutedExperts
 from flix.backends.torch.grouped import Groups
 from flix.backends.torch.kernels.experts import routed_experts
 from flix.backends.torch.layer import KERNELS, Adapted, with_grad
@@ -158,10 +159,11 @@ class FlixExperts(nn.Module):
         self, tokens: Tensor, index: Tensor, weights: Tensor, length: int, routing: AnyRouting
     ) -> Tensor:
         each = index.shape[-1]
-        of, order = index.reshape(-1).sort(stable=True)
+        by_row = None if isinstance(routing, TracedRouting) else row_order(routing.flat)
+        of, order = _sorted(index, length, by_row)
         token = order // each
         sent = Sent(Groups(of, self._count()), token, token // length)
-        entries = self._entries(routing, sent)
+        entries = self._entries(routing, sent, by_row)
         up = "gate_up_proj" if self.has_gate else "up_proj"
         y = self._product(up, tokens, sent, True, routing, entries)
         y = self._apply_gate(y) if self.has_gate else self.act_fn(y)  # type: ignore[operator]
@@ -177,13 +179,13 @@ class FlixExperts(nn.Module):
     def _count(self) -> int:
         return int(self.down_proj.shape[0])  # type: ignore[union-attr, index]
 
-    def _entries(self, routing: AnyRouting, sent: Sent) -> Entries | None:
+    def _entries(self, routing: AnyRouting, sent: Sent, by_row: Any) -> Entries | None:
         """Which entries each feature acts on; a compiled graph finds them when it runs."""
         if isinstance(routing, TracedRouting):
             return None
         kernels = self.flix_kernels.values()
         wanted = {i for k in kernels for i, rank in enumerate(k.flix_layout.ranks) if rank}
-        return Entries(routing.flat, wanted, sent)
+        return Entries(routing.flat, wanted, sent, by_row)
 
     def _product(
         self,
@@ -214,6 +216,18 @@ class FlixExperts(nn.Module):
         if isinstance(made, tuple) and made[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
             made = (_new, (self.flix_base, *made[1][1:]), *made[2:])
         return made
+
+
+def _sorted(index: Tensor, length: int, by_row: Any) -> tuple[Tensor, Tensor]:
+    """The entries' experts ``[S]``, ascending, and where each stood; in an expert, row after row in this order."""
+    flat = index.reshape(-1)
+    count = 0 if by_row is None else len(by_row)
+    if count == 0 or bool((by_row[:-1] < by_row[1:]).all()):
+        return flat.sort(stable=True)  # type: ignore[return-value]
+    place = torch.from_numpy(by_row.argsort()).to(flat.device)
+    entries = place.repeat_interleave(len(flat) // count)
+    keys, order = (flat * count + entries).sort(stable=True)
+    return keys // count, order
 
 
 def _check(module: Any, first: ExpertsKernel, routing: AnyRouting) -> None:
@@ -254,7 +268,7 @@ def _eager(
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         weights = routing.weights.reshape(routing.flat.shape).to(x.device, wide)
         factors = entries.factors(weights)
-    shares = entries.shares(active, layout.scales)
+    shares = entries.shares(active, layout.ranks, layout.scales, factors is not None)
     carrier = found.carrier(adapted.flix_place)
     return RoutedExperts.apply(x, kernel, factors, carrier, sent, gathers, shares, values)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -46,6 +46,13 @@ class Groups:
         found = zip(range(self.count), [0, *ends], ends, strict=False)
         return [(group, start, end) for group, start, end in found if start < end]
 
+    def part(self, first: int, last: int) -> tuple[Groups, slice]:
+        """Some groups by themselves, and which rows are theirs."""
+        start = int(self.ends[first - 1]) if first else 0
+        rows = slice(start, int(self.ends[last - 1]))
+        ends = self.ends[first:last] - start
+        return Groups(self.of[rows] - first, last - first, ends), rows
+
     @property
     def few(self) -> bool:
         """Whether there are fewer rows than groups."""
@@ -53,7 +60,13 @@ class Groups:
 
 
 def products(
-    x: Tensor, matrices: Tensor, groups: Groups, *, small: bool = False, plain: bool = False
+    x: Tensor,
+    matrices: Tensor,
+    groups: Groups,
+    *,
+    small: bool = False,
+    plain: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Each row times the matrix of its group.
 
@@ -63,27 +76,37 @@ def products(
         groups: of the rows.
         small: whether a matrix is small enough to be copied for a row.
         plain: compute with operations that may be differentiated any number of times.
+        out: where the result is written, if it has a place: for large matrices, and not where ``plain``.
 
     Returns:
         ``[n, q]``.
     """
     if small and groups.few:
         return torch.bmm(x.unsqueeze(1), matrices[groups.of]).squeeze(1)
-    if not plain and _suits(x, matrices):
+    if not plain and out is None and _suits(x, matrices):
         return _GROUPED(x, matrices, offs=groups.ends)  # type: ignore[misc, no-any-return]
     if plain:
         parts = [x[start:end] @ matrices[group] for group, start, end in groups.spans]
         return torch.cat(parts) if parts else x.new_zeros(0, matrices.shape[2])
-    made = x.new_empty(x.shape[0], matrices.shape[2])
+    made = x.new_empty(x.shape[0], matrices.shape[2]) if out is None else out
     for group, start, end in groups.spans:
         torch.mm(x[start:end], matrices[group], out=made[start:end])
     return made
 
 
-def outer(a: Tensor, b: Tensor, groups: Groups, out: Tensor) -> Tensor:
-    """The sum of the rows' outer products in each group: out ``[G, p, q]`` of a ``[n, p]`` and b ``[n, q]``."""
+def outer(a: Tensor, b: Tensor, groups: Groups, out: Tensor | None = None) -> Tensor:
+    """The sum of the rows' outer products in each group: ``[G, p, q]`` of a ``[n, p]`` and b ``[n, q]``.
+
+    Args:
+        a, b: the rows.
+        groups: of the rows.
+        out: where the sums are written, if they have a place.
+    """
     if not groups.few and _suits(a, b):
-        return out.copy_(_GROUPED(a.t(), b, offs=groups.ends))  # type: ignore[misc]
+        made = _GROUPED(a.t(), b, offs=groups.ends)  # type: ignore[misc]
+        return made if out is None else out.copy_(made)
+    if out is None:
+        out = a.new_empty(groups.count, a.shape[1], b.shape[1])
     out.zero_()
     for group, start, end in groups.spans:
         torch.mm(a[start:end].t(), b[start:end], out=out[group])

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from flix.backends.torch import experts_sums as sums
-from flix.backends.torch.grouped import Groups, products
+from flix.backends.torch.experts_entries import Entries, Sent, Share
+from flix.backends.torch.grouped import Groups
 from flix.backends.torch.parameters import Values
 from flix.core.errors import ConfigError
 
@@ -29,9 +30,9 @@ def _placed(
     ranks: Sequence[int],
     scales: Sequence[float],
     experts: int,
-) -> tuple[sums.Sent, list[sums.Share], Values, Tensor | None, sums.Entries, Tensor | None]:
+) -> tuple[Sent, list[Share], Values, Tensor | None, Entries, Tensor | None]:
     """Entries, shares, values, factors, and which entries are of rows with an id of no feature."""
-    sent = sums.Sent(Groups(of, experts), token, row)
+    sent = Sent(Groups(of, experts), token, row)
     host = ids.detach().cpu().numpy().astype(np.int64)
     unknown = (host < -1) | (host >= len(ranks))
     odd = None
@@ -39,10 +40,10 @@ def _placed(
         odd = torch.from_numpy(unknown.any(1)).to(row.device)[row]
     host = np.where(unknown, -1, host)
     held = {i: place for place, i in enumerate(i for i, rank in enumerate(ranks) if rank)}
-    entries = sums.Entries(host, held if a else (), sent)
+    entries = Entries(host, held if a else (), sent)
     values = [a[held[i]] for i in entries.features], [b[held[i]] for i in entries.features]
     factors = None if weights is None else entries.factors(weights)
-    shares = entries.shares(entries.features, scales)
+    shares = entries.shares(entries.features, ranks, scales, factors is not None)
     return sent, shares, values, factors, entries, odd
 
 
@@ -112,11 +113,7 @@ def routed_experts_backward(
         sent, shares, values, factors, entries, _ = _placed(
             of, token, row, ids, weights, a, b, ranks, scales, kernel.shape[0]
         )
-        kept = []
-        for share in shares:
-            own = x.index_select(0, token[share.entry] if gathers else share.entry)
-            side = sums.sides(values, share, kernel, x.dtype)[0].transpose(1, 2)
-            kept.append(products(own, side, share.experts, small=True))
+        kept = sums.activations(x, kernel, sent, gathers, shares, values)
         wanted = (need_x, need_kernel, need_weights, need_values)
         dx, d_kernel, d_factors, flat = sums.backward(
             dy.contiguous(), x, kernel, sent, gathers, shares, values, factors, kept, wanted
