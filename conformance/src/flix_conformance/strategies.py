@@ -11,9 +11,10 @@ from hypothesis import note
 from hypothesis import strategies as st
 
 import flix
+from flix_conformance import oracle
 from flix_conformance.backend import Backend
 from flix_conformance.compare import representable
-from flix_conformance.harness import Array, Batch, Case, Layer, Stack
+from flix_conformance.harness import AdamW, Array, Batch, Case, Layer, Stack
 from flix_conformance.signatures import (
     PATH,
     Signature,
@@ -25,6 +26,8 @@ from flix_conformance.signatures import (
 from flix_conformance.table import Table
 
 WEIGHTS = (1.0, 0.5, -1.0, 0.0, 2.5, -0.125, 1.0 / 3.0)
+_TRIES = 8
+"""How often a batch is drawn anew whose gradients are rounding (see ``oracle.clear``)."""
 _FEATURES = {"language": ["hau", "swa", "日本語"], "task": ["ner", "pos"]}
 
 
@@ -252,19 +255,31 @@ class Draw:
         case = self.trainable(kind, pool, where, dtype)
         rng = self.generator()
         batches = []
-        silent = self.integer(1, steps)
+        run, silent = oracle.Run([case], AdamW()), self.integer(1, steps)
         for step in range(steps):
             ids, weights = self._training_routing(case, rng)
             if step == silent:
                 ids, weights = np.full_like(ids, -1), np.zeros_like(weights)
-            if case.kind == "embedding":
-                x: Array = rng.integers(0, case.d_in, case.x.shape).astype(np.int32)
-            else:
-                x = representable(rng.normal(size=case.x.shape), dtype)
-            target = rng.normal(size=(*case.x.shape[: len(_lead(case))], case.d_out))
-            given = weights if case.weights is not None else None
-            batches.append(Batch(x, ids, given, dtype, target.astype(np.float32)))
+            batch = self._batch(case, ids, weights, dtype, rng)
+            for _ in range(_TRIES):
+                if oracle.clear(run.layers[0], batch):
+                    break
+                batch = self._batch(case, ids, weights, dtype, rng)
+            run.step(batch)
+            batches.append(batch)
         return case, batches
+
+    def _batch(
+        self, case: Case, ids: Array, weights: Array, dtype: str, rng: np.random.Generator
+    ) -> Batch:
+        """A training batch under this routing."""
+        if case.kind == "embedding":
+            x: Array = rng.integers(0, case.d_in, case.x.shape).astype(np.int32)
+        else:
+            x = representable(rng.normal(size=case.x.shape), dtype)
+        target = rng.normal(size=(*case.x.shape[: len(_lead(case))], case.d_out))
+        given = weights if case.weights is not None else None
+        return Batch(x, ids, given, dtype, target.astype(np.float32))
 
     def _training_routing(self, case: Case, rng: np.random.Generator) -> tuple[Array, Array]:
         """Few features a batch, each at most once a row: sums that cancel would leave the optimizer noise to follow."""
