@@ -7,11 +7,9 @@ from flix_conformance import runner
 from flix_conformance.checks import CHECKS
 from flix_conformance.checks._registry import offered
 
-# PEFT names layers as torch does, and folding is torch's; JAX's heads do not train with features.
-ABSENT = {
-    "jax": ("trained_heads", "exported", "merged_in_place"),
-    "tensorflow": ("exported", "merged_in_place"),
-}
+# PEFT names layers as torch does; folding, experts and the search are torch's; JAX's heads do not train with features.
+_TORCH = ("exported", "merged_in_place", "experts", "experts_gradients", "experts_live", "searched")
+ABSENT = {"jax": ("trained_heads", *_TORCH), "tensorflow": _TORCH}
 
 
 @pytest.mark.parametrize("name", ["torch", "jax", "tensorflow"])
