@@ -6,7 +6,6 @@ import copy
 import io
 import warnings
 from collections.abc import Callable
-from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -72,121 +71,6 @@ def _shared(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
     return _called(primitives.write(twin, primitives.read(model)), batch)
 
 
-class _Generating(nn.Sequential):
-    """Gives one position after the other, as generation does: each with the routing of those before it, too."""
-
-    def generate(self, x: Tensor, flix_features: Tensor, flix_weights: Tensor | None) -> Tensor:
-        found = []
-        for end in range(1, x.shape[1] + 1):
-            given = (flix_features, flix_weights)
-            ids, weights = (v if v is None or v.dim() < 3 else v[:, :end] for v in given)
-            y = self(x[:, end - 1 : end], flix_features=ids, flix_weights=weights)
-            found.append(y)
-        return torch.cat(found, 1)
-
-
-def _generated(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
-    """By a model's own ``generate``, whose routing is given as arrays."""
-    x, floating = _x(batch), not isinstance(model[0], nn.Embedding)
-    if x.dim() < 2 + floating:
-        return _called(model, batch)
-    plain = share_base(model)
-    plain.__class__ = _Generating
-    twin = adapt(plain, model.flix_config, strategy=model.flix_state.strategy)
-    primitives.write(twin, primitives.read(model)).eval()
-    with torch.no_grad():
-        return _answer(twin.generate(x, flix_features=batch.ids, flix_weights=batch.weights))
-
-
-class _Flattening(nn.Sequential):
-    """Makes one sequence of all rows, as models do that have no batch inside."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.dim() - (not isinstance(self[0], nn.Embedding))
-        y = super().forward(x.flatten(0, tokens - 1))  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:tokens], -1)  # type: ignore[no-any-return]
-
-
-def _flattened(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
-    """Rows of one composition together, of which the layers see no rows."""
-    if batch.ids.ndim > 2 or not len(batch.ids):
-        return _called(model, batch)
-    plain = share_base(model)
-    plain.__class__ = _Flattening
-    twin = adapt(plain, model.flix_config, strategy=model.flix_state.strategy)
-    primitives.write(twin, primitives.read(model))
-    (ids, weights), x, found = _ids(batch), _x(batch), []
-    for row in range(len(x)):
-        given = [None if v is None else v[[row, row]] for v in (ids, weights)]
-        with torch.no_grad():
-            y = twin(x[[row, row]], flix_features=given[0], flix_weights=given[1])
-        found.append(y[:1])
-    return _answer(torch.cat(found))
-
-
-class ScaledEmbedding(nn.Embedding):
-    """Multiplies what it looks up, as Gemma's and BART's do."""
-
-    embed_scale = 2.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.embed_scale
-
-
-def _scaled(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
-    """With an embedding that doubles halves of the same values."""
-    if not isinstance(model[0], nn.Embedding):
-        return _called(model, batch)
-    plain: Any = copy.deepcopy(share_base(model))
-    plain[0].__class__ = ScaledEmbedding
-    with torch.no_grad():
-        plain[0].weight.mul_(0.5)
-    twin = adapt(plain, model.flix_config, strategy=model.flix_state.strategy)
-    halves = {
-        path: {feature: (a, b * 0.5) for feature, (a, b) in pairs.items()}
-        for path, pairs in primitives.read(model).items()
-    }
-    return _called(primitives.write(twin, halves), batch)
-
-
-def _resized(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
-    """With a larger vocabulary, as models of transformers are given one."""
-    if not isinstance(model[0], nn.Embedding):
-        return _called(model, batch)
-    plain = copy.deepcopy(share_base(model))
-    plain.__class__ = _Resizable
-    twin: Any = adapt(plain, model.flix_config, strategy=model.flix_state.strategy)
-    primitives.write(twin, primitives.read(model))
-    twin.resize_token_embeddings(len(twin[0].weight) + 3)
-    return _called(twin, batch)
-
-
-class _Resizable(nn.Sequential):
-    """Takes another vocabulary as models of transformers do: by a new layer."""
-
-    def resize_token_embeddings(self, size: int) -> nn.Module:
-        old: Any = self[0]
-        made = nn.Embedding(size, old.weight.shape[1], dtype=old.weight.dtype)
-        with torch.no_grad():
-            made.weight[: len(old.weight)] = old.weight
-        setattr(self, next(iter(self._modules)), made)
-        return made
-
-
-class BitLinear(nn.Module):
-    """Stands for the layers of quantised models that are known by their classes' names: a forward, and no kernel."""
-
-    def __init__(self, like: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = like.in_features, like.out_features
-        self.compute_dtype = like.weight.dtype
-        self.register_buffer("held", like.weight.detach().clone())
-        self.bias = like.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.held, self.bias)  # type: ignore[arg-type]
-
-
 def _row(model: Any, ids: NDArray[Any], weights: NDArray[Any] | None) -> dict[str, Any]:
     """A composition as a row; what others would bring along is named, with the weight 0."""
     registry, row = model.flix_config.registry, dict[str, Any]()
@@ -212,65 +96,6 @@ def _merged_each(model: Any, batch: Batch, dequantize: bool = False) -> tuple[ND
         with torch.no_grad():
             found.append(merged(x[row : row + 1]))
     return _answer(torch.cat(found))
-
-
-def _quantised(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
-    """Over a layer of a class that quantised models have, and merged into a plain one made of it."""
-    if not isinstance(model[0], nn.Linear):
-        return _called(model, batch)
-    plain = copy.deepcopy(share_base(model))
-    setattr(plain, next(iter(plain._modules)), BitLinear(plain[0]))  # type: ignore[index]
-    twin = adapt(plain, model.flix_config, strategy=model.flix_state.strategy)
-    primitives.write(twin, primitives.read(model))
-    y, _ = _merged_each(twin, batch, dequantize=True)
-    found = _called(twin, batch)
-    _alike(y, found[0], batch, "merged")
-    _alike(_slope(twin, batch), _slope(model, batch), batch, "the gradient of x")
-    return found
-
-
-def _slope(model: Any, batch: Batch) -> NDArray[Any]:
-    """The gradient of x that could be differentiated again, and is that of one backward."""
-    x, (ids, weights) = _x(batch).requires_grad_(), _ids(batch)
-    y = model(x, flix_features=ids, flix_weights=weights)
-    (again,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    (once,) = torch.autograd.grad(y.sum(), x)
-    first, second = (v.detach().double().numpy() for v in (again, once))
-    _alike(first, second, batch, "the gradient, again,")
-    return once.double().numpy()  # type: ignore[no-any-return]
-
-
-def _alike(y: NDArray[Any], wanted: NDArray[Any], batch: Batch, what: str) -> None:
-    bound = {"float64": 1e-9, "float32": 1e-3}.get(batch.dtype, 0.05)
-    size = np.abs(wanted).max(initial=1)
-    assert np.allclose(y, wanted, bound, bound * size), f"{what} differs"
-
-
-class _Windowed(nn.Sequential):
-    """Cuts each row's positions into windows, which go through the layers as if they were rows, in two orders."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, size = x.shape
-        windows = torch.stack(x.unbind(1), 1).reshape(batch * length, 1, size)
-        y = super().forward(windows)  # type: ignore[no-untyped-call]
-        return y.view(batch, length, -1)  # type: ignore[no-any-return]
-
-
-def _in_windows(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
-    """Row by row of windows, as models of images have them."""
-    if batch.x.ndim != 3 or batch.ids.ndim > 2 or 0 in batch.x.shape:
-        return _called(model, batch)
-    plain = share_base(model)
-    plain.__class__ = _Windowed
-    twin = adapt(plain, model.flix_config, strategy=model.flix_state.strategy)
-    return _called(primitives.write(twin, primitives.read(model)), batch)
-
-
-def _offloaded(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
-    """With the base in the host's memory, whose parts come where they are used, by accelerate's hooks."""
-    copied = copy.deepcopy(model)
-    import_module("accelerate").cpu_offload(copied, torch.device("cpu"))
-    return _called(copied, batch)
 
 
 def _with_routing(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
@@ -351,18 +176,21 @@ def _paged(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
 
 def ways() -> dict[str, Way]:
     """See ``flix_conformance.harness.Harness``."""
+    from flix.backends.torch import twins  # which is made of what stands above
+
     return {
         "copied": _copied,
         "pickled": _pickled,
         "over a shared base": _shared,
-        "by generate": _generated,
-        "flattened": _flattened,
-        "in windows": _in_windows,
-        "with a larger vocabulary": _resized,
-        "with an embedding that scales": _scaled,
+        "by generate": twins.generated,
+        "flattened": twins.flattened,
+        "in windows": twins.in_windows,
+        "in an attention": twins.attending,
+        "with a larger vocabulary": twins.resized,
+        "with an embedding that scales": twins.scaled,
         "each row merged": _merged_each,
-        "over a quantised layer": _quantised,
-        **({"offloaded": _offloaded} if find_spec("accelerate") else {}),
+        "over a quantised layer": twins.quantised,
+        **({"offloaded": twins.offloaded} if find_spec("accelerate") else {}),
         "with a flix.Routing": _with_routing,
         "each row under routed": _each_row,
         "a layer by hand": _by_hand,

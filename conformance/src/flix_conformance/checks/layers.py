@@ -215,6 +215,11 @@ def forms(draw: Draw, backend: Backend) -> None:
     same_bits(made, case.kernel, "the kernel")
     same_pairs(backend.initial(case), bits.initial_pairs(case), "initial values")
     check_all(backend, case, output_gradient(draw, case))
+    if draw.turn < 3 and not backend.lacks(["compiled_forward"]):
+        model = backend.adapted(case)
+        y, _ = backend.harness.compiled_forward(model)(case.batch)
+        size = oracle.forward(oracle.magnitude(case))
+        close(y, oracle.forward(case), size, "float32", "the output, compiled,")
     active = {("language", "hau"): 1.0, ("task", "ner"): 0.5}
     kernel = backend.merge(case, {"language": "hau", "task": {"ner": 0.5}})
     size = oracle.merged(oracle.magnitude(case), active)
