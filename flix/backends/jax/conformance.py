@@ -77,17 +77,26 @@ def _formed(layer: Layer, given: dict[str, Any]) -> nnx.Module:
     return made  # type: ignore[no-any-return]
 
 
+class OwnForward(nnx.Linear):
+    """A subclass with a forward of its own, around which features act."""
+
+    def __call__(self, x: Any) -> Any:  # type: ignore[override]
+        y = jnp.matmul(x, self.kernel[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
 def _plain(layer: Layer) -> nnx.Module:
     dtype, zeros = jnp.dtype(layer.dtype), nnx.initializers.zeros_init()
     given: dict[str, Any] = {"param_dtype": dtype, "dtype": dtype, "rngs": nnx.Rngs(0)}
     made: Any
-    if layer.form:
+    if layer.form and layer.form != "own forward":
         return _formed(layer, given)
     if layer.kind == "embedding":
         made = nnx.Embed(*layer.kernel.shape, embedding_init=zeros, **given)
     else:
         bias = layer.bias is not None
-        made = nnx.Linear(*layer.kernel.shape, use_bias=bias, kernel_init=zeros, **given)
+        kind = OwnForward if layer.form else nnx.Linear
+        made = kind(*layer.kernel.shape, use_bias=bias, kernel_init=zeros, **given)
         if bias:
             made.bias[...] = jnp.asarray(layer.bias, dtype)
     kernel_of(made)[...] = jnp.asarray(layer.kernel, dtype)
@@ -194,7 +203,7 @@ class JaxHarness:
     strategies = ("auto", "gather", "masked", "single", *(("fused",) if can_run() else ()))
     kinds = ("linear", "embedding")
     nested = True
-    forms = ("general", "heads", "out")
+    forms = ("general", "heads", "out", "own forward")
     id_dtypes = ("int32", "int64", "int16", "int8", "uint8")
 
     def within(self, dtype: str) -> Any:

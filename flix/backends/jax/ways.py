@@ -21,6 +21,7 @@ from flix.backends.jax import (
     FlixOptimizer,
     FlixParam,
     adamw,
+    adapt,
     embed,
     embed_rows,
     export_fn,
@@ -28,6 +29,7 @@ from flix.backends.jax import (
     linear,
     linear_rows,
     load_bank,
+    merge,
     merge_kernels,
     primitives,
     route,
@@ -146,6 +148,18 @@ def _on_a_mesh(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
     return _answer(_pure(model, _x(batch), batch.ids, batch.weights, bank, present))
 
 
+def _row(model: Any, batch: Batch, row: int) -> dict[str, dict[str, float]]:
+    """A row's composition; what others would bring along is named, with the weight 0."""
+    registry, found = model.flix_config.registry, dict[str, dict[str, float]]()
+    for group, name in registry.live:
+        found.setdefault(group, {})[name] = 0.0
+    for place, number in enumerate(batch.ids[row]):
+        if number >= 0:
+            group, name = registry.features[number]
+            found[group][name] += 1.0 if batch.weights is None else float(batch.weights[row, place])
+    return found
+
+
 def _merged_each(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
     """Each row by the kernel that its composition is merged into."""
     if batch.ids.ndim > 2 or not len(batch.ids):
@@ -153,14 +167,8 @@ def _merged_each(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
     layer, path, x = _layer(model), model.paths[0], _x(batch)
     config, bank, found = model.flix_config, primitives.bank_of(model), []
     kernel, bias = kernel_of(layer)[...], getattr(layer, "bias", None)
-    for row, ids in enumerate(batch.ids):
-        own: dict[str, dict[str, float]] = {}
-        for group, name in config.registry.live:  # what others would bring along is named, too
-            own.setdefault(group, {})[name] = 0.0
-        for place, number in enumerate(ids):
-            if number >= 0:
-                group, name = config.registry.features[number]
-                own[group][name] += 1.0 if batch.weights is None else float(batch.weights[row, place])  # fmt: skip
+    for row in range(len(batch.ids)):
+        own = _row(model, batch, row)
         merged = merge_kernels(config, bank, {path: kernel}, own)[path]
         if bank[path].spec.shape.kind == "embedding":
             found.append(merged[x[row]])
@@ -168,6 +176,65 @@ def _merged_each(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
             y = jnp.matmul(x[row], merged, precision="highest")
             found.append(y if bias is None else y + bias[...])
     return _answer(jnp.stack(found))
+
+
+class _Quantised(nnx.Module):
+    """Stands for quantised layers of other libraries: a forward, integers, and no kernel that is known as one."""
+
+    def __init__(self, kernel: Any, bias: Any) -> None:
+        self.in_features, self.out_features = kernel.shape
+        self.integers = nnx.Variable(jnp.zeros(kernel.shape, jnp.int8))
+        self.held = nnx.Variable(kernel)
+        self.offset = None if bias is None else nnx.Variable(bias)
+
+    def __call__(self, x: Any) -> Any:
+        y = jnp.matmul(x, self.held[...])
+        return y if self.offset is None else y + self.offset[...]
+
+
+class _One(nnx.Module):
+    """A model of one layer."""
+
+    def __init__(self, path: str, layer: nnx.Module) -> None:
+        self.path = path
+        setattr(self, path, layer)
+
+    def __call__(self, x: Any) -> Any:
+        return getattr(self, self.path)(x)
+
+
+def _over_a_quantised(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """Over a layer of another library's kind; and each row by a plain one that it and a composition are made into."""
+    layer, path, x = _layer(model), model.paths[0], _x(batch)
+    if layer.bank.spec.shape.kind == "embedding" or batch.ids.ndim > 2 or not len(batch.ids):
+        return _called(model, batch)
+    bias = getattr(layer, "bias", None)
+    plain = _One(path, _Quantised(kernel_of(layer)[...], None if bias is None else bias[...]))
+    twin = adapt(plain, model.flix_config, strategy=layer.flix_strategy)
+    twin = primitives.write(twin, primitives.read(model))
+    y, dtype = _called(twin, batch)
+    for row, one in enumerate(x):
+        merged = merge(twin, _row(model, batch, row), dequantize=True)
+        off = np.abs(np.asarray(merged(one[None]), np.float64)[0] - y[row]).max(initial=0)
+        bound = {"bfloat16": 0.05, "float32": 1e-3}.get(dtype, 1e-9)
+        assert off <= bound * max(1.0, np.abs(y).max(initial=1)), "merged otherwise"
+    return y, dtype
+
+
+def _over_scales(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """The pure functions over a kernel of halves with the scale 2."""
+    layer = _layer(model)
+    kernel, bias, tokens = kernel_of(layer)[...], getattr(layer, "bias", None), layer.bank.spec.shape.kind == "embedding"  # fmt: skip
+    scale = jnp.full((1, 1), 2, kernel.dtype)
+    halves = {"kernel": kernel / 2, "scale": scale, "zero_point": jnp.zeros_like(scale)}
+    given = layer.bank, batch.ids, batch.weights
+    if tokens:
+        return _answer(embed(_x(batch), halves, *given, strategy=layer.flix_strategy))
+    held = None if bias is None else bias[...]
+    y = linear(_x(batch), halves, *given, bias=held, strategy=layer.flix_strategy)
+    again = linear(_x(batch), lambda x: x @ kernel, *given, bias=held, strategy=layer.flix_strategy)
+    assert jnp.allclose(y, again, 1e-2, 1e-2), "a function gives otherwise"
+    return _answer(y)
 
 
 def _exported(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
@@ -187,6 +254,8 @@ def ways() -> dict[str, Way]:
         "rows of a bank": _gathered,
         "on a mesh": _on_a_mesh,
         "each row merged": _merged_each,
+        "over a quantised layer": _over_a_quantised,
+        "over scales": _over_scales,
         "exported": _exported,
     }
 
