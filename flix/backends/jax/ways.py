@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 import flix
@@ -145,7 +145,18 @@ def _on_a_mesh(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
     kernels = {model.paths[0]: PartitionSpec("in", "out")}  # type: ignore[no-untyped-call]
     bank = shard(primitives.bank_of(model), mesh, kernels)
     present = touched(batch.ids, len(model.flix_config.registry))
-    return _answer(_pure(model, _x(batch), batch.ids, batch.weights, bank, present))
+    y = _answer(_pure(model, _x(batch), batch.ids, batch.weights, bank, present))
+    layer = _layer(model)
+    strategy = layer.flix_strategy
+    if not isinstance(layer, nnx.Linear):
+        return y
+    sizes, biased = (layer.in_features, layer.out_features), layer.bias is not None
+    plain = nnx.Linear(*sizes, use_bias=biased, rngs=nnx.Rngs(0))
+    placed = NamedSharding(mesh, kernels[model.paths[0]])
+    plain.kernel[...] = jax.device_put(kernel_of(layer)[...], placed)
+    plain.bias = layer.bias
+    twin = adapt(_One(model.paths[0], plain), model.flix_config, strategy=strategy)
+    return _called(primitives.write(twin, primitives.read(model)), batch)
 
 
 def _row(model: Any, batch: Batch, row: int) -> dict[str, dict[str, float]]:
