@@ -47,7 +47,11 @@ def own_forward(module: nnx.Module) -> LayerShape | None:
 def quantised(module: nnx.Module) -> str:
     """The dtype of what a layer holds of integers, or of floats of eight bits; empty where there is none."""
     own = [v for v in vars(module).values() if not isinstance(v, nnx.Module)]
-    held = [leaf for leaf in jax.tree.leaves(own) if hasattr(leaf, "dtype")]  # qwix's have parts
+    # qwix's have parts; and a layer may keep a dtype itself, which has one too.
+    held = [
+        leaf for leaf in jax.tree.leaves(own) if hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+    ]
+    held = [leaf for leaf in held if not isinstance(leaf, type)]
     found = [str(value.dtype) for value in held if value.ndim > 1]
     return next(
         (name for name in found if name.startswith(("int", "uint", "float8", "float4"))), ""
