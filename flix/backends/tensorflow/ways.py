@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,15 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 import flix
-from flix.backends.tensorflow import FlixDense, FlixEmbedding, keep_absent, primitives, route
+from flix.backends.tensorflow import (
+    FlixDense,
+    FlixEmbedding,
+    adapt,
+    keep_absent,
+    merge,
+    primitives,
+    route,
+)
 from flix.backends.tensorflow.parameters import kernel_of
 from flix.backends.tensorflow.paths import flix_layers
 
@@ -100,6 +109,52 @@ def _inside(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
         return _answer(run(_x(batch)))
 
 
+def _quantised(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """Over a layer that Keras quantised: what the features add to its output stands on the plain layer's.
+
+    And a model that is made plain with a row's composition gives about what that row gets: inputs are rounded here.
+    """
+    ((path, layer),) = flix_layers(model.base)
+    if batch.dtype != "float32" or batch.ids.ndim > 2 or not len(batch.ids):
+        return _answer(model(_given(batch)))
+    embeds, x = isinstance(layer, keras.layers.Embedding), _x(batch)
+    kernel, bias = kernel_of(layer).numpy(), getattr(layer, "bias", None)
+    given = keras.Input(x.shape[1:], dtype="int32" if embeds else "float32")
+    own: Any
+    if embeds:
+        own = keras.layers.Embedding(*kernel.shape, name=path)
+    else:
+        own = keras.layers.Dense(kernel.shape[1], use_bias=bias is not None, name=path)
+    plain = keras.Model(given, own(given))
+    own.set_weights([kernel, *([] if bias is None else [bias.numpy()])])
+    before = plain(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the input is no layer that can be
+        plain.quantize("int8")
+    base = plain(x)
+    twin = primitives.write(
+        adapt(plain, model.flix_config, strategy=layer.flix_strategy), primitives.read(model)
+    )
+    y = twin(_given(batch))
+    for row in range(len(batch.ids)):
+        merged = merge(twin, _row(model, batch, row), dequantize=True)(x[row : row + 1])[0]
+        off = np.abs(np.asarray(merged - y[row])).max(initial=0)
+        assert off <= 0.1 * max(1.0, np.abs(np.asarray(y)).max(initial=0)), "merged otherwise"
+    return _answer(before + (y - base))
+
+
+def _row(model: Any, batch: Batch, row: int) -> dict[str, dict[str, float]]:
+    """A row's composition; what others would bring along is named, with the weight 0."""
+    registry, found = model.flix_config.registry, dict[str, dict[str, float]]()
+    for group, name in registry.live:
+        found.setdefault(group, {})[name] = 0.0
+    for place, number in enumerate(batch.ids[row]):
+        if number >= 0:
+            group, name = registry.features[number]
+            found[group][name] += 1.0 if batch.weights is None else float(batch.weights[row, place])
+    return found
+
+
 def ways() -> dict[str, Way]:
     """See ``flix_conformance.harness.Harness``."""
     return {
@@ -111,6 +166,7 @@ def ways() -> dict[str, Way]:
         "saved by Keras": _saved,
         "compiled by XLA": _compiled,
         "a function under route": _inside,
+        "over a quantised layer": _quantised,
     }
 
 
