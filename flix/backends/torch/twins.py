@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flix.backends.torch import adapt, primitives, share_base
-from flix.backends.torch.ways import _answer, _called, _ids, _merged_each, _x
+from flix.backends.torch.conformance import Convolving
+from flix.backends.torch.ways import _answer, _called, _ids, _mapped, _merged_each, _x
 
 if TYPE_CHECKING:
     from flix_conformance import Batch  # type: ignore[import-not-found]
@@ -145,6 +147,7 @@ def quantised(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
     y, _ = _merged_each(twin, batch, dequantize=True)
     found = _called(twin, batch)
     _alike(y, found[0], batch, "merged")
+    _alike(_mapped(twin, batch)[0], found[0], batch, "mapped")
     _alike(_slope(twin, batch), _slope(model, batch), batch, "the gradient of x")
     return found
 
@@ -238,6 +241,30 @@ def attending(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
     ids, weights = _ids(batch)
     with torch.no_grad():
         return _answer(twin(x, flix_features=ids, flix_weights=weights)[..., :d_out])
+
+
+def convolving(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
+    """As a convolution, whose patches are filled up to an even size; mapped over rows as well."""
+    layer, path = model[0], next(iter(model._modules))
+    if not isinstance(layer, nn.Linear) or batch.x.ndim != 3 or batch.ids.ndim > 2:
+        return _called(model, batch)
+    d_out, d_in = layer.weight.shape
+    size, dtype = d_in + d_in % 2, layer.weight.dtype
+    plain = nn.Conv1d(size // 2, d_out, 2, 2, bias=layer.bias is not None, dtype=dtype)
+    with torch.no_grad():
+        kernel = nn.functional.pad(layer.weight, (0, size - d_in))
+        plain.weight.copy_(kernel.view(plain.weight.shape))
+        if plain.bias is not None:
+            plain.bias.copy_(layer.bias)
+    ((_, own),) = primitives.read(model).items()
+    pairs = {f: (np.pad(a, ((0, 0), (0, size - d_in))), b) for f, (a, b) in own.items()}
+    base = Convolving(OrderedDict({path: plain}))
+    twin = adapt(base, model.flix_config, strategy=model.flix_state.strategy)
+    primitives.write(twin, {path: pairs})
+    filled = np.pad(batch.x, ((0, 0), (0, 0), (0, size - d_in)))
+    y, name = _called(twin, replace(batch, x=filled))
+    _alike(_mapped(twin, replace(batch, x=filled))[0], y, batch, "mapped")
+    return y, name
 
 
 def offloaded(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:

@@ -186,6 +186,7 @@ def ways() -> dict[str, Way]:
         "flattened": twins.flattened,
         "in windows": twins.in_windows,
         "in an attention": twins.attending,
+        "as a convolution": twins.convolving,
         "with a larger vocabulary": twins.resized,
         "with an embedding that scales": twins.scaled,
         "each row merged": _merged_each,

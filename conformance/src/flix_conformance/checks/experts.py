@@ -26,10 +26,22 @@ _SLACK = 8.0
 
 
 def _drawn(
-    draw: Draw, backend: Backend, way: tuple[str, str], **static: Any
+    draw: Draw,
+    backend: Backend,
+    way: tuple[str, str],
+    sizes: tuple[int, int, int] = (_SIZE, _INNER, 3),
+    **static: Any,
 ) -> tuple[Mixture, Any]:
-    """A mixture with values, and its adapted model. One expert gets nothing."""
-    chosen = replace(crowded(24, 4, 3), d_in=_SIZE, lead=(3,), bias=False, **static)
+    """A mixture with values, and its adapted model. One expert gets nothing.
+
+    Args:
+        draw, backend: what it is drawn from, and by whom it is made.
+        way: the strategy and the dtype.
+        sizes: d, h, and the positions of a row.
+        static: more of the signature's.
+    """
+    size, inner, length = sizes
+    chosen = replace(crowded(24, 4, 3), d_in=size, lead=(length,), bias=False, **static)
     case = draw.fill(chosen, way)
     rng, dtype = draw.generator(), case.dtype
 
@@ -39,7 +51,7 @@ def _drawn(
     busy = rng.permutation(_EXPERTS)[1:]
     sent = np.stack([rng.permutation(busy)[:_EACH] for _ in range(7)])
     share = representable(rng.uniform(0.2, 0.8, sent.shape), "bfloat16")
-    kernels = values(_EXPERTS, _SIZE, 2 * _INNER), values(_EXPERTS, _INNER, _SIZE)
+    kernels = values(_EXPERTS, size, 2 * inner), values(_EXPERTS, inner, size)
     plain = Experts("moe", *kernels, sent, share, dtype)
     with backend.within(dtype):
         model, *paths = backend.harness.experts(plain, case.x)
@@ -138,9 +150,12 @@ def experts(draw: Draw, backend: Backend) -> None:
     uses=("gradients",),
 )
 def experts_gradients(draw: Draw, backend: Backend) -> None:
-    static = {"per_token": draw.one_of([False, True])}
+    # One is so large that programs may go through it piece by piece.
+    large = draw.turn == 2
+    sizes = (64, 128, 600) if large else (_SIZE, _INNER, 3)
+    static = {"per_token": not large and draw.one_of([False, True])}
     exact = [d for d in draw.shared("dtypes") if d != "bfloat16"]
-    drawn, model = _drawn(draw, backend, _way(draw, *exact), **static)
+    drawn, model = _drawn(draw, backend, _way(draw, *exact), sizes, **static)
     model, dtype = _written(backend, model, drawn), drawn.experts.dtype
     dy = representable(draw.generator().normal(size=drawn.up.x.shape), dtype)
     expected, size = mixture.gradients(drawn, dy.astype(np.float64))
