@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 from dataclasses import replace
 from importlib import import_module
@@ -13,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flix.backends.torch import adapt, primitives, share_base
+from flix.backends.torch import adapt, merge, primitives, route, share_base
 from flix.backends.torch.conformance import Convolving
-from flix.backends.torch.ways import _answer, _called, _ids, _mapped, _merged_each, _x
+from flix.backends.torch.ways import _answer, _called, _ids, _mapped, _merged_each, _row, _x
 
 if TYPE_CHECKING:
     from flix_conformance import Batch  # type: ignore[import-not-found]
@@ -240,7 +241,16 @@ def attending(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
     x = nn.functional.pad(_x(batch), (0, size - d_in))
     ids, weights = _ids(batch)
     with torch.no_grad():
-        return _answer(twin(x, flix_features=ids, flix_weights=weights)[..., :d_out])
+        y = twin.eval()(x, flix_features=ids, flix_weights=weights)[..., :d_out]
+        twin.train()
+        for row, own_ids in enumerate(batch.ids):
+            own_weights = None if batch.weights is None else batch.weights[row]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # what else reads a kernel
+                merged = merge(twin, _row(model, own_ids, own_weights))
+            one = merged(x[row : row + 1])[..., :d_out]
+            _alike(_answer(one)[0], _answer(y[row : row + 1])[0], batch, "merged")
+    return _answer(y)
 
 
 def convolving(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
@@ -263,6 +273,11 @@ def convolving(model: Any, batch: Batch) -> tuple[NDArray[Any], str]:
     primitives.write(twin, {path: pairs})
     filled = np.pad(batch.x, ((0, 0), (0, 0), (0, size - d_in)))
     y, name = _called(twin, replace(batch, x=filled))
+    ids, weights = (None if v is None else v[:1] for v in _ids(batch))
+    first = torch.from_numpy(filled[0]).to(dtype).view(len(filled[0]), -1, 2)
+    with torch.no_grad(), route(model.flix_config.registry, ids, weights):
+        one = twin[0](first.transpose(0, 1).flatten(1))  # without a batch
+    _alike(_answer(one.t())[0], y[0], batch, "a row alone")
     _alike(_mapped(twin, replace(batch, x=filled))[0], y, batch, "mapped")
     return y, name
 
