@@ -76,8 +76,12 @@ def test_mixtures_are_found():
 
 @needs_fork
 def test_versions_that_were_lost_are_found():
-    found = kills.kills(Saver("late", _late, _read_one_file), 12, 0)
-    assert any("where" in what for what in found["wrong"])
+    # On a busy machine many a writer is killed before its second save, the first that can be late.
+    for seed in range(10):
+        found = kills.kills(Saver("late", _late, _read_one_file), 12, seed)
+        if any("where" in what for what in found["wrong"]):
+            return
+    raise AssertionError(f"{found['whole']} of {found['count']} were whole, ten times")
 
 
 @needs_fork
