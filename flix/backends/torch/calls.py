@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flix.backends import messages
 from flix.backends.torch import scopes
-from flix.backends.torch.distributed import touched_by_all
+from flix.backends.torch.distributed.agreement import touched_by_all
 from flix.backends.torch.media import media_of
 from flix.backends.torch.routing import (
     BASE,

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def _free_port() -> str:
@@ -37,7 +37,7 @@ def test_two_processes_equal_one(worker, kind):
         pytest.importorskip("transformers.distributed.tensor_parallel")
     port = _free_port()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"tests.backends.torch.{worker}", kind]
+    command = [sys.executable, "-m", f"tests.backends.torch.distributed.{worker}", kind]
     workers = [
         subprocess.Popen(
             [*command, str(rank), port],

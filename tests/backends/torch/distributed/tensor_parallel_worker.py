@@ -1,4 +1,4 @@
-"""One process of a two-process run under transformers' tensor parallelism; started by test_distributed.py.
+"""One process of a two-process run under transformers' tensor parallelism; started by test_agreement.py.
 
 python tensor_parallel_worker.py {tp|hooks} RANK PORT
 """

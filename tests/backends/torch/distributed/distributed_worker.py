@@ -1,4 +1,4 @@
-"""One process of a two-process run; started by test_distributed.py.
+"""One process of a two-process run; started by test_agreement.py.
 
 python distributed_worker.py {ddp|fsdp} RANK PORT
 """
