@@ -13,6 +13,7 @@ A ``[r, d_in]`` and B ``[d_out, r]``, whatever the framework's own kernels look 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -28,6 +29,7 @@ from flix.core.adapter.summary import Counts as Counts
 from flix.core.config.config import FlixConfig
 from flix.core.config.targets import LayerInfo
 from flix.core.features.names import Feature
+from flix.core.features.search import Ask, BatchLoss
 from flix.core.peft.exporting import PeftFacts
 
 M = TypeVar("M")
@@ -180,6 +182,13 @@ class SupportsDequantizing(Protocol):
 
     def dequantized(self, model: M, active: Composition, update: Updates) -> M:
         """As ``merged``, with plain layers in the place of quantised ones."""
+
+
+class SupportsSearching(Protocol):
+    """The loss of examples under weights can be asked, and its slope (:mod:`flix.backends.verbs.searching`)."""
+
+    def asking(self, model: Any, loss: BatchLoss) -> AbstractContextManager[Ask]:
+        """A way to ask, for which the model is evaluated; afterwards it is as before."""
 
 
 class SupportsPeft(Protocol):

@@ -51,6 +51,7 @@ named_pairs = verbs.named_pairs
 remove_feature = verbs.remove_feature
 rename_feature = verbs.rename_feature
 save = verbs.save
+search_weights = verbs.search_weights
 summary = verbs.summary
 to_adapter = verbs.to_adapter
 trainable_parameters = verbs.trainable_parameters
@@ -62,6 +63,6 @@ __all__ = [
     "import_peft", "init", "linear", "linear_rows", "load", "load_bank", "load_features",
     "load_into", "mask_absent", "merge", "merge_kernels", "named_pairs", "partition_specs",
     "remove_feature", "rename_feature", "route", "save", "scale_by_feature_adam", "scatter",
-    "shard", "sparse_update", "summary", "thaw", "to_adapter", "to_bank", "touched",
+    "search_weights", "shard", "sparse_update", "summary", "thaw", "to_adapter", "to_bank", "touched",
     "trainable_parameters", "value_and_grad",
 ]  # fmt: skip

@@ -21,7 +21,16 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-from flix.backends.jax import FlixOptimizer, LayerBank, adamw, embed, linear, value_and_grad, ways
+from flix.backends.jax import (
+    FlixOptimizer,
+    LayerBank,
+    adamw,
+    embed,
+    linear,
+    search_weights,
+    value_and_grad,
+    ways,
+)
 from flix.backends.jax.kernels.fused import can_run
 from flix.backends.jax.layers import FlixParam, kernel_of
 
@@ -300,6 +309,12 @@ class JaxHarness:
 
     def loops(self) -> dict[str, Any]:
         return ways.loops()
+
+    def search(self, model: Any, batch: Batch, row: Any, **options: Any) -> Any:
+        def loss(y: Any, _: Any) -> Any:
+            return ((y - batch.target) ** 2).sum() / (2 * len(y))
+
+        return search_weights(model, {"x": _x(batch)}, row, loss=loss, **options)
 
     def kernel(self, model: Any, path: str) -> NDArray[Any]:
         layer = _at(model, path)

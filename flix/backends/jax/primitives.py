@@ -34,6 +34,7 @@ from flix.backends.jax.merging import merged as merged
 from flix.backends.jax.parameters import Bank, LayerBank, changed, pack
 from flix.backends.jax.patches.layers import become
 from flix.backends.jax.patches.model import RoutedModel
+from flix.backends.jax.searching import asking as asking
 from flix.backends.protocol import Counts, Pairs
 from flix.core.adapter.adapter import LayerShape
 from flix.core.adapter.changes import Change

@@ -13,7 +13,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from tensorflow.python.framework import op_callbacks
 
-from flix.backends.tensorflow import keep_absent, primitives, ways
+from flix.backends.tensorflow import keep_absent, primitives, search_weights, ways
 from flix.backends.tensorflow.adapt import FlixModel
 from flix.backends.tensorflow.parameters import kernel_of
 from flix.backends.tensorflow.paths import flix_layers
@@ -231,6 +231,12 @@ class TensorFlowHarness:
         if layer.equation == _EINSUMS["heads"]:
             return kernel.swapaxes(0, 1).reshape(kernel.shape[1], -1)
         return kernel.reshape(len(kernel), -1).T
+
+    def search(self, model: FlixModel, batch: Batch, row: Any, **options: Any) -> Any:
+        def loss(y: Any, _: Any) -> Any:
+            return _loss(batch.target, y)
+
+        return search_weights(model, {"inputs": _x(batch)}, row, loss=loss, **options)
 
     def unfreeze(self, model: FlixModel, path: str) -> None:
         """As a user does with a head."""

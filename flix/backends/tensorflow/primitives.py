@@ -19,6 +19,7 @@ from flix.backends.tensorflow.parameters import by_id, is_table
 from flix.backends.tensorflow.patches.captures import traced_function
 from flix.backends.tensorflow.paths import flix_layers
 from flix.backends.tensorflow.routing import current
+from flix.backends.tensorflow.searching import asking
 from flix.core.adapter.adapter import LayerShape
 from flix.core.adapter.changes import Change
 from flix.core.config.config import FlixConfig
@@ -145,7 +146,7 @@ def switch(model: FlixModel, by: int) -> None:
 
 
 __all__ = [
-    "adapted", "attach", "base_name", "change", "check_plain", "count", "dequantized", "frozen", "head_places",
+    "adapted", "asking", "attach", "base_name", "change", "check_plain", "count", "dequantized", "frozen", "head_places",
     "heads", "kernel_samples", "layers", "merged", "parameters", "put_heads", "read", "set_frozen", "shapes", "switch",
     "undropped", "write",
 ]  # fmt: skip

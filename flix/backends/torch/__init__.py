@@ -20,7 +20,6 @@ from flix.backends.torch.paging import Pager, page, unpage
 from flix.backends.torch.patches.models import RoutedModel
 from flix.backends.torch.routed import routed
 from flix.backends.torch.routing import route
-from flix.backends.torch.searching import search_weights
 from flix.backends.verbs import Verbs
 from flix.core.adapter.summary import Summary
 
@@ -35,6 +34,7 @@ save, load, load_into, to_adapter = verbs.save, verbs.load, verbs.load_into, ver
 load_features, import_peft, named_pairs = verbs.load_features, verbs.import_peft, verbs.named_pairs
 freeze, thaw, disable = verbs.freeze, verbs.thaw, verbs.disable
 merge, merge_in_place, unmerge = verbs.merge, verbs.merge_in_place, verbs.unmerge
+search_weights = verbs.search_weights
 export_peft, export_peft_all = verbs.export_peft, verbs.export_peft_all
 
 __all__ = [

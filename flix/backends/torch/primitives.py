@@ -26,6 +26,7 @@ from flix.backends.torch.merging import dequantized, fold, merged, peft_facts, u
 from flix.backends.torch.parameters import Bank
 from flix.backends.torch.patches.hooked import runs_own
 from flix.backends.torch.patches.models import RoutedModel
+from flix.backends.torch.searching import asking
 from flix.backends.torch.state import FlixState
 from flix.core.adapter.adapter import LayerShape
 from flix.core.adapter.changes import Change
@@ -166,6 +167,7 @@ def _bank(model: Any) -> Bank:
 
 __all__ = [
     "adapted",
+    "asking",
     "attach",
     "base_name",
     "change",

@@ -16,9 +16,10 @@ from __future__ import annotations
 from flix.backends.verbs.features import Features
 from flix.backends.verbs.merging import Merging
 from flix.backends.verbs.models import Models
+from flix.backends.verbs.searching import Searching
 
 
-class Verbs(Models, Features, Merging):
+class Verbs(Models, Features, Merging, Searching):
     """The verbs over one backend's primitives."""
 
 

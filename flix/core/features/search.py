@@ -30,6 +30,10 @@ _SMALL = 0.01
 Weights = NDArray[np.float64]
 Loss = Callable[[Weights], float]
 Gradient = Callable[[Weights], tuple[float, Weights]]
+BatchLoss = Callable[[Any, Mapping[str, Any]], Any]
+"""The loss of a model's outputs for a batch, a scalar of the framework."""
+Ask = Callable[[Mapping[str, Any], NDArray[Any], NDArray[Any], bool], tuple[float, Weights | None]]
+"""Of a batch, ids and weights ``[N, W]``, and whether the slope is wanted: the loss, and its slope ``[N, W]``."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +269,7 @@ def search_weights(
 ) -> SearchedWeights:
     """The weights with which known features serve a new combination best, in any framework, without gradients.
 
-    ``flix.backends.torch.search_weights`` does it for a torch model and its examples.
+    Each backend's ``search_weights`` does it for a model and its examples.
 
     Args:
         loss: the mean loss of some dozens of examples whose rows all activate the row that it is given.
