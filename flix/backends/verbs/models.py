@@ -51,7 +51,10 @@ class Models(Shared):
             ConfigError: an unknown strategy, or one that cannot run here; ``lora_dropout`` where a layer has none.
         """
         if not isinstance(config, FlixConfig):
-            raise ConfigError(f"adapt needs a FlixConfig, got {type(config).__name__}")
+            raise ConfigError(
+                f"adapt needs a FlixConfig, got {type(config).__name__}; FlixConfig(registry=flix.FeatureRegistry({{group: "
+                "names}), ranks=8) makes one"
+            )
         check_strategy(strategy)
         self.check_plain(model)
         infos = self.primitives.layers(model) or ()

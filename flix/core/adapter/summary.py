@@ -39,11 +39,15 @@ class Summary:
     features: dict[Feature, int]
     ranks: dict[Feature, int]
 
-    def __str__(self) -> str:
+    @property
+    def line(self) -> str:
+        """Layers and counts in a line."""
         share = 100.0 * self.trainable / max(self.total, 1)
-        head = (
+        return (
             f"{len(self.layers)} adapted layers; {self.trainable:,} trainable of {self.total:,} "
             f"parameters ({share:.2f}%)"
         )
+
+    def __str__(self) -> str:
         rows = [(written(f), self.ranks[f], count) for f, count in self.features.items()]
-        return head + "\n" + text_table(["feature", "rank", "parameters"], rows)
+        return self.line + "\n" + text_table(["feature", "rank", "parameters"], rows)

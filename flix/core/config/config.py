@@ -20,7 +20,8 @@ from flix.core.config.renaming import (
     renamed_patterns,
 )
 from flix.core.config.targets import ALL_LINEAR, CHANGES_BASE, Patterns
-from flix.core.errors import ConfigError, FlixError, RankError, near
+from flix.core.config.wording import check_names, named
+from flix.core.errors import ConfigError, FlixError, RankError
 from flix.core.features.dropout import FeatureDropout
 from flix.core.features.encoding import Unknown, check_policy
 from flix.core.features.names import Feature, written
@@ -32,6 +33,7 @@ Pattern = Mapping[str, Union[float, Mapping[Any, Any]]]
 """Numbers for some layers: ``{pattern: one for all features, or by group or feature}``."""
 
 
+@named
 @dataclass(frozen=True, kw_only=True)
 class FlixConfig:
     """What is adapted, by which features, with which ranks.
@@ -296,10 +298,7 @@ class FlixConfig:
             raise ConfigError(
                 f"a configuration is a mapping of its fields, got {type(data).__name__}"
             )
-        known = [f.name for f in fields(cls)]
-        for name in data:
-            if name not in known:
-                raise ConfigError(f"a configuration has no field {name!r}{near(name, known)}")
+        check_names(data, [f.name for f in fields(cls)])
         if missing := [name for name in ("registry", "ranks") if name not in data]:
             raise ConfigError(f"a configuration needs the field {missing[0]!r}")
         values = dict(data)

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import flix  # noqa: E402
-from flix import TargetError  # noqa: E402
+from flix import ConfigError, TargetError  # noqa: E402
 from flix.backends.torch import adapt, load, merge, save, summary, trainable_parameters  # noqa: E402
 from flix.backends.torch.layer import flix_layers  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
@@ -104,3 +104,11 @@ def test_the_steps_of_a_list_are_its_own(kind):
     steps = [*made]
     model = adapt(kind(*[made] if kind is torch.nn.ModuleList else made), config())
     assert len(model) == 3 and list(model) == steps and model[-1] is steps[-1]
+
+
+def test_what_users_of_peft_type(capsys):
+    model = adapt(make("llama"), config())
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out.strip() == str(summary(model)).splitlines()[0]
+    with pytest.raises(ConfigError, match="needs a FlixConfig, got dict; FlixConfig"):
+        adapt(make("llama"), {"r": 8})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -169,7 +171,7 @@ def test_bad_values_are_named(changes, message):
 
 def test_from_dict_refuses_what_it_does_not_know():
     data = config().to_dict()
-    with pytest.raises(FlixError, match=r"no field 'rnaks' .did you mean 'ranks'"):
+    with pytest.raises(FlixError, match=r"no setting 'rnaks' .did you mean 'ranks'"):
         FlixConfig.from_dict({**data, "rnaks": 3})
     with pytest.raises(FlixError, match="needs the field 'ranks'"):
         FlixConfig.from_dict({"registry": data["registry"]})
@@ -186,3 +188,28 @@ def test_frozen_and_keyword_only():
 def test_a_configuration_is_read_from_a_mapping(value):
     with pytest.raises(ConfigError, match="a configuration is a mapping of its fields, got"):
         FlixConfig.from_dict(value)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"use_rslora": True}, 'which is PEFT\'s: say scaling="rslora"'),
+        ({"r": 8}, "say ranks=8 for every feature, or a rule, ranks=flix.ranks.by_group"),
+        ({"lora_alpha": 16}, "say alpha"),
+        ({"modules_to_save": ["classifier"]}, "unfreeze what else shall train after adapt"),
+        ({"use_dora": True}, "no such variant"),
+        ({"rank": 8}, r"no setting 'rank' \(did you mean 'ranks'\?\); its settings: registry, ranks"),
+    ],
+)  # fmt: skip
+def test_settings_that_there_are_not_say_what_to_type(given, message):
+    with pytest.raises(ConfigError, match=message):
+        config(**given)
+    with pytest.raises(ConfigError, match=message):
+        replace(config(), **given)
+    with pytest.raises(ConfigError, match=message):
+        FlixConfig.from_dict({**config().to_dict(), **given})
+
+
+def test_the_signature_is_that_of_the_settings():
+    names = list(inspect.signature(FlixConfig).parameters)
+    assert names == [f.name for f in fields(FlixConfig)]

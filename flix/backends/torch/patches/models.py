@@ -43,6 +43,12 @@ class RoutedModel:
     def flix_config(self) -> FlixConfig:
         return self.flix_state.config
 
+    def print_trainable_parameters(self) -> None:
+        """Print how much trains, by the name that users of PEFT know; :func:`~flix.backends.torch.summary` has more."""
+        from flix.backends.torch import summary  # its verbs stand on this module
+
+        print(summary(self).line)
+
     @property
     def peft_config(self) -> Any:
         raise AttributeError("peft_config")
