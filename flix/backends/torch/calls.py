@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flix.backends import messages
 from flix.backends.torch import scopes
 from flix.backends.torch.distributed.agreement import touched_by_all
+from flix.backends.torch.distributed.wrappers import refuse as refuse_wrappers
 from flix.backends.torch.media import media_of
 from flix.backends.torch.routing import (
     BASE,
@@ -50,6 +51,8 @@ def routing_of(
     if scope is scopes.OFF:
         return BASE
     refuse_trace()
+    if not tracing():
+        refuse_wrappers(state)
     if features is None:
         return _unrouted(model, state, weights, scope)
     _refuse_replica(model)

@@ -26,6 +26,7 @@ class FlixState:
         marks: what is known of layers whose inputs are not plainly ``[B, ...]``, by place (see ``rows``).
         media: places of the layers that were seen to get images or sounds, one for each row.
         forms: the forms of calls that were watched, and found in order (see ``bypassed``).
+        reducer: what averages gradients over processes, see ``distributed.reducing``; copies have none.
         last: the last routing of an evaluation and what it was made of: generation calls at every token.
     """
 
@@ -41,6 +42,7 @@ class FlixState:
     media: set[int] = field(default_factory=set)
     forms: set[tuple[Any, ...]] = field(default_factory=set)
     last: tuple[Any, ...] | None = None
+    reducer: Any = None
 
     def __post_init__(self) -> None:
         optimizers.watch(self)
@@ -50,8 +52,8 @@ class FlixState:
         optimizers.watch(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles are not paged, and make routing of their own.
-        return {**vars(self), "pager": None, "last": None, "forms": set()}
+        # Copies and pickles are not paged nor reduced, and make routing of their own.
+        return {**vars(self), "pager": None, "reducer": None, "last": None, "forms": set()}
 
     def forget(self) -> None:
         """Let go of what was made for the features as they were."""
@@ -59,3 +61,5 @@ class FlixState:
         self.forms.clear()
         if self.pager is not None:
             self.pager.forget()
+        if self.reducer is not None:
+            self.reducer.follow()

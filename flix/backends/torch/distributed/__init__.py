@@ -1,5 +1,28 @@
-"""Adapted models in several processes (docs/specification.md §5.2)."""
+"""Adapted models in several processes (docs/specification.md §5.2.5, docs/distributed.md).
 
-from flix.backends.torch.distributed.agreement import touched_by_all
+``reduce_features(model)`` averages, over the processes, the gradients of the features that acted.
+"""
 
-__all__ = ["touched_by_all"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flix.backends.torch.distributed.reducing import Reducer, reduce_features
+    from flix.backends.torch.distributed.traffic import Traffic
+
+_HOMES = {"Reducer": "reducing", "Traffic": "traffic", "reduce_features": "reducing"}
+
+__all__ = ["Reducer", "Traffic", "reduce_features"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, when they are asked for: a model's forward needs this package, and these need models."""
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

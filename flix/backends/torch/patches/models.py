@@ -21,7 +21,7 @@ from flix.backends.torch.calls import generation_routing, routing_of
 from flix.backends.torch.parameters import BANK
 from flix.backends.torch.patches import whisper
 from flix.backends.torch.patches.resizing import resizing
-from flix.backends.torch.routing import current
+from flix.backends.torch.routing import current, tracing
 from flix.backends.torch.state import FlixState
 from flix.core.config.config import FlixConfig
 from flix.core.errors import RoutingError, TargetError
@@ -102,9 +102,13 @@ def routed_class(base: type[nn.Module]) -> type[nn.Module]:
         previous = current.routing
         current.routing = routing_of(self, flix_features, flix_weights, args, kwargs)
         try:
-            return bypassed.run(self, current.routing, base.forward, args, kwargs)
+            result = bypassed.run(self, current.routing, base.forward, args, kwargs)
         finally:
             current.routing = previous
+        reducer = self.flix_state.reducer
+        if reducer is not None and previous is None and not tracing():
+            reducer.watch(result)
+        return result
 
     signature = inspect.signature(base.forward)
     added = [
@@ -132,11 +136,20 @@ def routed_class(base: type[nn.Module]) -> type[nn.Module]:
     for name in ("save_pretrained", "push_to_hub"):
         if callable(getattr(base, name, None)):
             members[name] = _refuse_whole
+    if not hasattr(base, "no_sync"):
+        members["no_sync"] = property(_no_sync)
     if issubclass(base, nn.Sequential | nn.ModuleList):
         members |= {"__len__": _len_of_steps, "__iter__": _iter_of_steps}
     made = type(base.__name__, (RoutedModel, base), members)
     setattr(base, _KEPT, made)
     return made
+
+
+def _no_sync(self: Any) -> Any:
+    """Of models whose gradients a reducer averages, where accelerate and loops for DDP look for it."""
+    if self.flix_state.reducer is None:
+        raise AttributeError("no_sync")
+    return self.flix_state.reducer.no_sync
 
 
 def _len_of_steps(self: Any) -> int:

@@ -9,6 +9,8 @@ it gives every parameter a gradient, zero for the absent, and weight decay or mo
 A compiled forward therefore marks the features it sees in a buffer of the model, and gradients of features not seen
 since the last step are taken away.
 
+A reducer of gradients over processes is told of both: a process whose batches gave none takes part then.
+
 After a step, values that were made of parameters are out of date: fused optimizers change tensors without counting it.
 """
 
@@ -59,6 +61,8 @@ def _traced(optimizer: torch.optim.Optimizer) -> list[Any]:
 
 
 def _before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for state in [state for state in _states if state.reducer is not None]:
+        state.reducer.before_step(optimizer)
     for state in _traced(optimizer):
         present = state.bank.present.tolist()
         for i, parameter in state.bank.held().items():
@@ -72,6 +76,8 @@ def _after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for state in _traced(optimizer):
         state.bank.present.zero_()
         state.traced = False
-    for state in _states:
+    for state in [*_states]:
+        if state.reducer is not None:
+            state.reducer.after_step(optimizer)
         if state.pager is not None:
             state.pager.after_step()

@@ -1,0 +1,31 @@
+"""What processes differ in is named, with their ranks."""
+
+from __future__ import annotations
+
+from flix.core.config.agreeing import digest, disagreement
+from tests.helpers.registry import config
+
+
+def test_equal_descriptions_do_not_differ() -> None:
+    described = config().to_dict()
+    assert disagreement([described, config().to_dict(), described]) is None
+    assert digest(described) == digest(config().to_dict())
+
+
+def test_one_differs_and_is_named() -> None:
+    first, other = config().to_dict(), config(seed=3, alpha=2.0).to_dict()
+    assert digest(first) != digest(other)
+    found = disagreement([first, first, other])
+    assert found is not None and found.startswith("rank 2 against rank 0: ")
+    assert "seed: 3 against 0" in found and "alpha: 2.0 against {" in found
+
+
+def test_ranks_that_differ_alike_are_named_together() -> None:
+    first, other = {"layers": {"a": 1, "b": 2}}, {"layers": {"a": 1, "c": 2}}
+    assert disagreement([first, other, first, other]) == "ranks 1, 3 against rank 0: layers: without 'b', with 'c'"  # fmt: skip
+    assert disagreement([{"x": [1, 2]}, {"x": [2, 1]}]) == "rank 1 against rank 0: x: in another order"  # fmt: skip
+
+
+def test_long_lists_are_cut() -> None:
+    found = disagreement([{str(i): i for i in range(40)}, {str(i): -i - 1 for i in range(40)}])
+    assert found is not None and found.endswith("and 34 differences more") and len(found) < 200
