@@ -23,6 +23,8 @@ NEEDS = {
 SAYS = {
     "generate.py": {"beams: 6 sequences for 3 rows": 1, "pipeline: 3 answers": 1},
     "onnx_export.py": {"largest difference": 3},
+    "tenants_policy_gradient.py": {" steps, reward ": 3},
+    "tenants_supervised.py": {" steps, loss ": 5},
     "serving.py": {"to serve with vLLM: vllm serve": 1},
 }
 

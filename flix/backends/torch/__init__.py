@@ -13,6 +13,7 @@ except ImportError as _error:  # pragma: no cover - exercised in a subprocess
     raise _missing("torch", "PyTorch", _error) from _error
 
 from flix.backends.torch import primitives
+from flix.backends.torch.by_feature import clip_grad_norm_by_feature_, losses_by_feature
 from flix.backends.torch.layers import FlixConv1D, FlixEmbedding, FlixLinear
 from flix.backends.torch.merging import share_base
 from flix.backends.torch.optimizers import parameter_groups
@@ -20,6 +21,7 @@ from flix.backends.torch.paging import Pager, page, unpage
 from flix.backends.torch.patches.models import RoutedModel
 from flix.backends.torch.routed import routed
 from flix.backends.torch.routing import route
+from flix.backends.torch.tenants import Tenants
 from flix.backends.verbs import Verbs
 from flix.core.adapter.summary import Summary
 
@@ -44,8 +46,10 @@ __all__ = [
     "Pager",
     "RoutedModel",
     "Summary",
+    "Tenants",
     "adapt",
     "add_feature",
+    "clip_grad_norm_by_feature_",
     "disable",
     "export_peft",
     "export_peft_all",
@@ -54,6 +58,7 @@ __all__ = [
     "load",
     "load_features",
     "load_into",
+    "losses_by_feature",
     "merge",
     "merge_in_place",
     "named_pairs",

@@ -60,22 +60,34 @@ def _traced(optimizer: torch.optim.Optimizer) -> list[Any]:
     return [s for s in states if any(id(p) in held for p in s.bank.parameters())]
 
 
-def _before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for state in [state for state in _states if state.reducer is not None]:
-        state.reducer.before_step(optimizer)
-    for state in _traced(optimizer):
+def take_away(state: Any) -> None:
+    """Take away what a compiled model gave its absent features as gradients."""
+    if state.traced:
         present = state.bank.present.tolist()
         for i, parameter in state.bank.held().items():
             if not present[i]:
                 parameter.grad = None
 
 
+def begin_anew(state: Any) -> None:
+    """Forget which features compiled forwards saw."""
+    if state.traced:
+        state.bank.present.zero_()
+        state.traced = False
+
+
+def _before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for state in [state for state in _states if state.reducer is not None]:
+        state.reducer.before_step(optimizer)
+    for state in _traced(optimizer):
+        take_away(state)
+
+
 def _after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     global steps
     steps += 1
     for state in _traced(optimizer):
-        state.bank.present.zero_()
-        state.traced = False
+        begin_anew(state)
     for state in [*_states]:
         if state.reducer is not None:
             state.reducer.after_step(optimizer)

@@ -1,0 +1,397 @@
+"""Tenants: features of one group that train side by side, each as if it were alone (docs/tenants.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flix.backends.torch import primitives
+from flix.backends.torch.by_feature import means_by_owner, owners_of
+from flix.backends.torch.heads import base_parameters
+from flix.backends.torch.patches import optimizers
+from flix.backends.torch.patches.models import state_of
+from flix.backends.torch.tenant import (
+    Tenant,
+    batch_norms,
+    make_tenant,
+    refuse_batch_norms,
+    refuse_processes,
+)
+from flix.backends.torch.tenants_files import read_tenant, save_tenant
+from flix.backends.verbs import Verbs
+from flix.core.checks import whole
+from flix.core.errors import ConfigError, FeatureError, listed, near
+from flix.core.features.names import Feature, normal_name, written
+from flix.core.files import Path_
+
+_verbs = Verbs(primitives)
+Optimizers = Callable[..., torch.optim.Optimizer]
+Schedules = Callable[[torch.optim.Optimizer], Any]
+
+
+class Tenants:
+    """The features of a group as tenants: they train in mixed batches, and each ends where it would have ended alone::
+
+        tenants = Tenants(model, "tenant", torch.optim.AdamW, lr={"ann": 1e-3, "ben": 3e-4}, steps={"ann": 500})
+        while tenants.active:
+            batch = next(batches)  # rows of several tenants
+            logits = model(batch.inputs, flix_features=batch.routing).logits
+            tokens = F.cross_entropy(logits.mT, batch.labels, reduction="none")
+            losses = tenants.losses(tokens, batch.routing, batch.labels != -100)
+            sum(losses.values()).backward()
+            tenants.step()
+
+    Every tenant has an optimizer of its own, so any will do that needs no closure. A step is taken by those that had
+    rows: the others keep their values, their optimizer's state and their schedule's place. What couples rows, and so
+    tenants, is refused: rows of two tenants, batch norm in training, several processes. Random numbers are not those
+    of a run alone: with dropout a tenant's run is another one, as good as alone.
+
+    Args:
+        model: an adapted model whose other features, and whose base, are frozen.
+        group: the group; its features that train are the tenants.
+        optimizer: makes a tenant's optimizer of ``[parameter]`` and, if given, ``lr=``: a class of ``torch.optim``, a
+            ``functools.partial`` of one, or any function; or one by name.
+        lr: learning rates, for all or by name; None leaves them to ``optimizer``.
+        schedule: makes a learning-rate schedule of a tenant's optimizer, for all or by name; it advances with the
+            tenant's own steps.
+        steps: after how many steps tenants stop, for all or by name.
+        max_norm: norms that gradients are clipped to, for all or by name: each by its own norm.
+        matrices: give optimizers each layer's A ``[r, d_in]`` and B ``[d_out, r]``, which are views of the parameter,
+            instead of the parameter, a vector: for those that look at shapes (Adafactor, Muon).
+
+    Raises:
+        TargetError: the model is not adapted.
+        FeatureError: an unknown group or tenant.
+        ConfigError: no feature of the group trains, or others do; a setting out of its range; an optimizer or schedule
+            that cannot serve.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group: str,
+        optimizer: Optimizers | Mapping[str, Optimizers],
+        *,
+        lr: float | Mapping[str, float] | None = None,
+        schedule: Schedules | Mapping[str, Schedules] | None = None,
+        steps: int | Mapping[str, int] | None = None,
+        max_norm: float | Mapping[str, float] | None = None,
+        matrices: bool = False,
+    ) -> None:
+        self._state = state_of("Tenants", model)
+        refuse_processes()
+        registry = self._state.config.registry
+        self.model = model
+        self.group = registry.features[registry.ids_of(group)[0]][0]
+        self._matrices = matrices
+        self._tenants: dict[str, Tenant] = {}
+        self._counted: set[str] | None = None
+        self._batch_norms = batch_norms(model)
+        trained = {f for f, p in self._parameters().items() if p.requires_grad}
+        names = [name for name in registry.names(group) if (self.group, name) in trained]
+        self._refuse_others(trained)
+        if not names:
+            raise ConfigError(
+                f"no feature of group {self.group!r} trains; thaw(model, ...) those that shall be tenants"
+            )
+        self._settings: dict[str, Any] = {
+            "optimizer": optimizer, "lr": lr, "schedule": schedule, "steps": steps, "max_norm": max_norm
+        }  # fmt: skip
+        for what, given in self._settings.items():
+            for name in given if isinstance(given, Mapping) else ():
+                if name not in names:
+                    raise FeatureError(
+                        f"{what} names {name!r}{near(str(name), names)}; the tenants are {listed(names)}"
+                    )
+        for name in names:
+            self._tenants[name] = self._made(name, {})
+
+    def __getitem__(self, name: str) -> Tenant:
+        """A tenant, by name."""
+        if name not in self._tenants:
+            raise FeatureError(
+                f"no tenant {name!r}{near(str(name), self._tenants)}; there are {listed(self._tenants)}"
+            )
+        return self._tenants[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tenants)
+
+    def __len__(self) -> int:
+        return len(self._tenants)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The names of the tenants that still train; give rows of these."""
+        return tuple(name for name, tenant in self._tenants.items() if not tenant.stopped)
+
+    def losses(
+        self, losses: Tensor, features: Any, counts: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Each tenant's own mean loss, of which the sum is what to differentiate.
+
+        Rows of tenants that have stopped, and of frozen features, run as ever; their losses carry no gradient.
+
+        Args:
+            losses: ``[batch]`` or ``[batch, length]``, before any mean.
+            features: the batch's routing, as the model was given it.
+            counts: how much each loss counts, of the shape of ``losses``; default: 1 each.
+
+        Returns:
+            A scalar by name; without tenants for which nothing counts, who will take no step for it.
+
+        Raises:
+            RoutingError: another batch's shapes, or a row of two tenants.
+            ConfigError: rows of a feature that trains and is no tenant, or what :meth:`step` raises.
+        """
+        self._check()
+        owners = owners_of(features, self.group, self._state.config.registry)
+        parameters = self._parameters()
+        for feature in owners.features:
+            parameter, name = parameters.get(feature), feature[1]
+            if name not in self._tenants and parameter is not None and parameter.requires_grad:
+                raise ConfigError(
+                    f"{written(feature)} has rows and trains, but is no tenant: join({name!r}), or freeze it"
+                )
+        found = means_by_owner(losses, owners, counts)
+        active = set(self.active)
+        self._counted = (self._counted or set()) | (active & found.keys())
+        return {name: value if name in active else value.detach() for name, value in found.items()}
+
+    def step(self) -> tuple[str, ...]:
+        """Let every tenant that has a gradient take one step, and let go of all gradients.
+
+        Those that :meth:`losses` was called for since the last step, and had nothing to count in it, take none.
+
+        Returns:
+            The names of those that did.
+
+        Raises:
+            ConfigError: a tenant's parameter was frozen or replaced behind its back, or batch norm is in training.
+        """
+        self._check()
+        optimizers.take_away(self._state)
+        acting = {
+            name: tenant
+            for name, tenant in self._tenants.items()
+            if not tenant.stopped
+            and tenant.parameter.grad is not None
+            and (self._counted is None or name in self._counted)
+        }
+        for tenant in acting.values():
+            tenant.step()
+        self.zero_grad()
+        for name, tenant in acting.items():
+            if tenant.limit is not None and tenant.taken >= tenant.limit:
+                self.stop(name)
+        return tuple(acting)
+
+    def zero_grad(self) -> None:
+        """Let go of the gradients, and of what :meth:`losses` noted: the batches since the last step did not happen."""
+        for tenant in self._tenants.values():
+            tenant.parameter.grad = None
+        optimizers.begin_anew(self._state)
+        self._counted = None
+
+    def stop(self, name: str) -> None:
+        """Let a tenant train no more: its values keep their bits. Its rows may still come, and answer as ever."""
+        tenant = self[name]
+        tenant.stopped, tenant.parameter.grad = True, None
+        tenant.parameter.requires_grad_(False)
+
+    def go_on(self, name: str, steps: int | None = None) -> None:
+        """Let a tenant that has stopped train again, where it was.
+
+        Args:
+            name: the tenant.
+            steps: after how many steps in all it stops; None: never.
+
+        Raises:
+            FeatureError: no such tenant.
+            ConfigError: steps that it has taken already.
+        """
+        tenant = self[name]
+        if steps is not None and whole(steps, f"steps of {name!r}", 1) <= tenant.taken:
+            raise ConfigError(
+                f"{name!r} has taken {tenant.taken} steps; go on to more, got {steps}"
+            )
+        tenant.limit, tenant.stopped = steps, False
+        tenant.parameter.requires_grad_(True)
+
+    def join(
+        self,
+        name: str,
+        rank: int | None = None,
+        *,
+        init_from: str | Sequence[str] | None = None,
+        **settings: Any,
+    ) -> Tenant:
+        """Let a tenant join in the middle of a run; the others are not touched.
+
+        Args:
+            name: a feature of the group that the model has, or a new one.
+            rank: a new one's rank.
+            init_from: what a new one starts from, as for ``add_feature``.
+            settings: its own ``optimizer``, ``lr``, ``schedule``, ``steps`` and ``max_norm``; default: what was given
+                for all.
+
+        Returns:
+            The tenant.
+
+        Raises:
+            FeatureError: it is a tenant already.
+            RankError: no rank for a new feature.
+            ConfigError: as for the class.
+        """
+        self._check()
+        self._refuse_known(name)
+        self._refuse_unknown(settings)
+        if self._state.config.registry.find(self.group, name) is None:
+            _verbs.add_feature(
+                self.model, self.group, name, rank, init_from=init_from, freeze_others=False
+            )
+        elif rank is not None or init_from is not None:
+            raise ConfigError(
+                f"{name!r} is a feature of the model; rank and init_from are for new ones"
+            )
+        tenant = self._tenants[name] = self._made(name, settings)
+        return tenant
+
+    def leave(self, name: str, *, remove: bool = True) -> None:
+        """Let a tenant leave: its optimizer is forgotten, and its feature removed unless told otherwise.
+
+        Raises:
+            FeatureError: no such tenant, or the last feature of the group.
+        """
+        self[name]
+        if remove:
+            _verbs.remove_feature(self.model, self.group, name)
+        else:
+            self.stop(name)
+        del self._tenants[name]
+
+    def rename(self, name: str, new: str) -> None:
+        """Give a tenant, and its feature, another name.
+
+        Raises:
+            FeatureError: no such tenant, or a new name that is ill-formed or taken.
+        """
+        tenant = self[name]
+        _verbs.rename_feature(self.model, self.group, name, new)
+        new = normal_name(self.group, new)
+        tenant.feature = (self.group, new)
+        self._tenants = {new if key == name else key: t for key, t in self._tenants.items()}
+
+    def save(self, name: str, folder: Path_) -> None:
+        """Write one tenant apart: its adapter, which ``load`` and ``load_features`` read, and its training's state.
+
+        The state is one file, ``flix_tenant.pt``, that holds the values, too, bit for bit: whatever is killed, it is of
+        one step. It is read without running code (``torch.load(weights_only=True)``).
+
+        Raises:
+            FeatureError: no such tenant.
+            ConfigError: an optimizer or schedule whose state holds what such a file cannot.
+            AdapterError: the path is a file.
+        """
+        tenant = self[name]
+        save_tenant(folder, tenant, self._state)
+        _verbs.save(self.model, folder, [tenant.feature])
+
+    def resume(self, name: str, folder: Path_, **settings: Any) -> Tenant:
+        """Let a tenant that was saved go on where it was: values, optimizer, schedule and steps.
+
+        Args:
+            name: the tenant; the model may have the feature, or not yet. If it is a tenant already, it goes back.
+            folder: what :meth:`save` wrote.
+            settings: as for :meth:`join`. The number of steps taken is the saved one, and unless ``steps`` is given
+                here, the limit, too.
+
+        Returns:
+            The tenant.
+
+        Raises:
+            AdapterError: no tenant's folder, a damaged one, another tenant's, or one of another model: the first layer
+                that differs is named.
+            ConfigError: another optimizer or schedule than was saved.
+        """
+        self._check()
+        self._refuse_unknown(settings)
+        said = read_tenant(folder, (self.group, name))
+        new = self._state.config.registry.find(self.group, name) is None
+        if new:
+            _verbs.load_features(self.model, folder, [(self.group, name)])
+        try:
+            said.check(self._state)
+            tenant = self._made(name, settings)
+            said.put(tenant)
+        except BaseException:
+            if new:
+                _verbs.remove_feature(self.model, self.group, name)
+            raise
+        if "steps" not in settings:
+            tenant.limit = said.limit
+        self._tenants[name] = tenant
+        over = tenant.limit is not None and tenant.taken >= tenant.limit
+        if over or (said.stopped and "steps" not in settings):
+            self.stop(name)
+        return tenant
+
+    def _made(self, name: str, given: Mapping[str, Any]) -> Tenant:
+        settings = {what: self._setting(what, name, given) for what in self._settings}
+        for what in ("optimizer", "lr"):
+            if settings[what] is None and self._settings[what] is not None:
+                raise ConfigError(
+                    f"{what} must name every tenant, but {name!r} is missing: give {what}="
+                )
+        return make_tenant(self._state.bank, (self.group, name), settings, self._matrices)
+
+    def _setting(self, what: str, name: str, settings: Mapping[str, Any]) -> Any:
+        given = settings.get(what, self._settings[what])
+        return given.get(name) if isinstance(given, Mapping) else given
+
+    def _parameters(self) -> dict[Feature, nn.Parameter]:
+        bank = self._state.bank
+        return {bank.features[i]: parameter for i, parameter in bank.held().items()}
+
+    def _check(self) -> None:
+        """Refuse what would make tenants wrong without a word."""
+        bank = self._state.bank
+        for name, tenant in self._tenants.items():
+            if bank.parameter(tenant.feature) is not tenant.parameter:
+                raise ConfigError(
+                    f"the tenant {name!r} is no longer what it was: its feature was renamed, removed or replaced. Use "
+                    "rename, leave and resume of Tenants, or make another"
+                )
+            if not tenant.stopped and not tenant.parameter.requires_grad:
+                raise ConfigError(
+                    f"the tenant {name!r} was frozen from outside (add_feature does so unless freeze_others=False): "
+                    f"stop({name!r}), or thaw(model, ...) its feature"
+                )
+            where = tenant.parameter.untyped_storage().data_ptr()
+            if any(p.untyped_storage().data_ptr() != where for p, _ in tenant.pieces[:1]):
+                raise ConfigError(
+                    f"the values of the tenant {name!r} have moved (to another device or dtype) from under its "
+                    "optimizer; make Tenants after the model is where it stays"
+                )
+        refuse_batch_norms(self._batch_norms)
+
+    def _refuse_others(self, trained: set[Feature]) -> None:
+        others = [written(f) for f in sorted(trained) if f[0] != self.group]
+        others += [n for n, p in base_parameters(self.model) if p.requires_grad]
+        if others:
+            raise ConfigError(
+                f"{listed(others, 5)} would train, too, by several tenants' rows, and none would end where it ends "
+                "alone; freeze what is not a tenant's"
+            )
+
+    def _refuse_known(self, name: str) -> None:
+        if name in self._tenants:
+            raise FeatureError(f"{name!r} is a tenant already; go_on or resume it")
+
+    def _refuse_unknown(self, settings: Mapping[str, Any]) -> None:
+        for what in settings:
+            if what not in self._settings:
+                raise TypeError(f"no setting {what!r}; there are {', '.join(self._settings)}")

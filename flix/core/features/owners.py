@@ -1,0 +1,64 @@
+"""Whose a row is, where the features of one group are tenants: independent adapters that train in one batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flix.core.errors import RoutingError
+from flix.core.features.names import Feature, written
+from flix.core.features.routing import check_form
+from flix.core.features.table import FeatureTable
+
+
+@dataclass(frozen=True, eq=False)
+class Owners:
+    """Which feature of a group each row of a batch has.
+
+    Attributes:
+        ids: the features that have rows, ascending.
+        features: their names.
+        slots: int64 ``[batch]``: each row's place in ``ids``; ``len(ids)`` for rows that have none.
+    """
+
+    ids: tuple[int, ...]
+    features: tuple[Feature, ...]
+    slots: NDArray[np.int64]
+
+
+def row_owners(ids: NDArray[Any], registry: FeatureTable, group: str) -> Owners:
+    """Whose each row is: the feature of a group that it names, with whatever weight.
+
+    Args:
+        ids: integer ``[batch, width]``, or ``[batch, length, width]`` for routing by token.
+        registry: the registry that the ids belong to.
+        group: the group whose features own rows.
+
+    Raises:
+        FeatureError: no such group.
+        RoutingError: malformed ids, or a row that names two features of the group.
+    """
+    members = registry.ids_of(group)
+    check_form(ids)
+    flat = ids.reshape(len(ids), math.prod(ids.shape[1:]))
+    named = np.where(np.isin(flat, members), flat, -1)
+    last = named.max(axis=1, initial=-1)
+    first = np.where(named < 0, last[:, None], named).min(axis=1, initial=len(registry))
+    two = (last >= 0) & (first != last)
+    if two.any():
+        row = int(two.argmax())
+        both = " and ".join(written(registry.features[int(i[row])]) for i in (first, last))
+        raise RoutingError(
+            f"row {row} names {both}; a row of tenants names one feature of group {group!r}, "
+            "or its loss would train one by the other"
+        )
+    found, slots = np.unique(last, return_inverse=True)
+    slots = slots.reshape(-1).astype(np.int64)
+    if found.size and found[0] < 0:  # those without an owner come last
+        found, slots = found[1:], np.where(slots == 0, found.size - 1, slots - 1)
+    owners = tuple(int(i) for i in found)
+    return Owners(owners, tuple(registry.features[i] for i in owners), slots)
