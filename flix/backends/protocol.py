@@ -191,6 +191,13 @@ class SupportsSearching(Protocol):
         """A way to ask, for which the model is evaluated; afterwards it is as before."""
 
 
+class SupportsProcesses(Protocol):
+    """Several processes can hold one model's values together."""
+
+    def writing(self, model: Any) -> AbstractContextManager[bool]:
+        """Whether this process is the one that writes the model's files; leaving it, all know how it went."""
+
+
 class SupportsPeft(Protocol):
     """Layers are named as PEFT names them, so that a composition can be exported as a LoRA."""
 

@@ -14,6 +14,7 @@ except ImportError as _error:  # pragma: no cover - exercised in a subprocess
 
 from flix.backends.torch import primitives
 from flix.backends.torch.by_feature import clip_grad_norm_by_feature_, losses_by_feature
+from flix.backends.torch.distributed.sharding import shard_features, whole_features
 from flix.backends.torch.layers import FlixConv1D, FlixEmbedding, FlixLinear
 from flix.backends.torch.merging import share_base
 from flix.backends.torch.optimizers import parameter_groups
@@ -71,6 +72,7 @@ __all__ = [
     "routed",
     "save",
     "search_weights",
+    "shard_features",
     "share_base",
     "summary",
     "thaw",
@@ -78,4 +80,5 @@ __all__ = [
     "trainable_parameters",
     "unmerge",
     "unpage",
+    "whole_features",
 ]

@@ -70,9 +70,11 @@ def routing_of(
         # Generation: with a cache only the newest positions are run, under the last ids given.
         features = features[:, -length:]
         weights = None if weights is None else weights[:, -length:]
+    others = touched_by_all(model, state) if torch.is_grad_enabled() else None
     # Generation calls with the same tensors at every step.
     keep = (
         not model.training
+        and others is None
         and isinstance(features, Tensor)
         and (weights is None or (isinstance(weights, Tensor) and not weights.requires_grad))
     )
@@ -94,7 +96,7 @@ def routing_of(
         weights,
         batch=batch,
         length=length,
-        touched=touched_by_all(model, state) if torch.is_grad_enabled() else None,
+        touched=others,
     )
     routing.counted = counted
     routing.media = media_of(model, args, kwargs, len(routing.flat))
@@ -142,16 +144,16 @@ def refuse_trace() -> None:
 
 def _uniform(model: Any, state: FlixState, default: Uniform) -> AnyRouting:
     if tracing():
-        _refuse_paged(state)
+        _refuse_untraced(state)
         _mark(state, default.ids)
         return default.traced(state.bank)
     others = touched_by_all(model, state) if torch.is_grad_enabled() else None
     touched = others(default.ids.numpy()[None]) if others is not None else ()
-    known = state.last
-    if known is not None and known[0] is default and not touched and not model.training:
+    known = state.last if others is None else None
+    if known is not None and known[0] is default and not model.training:
         return known[-1].enter(state)  # type: ignore[no-any-return]
     routing = default.active(touched)
-    if not model.training:
+    if not model.training and others is None:
         state.last = (default, routing)
     return routing.enter(state)
 
@@ -195,7 +197,7 @@ def _traced(
     counted: bool,
 ) -> TracedRouting:
     """Inside a compiler: what shapes and dtypes tell is checked, values are not."""
-    _refuse_paged(state)
+    _refuse_untraced(state)
     check_form(ids, weights, batch=batch)
     registry = state.config.registry
     if registry.removed:
@@ -214,11 +216,16 @@ def refuse_folded(state: FlixState) -> None:
         raise messages.folded_in(state.folded)
 
 
-def _refuse_paged(state: FlixState) -> None:
+def _refuse_untraced(state: FlixState) -> None:
     if state.pager is not None:
         raise ConfigError(
             "a paged model cannot be compiled, nor run under torch.func: which features a batch needs is only known "
             "when it runs; use a model without page()"
+        )
+    if state.bank.sharding is not None:
+        raise ConfigError(
+            "a model with sharded features cannot be compiled, nor run under torch.func: which features a batch needs is "
+            "only known when it runs; compile its blocks one by one, or use a model without shard_features()"
         )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flix.backends.torch.attention import attention_of
 from flix.backends.torch.experts import experts_of
 from flix.backends.torch.layer import KERNELS, flix_layers
-from flix.backends.torch.parameters import BANK, whole
+from flix.backends.torch.parameters import BANK, set_values, whole
 from flix.backends.torch.patches.models import state_of
 from flix.core.adapter.described import Head
 from flix.core.adapter.heads import Place, check_head, modules_of_heads
@@ -96,10 +96,9 @@ def put_heads(model: Model, heads: Mapping[str, Head]) -> Model:
     for name in heads:
         _make_own(model, name)
     parameters = dict(base_parameters(model))
-    with torch.no_grad():
-        for name, head in heads.items():
-            parameters[name].copy_(as_tensor(head))
-            parameters[name].requires_grad_(True)
+    for name, head in heads.items():
+        set_values(parameters[name], as_tensor(head))
+        parameters[name].requires_grad_(True)
     put = {id(parameters[name]) for name in heads}
     state = state_of("load", model)
     names = (name for name, p in parameters.items() if id(p) in put)

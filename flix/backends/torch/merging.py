@@ -88,6 +88,11 @@ def _refuse_sharded(model: Any, verb: str) -> None:
                 f"{verb}: layer {path!r} is spread over processes (tp_plan), and no process has its whole kernel; "
                 f"save(model, folder), load(base, folder) with a base that is loaded without tp_plan, and {verb} there"
             )
+        if hasattr(getattr(layer, "weight", None), "device_mesh"):
+            raise TargetError(
+                f"{verb}: the kernel of layer {path!r} is sharded (fully_shard), and no process has it whole; "
+                f"save(model, folder), load(base, folder) with a base in one process, and {verb} there"
+            )
 
 
 def _check_here(model: nn.Module, paths: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -62,6 +62,7 @@ class Bank(Resident):
         layout: where pairs lie in the vectors.
         broken: ids of the features that were named for values that are not finite.
         present: buffer: which features a compiled forward has seen since the last optimizer step.
+        sharding: how the parameters lie over processes (``distributed.sharding``), or None.
     """
 
     features: tuple[Feature, ...]
@@ -69,6 +70,7 @@ class Bank(Resident):
     keys: tuple[str, ...]
     layout: FlatLayout
     present: Tensor
+    sharding: Any = None
 
     def __init__(self, features: Sequence[Feature], layout: FlatLayout) -> None:
         super().__init__()
@@ -122,13 +124,21 @@ class Bank(Resident):
 
     def array(self, feature: Feature) -> NDArray[Any]:
         """A feature's vector on the host, gathered if it is sharded; halves as float32."""
-        value = whole(self._parameters[self.keys[self.ids[feature]]].detach())  # type: ignore[union-attr]
-        return (value.float() if value.dtype.itemsize < 4 else value).cpu().numpy()  # type: ignore[no-any-return]
+        return next(self.arrays([feature]))[1]
+
+    def arrays(self, features: Iterable[Feature]) -> Iterator[tuple[Feature, NDArray[Any]]]:
+        """The vectors of those features that have parameters, as by :meth:`array`."""
+        held = [i for i in map(self.ids.__getitem__, features) if self.parameter(i) is not None]
+        if self.sharding is not None:
+            values = self.sharding.values(self, held)
+        else:
+            values = ((i, whole(self.parameter(i).detach())) for i in held)  # type: ignore[union-attr]
+        for i, value in values:
+            yield self.features[i], (value.float() if value.dtype.itemsize < 4 else value).cpu().numpy()  # fmt: skip
 
     def fill(self, feature: Feature, vector: NDArray[Any]) -> None:
         """Set a feature's values."""
-        with torch.no_grad():
-            self._parameters[self.keys[self.ids[feature]]].copy_(torch.from_numpy(vector))  # type: ignore[union-attr]
+        set_values(self._parameters[self.keys[self.ids[feature]]], torch.from_numpy(vector))  # type: ignore[arg-type]
 
     def receive(
         self,
@@ -141,12 +151,25 @@ class Bank(Resident):
         wide = np.float64 if dtype == torch.float64 else np.float32
         for i, vector in self.layout.packed(self.ids, pairs, chosen, wide).items():
             value = torch.from_numpy(vector).to(device, dtype)
-            self.hold(self.features[i], nn.Parameter(value))
+            made = nn.Parameter(value) if self.sharding is None else self.sharding.shard(value)
+            self.hold(self.features[i], made)
 
 
 def whole(value: Tensor) -> Tensor:
     """A tensor gathered, if it is sharded."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def set_values(parameter: Tensor, value: Tensor) -> None:
+    """Set a parameter's values; of one that is sharded, each process sets its part of the whole that it is given."""
+    with torch.no_grad():
+        if hasattr(parameter, "device_mesh"):
+            from torch.distributed.tensor import distribute_tensor
+
+            placed = value.to(parameter.device, parameter.dtype)
+            mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+            value = distribute_tensor(placed, mesh, placements, src_data_rank=None)
+        parameter.copy_(value)
 
 
 class InForce:
@@ -163,7 +186,10 @@ class InForce:
         self._held = {i: p for i in ids if (p := bank.parameter(i)) is not None}
         self._seen = _seen(self._held.values())
         self.tokens: dict[int, Any] = {}
-        vectors = {i: whole(parameter) for i, parameter in self._held.items()}
+        if bank.sharding is not None and self._held:
+            vectors: dict[int, Tensor] = bank.sharding.in_force(bank, self._held, grad)
+        else:
+            vectors = {i: whole(parameter) for i, parameter in self._held.items()}
         values = vectors if pager is None else pager.vectors(self._held)
         self._warn(values)
         self._vectors = {i: value.detach() for i, value in values.items()}

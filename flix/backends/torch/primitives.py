@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from flix.backends.torch.adapt import attach as attach_features
 from flix.backends.torch.adapt import become_layers, peft_layer, settle
 from flix.backends.torch.adapt import layer_infos as layers
 from flix.backends.torch.bases import base_name, kernel_samples
+from flix.backends.torch.distributed.writing import one_writes
 from flix.backends.torch.heads import (
     base_parameters,
     head_places,
@@ -72,11 +74,9 @@ def shapes(model: Any) -> Mapping[str, LayerShape]:
 def read(model: Any, features: Collection[Feature] | None = None) -> Pairs:
     bank, registry = _bank(model), _state(model).config.registry
     found: dict[str, dict[Feature, Any]] = {path: {} for path, _ in flix_layers(model)}
-    for feature in registry.live if features is None else features:
-        if bank.parameter(feature) is not None:
-            vector = bank.array(feature)
-            for path, pair in bank.layout.pairs(vector, registry.id(*feature)).items():
-                found[path][feature] = pair
+    for feature, vector in bank.arrays(registry.live if features is None else features):
+        for path, pair in bank.layout.pairs(vector, registry.id(*feature)).items():
+            found[path][feature] = pair
     return found
 
 
@@ -149,6 +149,15 @@ def undropped(layers: Mapping[str, LayerShape]) -> list[str]:
     return [path for path, shape in layers.items() if shape.experts]
 
 
+@contextmanager
+def writing(model: Any) -> Iterator[bool]:
+    if _bank(model).sharding is None:  # each process holds it all
+        yield True
+        return
+    with one_writes() as first:
+        yield first
+
+
 def switch(model: Any, by: int) -> None:
     scopes.switch(_state(model), by)
 
@@ -192,4 +201,5 @@ __all__ = [
     "undropped",
     "unfold",
     "write",
+    "writing",
 ]

@@ -78,11 +78,14 @@ class Files(Shared):
             if heads:
                 raise AdapterError("features= saves some features alone; heads go with all of them")
             chosen = select_features(self.adapter_of(model), features)
-            save_adapter(replace(chosen, base=base), directory)
+            with self.writing(model) as mine:
+                if mine:
+                    save_adapter(replace(chosen, base=base), directory)
             return
-        save_pairs(
-            config, shapes, self.primitives.read(model), directory, self._heads(model, heads), base
-        )
+        pairs, held = self.primitives.read(model), self._heads(model, heads)
+        with self.writing(model) as mine:
+            if mine:
+                save_pairs(config, shapes, pairs, directory, held, base)
 
     def _heads(self, model: Any, names: Collection[str] | None) -> dict[str, Head]:
         """An adapted model's heads, checked."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from flix.backends.protocol import (
     Pairs,
     SupportsBase,
     SupportsDropout,
+    SupportsProcesses,
     lacking,
 )
 from flix.core.adapter.adapter import Adapter, LayerShape, Pair, tensor_name
@@ -100,6 +102,12 @@ class Shared:
         samples = self.primitives.kernel_samples(model, looked_at)  # type: ignore[attr-defined]
         base = Base(name, revision, fingerprint(layers, samples))
         return None if base == Base() else base
+
+    def writing(self, model: Any) -> AbstractContextManager[bool]:
+        """Around the writing of a model's files: whether this process writes them."""
+        if not self.offers(SupportsProcesses):
+            return nullcontext(True)
+        return self.primitives.writing(model)  # type: ignore[attr-defined, no-any-return]
 
     def supporting(self, protocol: type, verb: str) -> Any:
         if missing := lacking(self.primitives, protocol):

@@ -158,8 +158,8 @@ def test_merging_reads_the_features_of_the_composition_alone(monkeypatch, tmp_pa
     """Of 500 registered features, merge, merge_in_place and export_peft look at one."""
     many = flix.FeatureRegistry({"language": [f"l{i}" for i in range(500)]})
     model = adapt(make("llama"), flix.FlixConfig(registry=many, ranks=2))
-    read, array = [], Bank.array
-    monkeypatch.setattr(Bank, "array", lambda bank, f: read.append(f) or array(bank, f))
+    read, arrays = [], Bank.arrays
+    monkeypatch.setattr(Bank, "arrays", lambda self, some: read.extend(some) or arrays(self, some))
     held = {id(p) for p in model.flix_bank.parameters()}
     monkeypatch.setattr(
         torch.nn.Parameter, "__deepcopy__", _refuse_copies_of(held, torch.nn.Parameter.__deepcopy__)

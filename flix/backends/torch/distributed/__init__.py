@@ -1,6 +1,7 @@
 """Adapted models in several processes (docs/specification.md §5.2.5, docs/distributed.md).
 
-``reduce_features(model)`` averages, over the processes, the gradients of the features that acted.
+``reduce_features(model)`` averages, over the processes, the gradients of the features that acted;
+``shard_features(model, mesh)`` gives each process an equal part of every feature.
 """
 
 from __future__ import annotations
@@ -10,11 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flix.backends.torch.distributed.reducing import Reducer, reduce_features
+    from flix.backends.torch.distributed.sharding import shard_features, whole_features
     from flix.backends.torch.distributed.traffic import Traffic
 
-_HOMES = {"Reducer": "reducing", "Traffic": "traffic", "reduce_features": "reducing"}
+_HOMES = {
+    "Reducer": "reducing",
+    "Traffic": "traffic",
+    "reduce_features": "reducing",
+    "shard_features": "sharding",
+    "whole_features": "sharding",
+}
 
-__all__ = ["Reducer", "Traffic", "reduce_features"]
+__all__ = ["Reducer", "Traffic", "reduce_features", "shard_features", "whole_features"]
 
 
 def __getattr__(name: str) -> Any:

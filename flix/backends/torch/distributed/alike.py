@@ -69,7 +69,7 @@ def agree(description: dict[str, Any], group: Any) -> int:
     dist.all_gather_object(whole, description, group=group)
     raise ConfigError(
         f"the processes do not train the same: {disagreement(whole)}. Give every process the same model, "
-        "configuration and frozen features before reduce_features"
+        "configuration and frozen features before reduce_features or shard_features"
     )
 
 

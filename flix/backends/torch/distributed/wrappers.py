@@ -33,7 +33,7 @@ def refuse(state: FlixState) -> None:
         ConfigError: FSDP1, or DDP that was told to leave the features to a reducer that this model does not have.
     """
     ddp = active_ddp()
-    if ddp is not None and state.reducer is None:
+    if ddp is not None and state.reducer is None and state.bank.sharding is None:
         told = getattr(ddp, "parameters_to_ignore", ())
         if told and any(f"{BANK}." in name for name in told):
             raise ConfigError(
