@@ -18,6 +18,11 @@ except ImportError as _error:  # pragma: no cover - exercised in a subprocess
 
 from flix.backends.jax import primitives
 from flix.backends.jax.banks import also_bare, load_bank, merge_kernels, to_bank
+from flix.backends.jax.by_feature import (
+    clip_by_feature_norm,
+    losses_by_feature,
+    scale_by_feature_rate,
+)
 from flix.backends.jax.export import export_fn
 from flix.backends.jax.functional import (
     embed,
@@ -59,10 +64,10 @@ trainable_parameters = verbs.trainable_parameters
 __all__ = [
     "FlixEinsum", "FlixEmbed", "FlixLinear", "FlixLinearGeneral", "FlixOptimizer", "FlixParam",
     "LayerBank", "LayerRows", "LayerSpec", "RoutedModel", "SparseGrads", "Summary", "adamw",
-    "adapt", "add_feature", "disable", "embed", "embed_rows", "export_fn", "freeze", "gather",
+    "adapt", "add_feature", "clip_by_feature_norm", "disable", "embed", "embed_rows", "export_fn", "freeze", "gather",
     "import_peft", "init", "linear", "linear_rows", "load", "load_bank", "load_features",
-    "load_into", "mask_absent", "merge", "merge_kernels", "named_pairs", "partition_specs",
-    "remove_feature", "rename_feature", "route", "save", "scale_by_feature_adam", "scatter",
+    "load_into", "losses_by_feature", "mask_absent", "merge", "merge_kernels", "named_pairs", "partition_specs",
+    "remove_feature", "rename_feature", "route", "save", "scale_by_feature_adam", "scale_by_feature_rate", "scatter",
     "search_weights", "shard", "sparse_update", "summary", "thaw", "to_adapter", "to_bank", "touched",
     "trainable_parameters", "value_and_grad",
 ]  # fmt: skip

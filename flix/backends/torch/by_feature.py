@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from flix.backends import messages
 from flix.backends.torch.patches.models import RoutedModel
-from flix.core.checks import is_number
-from flix.core.errors import ConfigError, RoutingError, listed, shown
+from flix.core.errors import RoutingError, listed
 from flix.core.features.names import Feature, written
-from flix.core.features.owners import Owners, row_owners
+from flix.core.features.owners import Owners, per_feature, positive, row_owners
 from flix.core.features.routing import Routing, as_array
 from flix.core.features.table import FeatureTable
 
@@ -128,7 +127,7 @@ def clip_grad_norm_by_feature_(
     if not isinstance(model, RoutedModel):
         raise messages.not_adapted("clip_grad_norm_by_feature_", model)
     bank, registry = model.flix_state.bank, model.flix_config.registry
-    limits = _limits(max_norm, registry)
+    limits = per_feature("max_norm", max_norm, registry, positive)
     found = {bank.features[i]: p.grad for i, p in bank.held().items() if p.grad is not None}
     norms = {f: torch.linalg.vector_norm(grad, norm_type) for f, grad in found.items()}
     if error_if_nonfinite:
@@ -146,28 +145,3 @@ def clip_grad_norm_by_feature_(
 def scale_to(grad: Tensor, norm: Tensor, limit: float) -> None:
     """Scale a gradient to a norm, in place, as torch does: never up."""
     grad.mul_((limit / (norm + 1e-6)).clamp(max=1.0).to(grad.dtype))
-
-
-def positive(value: Any, what: str) -> float:
-    """A norm, positive; infinity asks for the norm alone."""
-    if not is_number(value) or not value > 0:
-        raise ConfigError(f"{what} must be a positive number, got {shown(value)}")
-    return float(value)
-
-
-def _limits(max_norm: MaxNorm, registry: FeatureTable) -> dict[Feature, float]:
-    if not isinstance(max_norm, Mapping):
-        return dict.fromkeys(registry.live, positive(max_norm, "max_norm"))
-    found: dict[Feature, float] = {}
-    for key in sorted(max_norm, key=lambda key: not isinstance(key, str)):  # features over groups
-        value = positive(max_norm[key], f"max_norm of {shown(key)}")
-        if isinstance(key, str):
-            chosen = registry.ids_of(key)
-        elif isinstance(key, tuple) and len(key) == 2:
-            chosen = (registry.id(*key),)
-        else:
-            raise ConfigError(
-                f"max_norm names features as (group, name), or groups, got {shown(key)}"
-            )
-        found.update(dict.fromkeys((registry.features[i] for i in chosen), value))
-    return found

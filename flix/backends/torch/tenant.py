@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flix.backends.torch.by_feature import positive, scale_to
+from flix.backends.torch.by_feature import scale_to
 from flix.backends.torch.parameters import Bank
 from flix.core.checks import whole
 from flix.core.errors import ConfigError, TargetError, shown
 from flix.core.features.names import Feature, written
+from flix.core.features.owners import positive
 
 Pieces = list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]
 """Views of a parameter, and what takes the same views of its gradient."""

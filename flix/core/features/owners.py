@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core.errors import RoutingError
+from flix.core.checks import is_number
+from flix.core.errors import ConfigError, RoutingError, shown
 from flix.core.features.names import Feature, written
 from flix.core.features.routing import check_form
 from flix.core.features.table import FeatureTable
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,3 +66,49 @@ def row_owners(ids: NDArray[Any], registry: FeatureTable, group: str) -> Owners:
         found, slots = found[1:], np.where(slots == 0, found.size - 1, slots - 1)
     owners = tuple(int(i) for i in found)
     return Owners(owners, tuple(registry.features[i] for i in owners), slots)
+
+
+def per_feature(
+    what: str, given: Any, registry: FeatureTable, check: Callable[[Any, str], T]
+) -> dict[Feature, T]:
+    """A setting by feature, of one for all, or of a mapping by ``(group, name)`` or group; features win over groups.
+
+    Args:
+        what: the setting's name, for messages.
+        given: the setting.
+        registry: the features.
+        check: gives a value as it is kept, or raises; it gets the value and its name.
+
+    Returns:
+        The setting of every feature that one was given for.
+
+    Raises:
+        FeatureError: an unknown feature or group.
+        ConfigError: another kind of key, or what ``check`` raises.
+    """
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(registry.live, check(given, what))
+    found: dict[Feature, T] = {}
+    for key in sorted(given, key=lambda key: not isinstance(key, str)):
+        value = check(given[key], f"{what} of {shown(key)}")
+        if isinstance(key, str):
+            chosen = registry.ids_of(key)
+        elif isinstance(key, tuple) and len(key) == 2:
+            chosen = (registry.id(*key),)
+        else:
+            raise ConfigError(
+                f"{what} names features as (group, name), or groups, got {shown(key)}"
+            )
+        found.update(dict.fromkeys((registry.features[i] for i in chosen), value))
+    return found
+
+
+def positive(value: Any, what: str) -> float:
+    """A norm that gradients are clipped to: positive; infinity asks for the norm alone.
+
+    Raises:
+        ConfigError: another thing.
+    """
+    if not is_number(value) or not value > 0:
+        raise ConfigError(f"{what} must be a positive number, got {shown(value)}")
+    return float(value)
