@@ -103,12 +103,10 @@ class FeatureLosses:
             return False
         losses, counts = losses.to(ids.device), counts.to(ids.device)
         wide = torch.float32 if ids.device.type == "mps" else torch.float64
-        sums = torch.stack(
-            [
-                torch.where(counts > 0, losses * counts, 0.0).to(wide).reshape(len(ids), -1).sum(1),
-                counts.to(wide).reshape(len(ids), -1).sum(1),
-            ]
-        )
+        # Not with -1: a process may be left without a row, at the end of an evaluation.
+        shape = (len(ids), losses[:1].numel())
+        parts = (torch.where(counts > 0, losses * counts, 0.0), counts)
+        sums = torch.stack([part.to(wide).reshape(shape).sum(1) for part in parts])
         features = len(self.registry)
         acts = ids >= 0 if weights is None else (ids >= 0) & (weights != 0)
         slot = torch.where(acts, ids, features).to(torch.int64)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from flix.backends.torch import FlixLinear, RoutedModel, load, save, verbs
+from flix.backends.torch.distributed import reduce_features
+from flix.backends.torch.heads import base_parameters
 from flix.core.errors import ConfigError
 from flix.data.callback import TellEpoch
 from flix.transformers import checkpoints
@@ -52,8 +55,10 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
     - Logs hold ``loss/<group>=<feature>``: the mean loss, since the last log, of the labels in rows in which the
       feature acted; in evaluation ``eval_loss/...``. It comes from the logits of the same forward, and is left out for
       models whose loss is not the usual one for their outputs (override :meth:`row_losses`).
-    - Under DDP, ``find_unused_parameters`` is on unless the arguments say otherwise. Several GPUs in one process are
-      not used: start one process a GPU.
+    - In several processes (torchrun, ``accelerate launch``) the gradients of the features in use are averaged, and no
+      others are sent (:func:`flix.backends.torch.distributed.reduce_features`). DDP wraps the model for the heads that
+      train, if any do; ``find_unused_parameters`` is on unless the arguments say otherwise. Several GPUs in one process
+      are not used: start one process a GPU.
 
     Args:
         loss_by_feature: whether losses by feature are computed and logged.
@@ -187,6 +192,26 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
         pairs = {id(parameter) for parameter in adapted.flix_bank.parameters()}
         usual = {*super().get_decay_parameter_names(model)}
         return [name for name, p in model.named_parameters() if name in usual or id(p) in pairs]
+
+    # Several processes
+
+    def _wrap_model(self, model: Any, training: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, which accelerate's DDP follows: features are averaged by a reducer, and DDP has the heads."""
+        several = self.args.world_size > 1 and not (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled
+        )
+        if training and several and model is self.model:
+            self._reduce_features()
+        return super()._wrap_model(model, training, *args, **kwargs)
+
+    def _reduce_features(self) -> None:
+        held: Any = self.model
+        reduce_features(held)
+        accelerator: Any = self.accelerator
+        vars(accelerator).pop("prepare_model", None)
+        if not any(p.requires_grad for _, p in base_parameters(held)):
+            # DDP refuses a model in which nothing is left for it; precision and place are accelerate's in any case.
+            accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
 
     # Checkpoints
 

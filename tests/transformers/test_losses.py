@@ -63,6 +63,10 @@ def test_sums() -> None:
     assert held.take("cpu") == {"language=hau": 2.0}
     assert not held.add(losses, counts, torch.zeros(2, 5, 1, dtype=torch.long), None)
     assert not held.add(losses, counts, torch.zeros(3, 1, dtype=torch.long), None)
+    assert held.add(
+        losses[:0], counts[:0], ids[:0], weights[:0]
+    )  # a process that is left without a row
+    assert held.take("cpu") == {}
     doubled = FeatureLosses(registry())
     doubled.add(losses, counts, ids, weights)
     assert doubled.take("cpu", lambda t: 2 * t) == found
