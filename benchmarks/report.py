@@ -22,6 +22,8 @@ PARTS = (
     "model-t5",
     "model-gpt2",
     "model-int8",
+    "tenants-t5",
+    "tenants-gpt2",
     "model-jax",
     "model-keras",
     "scale-layer",

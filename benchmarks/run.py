@@ -1,7 +1,7 @@
 """The whole suite: layers, whole models and growth, in every framework; JSON, plots, and the page docs/speed.md.
 
     python -m benchmarks.run                       # everything, about 20 minutes on one core
-    python -m benchmarks.run --only layer,model    # or scale, or single parts such as model-t5
+    python -m benchmarks.run --only layer,model    # or tenants, scale, or single parts such as model-t5
     python -m benchmarks.run --smoke               # tiny sizes, guards on, nothing written to docs: about a minute
 
 Parts run one after another, each in a process of its own, so that frameworks, threads and memory do not mix. In the
@@ -29,6 +29,8 @@ SUITES = {
     "model-t5": "benchmarks.model.torch_model:t5",
     "model-gpt2": "benchmarks.model.torch_model:gpt2",
     "model-int8": "benchmarks.model.torch_quantised:suite",
+    "tenants-t5": "benchmarks.model.tenants:t5",
+    "tenants-gpt2": "benchmarks.model.tenants:gpt2",
     "model-jax": "benchmarks.model.jax_model:suite",
     "model-keras": "benchmarks.model.keras_model:suite",
     "scale-layer": "benchmarks.scale.layer_growth:suite",
@@ -36,7 +38,7 @@ SUITES = {
     "scale-paging": "benchmarks.scale.paging:suite",
 }
 SMOKE_PROCESSES = (
-    ("model-t5", "model-gpt2", "model-int8"),
+    ("model-t5", "model-gpt2", "model-int8", "tenants-t5", "tenants-gpt2"),
     ("layer-torch", "scale-layer", "scale-features", "scale-paging"),
     ("layer-jax", "model-jax"),
     ("layer-tensorflow", "model-keras"),
@@ -105,7 +107,9 @@ def main() -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, a check that all runs")
-    parser.add_argument("--only", default="", help="layer, model, scale, or parts, with commas")
+    parser.add_argument(
+        "--only", default="", help="layer, model, tenants, scale, or parts, with commas"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")
     parser.add_argument(
         "--docs", type=Path, help="where speed.md is; default: docs (smoke: nowhere)"

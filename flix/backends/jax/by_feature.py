@@ -190,7 +190,7 @@ def scale_by_feature_rate(
     """
     specs = {} if model is None else specs_of(model)
 
-    def of(registry: FeatureTable) -> tuple[Any, list[Callable[[Any], Any]], Any, Any]:
+    def of(registry: FeatureTable) -> Any:
         return _rates(registry, _frozen(rate), None if steps is None else _frozen(steps))
 
     def init(params: Any) -> FeatureRateState:

@@ -12,7 +12,14 @@ pytest.importorskip("transformers")
 
 import flix  # noqa: E402
 from flix import AdapterError, ConfigError, FeatureError, RoutingError  # noqa: E402
-from flix.backends.torch import Tenants, adapt, add_feature, load_features, thaw  # noqa: E402
+from flix.backends.torch import (  # noqa: E402
+    Tenants,
+    adapt,
+    add_feature,
+    load_features,
+    page,
+    thaw,
+)
 from tests.helpers.torch import make, parameters_of  # noqa: E402
 
 NAMES = ["ann", "ben", "cyd", "dan", "eve"]
@@ -244,6 +251,20 @@ def test_a_compiled_model_trains_them_alike():
         assert moved == [tuple(n for n in NAMES if n in owners) for owners, *_ in rows]
         found.append({f: p.detach().clone() for f, p in parameters_of(made).items()})
     assert max(difference(found[0][f], found[1][f]) for f in found[0]) < 1e-12
+
+
+@pytest.mark.parametrize("matrices", [False, True])
+def test_paged_features_train_alike(matrices):
+    found = []
+    for paged in (False, True):
+        made = model()
+        if paged:
+            page(made, 1 << 20)
+        optimizers = OPTIMIZERS["ann"] if matrices else {n: OPTIMIZERS[n] for n in NAMES}
+        tenants = together(made, matrices=matrices, optimizer=optimizers)
+        train(tenants, batches(5))
+        found.append({f: p.detach().clone() for f, p in parameters_of(made).items()})
+    assert all(torch.equal(found[0][f], found[1][f]) for f in found[0])
 
 
 def test_a_tenant_that_diverges_leaves_the_others_alone():
