@@ -163,7 +163,7 @@ def _merged() -> Callable[[Path, int], None]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from flix.backends.torch import adapt, save
-    from flix.cli.converting import merge_adapter
+    from flix.cli.commands.merge import merge
 
     small = GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=8)
     base = GPT2LMHeadModel(small)
@@ -182,7 +182,7 @@ def _merged() -> Callable[[Path, int], None]:
                 value.data.fill_(1)
         save(model, aside / str(version))
         with contextlib.redirect_stdout(io.StringIO()):
-            merge_adapter(
+            merge(
                 aside / str(version),
                 str(aside / "base"),
                 [f"language=hau:{version}"],
@@ -203,23 +203,23 @@ def _read_merged(folder: Path) -> int:
 
 
 def _shared(folder: Path, version: int) -> None:
-    from flix.cli.sharing import share_features
+    from flix.cli.commands.share import share
 
     source = folder.with_name(folder.name + "-source")
     flix.save_adapter(adapter(version), source)
     with contextlib.redirect_stdout(io.StringIO()):
-        share_features(source, ["language=hau"], folder, True, False)
+        share(source, ["language=hau"], folder, True, False)
 
 
 def _combined(folder: Path, version: int) -> None:
-    from flix.cli.sharing import combine_folders
+    from flix.cli.commands.combine import combine
 
     sources = []
     for name in ("hau", "swa"):
         sources.append(folder.with_name(f"{folder.name}-{name}"))
         flix.save_adapter(flix.select_features(adapter(version), [("language", name)]), sources[-1])
     with contextlib.redirect_stdout(io.StringIO()):
-        combine_folders(sources, folder, "error", True, False)
+        combine(sources, folder, "error", True, False)
 
 
 def _jax() -> Callable[[Path, int], None]:
@@ -319,9 +319,9 @@ SAVERS = {
         Saver("JAX", _jax, read_adapter, ("jax", "flax.nnx", "flix.backends.jax")),
         Saver("Keras", _keras, read_adapter, ("keras", "flix.backends.tensorflow")),
         Saver("PEFT export", _peft, _read_peft, _TORCH),
-        Saver("share", lambda: _shared, read_adapter, ("flix.cli.sharing",)),
-        Saver("combine", lambda: _combined, read_adapter, ("flix.cli.sharing",)),
-        Saver("merge", _merged, _read_merged, (*_TORCH, "transformers", "flix.cli.converting")),
+        Saver("share", lambda: _shared, read_adapter, ("flix.cli.commands.share",)),
+        Saver("combine", lambda: _combined, read_adapter, ("flix.cli.commands.combine",)),
+        Saver("merge", _merged, _read_merged, (*_TORCH, "transformers", "flix.cli.commands.merge")),
         Saver("checkpoints", _checkpoints, _read_checkpoint, (*_TORCH, "flix.transformers")),
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import flix
-from flix.cli.app import app
+from flix.cli.app import COMMANDS, app
 from flix.cli.features import parse_features
 from flix.core.adapter.composition import delta
 from flix.core.adapter.files import save_adapter
@@ -83,6 +85,23 @@ def test_backends() -> None:
     found = {entry["backend"]: entry for entry in json.loads(result.stdout)}
     assert found["torch"]["installed"] and found["torch"]["version"].startswith("2.")
     assert "torch" in run(app, ["backends"]).stdout
+
+
+@pytest.mark.parametrize("command, example", COMMANDS, ids=[c.__name__ for c, _ in COMMANDS])
+def test_each_command_has_a_file_and_an_example_that_parses(command, example) -> None:
+    assert command.__module__ == f"flix.cli.commands.{command.__name__}"
+    _, name, *arguments = shlex.split(example)
+    parser = typer.main.get_command(app).commands[name]
+    parser.make_context(name, arguments)  # raises for what the command does not take
+    shown = " ".join(run(app, [name, "--help"]).stdout.split())
+    assert f"Example: {example}" in shown
+
+
+def test_shells_complete_the_commands() -> None:
+    assert (
+        "FLIX"
+        in in_process("from flix.cli import main; main()", "--show-completion", "bash").stdout
+    )
 
 
 def test_inspect_check_names_what_is_not_finite(adapter: Path, tmp_path: Path) -> None:

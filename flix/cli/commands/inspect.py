@@ -1,60 +1,40 @@
-"""Commands that look: ``backends``, ``inspect``, ``plan``."""
+"""``flix inspect``."""
 
 from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 
-from flix import backends
 from flix.cli.console import show, show_json, show_table
+from flix.cli.options import AdapterFolder, Json
 from flix.core.adapter.adapter import Adapter
 from flix.core.adapter.composition import untrained, untrained_note
 from flix.core.adapter.description import as_dict
-from flix.core.adapter.files import load_adapter, read_description
+from flix.core.adapter.files import load_adapter
 from flix.core.config.config import FlixConfig
-from flix.core.costs import Layers, Plan, feature_cost, plan
-from flix.core.features.encoding import Row
+from flix.core.costs import feature_cost
 from flix.core.features.names import Feature, written
-from flix.core.strategy.decide import measured_on
-from flix.core.strategy.explain import Batch, Choice, explain
 
 
-def list_backends(as_json: bool) -> None:
-    """The table of backends."""
-    rows = [
-        {
-            "backend": name,
-            "installed": installed,
-            "version": _version(name) if installed else None,
-            "install": None if installed else f'pip install "flix-peft[{name}]"',
-        }
-        for name, installed in backends.available().items()
-    ]
-    if as_json:
-        show_json(rows)
-        return
-    show_table(
-        ["backend", "installed", "version", ""],
-        [
-            [str(r["backend"]), r["installed"], r["version"] or "-", r["install"] or ""]
-            for r in rows
-        ],
-    )
-
-
-def _version(backend: str) -> str | None:
-    """The version of a backend's framework, or of the package that a foreign backend comes from."""
-    from importlib.metadata import PackageNotFoundError, entry_points, version
-
-    try:
-        return version(backend)
-    except PackageNotFoundError:
-        for entry in entry_points(group=backends.GROUP, name=backend):
-            if entry.dist is not None:
-                return entry.dist.version
-    return None
+def inspect(
+    adapter: AdapterFolder,
+    layers: Annotated[bool, typer.Option("--layers", help="Show norms by layer too.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Only name the values that are not finite; end with 1 if any."
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show an adapter's features, ranks, layers, and the norm of each update."""
+    if check:
+        raise typer.Exit(check_adapter(adapter, as_json))
+    inspect_adapter(adapter, layers, as_json)
 
 
 def update_norms(adapter: Adapter) -> dict[Feature, dict[str, float]]:
@@ -183,83 +163,3 @@ def _implied(config: FlixConfig, names: dict[int, str]) -> dict[int, list[str] |
         found[feature] = own if left >= 0 else None
         left = max(left, 0)
     return found
-
-
-def show_plan(path: Path, as_json: bool, batch: Batch | None = None) -> None:
-    """Ranks, parameters and arithmetic beside the matched LoRAs; with a batch, each layer's strategy and why."""
-    config, layers, rows, notes = _planned(path)
-    result = plan(config, layers, rows)
-    choices = explain(config, layers, rows, batch) if batch is not None else []
-    if as_json:
-        extra = {"strategies": [choice.to_dict() for choice in choices]} if batch else {}
-        show_json({**result.to_dict(), "datasets_known": rows is not None, "notes": notes, **extra})
-        return
-    for note in notes:
-        show(f"note: {note}")
-    _show(result, known=rows is not None)
-    if batch is not None:
-        _show_choices(choices, batch)
-
-
-def _show_choices(choices: list[Choice], batch: Batch) -> None:
-    show_table(
-        ["layers", "d_in", "d_out", "strategy", "why"],
-        [
-            [len(c.layers), c.shape.d_in, c.shape.d_out, c.decision.strategy, c.decision.reason]
-            for c in choices
-        ],
-        title=f"{batch.examples} examples of {batch.positions} positions, {batch.device}",
-    )
-    used = measured_on(batch.device)
-    show(f"measured on {used.device}: {used.when}")
-
-
-def _planned(path: Path) -> tuple[FlixConfig, Layers, list[Row] | None, list[str]]:
-    """Configuration, layers and datasets of a training YAML, an adapter's folder, or its JSON."""
-    if path.is_dir() or path.suffix == ".json":
-        config, layers = read_description(path)
-        return config, layers, None, []
-    from flix.training.reading import read_settings
-
-    settings = read_settings(path)
-    from flix.cli.console import quiet
-    from flix.training.models import locate, model_layers
-    from flix.training.run import prepare
-
-    corpus, config = prepare(settings)
-    quiet()
-    shapes = model_layers(
-        locate(settings.model, settings.base_folder),
-        settings.kind,
-        config.target_modules,
-        config.exclude_modules,
-    )
-    return config, shapes, list(corpus.trained_rows()), list(corpus.notes)
-
-
-def _show(result: Plan, known: bool) -> None:
-    show_table(
-        ["feature", "rank", "parameters", "FLOPs/token"],
-        [[written(f.feature), f.rank, f.parameters, f.flops] for f in result.features],
-        title=f"{len(result.features)} features in {result.layers} layers",
-    )
-
-    def share(flops: int) -> str:
-        return f"{100.0 * flops / result.base_flops:.2f}%" if result.base_flops else "-"
-
-    show_table(
-        ["method", "active rank", "parameters", "FLOPs/token", "of the base"],
-        [
-            [name, cost.rank, cost.parameters, cost.flops, share(cost.flops)]
-            for name, cost in (
-                ("FLix mixture", result.mixture),
-                ("LoRA, compute-matched", result.compute_matched),
-                ("LoRA, parameter-matched", result.parameter_matched),
-            )
-        ],
-        title="beside the matched LoRAs",
-    )
-    if known:
-        show(f"largest of {result.datasets} trained combinations; forward, adapted layers only")
-    else:
-        show("datasets unknown: one feature of every group taken; forward, adapted layers only")

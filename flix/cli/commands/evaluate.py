@@ -1,0 +1,42 @@
+"""``flix evaluate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flix.cli.console import make_reporter, quiet, show_json
+from flix.cli.options import AdapterFolder, ConfigFile, Json
+from flix.cli.scores import show_scores
+
+
+def evaluate(
+    config: ConfigFile,
+    adapter: AdapterFolder,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the results as JSON too.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate an adapter by generation, seen and held-out combinations apart."""
+    from flix.training.errors import RunError
+    from flix.training.reading import read_settings
+
+    settings = read_settings(config)
+    if out is not None and (out.is_dir() or (out.parent.exists() and not out.parent.is_dir())):
+        raise RunError(f"--out: {str(out)!r} cannot be a file")
+    from flix.training import evaluation
+
+    quiet()
+    result = evaluation.evaluate(settings, adapter, reporter=make_reporter(as_json))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+        out.write_text(text, encoding="utf-8")
+    if as_json:
+        show_json({"adapter": str(adapter), **result})
+    else:
+        show_scores(result)

@@ -1,0 +1,70 @@
+"""``flix merge``."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flix.cli.composed import composed, idle_json, note_idle, told
+from flix.cli.console import show, show_json
+from flix.cli.options import AdapterFolder, Base, Force, Json, Out
+from flix.core.folders import whole_folder
+
+_MODEL = (
+    "model*.safetensors", "model*.safetensors.index.json", "pytorch_model*", "config.json", "generation_config.json",
+    "adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "chat_template*",
+)  # fmt: skip
+
+
+def merge(
+    adapter: AdapterFolder,
+    base: Base,
+    features: Annotated[
+        list[str],
+        typer.Option(
+            "--features",
+            metavar="GROUP=NAME,...",
+            help="The composition, e.g. language=hau,task=ner; language=hau:0.5+swa:0.5 mixes.",
+        ),
+    ],
+    out: Out,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Fold one composition into the base: a plain transformers folder."""
+    model, row, active, idle = composed(adapter, base, features, out, force)
+    from flix.backends.torch import merge as merged_with
+
+    merged = merged_with(model, row)
+    with whole_folder(out, key="config.json", keep=_is_no_model) as aside:
+        merged.save_pretrained(aside)
+        tokenizer = _copy_tokenizer(base, aside)
+    if as_json:
+        show_json({"out": str(out), "features": active, "tokenizer": tokenizer, **idle_json(idle)})
+        return
+    note_idle(idle)
+    show(f"merged {told(active)} into {base}: {out}")
+    if not tokenizer:
+        show("the base has no tokenizer; none was copied")
+
+
+def _copy_tokenizer(base: str, out: Path) -> bool:
+    """Save the base's tokenizer beside the merged model, if there is one."""
+    from flix.training.errors import ModelError
+    from flix.training.models import load_tokenizer, locate
+
+    try:
+        tokenizer = load_tokenizer(locate(base))
+    except ModelError:
+        return False
+    tokenizer.save_pretrained(out)
+    return True
+
+
+def _is_no_model(name: str) -> bool:
+    """Whether a file is none of what an earlier model of the folder would be read from."""
+    return not any(fnmatch(name, pattern) for pattern in _MODEL)

@@ -1,0 +1,35 @@
+"""``flix quickstart``."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flix.cli.options import Json
+
+
+def quickstart(
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Repeat with so many seeds.")] = 1,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="A short run that only shows that all works.")
+    ] = False,
+    as_json: Json = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where results go.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=10**9, help="Training steps.")] = None,
+) -> None:
+    """Train FLix and two LoRAs on real multilingual data, and compare them."""
+    try:
+        module = importlib.import_module("flix.quickstart.run")
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "flix":
+            raise
+        from flix.training.errors import missing_extra
+
+        raise missing_extra("the quickstart", "quickstart", error) from None
+    code = module.main(seeds=seeds, fast=fast, as_json=as_json, out=out, steps=steps)
+    raise typer.Exit(int(code or 0))
