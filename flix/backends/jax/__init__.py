@@ -56,6 +56,7 @@ named_pairs = verbs.named_pairs
 remove_feature = verbs.remove_feature
 rename_feature = verbs.rename_feature
 save = verbs.save
+push = verbs.push
 search_weights = verbs.search_weights
 summary = verbs.summary
 to_adapter = verbs.to_adapter
@@ -66,7 +67,7 @@ __all__ = [
     "LayerBank", "LayerRows", "LayerSpec", "RoutedModel", "SparseGrads", "Summary", "adamw",
     "adapt", "add_feature", "clip_by_feature_norm", "disable", "embed", "embed_rows", "export_fn", "freeze", "gather",
     "import_peft", "init", "linear", "linear_rows", "load", "load_bank", "load_features",
-    "load_into", "losses_by_feature", "mask_absent", "merge", "merge_kernels", "named_pairs", "partition_specs",
+    "load_into", "losses_by_feature", "mask_absent", "merge", "merge_kernels", "named_pairs", "partition_specs", "push",
     "remove_feature", "rename_feature", "route", "save", "scale_by_feature_adam", "scale_by_feature_rate", "scatter",
     "search_weights", "shard", "sparse_update", "summary", "thaw", "to_adapter", "to_bank", "touched",
     "trainable_parameters", "value_and_grad",

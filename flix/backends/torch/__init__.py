@@ -34,6 +34,7 @@ add_feature, remove_feature, rename_feature = (
     verbs.rename_feature,
 )
 save, load, load_into, to_adapter = verbs.save, verbs.load, verbs.load_into, verbs.to_adapter
+push = verbs.push
 load_features, import_peft, named_pairs = verbs.load_features, verbs.import_peft, verbs.named_pairs
 freeze, thaw, disable = verbs.freeze, verbs.thaw, verbs.disable
 merge, merge_in_place, unmerge = verbs.merge, verbs.merge_in_place, verbs.unmerge
@@ -66,6 +67,7 @@ __all__ = [
     "page",
     "parameter_groups",
     "primitives",
+    "push",
     "remove_feature",
     "rename_feature",
     "route",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from flix import hub
 from flix.backends.verbs.files import Files
 from flix.core.adapter.adapter import Adapter, Rename
 from flix.core.adapter.changes import growing, joining, removing, renaming
@@ -110,7 +111,7 @@ class Features(Files):
 
         Args:
             model: an adapted model.
-            source: an adapter's folder, or an adapter.
+            source: an adapter's folder, its name on a hub, or an adapter.
             features: ``[(group, name), ...]`` or ``{group: name or names}``; what they imply comes, too. Default: all.
             conflicts: what to do about features that both have and that differ: ``"error"``; ``"keep"`` the model's;
                 ``"replace"`` them.
@@ -127,7 +128,7 @@ class Features(Files):
         """
         self.config_of("load_features", model)
         given = isinstance(source, Adapter)
-        adapter = source.renamed(rename) if given else load_adapter(source, rename)  # type: ignore[union-attr, arg-type]
+        adapter = source.renamed(rename) if given else load_adapter(hub.place(source), rename)  # type: ignore[union-attr, arg-type]
         self.check_fits(adapter, model)
         change = joining(self.adapter_of(model), adapter, features, conflicts=conflicts)
         model = self.primitives.change(model, change)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import tempfile
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
+from flix import hub
 from flix.backends.protocol import SupportsHeads
 from flix.backends.verbs.shared import Shared, by_layer, layer_pairs, named
 from flix.core.adapter.adapter import Adapter, Rename
@@ -102,6 +104,45 @@ class Files(Shared):
             check_head(name, where[name], layers)
         return found
 
+    def push(
+        self,
+        model: Any,
+        name: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        message: str = "",
+        run: Mapping[str, Any] | None = None,
+        heads: Collection[str] | None = None,
+    ) -> str:
+        """Put the model's adapter onto a hub, with a card that says what it is made of; extra ``hub``.
+
+        Args:
+            model: an adapted model.
+            name: ``org/name``; the repository is made if there is none.
+            private: whether a new repository is private.
+            revision: the branch; default: the main one.
+            message: the commit's.
+            run: what a run measured, as its ``metrics.json`` holds it; the card shows the scores.
+            heads: as for ``save``.
+
+        Returns:
+            The commit's address; of several processes that share a model, in the one that writes.
+
+        Raises:
+            TargetError: the model is not adapted.
+            AdapterError: an ill-formed name, or the hub refuses.
+            MissingFrameworkError: ``huggingface_hub`` is not installed.
+        """
+        with tempfile.TemporaryDirectory() as aside:
+            self.save(model, aside, heads=heads)
+            with self.writing(model) as mine:
+                if not mine:  # of several processes one pushes
+                    return ""
+                return hub.push(
+                    aside, name, private=private, revision=revision, message=message, run=run
+                )
+
     def load(
         self,
         model: M,
@@ -110,6 +151,7 @@ class Files(Shared):
         *,
         strategy: str = "auto",
         heads: bool = True,
+        revision: str | None = None,
     ) -> M:
         """Load an adapter into a model.
 
@@ -120,20 +162,21 @@ class Files(Shared):
 
         Args:
             model: a plain or adapted model.
-            directory: the adapter's folder.
+            directory: the adapter's folder, or its name on a hub, ``org/name`` (extra ``hub``).
             rename: translates the file's layer paths to the model's.
             strategy: as for ``adapt``, for a plain model.
             heads: False leaves trained heads out.
+            revision: a branch, tag or commit of the hub.
 
         Returns:
             The adapted model.
 
         Raises:
             AdapterError: a damaged file, or one for another architecture (the first mismatching layer or head is
-                named).
+                named); what a hub does not have.
             TargetError: a model that cannot be adapted.
         """
-        with stored_adapter(directory, rename) as adapter:
+        with stored_adapter(hub.place(directory, revision), rename) as adapter:
             return self.load_into(model, adapter, strategy=strategy, heads=heads)
 
     def load_into(

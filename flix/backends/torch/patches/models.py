@@ -181,8 +181,8 @@ def _refuse_whole(self: Any, *_: Any, **__: Any) -> Any:
     """``save_pretrained`` and ``push_to_hub``: from_pretrained would drop the features, and the base answer alone."""
     raise TargetError(
         "save_pretrained and push_to_hub write a whole model, from which from_pretrained would read the base alone; "
-        "save(model, folder) writes the features, merge(model, row).save_pretrained(folder) one composition as a plain "
-        "model"
+        "save(model, folder) writes the features, push(model, name) puts them onto a hub, and "
+        "merge(model, row).save_pretrained(folder) writes one composition as a plain model"
     )
 
 
