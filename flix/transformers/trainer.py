@@ -7,9 +7,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +17,6 @@ from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from flix.backends.torch import FlixLinear, RoutedModel, load, save, verbs
-from flix.backends.torch.distributed import reduce_features
-from flix.backends.torch.heads import base_parameters
 from flix.core.errors import ConfigError
 from flix.data.callback import TellEpoch
 from flix.transformers import checkpoints
@@ -27,21 +24,12 @@ from flix.transformers.checkpoints import last_checkpoint
 from flix.transformers.collator import FlixCollator
 from flix.transformers.losses import FeatureLosses, unreduced
 from flix.transformers.numbering import NumberedRows, NumberedStream, number_prepared
-
-if TYPE_CHECKING:
-    from typing import Any as _Base  # what a mixin calls is its sibling's
-else:
-    _Base = object
+from flix.transformers.processes import ProcessesMixin, check_arguments, deepspeed_error
 
 logger = logging.getLogger(__name__)
 
-_SHARDING = (
-    "FlixTrainer does not train with {}, which gathers and shards the model in ways of its own; use DDP (one process "
-    "a GPU), or shard with fully_shard in a loop of your own"
-)
 
-
-class FlixTrainerMixin(_Base):  # type: ignore[misc]
+class FlixTrainerMixin(ProcessesMixin):
     """What a Trainer does differently for an adapted model; it stands before a Trainer class among the bases.
 
     - Checkpoints and ``save_model`` hold the adapter's folder and the heads that were unfrozen, not the base, beside
@@ -59,13 +47,15 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
       others are sent (:func:`flix.backends.torch.distributed.reduce_features`). DDP wraps the model for the heads that
       train, if any do; ``find_unused_parameters`` is on unless the arguments say otherwise. Several GPUs in one process
       are not used: start one process a GPU.
+    - Under FSDP2 (``fsdp="full_shard"``) accelerate shards the base, and the features are sharded beside it
+      (:func:`flix.backends.torch.shard_features`).
 
     Args:
         loss_by_feature: whether losses by feature are computed and logged.
 
     Raises:
         TargetError: the model is not adapted.
-        ConfigError: FSDP or DeepSpeed through the Trainer's arguments, or an order of batches whose rows cannot be
+        ConfigError: DeepSpeed or FSDP1 through the Trainer's arguments, or an order of batches whose rows cannot be
             numbered for feature dropout.
     """
 
@@ -89,8 +79,9 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
                 f"{type(self).__name__} uses the output head's kernel without calling it, so features there would not act; "
                 "leave the head out of target_modules"
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ConfigError(_SHARDING.format("FSDP" if self.is_fsdp_enabled else "DeepSpeed"))
+        if self.is_deepspeed_enabled:
+            raise deepspeed_error()
+        self.check_fsdp()
         settings: Any = getattr(self.model, "config", None)
         if getattr(self.data_collator, "per_token", False) and hasattr(settings, "use_cache"):
             settings.use_cache = False  # with a cache, models take a packed row for one example
@@ -193,26 +184,6 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
         usual = {*super().get_decay_parameter_names(model)}
         return [name for name, p in model.named_parameters() if name in usual or id(p) in pairs]
 
-    # Several processes
-
-    def _wrap_model(self, model: Any, training: bool = True, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, which accelerate's DDP follows: features are averaged by a reducer, and DDP has the heads."""
-        several = self.args.world_size > 1 and not (
-            self.is_fsdp_enabled or self.is_deepspeed_enabled
-        )
-        if training and several and model is self.model:
-            self._reduce_features()
-        return super()._wrap_model(model, training, *args, **kwargs)
-
-    def _reduce_features(self) -> None:
-        held: Any = self.model
-        reduce_features(held)
-        accelerator: Any = self.accelerator
-        vars(accelerator).pop("prepare_model", None)
-        if not any(p.requires_grad for _, p in base_parameters(held)):
-            # DDP refuses a model in which nothing is left for it; precision and place are accelerate's in any case.
-            accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
-
     # Checkpoints
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -250,11 +221,13 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:
+        if not (self.args.should_save or self.is_fsdp_enabled):
             return
         folder = output_dir if output_dir is not None else str(self.args.output_dir)
         os.makedirs(folder, exist_ok=True)
         save(self.model, folder)
+        if not self.args.should_save:
+            return
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -375,9 +348,10 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
     ) -> Any:
         """Evaluate or predict; the metrics get the losses by feature."""
         self._evaluation_losses.take("cpu")
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        with self._whole_features():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         if self.loss_by_feature:
             found = self._taken(self._evaluation_losses)
             output.metrics.update(
@@ -388,9 +362,7 @@ class FlixTrainerMixin(_Base):  # type: ignore[misc]
 
 def _settle(arguments: TrainingArguments) -> None:
     """Refuse settings that cannot work, and make the necessary choices that the user left open."""
-    for name in ("fsdp", "deepspeed"):
-        if getattr(arguments, name, None):
-            raise ConfigError(_SHARDING.format(name))
+    check_arguments(arguments)
     if arguments.ddp_find_unused_parameters is None:
         # A batch uses some features only.
         arguments.ddp_find_unused_parameters = True

@@ -270,8 +270,8 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(flix.ConfigError, match="holds no complete checkpoint"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
     args = arguments(tmp_path)
-    args.fsdp = "full_shard"
-    with pytest.raises(flix.ConfigError, match="does not train with fsdp"):
+    args.fsdp, args.fsdp_config = "full_shard", {"version": 1}
+    with pytest.raises(flix.ConfigError, match=r"does not train with FSDP1.*\"version\": 2"):
         FlixTrainer(model=classifier(), args=args)
     if "train_sampling_strategy" in {f.name for f in dataclasses.fields(args)}:
         made = trainer(tmp_path, data=rows(), train_sampling_strategy="batch_rebalance")

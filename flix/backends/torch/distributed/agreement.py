@@ -83,7 +83,7 @@ def touched_by_all(
         told = torch.from_numpy(seen).to(device)
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
         if state.bank.sharding is not None:
-            state.bank.sharding.begin(told.nbytes)
+            state.bank.sharding.told = told.nbytes
         *found, greatest, least = told.tolist()
         if greatest != -least:
             raise ConfigError(

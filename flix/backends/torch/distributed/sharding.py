@@ -72,24 +72,36 @@ class Sharding:
         parts: how many processes share a feature.
         part: this process's number among them.
         kept: whole values by feature id, inside :func:`whole_features`.
-        last: what was exchanged since the last training forward began.
-        total: what was exchanged before.
+        last: what the last training forward and its backward have exchanged.
+        total: what was exchanged before, with what files and evaluation gathered.
+        told: bytes by which this process has told others which features a coming forward activates.
     """
 
     def __init__(self, mesh: Any) -> None:
         self.mesh = mesh
         self.parts, self.part = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
         self.kept: dict[int, Tensor] | None = None
-        self.last, self.total = Exchanged(), Exchanged()
+        self.last, self.total, self.told = Exchanged(), Exchanged(), 0
         self._steps = 0
-
-    def begin(self, told: int) -> None:
-        """A training forward begins, for which this process has told others of its features."""
-        self.total.add(self.last)
-        self.last = Exchanged(calls=1, told=told, steps=1)
 
     def __deepcopy__(self, _: Any) -> Sharding:
         return Sharding(self.mesh)  # groups of processes are no model's own
+
+    def check(self, optimizer: torch.optim.Optimizer, bank: Bank) -> None:
+        """Refuse an optimizer that has a parameter twice, and so lacks another.
+
+        Raises:
+            ConfigError: it has.
+        """
+        own = {id(p): i for i, p in bank.held().items()}
+        found = [own[id(p)] for g in optimizer.param_groups for p in g["params"] if id(p) in own]
+        if len(found) != len({*found}):
+            name = written(bank.features[max(found, key=found.count)])
+            raise ConfigError(
+                f"the optimizer has the parameter of {name} more than once, and may lack others: Accelerator.prepare looks "
+                "for parameters by address, and features of which this process holds no part have none. Set "
+                'optimizer.param_groups[i]["params"] after prepare, or let FlixTrainer do it'
+            )
 
     def shard(self, value: Tensor, trains: bool = True) -> nn.Parameter:
         """A feature's parameter, of its whole vector, which every process has."""
@@ -119,7 +131,9 @@ class Sharding:
                 "more batches or longer texts: evaluate and generate under `with whole_features(model):`, which all "
                 "processes enter"
             )
-        self.last.registered, self.last.features = len(bank.held()), len(held)
+        self.total.add(self.last)
+        self.last = Exchanged(len(held), len(bank.held()), bool(self.told), self.told, steps=1)
+        self.told = 0
         whole = Gather.apply(self, *held.values())  # type: ignore[no-untyped-call]
         return dict(zip(held, whole, strict=True))
 
@@ -142,7 +156,7 @@ class Sharding:
             )
         return {i: self.kept[i] for i in held}
 
-    def gathered(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+    def gathered(self, parameters: Sequence[Tensor], count: Exchanged) -> list[Tensor]:
         """The whole vectors of some parameters: one call for each dtype among them."""
         found: dict[int, Tensor] = {}
         for places in _by_dtype(parameters):
@@ -153,8 +167,8 @@ class Sharding:
             sent = torch.cat(own)
             got = sent.new_empty(self.parts * len(sent))
             _ALL_GATHER(got, sent, group=self._group())
-            self.last.calls += 1
-            self.last.gathered += sent.nbytes
+            count.calls += 1
+            count.gathered += sent.nbytes
             columns = got.view(self.parts, -1).split_with_sizes(chunks, 1)
             for i, piece, n in zip(places, columns, lengths, strict=True):
                 found[i] = piece.reshape(-1)[:n]
@@ -196,7 +210,9 @@ class Sharding:
         )
         for _, group in groups:
             some = [entry for entry, _ in group]
-            yield from zip([i for i, _ in some], self.gathered([p for _, p in some]), strict=True)
+            yield from zip(
+                [i for i, _ in some], self.gathered([p for _, p in some], self.total), strict=True
+            )
 
     @contextmanager
     def keeping(self, bank: Bank, ids: Collection[int]) -> Iterator[None]:
@@ -221,7 +237,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sharding: Sharding, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.sharding = sharding
-        return tuple(sharding.gathered(parameters))
+        return tuple(sharding.gathered(parameters, sharding.last))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -12,6 +12,21 @@ import torch.distributed as dist
 from flix.core.errors import AdapterError
 
 
+def together() -> bool:
+    """Whether there are processes to agree with."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number; 0 alone."""
+    return dist.get_rank() if together() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if together() else 1
+
+
 @contextmanager
 def one_writes() -> Iterator[bool]:
     """Whether this process is the first, which writes; the others wait until it has.
@@ -21,7 +36,7 @@ def one_writes() -> Iterator[bool]:
     """
     failed: Exception | None = None
     try:
-        yield dist.get_rank() == 0
+        yield rank() == 0
     except Exception as error:
         failed = error
     said = told(None if failed is None else f"{type(failed).__name__}: {failed}")
@@ -33,7 +48,7 @@ def one_writes() -> Iterator[bool]:
 
 def told(value: Any) -> Any:
     """What the first process says, in all processes."""
-    if not dist.is_available() or not dist.is_initialized():
+    if not together():
         return value
     held = [value]
     dist.broadcast_object_list(held, src=0, device=_device())

@@ -77,6 +77,10 @@ def begin_anew(state: Any) -> None:
 
 
 def _before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for sharding, bank in [
+        (s.bank.sharding, s.bank) for s in _states if s.bank.sharding is not None
+    ]:
+        sharding.check(optimizer, bank)
     for state in [state for state in _states if state.reducer is not None]:
         state.reducer.before_step(optimizer)
     for state in _traced(optimizer):

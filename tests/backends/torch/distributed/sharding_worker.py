@@ -179,6 +179,10 @@ def check_refusals(model: Any, mesh: Any) -> None:
         torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]).step()
         with torch.no_grad(), pytest.raises(flix.ConfigError, match="optimizer has stepped"):
             model(**inputs, flix_features=ids)
+    twice = torch.optim.SGD([*parameters_of(model).values()])
+    twice.param_groups[0]["params"].append(parameters_of(model)["task", "ner"])
+    with pytest.raises(flix.ConfigError, match="the parameter of task=ner more than once"):
+        twice.step()
     with pytest.raises(flix.ConfigError, match="sharded already"):
         shard_features(model, mesh)
     with pytest.raises(flix.ConfigError, match="needs a DeviceMesh, got str"):
