@@ -237,6 +237,7 @@ SECTIONS: dict[str, Section] = {
         paths=("tests/backends/jax", "tests/backends/test_files.py"),
         architectures={
             "nnx": "flax.nnx: Linear, LinearGeneral, Einsum, Embed",
+            "stacks": "flax.nnx: layers stacked for `nnx.scan`",
             "bert": "BERT in flax.nnx, a twin of transformers'",
             "pytree": "pure functions over a pytree (linen and others)",
         },

@@ -14,6 +14,7 @@ from flix.backends.jax.layers import FlixLayer, adaptable, pair_dtype
 from flix.backends.jax.parameters import make_specs, pack
 from flix.backends.jax.patches.layers import become, revert
 from flix.backends.jax.patches.model import RoutedModel, route_calls, unrouted
+from flix.backends.jax.stacks import check_alike, depth_of, places, stacked, whole
 from flix.backends.protocol import Values
 from flix.core.config.config import FlixConfig
 from flix.core.config.targets import LayerInfo, is_head
@@ -64,22 +65,17 @@ class FlixState:
 
 
 def flix_layers(model: nnx.Module) -> Iterator[tuple[str, FlixLayer]]:
-    """(path, layer) of every adapted layer, by the paths they were adapted under."""
+    """(path, layer) of every adapted layer, by the paths they were adapted under; a stack of layers is one."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, FlixLayer):
             yield module.flix_spec.path, module
 
 
-def modules_of(model: nnx.Module) -> dict[str, nnx.Module]:
-    """Every module below the model; a path is ``layers.0.q``."""
-    return {".".join(map(str, path)): m for path, m in nnx.iter_modules(model) if path}
-
-
 def layer_infos(model: nnx.Module) -> list[LayerInfo]:
     """Every module of a model as the target rules see it."""
     infos = []
-    for path, module in modules_of(model).items():
-        shape, reason = adaptable(module)
+    for path, place in places(model).items():
+        shape, reason = adaptable(place.module)
         kind, d_in, d_out = (shape.kind, shape.d_in, shape.d_out) if shape else ("", 0, 0)
         infos.append(LayerInfo(path, kind, d_in, d_out, is_head(path), reason))
     return infos
@@ -89,19 +85,32 @@ def attach(
     model: Any, config: FlixConfig, paths: Sequence[str], strategy: str, values: Values
 ) -> Any:
     """See :meth:`flix.backends.protocol.Backend.attach`."""
-    modules, shapes = modules_of(model), {}
+    found, shapes = places(model), {}
     for path in paths:
-        shape, reason = adaptable(modules[path])
+        shape, reason = adaptable(found[path].module)
         if shape is None:
             raise TargetError(f"layer {path!r} cannot be adapted: {reason}")
         shapes[path] = shape
-    state = FlixState(config)
-    for path, spec in make_specs(config, shapes).items():
-        bank = pack(spec, values(path, spec.shape), pair_dtype(modules[path]))
-        become(modules[path], strategy, state, bank, training=True)
+    state, specs = FlixState(config), make_specs(config, shapes)
+    groups = whole(found, [*specs])
+    for names in groups.values():
+        check_alike([specs[name] for name in names])
+    for first, names in groups.items():
+        place, banks = found[first], []
+        for name in names:
+            spec = specs[name]
+            banks.append(pack(spec, values(name, spec.shape), pair_dtype(place.module)))
+        own = stacked(path_of(model, place.module), place.lead, banks)
+        become(place.module, strategy, state, own, training=True)
+    depth = depth_of(model)
     route_calls(model)
-    model.flix_state = state
+    model.flix_state, model.flix_depth = state, depth
     return model
+
+
+def path_of(model: nnx.Module, module: Any) -> str:
+    """Where a module is below the model."""
+    return next(".".join(map(str, path)) for path, m in nnx.iter_modules(model) if m is module)
 
 
 def put_state(model: Any, state: FlixState) -> None:

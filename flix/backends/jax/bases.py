@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-from flix.backends.jax.adapt import modules_of
 from flix.backends.jax.layers import form_of, kernel_of
+from flix.backends.jax.stacks import places as places_of
 from flix.core.adapter.base import Places
 
 
@@ -24,14 +24,15 @@ def kernel_samples(model: Any, places: Mapping[str, Places]) -> dict[str, NDArra
     """Values of kernels; None of banks, which have none, and where one is on devices of other processes."""
     if not isinstance(model, nnx.Module):
         return None
-    modules, found = modules_of(model), {}
+    modules, found = places_of(model), {}
     for path, where in places.items():
-        if not isinstance(held := kernel_of(modules[path]), nnx.Variable):
+        place = modules[path]
+        if not isinstance(held := kernel_of(place.module), nnx.Variable):
             return None
         kernel = held[...]
         if not jnp.issubdtype(kernel.dtype, jnp.floating) or not kernel.is_fully_addressable:
             return None
-        index = form_of(modules[path]).at(where.rows, where.columns)
+        index = form_of(place.module).at(where.rows, where.columns)
         local = np.asarray(kernel) if kernel.size < 1 << 20 else kernel
-        found[path] = np.asarray(local[index], np.float64)
+        found[path] = np.asarray(local[(*place.index, *index)], np.float64)
     return found

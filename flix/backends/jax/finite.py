@@ -97,8 +97,9 @@ def _look(spec: LayerSpec, a: Array, b: Array) -> _Look:
     broken = frozenset[int]()
     with jax.ensure_compile_time_eval():
         sums = [jnp.sum(t, dtype=jnp.promote_types(t.dtype, jnp.float32)) for t in (a, b)]
-        if a.shape[0] == spec.rows and not all(math.isfinite(s) for s in jax.device_get(sums)):
-            sound = np.isfinite(np.asarray(a)).all(1) & np.isfinite(np.asarray(b)).all(1)
+        if a.shape[-2] == spec.rows and not all(math.isfinite(s) for s in jax.device_get(sums)):
+            sound = np.isfinite(np.asarray(a)).all(-1) & np.isfinite(np.asarray(b)).all(-1)
+            sound = sound.reshape(-1, spec.rows).all(0)  # of all layers of a stack
             broken = frozenset(spec.owners[~sound].tolist())
     key = id(a), id(b)
 

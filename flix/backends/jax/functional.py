@@ -302,7 +302,8 @@ def gather(bank: Bank, present: Array) -> Rows:
     rows = {}
     for path, layer in bank.items():
         index = sums.row_index(layer.spec, present)
-        rows[path] = LayerRows(pick_rows(layer.A, index), pick_rows(layer.B, index), layer.spec)
+        a, b = (pick_rows(table, index, table.ndim - 2) for table in (layer.A, layer.B))
+        rows[path] = LayerRows(a, b, layer.spec)
     return rows
 
 
@@ -318,21 +319,26 @@ def scatter(bank: Bank, rows: Rows, present: Array) -> Bank:
     for path, part in rows.items():
         layer = bank[path]
         index = sums.row_index(layer.spec, present)
-        changed[path] = LayerBank(
-            put_rows(layer.A, index, part.A), put_rows(layer.B, index, part.B), layer.spec
-        )
+        tables = ((layer.A, part.A), (layer.B, part.B))
+        a, b = (put_rows(table, index, own, table.ndim - 2) for table, own in tables)
+        changed[path] = LayerBank(a, b, layer.spec)
     return changed
 
 
-def pick_rows(table: Array, index: Array) -> Array:
-    """Rows of a table; zeros for an index beyond it."""
-    return left_to_compiler(fused.take_rows, table, table, index)  # type: ignore[no-any-return]
+def pick_rows(table: Array, index: Array, axis: int = 0) -> Array:
+    """Rows of a table, which are its entries along an axis; zeros for an index beyond it."""
+
+    def pick(table: Array, index: Array) -> Array:
+        return fused.take_rows(table, index, axis)
+
+    return left_to_compiler(pick, table, table, index)  # type: ignore[no-any-return]
 
 
-def put_rows(table: Array, index: Array, rows: Array) -> Array:
+def put_rows(table: Array, index: Array, rows: Array, axis: int = 0) -> Array:
     """A table with some rows replaced; an index beyond it is dropped."""
 
     def put(table: Array, index: Array, rows: Array) -> Array:
-        return table.at[index].set(rows.astype(table.dtype), mode="drop")
+        place = table.at[(*[slice(None)] * axis, index)]
+        return place.set(rows.astype(table.dtype), mode="drop")
 
     return left_to_compiler(put, table, table, index, rows)  # type: ignore[no-any-return]

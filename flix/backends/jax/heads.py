@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flix.backends.jax.adapt import modules_of, put_state
+from flix.backends.jax.adapt import put_state
 from flix.backends.jax.layers import FlixParam, adaptable, kernel_of
+from flix.backends.jax.stacks import places
 from flix.core.adapter.described import Head
 from flix.core.adapter.heads import Place, as_heads
 
@@ -34,8 +35,8 @@ def base_parameters(model: Any) -> Iterator[tuple[str, Any]]:
 def head_places(model: Any) -> dict[str, Place]:
     """The base's parameters by name, and the layers whose kernel each is."""
     kernels: dict[int, list[str]] = {}
-    for path, module in modules_of(model).items() if isinstance(model, nnx.Module) else ():
-        kernel = None if adaptable(module)[0] is None else kernel_of(module)
+    for path, place in places(model).items() if isinstance(model, nnx.Module) else ():
+        kernel = None if adaptable(place.module)[0] is None else kernel_of(place.module)
         if isinstance(kernel, nnx.Variable):
             kernels.setdefault(id(kernel), []).append(path)
     return {

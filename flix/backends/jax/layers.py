@@ -18,7 +18,14 @@ from flix.backends.jax.functional import add_update, dropped
 from flix.backends.jax.parameters import LayerBank, LayerSpec
 from flix.backends.jax.patches import interception
 from flix.backends.jax.patches.carrying import Carrying
-from flix.backends.jax.routing import CALL, ActiveRouting, in_force, make_routing, present_of
+from flix.backends.jax.routing import (
+    CALL,
+    ActiveRouting,
+    in_force,
+    make_routing,
+    present_of,
+    spread,
+)
 from flix.backends.jax.sharding import like_kernel
 from flix.core.adapter.adapter import LayerShape
 from flix.core.config.kernels import Form, LinearEinsum, linear_einsum
@@ -33,8 +40,8 @@ class FlixLayer(Carrying):
     """What all adapted layers share; mixed in before the layer's own class.
 
     Attributes:
-        flix_A: all features' A, ``[P, d_in]``.
-        flix_B: all features' B, transposed, ``[P, d_out]``.
+        flix_A: all features' A, ``[P, d_in]``; of layers that are stacked, with the stack's axes in front.
+        flix_B: all features' B, transposed, ``[P, d_out]``, likewise.
         flix_spec: the layer's path, sizes, ranks, scales and registry.
         flix_state: the model's :class:`flix.backends.jax.adapt.FlixState`.
         flix_strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
@@ -63,6 +70,11 @@ class FlixLayer(Carrying):
     ) -> Array:
         """The layer's own call, with routing as in the model's; default: the one in force."""
         routing = self._routing(flix_features, flix_weights)
+        if lead := self.flix_lead:
+            raise TargetError(
+                f"layer {self.flix_spec.path!r} is a stack {[*lead]} of layers, which run one at a time, in nnx.scan or "
+                "nnx.vmap; it was called as a whole"
+            )
         bypassed.ran(self)
         y = super().__call__(inputs, *args, **kw)  # type: ignore[misc]
         if routing is not None:
@@ -73,6 +85,11 @@ class FlixLayer(Carrying):
     def bank(self) -> LayerBank:
         """The layer's pairs."""
         return LayerBank(self.flix_A[...], self.flix_B[...], self.flix_spec)
+
+    @property
+    def flix_lead(self) -> tuple[int, ...]:
+        """The axes in front of the tables: those of a stack that ``scan`` and ``vmap`` have not taken off."""
+        return tuple(self.flix_A.shape[:-2]) if self.flix_spec.lead else ()
 
     def put(self, bank: LayerBank) -> None:
         """Set the layer's pairs, and with them its spec; the tables take the kernel's sharding."""
@@ -106,6 +123,11 @@ class FlixLayer(Carrying):
         spec, a, b = self.flix_spec, self.flix_A[...], self.flix_B[...]
         rate = self.flix_state.config.lora_dropout
         if rate and not self.deterministic and spec.shape.kind == "linear":
+            if lead := self.flix_dropout.key.shape:
+                raise TargetError(
+                    f"layer {spec.path!r} runs by itself, but its stream for lora_dropout is that of its whole stack "
+                    f"{[*lead]}; let nnx.scan take nnx.RngState along axis 0, as it takes nnx.Param"
+                )
             x = dropped(x, rate, self.flix_dropout())
         if routing.present is None:
             finite.name_broken(spec, a, b, routing.ids, self.flix_state.named)
@@ -113,7 +135,10 @@ class FlixLayer(Carrying):
 
     def _flix_virtual(self) -> tuple[Any, Any]:
         finite.look_at(self)
-        return super()._flix_virtual()
+        routing, mark = super()._flix_virtual()
+        if routing is not None and self.flix_spec.lead:
+            routing = spread(routing, self.flix_lead)
+        return routing, mark
 
 
 class FlixLinear(FlixLayer, nnx.Linear):
@@ -209,12 +234,26 @@ def kernel_of(layer: Any) -> Any:
     if shape is None:
         return getattr(layer, name)
     kernel = vars(layer).get(name)
-    fits = isinstance(kernel, nnx.Variable) and kernel[...].shape == (shape.d_in, shape.d_out)
+    fits = isinstance(kernel, nnx.Variable) and kernel[...].shape[-2:] == (shape.d_in, shape.d_out)
     return kernel if fits else None
 
 
+def lead_of(layer: Any, shape: LayerShape) -> tuple[int, ...]:
+    """The axes in front of a layer's kernel: those of the stack that it is, if it is one.
+
+    Args:
+        layer: a plain or adapted layer.
+        shape: what :func:`adaptable` says of it.
+    """
+    if not isinstance(kernel := kernel_of(layer), nnx.Variable):
+        return ()
+    known = type(layer) in {base for base, *_ in CLASSES} or isinstance(layer, FlixLayer)
+    own = form_of(layer).shape if known else (shape.d_in, shape.d_out)
+    return tuple(kernel.shape[: -len(own)])
+
+
 def form_of(layer: Any) -> Form:
-    """The form of an adapted layer's kernel."""
+    """The form of the kernel of an adapted layer, or of a plain one that can be adapted; of a stack, of one layer's."""
     if isinstance(layer, FlixAround):
         shape = layer.flix_spec.shape
         return Form((0,), (1,), (shape.d_in, shape.d_out))
@@ -228,6 +267,13 @@ def adaptable(module: nnx.Module) -> tuple[LayerShape | None, str]:
     """Kind and sizes of a layer that is adapted or can be; else the reason (empty for other kinds of modules)."""
     if isinstance(module, FlixLayer):
         return module.flix_spec.shape, ""
+    found, reason = _adaptable(module)
+    if found is not None and kernel_of(module) is None and forms.stacked_values(module, found):
+        return None, "it is a stack of quantised layers"
+    return found, reason
+
+
+def _adaptable(module: Any) -> tuple[LayerShape | None, str]:
     for base, _, find, kind in CLASSES:
         if isinstance(module, base):
             if type(module) is not base:

@@ -16,6 +16,7 @@ from jax import Array
 from flix.backends.jax import around
 from flix.backends.jax.adapt import detach, flix_layers
 from flix.backends.jax.layers import FlixAround, FlixEmbed, form_of, kernel_of
+from flix.backends.jax.stacks import members
 from flix.backends.protocol import Updates
 from flix.core.adapter.composition import Composition
 from flix.core.errors import TargetError
@@ -46,7 +47,13 @@ def merged(model: M, active: Composition, update: Updates, *, dequantize: bool =
     own: dict[str, Any] = {}
     for path, layer in flix_layers(plain):
         around.check_own(layer, path)
+        spec = layer.flix_spec
         if isinstance(layer, FlixAround):
+            if spec.stack:
+                raise TargetError(
+                    f"layers {spec.stack[0]!r} to {spec.stack[-1]!r} ({type(layer).__name__}) cannot be merged: they are "
+                    "one stack of layers with a forward of their own. Leave them out of target_modules to merge the rest"
+                )
             own[path] = layer
             continue
         kernel, name = kernel_of(layer), "kernel"
@@ -57,7 +64,9 @@ def merged(model: M, active: Composition, update: Updates, *, dequantize: bool =
                 "reads the merged table too, where the adapted model's reads the base's",
                 stacklevel=3,
             )
-        value = folded(kernel[...], form_of(layer).unflatten(update(path).T))
+        form = form_of(layer)
+        parts = [form.unflatten(update(member.path).T) for member in members(spec)]
+        value = folded(kernel[...], np.stack(parts).reshape(kernel.shape))
         if users[id(kernel)] == 1:
             kernel[...] = value
         else:

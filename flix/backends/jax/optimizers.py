@@ -8,6 +8,7 @@ the batch's features only). Features that are frozen count as absent.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -86,8 +87,8 @@ def _present(updates: Any, ids: Any, specs: Any) -> Array:
     present: Any = False
     for spec, grad in tables:
 
-        def hit(grad: Array, owners: Any = spec.owners) -> Array:
-            rows = (grad != 0).any(axis=tuple(range(1, grad.ndim)))
+        def hit(grad: Array, owners: Any = spec.owners, axis: int = len(spec.lead)) -> Array:
+            rows = (grad != 0).any(axis=tuple(i for i in range(grad.ndim) if i != axis))
             return jnp.zeros(count, bool).at[owners].max(rows)
 
         present = present | left_to_compiler(hit, None, grad)
@@ -138,17 +139,21 @@ def _masked(
     if present.dtype != bool:
         count = next(len(s.ranks) for s in jax.tree.leaves(specs) if s is not WHOLE)
         present = jnp.zeros(count, bool).at[present].set(True, mode="drop")
-    masks = jax.tree.map(
-        lambda s: WHOLE if s is WHOLE else (present & s.trainable)[s.owners], specs
-    )
+
+    def mask(spec: Any) -> Any:
+        if spec is WHOLE:
+            return WHOLE
+        return (present & spec.trainable)[spec.owners].reshape(*[1] * len(spec.lead), -1)
+
+    masks = jax.tree.map(mask, specs)
     inner = optax.with_extra_args_support(inner)
     changed, new_state = inner.update(updates, state, params, **extra)
 
     def choose(rows: Any, new: Any, old: Any) -> Any:
         if rows is WHOLE:
             return new
-        _check_rows(rows.shape[0], new)
-        return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+        _check_rows(rows.shape[-1], new, rows.ndim - 1)
+        return jnp.where(rows.reshape(*rows.shape, *[1] * (new.ndim - rows.ndim)), new, old)
 
     # x + (-0.0) is x, bit by bit, for every x.
     still = jax.tree.map(
@@ -159,8 +164,8 @@ def _masked(
     return still, jax.tree.map(choose, _over_state(state, masks), new_state, state)
 
 
-def _check_rows(rows: int, leaf: Any) -> None:
-    if leaf.shape[:1] != (rows,):
+def _check_rows(rows: int, leaf: Any, axis: int) -> None:
+    if leaf.shape[axis : axis + 1] != (rows,):
         raise ConfigError(
             f"the optimizer keeps state of shape {list(leaf.shape)} for a table of {rows} rows; absent "
             "features can be left alone only where it keeps state for each row"
@@ -205,23 +210,23 @@ def sparse_step(
         return _spread_step(tx, grads, state, params, specs, present, **extra)
     tx = optax.with_extra_args_support(tx)
 
-    def writable(spec: LayerSpec, index: Array) -> Array:
+    def writable(spec: LayerSpec, at: At) -> At:
         if not spec.frozen:
-            return index
+            return at
         trains = jnp.take(spec.trainable, present, mode="fill", fill_value=False)
-        return jnp.where(jnp.repeat(trains, spec.widest), index, spec.rows)
+        return At(jnp.where(jnp.repeat(trains, spec.widest), at.index, spec.rows), at.axis)
 
     reads = row_indices(specs, present)
     writes = jax.tree.map(lambda s, i: i if s is WHOLE else writable(s, i), specs, reads)
 
-    def put(index: Any, old: Any, new: Any) -> Any:
-        return new if index is WHOLE else put_rows(old, index, new)
+    def put(at: Any, old: Any, new: Any) -> Any:
+        return new if at is WHOLE else put_rows(old, at.index, new, at.axis)
 
     for spec, leaf in zip(
         jax.tree.leaves(_over_state(state, specs)), jax.tree.leaves(state), strict=True
     ):
         if spec is not WHOLE:
-            _check_rows(spec.rows, leaf)
+            _check_rows(spec.rows, leaf, len(spec.lead))
     small, small_state = take(reads, params), take(_over_state(state, reads), state)
     updates, new_state = tx.update(grads, small_state, small, **extra)
     small = optax.apply_updates(small, updates)
@@ -242,8 +247,8 @@ def _spread_step(
 ) -> tuple[Any, Any]:
     """:func:`sparse_step` for what looks at a table as a whole: at the cost of the whole tables."""
 
-    def spread(index: Any, rows: Any, table: Any) -> Any:
-        return rows if index is WHOLE else put_rows(jnp.zeros_like(table), index, rows)
+    def spread(at: Any, rows: Any, table: Any) -> Any:
+        return rows if at is WHOLE else put_rows(jnp.zeros_like(table), at.index, rows, at.axis)
 
     whole = jax.tree.map(spread, row_indices(specs, present), grads, params)
     updates, state = _masked(tx, whole, state, params, present, specs, extra)
@@ -302,7 +307,7 @@ def scale_by_feature_adam(
     def init(params: Any) -> FeatureAdamState:
         pure = nnx.as_pure(params)
         counts = jax.tree.map(
-            lambda p: jnp.zeros((*p.shape[:1], *[1] * (p.ndim - 1)), jnp.int32), pure
+            lambda p: jnp.zeros((*p.shape[:-1], 1) if p.ndim > 1 else p.shape, jnp.int32), pure
         )
         # Two trees of zeros, not one twice: a buffer can be donated once.
         mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
@@ -342,11 +347,27 @@ def adamw(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class At:
+    """Where rows stand in a table: their numbers, and the axis that the rows are along."""
+
+    index: Array
+    axis: int
+
+
 def row_indices(specs: Any, present: Array) -> Any:
-    """Where the rows of some features stand in each table of a tree; ``WHOLE`` for other leaves."""
-    return jax.tree.map(lambda s: WHOLE if s is WHOLE else sums.row_index(s, present), specs)
+    """Where the rows of some features stand in each table of a tree, :class:`At`; ``WHOLE`` for other leaves."""
+
+    def at(spec: Any) -> Any:
+        return WHOLE if spec is WHOLE else At(sums.row_index(spec, present), len(spec.lead))
+
+    return jax.tree.map(at, specs)
 
 
-def take(indices: Any, params: Any) -> Any:
-    """The rows at these indices, out of every table of a tree; other leaves whole."""
-    return jax.tree.map(lambda i, t: t if i is WHOLE else pick_rows(t, i), indices, params)
+def take(places: Any, params: Any) -> Any:
+    """The rows at these places, out of every table of a tree; other leaves whole."""
+
+    def of(at: Any, table: Any) -> Any:
+        return table if at is WHOLE else pick_rows(table, at.index, at.axis)
+
+    return jax.tree.map(of, places, params)

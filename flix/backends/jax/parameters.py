@@ -38,6 +38,8 @@ class LayerSpec:
         layout: ranks and scales of all features, by id.
         registry: the features.
         frozen: ids of features that do not train.
+        lead: the sizes of the axes in front of the tables, of layers that are stacked; else empty.
+        stack: the paths of these layers, in the order of the axes.
     """
 
     path: str
@@ -45,16 +47,26 @@ class LayerSpec:
     layout: LayerLayout
     registry: FeatureRegistry
     frozen: frozenset[int] = frozenset()
+    lead: tuple[int, ...] = ()
+    stack: tuple[str, ...] = ()
 
     def _key(self) -> tuple[Any, ...]:
-        return (self.path, self.shape, self.layout, self.frozen, self.registry)
+        return (
+            self.path,
+            self.shape,
+            self.layout,
+            self.frozen,
+            self.lead,
+            self.stack,
+            self.registry,
+        )
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, LayerSpec) and self._key() == other._key())
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.path, self.shape, self.layout, self.frozen))
+        return hash((self.path, self.shape, self.layout, self.frozen, self.stack))
 
     def __hash__(self) -> int:
         return self._hash

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 from flax import nnx
+from jax import Array
 from numpy.typing import NDArray
 
 from flix.backends import messages
@@ -20,7 +21,7 @@ from flix.backends.jax.adapt import attach as attach
 from flix.backends.jax.adapt import (
     flix_layers,
     layer_infos,
-    modules_of,
+    path_of,
     put_state,
 )
 from flix.backends.jax.bases import base_name as base_name
@@ -31,10 +32,19 @@ from flix.backends.jax.heads import put_heads as put_heads
 from flix.backends.jax.layers import FlixParam
 from flix.backends.jax.merging import dequantized as dequantized
 from flix.backends.jax.merging import merged as merged
-from flix.backends.jax.parameters import Bank, LayerBank, changed, pack
+from flix.backends.jax.parameters import Bank, LayerBank, LayerSpec, changed, pack
 from flix.backends.jax.patches.layers import become
 from flix.backends.jax.patches.model import RoutedModel
 from flix.backends.jax.searching import asking as asking
+from flix.backends.jax.stacks import (
+    check_alike,
+    members,
+    places,
+    stacked,
+    together,
+    unstacked,
+    whole,
+)
 from flix.backends.protocol import Counts, Pairs
 from flix.core.adapter.adapter import LayerShape
 from flix.core.adapter.changes import Change
@@ -52,8 +62,17 @@ def is_bank(value: Any) -> bool:
 
 
 def bank_of(model: Any) -> Bank:
-    """The pairs of an adapted module, or of ``(config, bank)``."""
-    return model[1] if isinstance(model, tuple) else {p: x.bank for p, x in flix_layers(model)}
+    """The pairs of an adapted module, or of ``(config, bank)``, by the layers' own paths."""
+    return {path: own for layer in banks_of(model) for path, own in unstacked(layer).items()}
+
+
+def banks_of(model: Any) -> list[LayerBank]:
+    """The same, as they are kept: those of a stack in one."""
+    return (
+        [*model[1].values()]
+        if isinstance(model, tuple)
+        else [x.bank for _, x in flix_layers(model)]
+    )
 
 
 def check_plain(model: Any) -> None:
@@ -82,16 +101,25 @@ def adapted(model: Any) -> FlixConfig | None:
 
 
 def shapes(model: Any) -> dict[str, LayerShape]:
-    return {path: layer.spec.shape for path, layer in bank_of(model).items()}
+    return {spec.path: spec.shape for spec in specs_in(model)}
+
+
+def specs_in(model: Any) -> list[LayerSpec]:
+    """The specs of all layers, those of a stack each by itself."""
+    if isinstance(model, tuple):
+        found = [layer.spec for layer in model[1].values()]
+    else:
+        found = [layer.flix_spec for _, layer in flix_layers(model)]
+    return [own for spec in found for own in members(spec)]
 
 
 def read(model: Any, features: Collection[Feature] | None = None) -> Pairs:
-    bank = bank_of(model)
-    tables = jax.device_get({path: (layer.A, layer.B) for path, layer in bank.items()})
     found = {}
-    for path, layer in bank.items():
-        a, b = map(_wide, tables[path])
-        found[path] = layer.spec.pairs(a, b, features)
+    for layer in jax.device_get(banks_of(model)):
+        a, b = (cast("Array", _wide(table)) for table in (layer.A, layer.B))
+        held = LayerBank(a, b, layer.spec)
+        for path, own in unstacked(held).items():
+            found[path] = own.spec.pairs(own.A, own.B, features)
     return found
 
 
@@ -108,10 +136,13 @@ def write(model: M, pairs: Pairs) -> M:
     if isinstance(model, tuple):
         return model[0], bank  # type: ignore[return-value]
     for path, layer in flix_layers(model):  # type: ignore[arg-type]
+        spec = layer.flix_spec
+        if not pairs.keys() & {*(spec.stack or (path,))}:
+            continue
         finite.look_again(layer)
-        for variable, table in ((layer.flix_A, bank[path].A), (layer.flix_B, bank[path].B)):
-            if path in pairs:
-                variable[...] = jax.device_put(table, variable[...].sharding)
+        new = stacked(path, spec.lead, [bank[own.path] for own in members(spec)])
+        for variable, table in ((layer.flix_A, new.A), (layer.flix_B, new.B)):
+            variable[...] = jax.device_put(table, variable[...].sharding)
     return model
 
 
@@ -120,23 +151,31 @@ def change(model: M, change: Change) -> M:
     bank = changed(before, change)
     if isinstance(model, tuple):
         return change.config, bank  # type: ignore[return-value]
-    first = next(layer for _, layer in flix_layers(model))  # type: ignore[arg-type]
-    modules = modules_of(model) if change.layers else {}  # type: ignore[arg-type]
-    for path in change.layers:
-        strategy, state, training = first.flix_strategy, first.flix_state, not first.deterministic
-        become(modules[path], strategy, state, bank[path], training)
-    for path, layer in flix_layers(model):  # type: ignore[arg-type]
-        if path in before:
-            if bank[path].A is before[path].A:
-                layer.flix_spec = bank[path].spec
-            else:
-                layer.put(bank[path])
+    known = [*flix_layers(model)]  # type: ignore[arg-type]
+    first = known[0][1]
+    found = places(model) if change.layers else {}  # type: ignore[arg-type]
+    joining = whole(found, [*change.layers])
+    groups = [*joining.values(), *([s.path for s in members(x.flix_spec)] for _, x in known)]
+    for names in groups:
+        check_alike([bank[name].spec for name in names])
+    strategy, state, training = first.flix_strategy, first.flix_state, not first.deterministic
+    for head, names in joining.items():
+        place = found[head]
+        path = path_of(model, place.module)  # type: ignore[arg-type]
+        own = stacked(path, place.lead, [bank[name] for name in names])
+        become(place.module, strategy, state, own, training)
+    for path, layer in known:
+        lead, names = layer.flix_spec.lead, [spec.path for spec in members(layer.flix_spec)]
+        if all(bank[name].A is before[name].A for name in names):
+            layer.flix_spec = together(path, lead, [bank[name].spec for name in names])
+        else:
+            layer.put(stacked(path, lead, [bank[name] for name in names]))
     put_state(model, replace(first.flix_state, config=change.config))
     return model
 
 
 def frozen(model: Any) -> Collection[Feature]:
-    specs = [layer.spec for layer in bank_of(model).values()]
+    specs = specs_in(model)
     ids = frozenset[int]().union(*{spec.frozen for spec in specs})
     return {specs[0].registry.features[i] for i in ids}
 

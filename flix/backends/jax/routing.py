@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ CARRIED = "flix_carried"
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["ids", "weights", "present"],
-    meta_fields=["registry"],
+    meta_fields=["registry", "spread"],
     drop_fields=["unlike", "frame"],
 )
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class ActiveRouting:
         registry: what the ids belong to.
         unlike: where the ids are known, the first row (by token, and position) that differs from the first.
         frame: the program that it was put in force in, see :func:`flix.backends.jax.scopes.frame`.
+        spread: of what was repeated along axes in front (:func:`spread`), the dimensions of the ids without them.
     """
 
     ids: Any
@@ -53,6 +54,7 @@ class ActiveRouting:
     registry: FeatureRegistry | None = None
     unlike: tuple[int, ...] | None = None
     frame: Any = field(default_factory=scopes.frame)
+    spread: int | None = None
 
     @property
     def mapped(self) -> bool:
@@ -164,12 +166,45 @@ def in_force(holder: Any, path: str) -> ActiveRouting | None:
     own, here = carried(holder), scopes.frame()
     around = _around()
     if own is not None or around is None:
-        return own
+        return None if own is None else bare(own)
     brought = vars(holder).get(CARRIED) if here is not None else None
     sure = brought is None or brought.frame == around.frame
     if sure and around.frame is not None and scopes.reached_inside():
         return around
     raise messages.kept_by_a_cache(path, CALL)
+
+
+def spread(routing: ActiveRouting, lead: tuple[int, ...]) -> ActiveRouting:
+    """Routing repeated along axes in front, as layers that are stacked carry it: ``scan`` and ``vmap`` take axes off.
+
+    Args:
+        routing: what is in force.
+        lead: the sizes of the axes that the layers' tables have in front.
+    """
+    routing = bare(routing)
+    if not lead:
+        return routing
+    found: dict[str, Any] = {
+        name: None if value is None else jnp.broadcast_to(value, (*lead, *value.shape))
+        for name, value in _arrays(routing).items()
+    }
+    return replace(routing, **found, spread=0 if routing.ids is None else routing.ids.ndim)
+
+
+def bare(routing: ActiveRouting) -> ActiveRouting:
+    """Routing without the axes that :func:`spread` put in front and nobody has taken off: all entries are alike."""
+    if routing.spread is None:
+        return routing
+    own = {"ids": routing.spread, "weights": routing.spread, "present": 1}
+    found: dict[str, Any] = {
+        name: None if value is None else value[(0,) * (value.ndim - own[name])]
+        for name, value in _arrays(routing).items()
+    }
+    return replace(routing, **found, spread=None)
+
+
+def _arrays(routing: ActiveRouting) -> dict[str, Any]:
+    return {"ids": routing.ids, "weights": routing.weights, "present": routing.present}
 
 
 def carried(holder: Any) -> ActiveRouting | None:

@@ -78,25 +78,28 @@ def partitioned(*arrays: Array) -> bool:
 
 
 def like_kernel(table: Array, kernel: Any, axes: tuple[int, ...]) -> tuple[Array, dict[str, Any]]:
-    """A table ``[P, d]``, placed as the kernel's axes that make up d, and its Variable's sharding metadata.
+    """A table ``[..., P, d]``, placed as the kernel's axes that make up d, and its Variable's sharding metadata.
 
-    Of several kernel axes, flattened into d, the first may be sharded; otherwise the table is replicated.
+    Of several kernel axes, flattened into d, the first may be sharded; otherwise the table is replicated. Axes in
+    front, of layers that are stacked, are placed as the kernel's.
 
     Args:
         table: the values.
         kernel: the Variable of the kernel.
-        axes: the kernel's axes.
+        axes: the kernel's axes, without those in front.
     """
     metadata: dict[str, Any] = {}
+    lead = table.ndim - 2
+    axes = tuple(axis + lead for axis in axes)
     names = kernel.get_metadata().get("out_sharding")
     if names is not None:
-        metadata["out_sharding"] = (None, _along(tuple(names), axes))
+        metadata["out_sharding"] = _axes(tuple(names), lead, axes)
         found = kernel.get_metadata()
         metadata |= {k: found[k] for k in ("mesh", "sharding_rules") if found.get(k) is not None}
     value = kernel.get_raw_value()
     sharding = None if isinstance(value, jax.core.Tracer) else getattr(value, "sharding", None)
     if isinstance(sharding, NamedSharding):
-        spec = _spec(None, _along(tuple(sharding.spec), axes))
+        spec = _spec(*_axes(tuple(sharding.spec), lead, axes))
         table = jax.device_put(table, NamedSharding(sharding.mesh, spec))
     elif sharding and len(sharding.device_set) == 1 and not isinstance(table, jax.core.Tracer):
         table = jax.device_put(table, sharding)
@@ -105,6 +108,11 @@ def like_kernel(table: Array, kernel: Any, axes: tuple[int, ...]) -> tuple[Array
 
 def _spec(*axes: Any) -> Any:
     return PartitionSpec(*axes)  # type: ignore[no-untyped-call]
+
+
+def _axes(spec: tuple[Any, ...], lead: int, axes: tuple[int, ...]) -> tuple[Any, ...]:
+    front = (*spec, *[None] * lead)[:lead]
+    return (*front, None, _along(spec, axes))
 
 
 def _along(spec: tuple[Any, ...], axes: tuple[int, ...]) -> Any:

@@ -86,22 +86,26 @@ def by_rows(tx: Any, params: Any, specs: Any) -> bool:
     if parts(tx) & _SUMS:
         return False
     leaves, structure = jax.tree.flatten(params)
-    tables = tuple(spec is not WHOLE for spec in jax.tree.leaves(specs))
+    tables = tuple(None if spec is WHOLE else len(spec.lead) for spec in jax.tree.leaves(specs))
     return _tried(tx, structure, tuple((leaf.ndim, str(leaf.dtype)) for leaf in leaves), tables)
 
 
 @functools.lru_cache(maxsize=64)
-def _tried(tx: Any, structure: Any, forms: tuple[Any, ...], tables: tuple[bool, ...]) -> bool:
+def _tried(tx: Any, structure: Any, forms: tuple[Any, ...], tables: tuple[int | None, ...]) -> bool:
+    """See :func:`by_rows`; of each leaf its dimensions and dtype, and of tables how many axes stand before the rows."""
     tx = optax.with_extra_args_support(tx)
 
     def tree(step: int, rows: int, alive: int) -> Any:
         made = []
         for k, ((ndim, dtype), table) in enumerate(zip(forms, tables, strict=True)):
-            size = (4, *[3] * (ndim - 1)) if ndim else ()
-            value = np.random.default_rng([step, k]).normal(size=size) + 1
+            size = [4, *[3] * (ndim - 1)] if ndim else []
+            before = (slice(None),) * (table or 0)
             if table:
-                value[alive:] = 0
-                value = value[:rows]
+                size = [*[3] * table, 4, *[3] * (ndim - table - 1)]
+            value = np.random.default_rng([step, k]).normal(size=size) + 1
+            if table is not None:
+                value[(*before, slice(alive, None))] = 0
+                value = value[(*before, slice(rows))]
             made.append(jnp.asarray(value, dtype))
         return jax.tree.unflatten(structure, made)
 
@@ -115,7 +119,7 @@ def _tried(tx: Any, structure: Any, forms: tuple[Any, ...], tables: tuple[bool, 
                 whole = tree(0, 4, 4)
                 _, full = tx.update(tree(1, 4, 4), tx.init(whole), whole)
                 state = jax.tree.map(
-                    lambda new, old: new[: old.shape[0]] if new.shape != old.shape else new,
+                    lambda new, old: new[tuple(map(slice, old.shape))],
                     full,
                     state,
                 )
@@ -123,7 +127,8 @@ def _tried(tx: Any, structure: Any, forms: tuple[Any, ...], tables: tuple[bool, 
             updates, state = tx.update(tree(step, rows, alive), state, params)
             if step > 1:
                 found += [
-                    u[:2] if t else u for u, t in zip(jax.tree.leaves(updates), tables, strict=True)
+                    u if t is None else u[(*[slice(None)] * t, slice(2))]
+                    for u, t in zip(jax.tree.leaves(updates), tables, strict=True)
                 ]
         return found
 

@@ -144,9 +144,9 @@ def _make_tiles(place: Array, length: int, blocks: int, rows: int) -> _Tiles:
     )
 
 
-def take_rows(table: Array, index: Array) -> Array:
-    """Rows of a table; zeros where the index is beyond it."""
-    return jnp.take(table, index, axis=0, mode="fill", fill_value=0)
+def take_rows(table: Array, index: Array, axis: int = 0) -> Array:
+    """Rows of a table, which are its entries along an axis; zeros where the index is beyond it."""
+    return jnp.take(table, index, axis=axis, mode="fill", fill_value=0)
 
 
 def _pad(array: Array, **sizes: int) -> Array:

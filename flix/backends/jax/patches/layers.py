@@ -13,6 +13,8 @@ import threading
 import types
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from flix.backends.jax import bypassed
@@ -34,8 +36,12 @@ def become(module: nnx.Module, strategy: str, state: Any, bank: LayerBank, train
         module.deterministic = not training
     config, spec = state.config, bank.spec
     if config.lora_dropout and spec.shape.kind == "linear":
-        seed = dropout_seed(config.seed, spec.path)
-        module.flix_dropout = nnx.RngStream(seed, tag="dropout")
+        seeds = [dropout_seed(config.seed, path) for path in spec.stack or (spec.path,)]
+        module.flix_dropout = stream = nnx.RngStream(seeds[0], tag="dropout")
+        if spec.stack:  # one for each layer: scan and vmap take theirs out
+            keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+            stream.key.set_value(keys.reshape(spec.lead))
+            stream.count.set_value(jnp.zeros(spec.lead, jnp.uint32))
     module.put(bank)
 
 

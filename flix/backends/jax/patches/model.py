@@ -18,9 +18,10 @@ from flax import nnx
 
 from flix.backends import messages
 from flix.backends.jax import bypassed, scopes
+from flix.backends.jax.layers import FlixLayer
 from flix.backends.jax.patches.carrying import Carrying
 from flix.backends.jax.patches.layers import change_class, drop_attributes
-from flix.backends.jax.routing import CALL, current, in_force, make_routing, present_of
+from flix.backends.jax.routing import CALL, current, in_force, make_routing, present_of, spread
 from flix.core.config.config import FlixConfig
 
 _making = threading.Lock()
@@ -30,11 +31,23 @@ class RoutedModel(Carrying):
     """What adapted models have over their own class; ``isinstance(model, RoutedModel)`` tells them."""
 
     flix_state: Any
+    flix_depth: int
 
     @property
     def flix_config(self) -> FlixConfig:
         """The configuration."""
         return self.flix_state.config  # type: ignore[no-any-return]
+
+    def _flix_virtual(self) -> tuple[Any, Any]:
+        routing, mark = super()._flix_virtual()
+        if routing is not None and self.flix_depth:
+            # scan may take the model itself apart, and its routing with it.
+            parts = (part for part in vars(self).values() if isinstance(part, nnx.Module))
+            below = (module for part in parts for _, module in nnx.iter_modules(part))
+            layer = next(module for module in below if isinstance(module, FlixLayer))
+            left = self.flix_depth + len(layer.flix_lead) - len(layer.flix_spec.lead)
+            routing = spread(routing, layer.flix_lead[: max(left, 0)])
+        return routing, mark
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time; pickles name the model's own class instead.
