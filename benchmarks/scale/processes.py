@@ -41,6 +41,7 @@ from flix.backends.torch import adapt, trainable_parameters
 from flix.backends.torch.distributed import reduce_features
 
 ACTIVE = 20
+ROOT = Path(__file__).resolve().parents[2]
 GROWTH = ((100, 2), (1_000, 2), (10_000, 2), (100, 4), (1_000, 4), (10_000, 4))
 """Registered features and processes."""
 
@@ -184,7 +185,7 @@ def run(case: Case) -> list[dict[str, Any]]:
         told = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(case.processes)}  # fmt: skip
         command = [sys.executable, "-m", __spec__.name, "--worker", json.dumps(asdict(case)), "--folder", folder]  # fmt: skip
         started = [
-            subprocess.Popen(command, env={**told, "RANK": str(rank)})
+            subprocess.Popen(command, env={**told, "RANK": str(rank)}, cwd=ROOT)
             for rank in range(case.processes)
         ]
         codes = [process.wait() for process in started]

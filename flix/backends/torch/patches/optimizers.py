@@ -20,10 +20,13 @@ import weakref
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+
+from flix.core.errors import ConfigError
 
 steps = 0
 """How many steps optimizers have made."""
@@ -61,12 +64,27 @@ def _traced(optimizer: torch.optim.Optimizer) -> list[Any]:
 
 
 def take_away(state: Any) -> None:
-    """Take away what a compiled model gave its absent features as gradients."""
+    """Take away what a compiled model gave its absent features as gradients.
+
+    Raises:
+        ConfigError: there are several processes, and nothing tells them what the others saw.
+    """
     if state.traced:
+        _refuse_alone(state)
         present = state.bank.present.tolist()
         for i, parameter in state.bank.held().items():
             if not present[i]:
                 parameter.grad = None
+
+
+def _refuse_alone(state: Any) -> None:
+    """Which features a compiled step saw is known to its own process; in several, a reducer must tell the others."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several and state.reducer is None:
+        raise ConfigError(
+            "a compiled step in several processes knows which features its own batch had, and others would train apart from it; "
+            "call reduce_features(model), also where DDP wraps it (for processes that train apart: with a group of one)"
+        )
 
 
 def begin_anew(state: Any) -> None:

@@ -514,6 +514,33 @@ def a_compiled_model() -> None:
     assert reducer.total.steps == len(BATCHES) and reducer.last.features == 4
 
 
+def a_compiled_model_under_ddp_alone_is_refused() -> None:
+    model = made(heads=True)
+    run = DistributedDataParallel(
+        torch.compile(model, backend="aot_eager"), find_unused_parameters=True
+    )
+    encoded, optimizer, part = config().registry.encode(ROWS), optimizer_of(model), own(ROWS)
+    ids, weights = torch.from_numpy(encoded.ids), torch.from_numpy(encoded.weights)
+    out = run(inputs()[part], flix_features=ids[part], flix_weights=weights[part])["out"][0]
+    out.square().mean().backward()
+    raised(optimizer.step, "reduce_features(model)", "a group of one")
+
+
+def processes_that_train_apart() -> None:
+    """A group of one: nothing is sent."""
+    rank = dist.get_rank()
+    groups = [dist.new_group([other]) for other in range(dist.get_world_size())]
+    model = made(seed=rank)
+    reference = copy.deepcopy(model)
+    reducer = reduce_features(model, groups[rank])
+    optimizers, x = (optimizer_of(model), optimizer_of(reference)), inputs()
+    for _ in range(1 + rank):
+        step(model, optimizers[0], x[:2], ROWS[:2])
+        step(reference, optimizers[1], x[:2], ROWS[:2])
+    assert_same(model, reference, 0)
+    assert reducer.total.bytes == reducer.total.calls == 0
+
+
 def a_paged_model() -> None:
     model = made()
     reference = copy.deepcopy(model)
@@ -567,6 +594,8 @@ CHECKS = [
     features_that_come_later_are_reduced,
     a_change_in_one_process_is_named,
     a_compiled_model,
+    a_compiled_model_under_ddp_alone_is_refused,
+    processes_that_train_apart,
     a_paged_model,
     fsdp1_is_refused,
 ]
