@@ -30,7 +30,8 @@ def refuse(state: FlixState) -> None:
     """Look at what runs an adapted model's forward.
 
     Raises:
-        ConfigError: FSDP1, or DDP that was told to leave the features to a reducer that this model does not have.
+        ConfigError: FSDP1, DeepSpeed's ZeRO, or DDP that was told to leave the features to a reducer that this model
+            does not have.
     """
     ddp = active_ddp()
     if ddp is not None and state.reducer is None and state.bank.sharding is None:
@@ -45,6 +46,11 @@ def refuse(state: FlixState) -> None:
             "FSDP1 (FullyShardedDataParallel) flattens all features into one tensor, so that every step would move those "
             "that are absent; shard with fully_shard (FSDP2), or run DDP with reduce_features(model)"
         )
+    if "deepspeed" in sys.modules and _of_deepspeed(state):
+        raise ConfigError(
+            "DeepSpeed's ZeRO flattens the features into one tensor, so that every step would move those that are absent; run "
+            "DDP with reduce_features(model), or shard with shard_features(model, mesh)"
+        )
 
 
 def _flattened(state: FlixState) -> bool:
@@ -53,8 +59,15 @@ def _flattened(state: FlixState) -> bool:
     if not held:
         layout = state.bank.layout
         return any(layout.length(i) for i in range(len(state.bank.features)))
-    first = next(iter(held.values()))
-    return not isinstance(first, nn.Parameter) or getattr(first, "_fsdp_flattened", False)
+    first: Any = next(iter(held.values()))
+    # In a forward they are views of the one tensor.
+    return any(getattr(value, "_fsdp_flattened", False) for value in (first, first._base))
+
+
+def _of_deepspeed(state: FlixState) -> bool:
+    """Whether DeepSpeed's ZeRO has taken the features: it marks every parameter, at stages 1 and 2, and at 3."""
+    first = next(iter(state.bank._parameters.values()), None)
+    return hasattr(first, "_hp_mapping") or hasattr(first, "ds_id")
 
 
 def sharded(parameter: torch.Tensor) -> bool:
