@@ -137,7 +137,7 @@ def clip_by_feature_norm(
         owners = jax.tree.leaves(nnx.as_pure(state.owner))
         squares: Any = 0
         for grad, owner in zip(jax.tree.leaves(pure), owners, strict=True):
-            each = (grad * grad).sum(axis=tuple(range(1, grad.ndim)))
+            each = (grad * grad).sum(-1).reshape(-1)
             squares += jnp.zeros(len(registry), each.dtype).at[owner.reshape(-1)].add(each)
         norms = jnp.sqrt(squares)
         # Limits without an end, and norms of 0, are divided by nothing.
@@ -278,12 +278,12 @@ def _registry(found: Any) -> FeatureTable:
 
 
 def _owners(tree: Any, found: Any) -> Any:
-    """The id of each row's feature, for each table ``[rows, 1]``: state, so that it is taken with its rows."""
+    """The id of each row's feature, ``[*lead, rows, 1]`` for each table: state, so that it is taken with its rows."""
 
     def of(spec: LayerSpec, table: Any) -> Array:
         # Of other sizes are the tables on which transformations are tried out (``transforms.by_rows``).
-        owners = np.resize(spec.owners, table.shape[0])
-        return jnp.asarray(owners.reshape(-1, *[1] * (table.ndim - 1)), jnp.int32)
+        owners = np.resize(spec.owners, table.shape[-2])
+        return jnp.array(np.broadcast_to(owners[:, None], (*table.shape[:-1], 1)), jnp.int32)
 
     return jax.tree.map(of, found, tree)
 
