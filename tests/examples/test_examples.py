@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
-# Other tests run them: one makes files for a configuration, one needs real data.
-LONGER = {"make_tiny.py", "african_languages.py"}
+# Other tests run them: one makes files for a configuration, one needs real data, one starts Ray.
+LONGER = {"make_tiny.py", "african_languages.py", "ray_train.py"}
 NEEDS = {
     "jax": ("jax", "flax"),
     "keras": ("tensorflow",),
@@ -31,7 +31,9 @@ SAYS = {
 
 def test_examples_are_short():
     lines = {name: len((ROOT / "examples" / name).read_text().splitlines()) for name in EXAMPLES}
-    assert {name: n for name, n in lines.items() if n > 60 and name not in LONGER} == {}
+    assert {
+        name: n for name, n in lines.items() if n > 60 and name not in LONGER - {"ray_train.py"}
+    } == {}
     assert lines["african_languages.py"] <= 150
 
 

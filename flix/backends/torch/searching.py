@@ -11,12 +11,23 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from flix.core.errors import ConfigError
 from flix.core.features.search import Ask, BatchLoss
 
 
 @contextmanager
 def asking(model: nn.Module, loss: BatchLoss) -> Iterator[Ask]:
-    """See :class:`flix.backends.protocol.SupportsSearching`."""
+    """See :class:`flix.backends.protocol.SupportsSearching`.
+
+    Raises:
+        ConfigError: sharded features outside of ``whole_features``: processes search for unequal times.
+    """
+    sharding: Any = model.flix_state.bank.sharding  # type: ignore[union-attr]
+    if sharding is not None and sharding.kept is None:
+        raise ConfigError(
+            "the features are sharded: search under `with whole_features(model):`, which all processes enter, and each "
+            "searches by itself"
+        )
     training = {module: module.training for module in model.modules()}
     trained = [p for p in model.parameters() if p.requires_grad]
 

@@ -68,6 +68,8 @@ def touched_by_all(
     if state.bank.sharding is None and not (model.training and _sharded(model, state.bank)):
         return None
     if state.bank.sharding is not None:
+        if state.bank.sharding.kept is not None:  # under whole_features each process runs by itself
+            return None
         _refuse_unreduced(model)
     device = torch.device("cpu")
     if "gloo" not in dist.get_backend():

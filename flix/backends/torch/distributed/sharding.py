@@ -139,7 +139,7 @@ class Sharding:
 
     def _kept(self, bank: Bank, held: Mapping[int, Any], grad: bool) -> dict[int, Tensor]:
         assert self.kept is not None
-        if grad:
+        if grad and any(p.requires_grad for p in held.values()):
             raise ConfigError(
                 "whole_features holds copies, through which no gradient reaches the features: run the forward under "
                 "torch.no_grad(), or leave whole_features to train"
@@ -346,8 +346,8 @@ def whole_features(model: nn.Module, features: Any = None) -> Iterator[None]:
     Raises:
         TargetError: the model is not adapted.
         FeatureError: an unknown feature.
-        ConfigError: it is entered already; inside: a forward with gradients, a feature that was left out, or an
-            optimizer that has stepped.
+        ConfigError: it is entered already; inside: a forward with gradients of features, a feature that was left out,
+            or an optimizer that has stepped.
     """
     state = state_of("whole_features", model)
     registry = state.config.registry

@@ -19,6 +19,7 @@ import flix
 from flix.backends.torch import (
     adapt,
     add_feature,
+    clip_grad_norm_by_feature_,
     export_peft,
     freeze,
     load,
@@ -27,6 +28,7 @@ from flix.backends.torch import (
     remove_feature,
     rename_feature,
     save,
+    search_weights,
     shard_features,
     summary,
     thaw,
@@ -129,6 +131,7 @@ def check(kind: str, folder: Path) -> None:
 
     check_evaluation(model, reference, rank)
     if kind == "alone":
+        check_checkpointing(model, reference, part)
         check_refusals(model, mesh)
     check_files(kind, model, reference, folder)
     if kind != "fsdp":
@@ -137,6 +140,25 @@ def check(kind: str, folder: Path) -> None:
 
 def named(row: Any) -> set[Any]:
     return {(g, n) for g, v in row.items() for n in ([v] if isinstance(v, str) else v)}
+
+
+def check_checkpointing(model: Any, reference: Any, part: slice) -> None:
+    """Both kinds of activation checkpointing give the gradients, and clipping by feature the norms, of one process."""
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        for m, some in ((model, part), (reference, slice(0, 4))):
+            m.zero_grad()
+            ids = routing()[0][some]
+            result = output(m(input_ids=batch("llama")["input_ids"][some], flix_features=ids))
+            result.square().mean().backward()
+        one, two = (clip_grad_norm_by_feature_(m, 1e-3) for m in (model, reference))
+        assert one.keys() == two.keys()
+        for feature, norm in two.items():
+            assert_close(whole(one[feature]), norm, name=f"norm {feature}", times=10)
+            grads = [whole(parameters_of(m)[feature].grad) for m in (model, reference)]
+            assert_close(*grads, name=f"gradient {feature}", times=10)
+    model.gradient_checkpointing_disable()
+    model.zero_grad(), reference.zero_grad()
 
 
 def check_evaluation(model: Any, reference: Any, rank: int) -> None:
@@ -157,6 +179,8 @@ def check_evaluation(model: Any, reference: Any, rank: int) -> None:
             prompts = inputs["input_ids"][:2]
             texts = [m.generate(prompts, **asked) for m in (model, reference)]
             assert torch.equal(*texts)
+    if not uneven:
+        check_search(model, reference, rank)
     with torch.no_grad(), whole_features(model, {"language": "hau"}):
         model(**inputs, flix_features=routing([{"language": "hau"}] * 4)[0])
         with pytest.raises(
@@ -164,6 +188,28 @@ def check_evaluation(model: Any, reference: Any, rank: int) -> None:
         ):
             model(**inputs, flix_features=routing([{"language": "swa"}] * 4)[0])
     model.train(), reference.train()
+
+
+def check_search(model: Any, reference: Any, rank: int) -> None:
+    """Each process searches by itself."""
+    examples = {k: v[: rank + 1] for k, v in batch("llama").items()}
+    settings: dict[str, Any] = {
+        "loss": loss_of,
+        "steps": 2 + rank,
+        "l1": 0.0,
+        "groups": ["language"],
+    }
+    with pytest.raises(flix.ConfigError, match="search under `with whole_features"):
+        search_weights(model, examples, {"task": "ner"}, **settings)
+    with whole_features(model):
+        one, two = (search_weights(m, examples, {"task": "ner"}, **settings) for m in (model, reference))  # fmt: skip
+    assert one.row.keys() == two.row.keys() and len(one.history) == len(two.history) > rank
+    for found, wanted in zip(one.history, two.history, strict=True):
+        assert abs(found - wanted) < 1e-9
+
+
+def loss_of(outputs: Any, _: Any) -> Any:
+    return output(outputs).double().square().mean()
 
 
 def check_refusals(model: Any, mesh: Any) -> None:
