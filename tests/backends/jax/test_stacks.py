@@ -16,9 +16,9 @@ import flix
 from flix.backends.jax import (
     FlixOptimizer,
     FlixParam,
-    adamw,
     adapt,
     add_feature,
+    clip_by_feature_norm,
     disable,
     export_fn,
     freeze,
@@ -28,6 +28,8 @@ from flix.backends.jax import (
     remove_feature,
     rename_feature,
     save,
+    scale_by_feature_adam,
+    scale_by_feature_rate,
     summary,
     to_adapter,
     value_and_grad,
@@ -180,11 +182,18 @@ def test_a_batch_as_large_as_the_stack_and_rows_by_token_are_not_taken_for_layer
 def test_training_is_the_loops_and_absent_features_keep_their_bits(run: Any) -> None:
     models = copy.deepcopy(both())
     ids = jnp.asarray([[0, 4], [1, 4], [0, -1], [4, -1], [1, 0]], jnp.int32)
-    tx = adamw(1e-2, weight_decay=0.1)
     before = copy.deepcopy(read(models[0]))
     losses = []
     for model in models:
         freeze(model, {"language": ["swa"]})
+        tx = optax.chain(
+            scale_by_feature_adam(),
+            clip_by_feature_norm({("language", "hau"): 0.5, "task": 2.0}, model),
+            optax.add_decayed_weights(0.1),
+            scale_by_feature_rate(
+                {"language": 1e-2, "task": optax.linear_schedule(1e-2, 0, 4)}, model
+            ),
+        )
         optimizer = FlixOptimizer(model, tx)
         losses.append([float(run(model, optimizer, ids, TOKENS)) for _ in range(3)])
     assert_close(losses[0], losses[1], dtype="float32", times=10)
