@@ -37,6 +37,7 @@ from flix.backends.jax.layers import FlixEinsum, FlixEmbed, FlixLinear, FlixLine
 from flix.backends.jax.optimizers import adamw, mask_absent, scale_by_feature_adam, sparse_update
 from flix.backends.jax.parameters import LayerBank, LayerRows, LayerSpec, init
 from flix.backends.jax.patches.model import RoutedModel
+from flix.backends.jax.processes import check_processes, shard_features
 from flix.backends.jax.routing import route
 from flix.backends.jax.sharding import partition_specs, shard
 from flix.backends.jax.training import FlixOptimizer, SparseGrads, value_and_grad
@@ -65,10 +66,10 @@ trainable_parameters = verbs.trainable_parameters
 __all__ = [
     "FlixEinsum", "FlixEmbed", "FlixLinear", "FlixLinearGeneral", "FlixOptimizer", "FlixParam",
     "LayerBank", "LayerRows", "LayerSpec", "RoutedModel", "SparseGrads", "Summary", "adamw",
-    "adapt", "add_feature", "clip_by_feature_norm", "disable", "embed", "embed_rows", "export_fn", "freeze", "gather",
+    "adapt", "add_feature", "check_processes", "clip_by_feature_norm", "disable", "embed", "embed_rows", "export_fn", "freeze", "gather",
     "import_peft", "init", "linear", "linear_rows", "load", "load_bank", "load_features",
     "load_into", "losses_by_feature", "mask_absent", "merge", "merge_kernels", "named_pairs", "partition_specs", "push",
     "remove_feature", "rename_feature", "route", "save", "scale_by_feature_adam", "scale_by_feature_rate", "scatter",
-    "search_weights", "shard", "sparse_update", "summary", "thaw", "to_adapter", "to_bank", "touched",
+    "search_weights", "shard", "shard_features", "sparse_update", "summary", "thaw", "to_adapter", "to_bank", "touched",
     "trainable_parameters", "value_and_grad",
 ]  # fmt: skip

@@ -35,6 +35,8 @@ from flix.backends.jax.merging import merged as merged
 from flix.backends.jax.parameters import Bank, LayerBank, LayerSpec, changed, pack
 from flix.backends.jax.patches.layers import become
 from flix.backends.jax.patches.model import RoutedModel
+from flix.backends.jax.processes import on_host
+from flix.backends.jax.processes import writing as writing
 from flix.backends.jax.searching import asking as asking
 from flix.backends.jax.stacks import (
     check_alike,
@@ -115,7 +117,7 @@ def specs_in(model: Any) -> list[LayerSpec]:
 
 def read(model: Any, features: Collection[Feature] | None = None) -> Pairs:
     found = {}
-    for layer in jax.device_get(banks_of(model)):
+    for layer in on_host(banks_of(model)):
         a, b = (cast("Array", _wide(table)) for table in (layer.A, layer.B))
         held = LayerBank(a, b, layer.spec)
         for path, own in unstacked(held).items():

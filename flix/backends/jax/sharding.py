@@ -1,4 +1,4 @@
-"""Sharded tables: A takes the kernel's input axis, B its output axis, ranks are replicated."""
+"""Sharded tables: A takes the kernel's input axis, B its output axis; slots are replicated, or spread over an axis."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from flix.core.errors import ConfigError
 
 
 def partition_specs(
-    bank: Bank, kernels: PartitionSpec | Mapping[str, PartitionSpec]
+    bank: Bank,
+    kernels: PartitionSpec | Mapping[str, PartitionSpec],
+    *,
+    features: str | None = None,
 ) -> dict[str, LayerBank]:
-    """PartitionSpecs of a bank, from those of the kernels: A ``(None, in)``, B ``(None, out)``.
+    """PartitionSpecs of a bank, from those of the kernels: A ``(features, in)``, B ``(features, out)``.
 
     Args:
         bank: ``{path: LayerBank}``.
         kernels: the spec of every kernel ``[d_in, d_out]``, or one by layer.
+        features: a mesh's axis to spread the slots of the tables over, which no kernel is sharded along; None to have
+            them whole on every device.
 
     Returns:
         The bank's structure with a PartitionSpec in place of each array.
 
     Raises:
-        ConfigError: a layer without a spec.
+        ConfigError: a layer without a spec, or with one that names the features' axis.
     """
     specs = {}
     for path, layer in bank.items():
@@ -36,19 +41,50 @@ def partition_specs(
                 f"partition_specs: layer {path!r} has no spec; give one by layer, or one for all"
             )
         into, out = (*given, None, None)[:2]
-        specs[path] = LayerBank(_spec(None, into), _spec(None, out), layer.spec)
+        if features is not None and features in jax.tree.leaves([into, out]):
+            raise ConfigError(
+                f"partition_specs: the kernel of layer {path!r} is sharded along {features!r}, {given}; give the features an "
+                "axis of their own"
+            )
+        specs[path] = LayerBank(_spec(features, into), _spec(features, out), layer.spec)
     return specs
 
 
 def shard(
-    bank: Bank, mesh: jax.sharding.Mesh, kernels: PartitionSpec | Mapping[str, PartitionSpec]
+    bank: Bank,
+    mesh: jax.sharding.Mesh,
+    kernels: PartitionSpec | Mapping[str, PartitionSpec],
+    *,
+    features: str | None = None,
 ) -> Bank:
-    """The bank, placed on a mesh: :func:`partition_specs` applied."""
-    specs = partition_specs(bank, kernels)
+    """The bank, placed on a mesh of one process or several: :func:`partition_specs` applied.
+
+    Raises:
+        ConfigError: as there; and slots that the features' axis cannot share equally.
+    """
+    specs = partition_specs(bank, kernels, features=features)
+    if features is not None:
+        for path, layer in bank.items():
+            check_slots(path, layer.spec.rows, mesh, features)
     placed: Bank = jax.tree.map(
         lambda table, spec: jax.device_put(table, NamedSharding(mesh, spec)), bank, specs
     )
     return placed
+
+
+def check_slots(path: str, rows: int, mesh: jax.sharding.Mesh, axis: str) -> None:
+    """Refuse tables that cannot be cut into equal parts along an axis of a mesh.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if axis not in mesh.shape:
+        raise ConfigError(f"the mesh has no axis {axis!r}; it has {[*mesh.shape]}")
+    if rows % (count := mesh.shape[axis]):
+        raise ConfigError(
+            f"layer {path!r} has {rows} slots (the sum of its features' ranks), which {count} devices along {axis!r} cannot "
+            "share equally; choose ranks whose sum is a multiple of that"
+        )
 
 
 def left_to_compiler(compute: Callable[..., Any], like: Any, *args: Any) -> Any:
