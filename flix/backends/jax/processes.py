@@ -91,10 +91,10 @@ def on_host(tree: Any) -> Any:
 
     def whole(value: Any) -> Any:
         if not _spread(value) or value.is_fully_replicated:
-            return jax.device_get(value)
+            return value
         return np.asarray(multihost_utils.process_allgather(value, tiled=True))
 
-    return jax.tree.map(whole, tree)
+    return jax.device_get(jax.tree.map(whole, tree))  # in one transfer
 
 
 def _spread(value: Any) -> bool:
