@@ -81,6 +81,19 @@ def kept_by_a_cache(path: str, call: str) -> RoutingError:
     )
 
 
+def routed_from_around(path: str, call: str) -> RoutingError:
+    """A layer runs in a compiled function under routing that was put in force around it.
+
+    Args:
+        path: the layer.
+        call: how this framework's models are called with routing.
+    """
+    return RoutingError(
+        f"layer {path!r} runs inside of a function that is compiled (fit, predict, jax.jit, a loop or branch), under routing "
+        f"from around it, which that function would keep for later calls; make routing an input: {call}"
+    )
+
+
 def _or_inside(block: str) -> str:
     return f", or inside of {block}" if block else ""
 

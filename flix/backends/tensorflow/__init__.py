@@ -21,13 +21,14 @@ if _keras.backend.backend() != "tensorflow":
 
     raise _ConfigError(
         "the tensorflow backend needs Keras to run on TensorFlow, but Keras is configured for "
-        f"{_keras.backend.backend()!r}; set KERAS_BACKEND=tensorflow before Keras is imported"
+        f"{_keras.backend.backend()!r}; set KERAS_BACKEND=tensorflow before Keras is imported, "
+        "or take flix.backends.keras, which runs on jax and torch, too"
     )
 
-from flix.backends.tensorflow import primitives
-from flix.backends.tensorflow.adapt import FlixModel
-from flix.backends.tensorflow.layers import FlixDense, FlixEinsumDense, FlixEmbedding
-from flix.backends.tensorflow.optimizers import keep_absent
+from flix.backends.keras import primitives
+from flix.backends.keras.adapt import FlixModel
+from flix.backends.keras.layers import FlixDense, FlixEinsumDense, FlixEmbedding
+from flix.backends.keras.optimizers import keep_absent
 from flix.backends.tensorflow.routing import route
 from flix.backends.verbs import Verbs
 from flix.core.adapter.summary import Summary

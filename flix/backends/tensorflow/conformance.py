@@ -13,10 +13,10 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from tensorflow.python.framework import op_callbacks
 
+from flix.backends.keras.adapt import FlixModel
+from flix.backends.keras.parameters import kernel_of
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import keep_absent, primitives, search_weights, ways
-from flix.backends.tensorflow.adapt import FlixModel
-from flix.backends.tensorflow.parameters import kernel_of
-from flix.backends.tensorflow.paths import flix_layers
 
 if TYPE_CHECKING:
     from flix_conformance.harness import AdamW, Batch, Layer  # type: ignore[import-not-found]

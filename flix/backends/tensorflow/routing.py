@@ -23,16 +23,13 @@ from numpy.typing import NDArray
 
 from flix.backends import messages
 from flix.backends.forward import Forward, by_hand
+from flix.backends.keras.inputs import CALL
 from flix.backends.tensorflow.patches.captures import at_calls, kept, late, traced_function
 from flix.core.config.layout import LayerLayout
 from flix.core.features.names import written
 from flix.core.features.registry import FeatureRegistry
 from flix.core.features.routing import as_array, check_form, check_routing, unpacked
 from flix.core.strategy.union import first_unlike
-
-CALL = 'model({"inputs": x, "flix_features": ids})'
-"""How an adapted model is called; for messages."""
-
 
 current = Forward()
 

@@ -11,13 +11,12 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from flix.backends.tensorflow.adapt import FlixModel
-from flix.backends.tensorflow.base import FEATURES, INPUTS, WEIGHTS, symbolic_inputs
+from flix.backends.keras.inputs import FEATURES, INPUTS, WEIGHTS, symbolic_inputs
 from flix.core.features.search import Ask, BatchLoss
 
 
 @contextmanager
-def asking(model: FlixModel, loss: BatchLoss) -> Iterator[Ask]:
+def asking(model: Any, loss: BatchLoss) -> Iterator[Ask]:
     """See :class:`flix.backends.protocol.SupportsSearching`.
 
     Outputs are compiled; the loss is, too, where its slope is asked.

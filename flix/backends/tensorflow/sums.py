@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from flix.backends.tensorflow.parameters import Live
+from flix.backends.keras.parameters import Live
 from flix.backends.tensorflow.patches.captures import in_branch
 from flix.backends.tensorflow.routing import Placed, sizes
 

@@ -15,6 +15,8 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 import flix
+from flix.backends.keras.parameters import kernel_of
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import (
     FlixDense,
     FlixEmbedding,
@@ -24,8 +26,6 @@ from flix.backends.tensorflow import (
     primitives,
     route,
 )
-from flix.backends.tensorflow.parameters import kernel_of
-from flix.backends.tensorflow.paths import flix_layers
 
 if TYPE_CHECKING:
     from flix_conformance.harness import AdamW, Batch  # type: ignore[import-not-found]

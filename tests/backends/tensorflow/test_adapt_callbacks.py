@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import adapt, add_feature, named_pairs, remove_feature
-from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.registry import config
 from tests.helpers.tensorflow import randomize
 

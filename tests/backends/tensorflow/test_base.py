@@ -2,9 +2,9 @@
 
 import keras
 
+from flix.backends.keras.base import layer_infos
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import adapt
-from flix.backends.tensorflow.base import layer_infos
-from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.registry import config
 
 

@@ -7,8 +7,8 @@ import tensorflow as tf
 from keras import ops
 
 from flix import TargetError
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import adapt, disable, route
-from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.registry import config
 from tests.helpers.tensorflow import randomize
 from tests.helpers.tolerance import assert_close

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from flix.backends.keras.adapt import flix_layers
 from flix.backends.tensorflow import FlixDense, FlixModel, adapt, load, merge, save
-from flix.backends.tensorflow.adapt import flix_layers
 from tests.helpers.registry import IDS, WEIGHTS, config
 from tests.helpers.tensorflow import functional, randomize
 

@@ -3,8 +3,8 @@
 import pytest
 
 import flix
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import merge
-from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.claims import over
 from tests.helpers.registry import registry
 from tests.helpers.tensorflow import KINDS, adapted, made, randomize

@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 
 import flix
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import FlixDense, adapt, keep_absent, named_pairs
-from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.dense import dense
 from tests.helpers.registry import config
 from tests.helpers.tensorflow import adapted, batch, pairs_of, randomize, sequential

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import FlixDense, primitives
-from flix.backends.tensorflow.paths import flix_layers
 from flix.core.adapter.initial import initial_a
 from tests.helpers.dense import dense
 from tests.helpers.registry import config

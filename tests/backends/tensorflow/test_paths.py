@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import named_pairs
-from flix.backends.tensorflow.paths import flix_layers
 from flix.core.adapter.initial import initial_a
 from tests.helpers.tensorflow import KINDS, adapted
 

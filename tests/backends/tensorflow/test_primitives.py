@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import flix
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import (
     adapt,
     add_feature,
@@ -23,7 +24,6 @@ from flix.backends.tensorflow import (
     thaw,
     to_adapter,
 )
-from flix.backends.tensorflow.paths import flix_layers
 from flix.core.adapter.files import load_adapter
 from tests.helpers import tensorflow as models
 from tests.helpers.claims import over

@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 
 import flix
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import adapt, disable, load, merge, save
-from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.claims import over
 from tests.helpers.dense import dense
 from tests.helpers.registry import config, registry

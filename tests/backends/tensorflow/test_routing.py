@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 
 import flix
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import adapt, disable, route
-from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.registry import config, registry
 from tests.helpers.tensorflow import D_IN, IDS, ROUTINGS, X, adapted, flix_dense, randomize
 from tests.helpers.tolerance import assert_close

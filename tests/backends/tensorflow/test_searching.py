@@ -10,8 +10,8 @@ import keras
 import tensorflow as tf
 
 from flix import ConfigError, TargetError
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import adapt, search_weights
-from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.registry import config, registry
 from tests.helpers.tensorflow import randomize
 

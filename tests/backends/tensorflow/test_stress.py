@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 
 import flix
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import adapt, disable, route
-from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.stress import (
     CALLS,
     FEATURES,

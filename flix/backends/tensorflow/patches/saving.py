@@ -1,8 +1,4 @@
-"""How Keras saves: its table of classes, by which ``.keras`` files name what they hold, and SavedModels of a base.
-
-What: flix's layers and models are entered, in the package ``flix``. When: as their modules are imported. Undone: an
-entry is a name and a class, and no other name changes; ``keras.saving.get_custom_objects().pop("flix>FlixDense")``
-takes one out.
+"""How TensorFlow saves: SavedModels of a base.
 
 What: a base's list of what a SavedModel has of it, without the signature that would call the base by itself. When: it
 is adapted. Undone: ``del vars(base)["_trackable_children"]``.
@@ -13,11 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import keras
-
 from flix.backends.forward import Forward
-
-register = keras.saving.register_keras_serializable(package="flix")
 
 
 class Children:

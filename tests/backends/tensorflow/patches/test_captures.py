@@ -6,9 +6,9 @@ import pytest
 import tensorflow as tf
 
 import flix
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import adapt, disable, freeze, route
 from flix.backends.tensorflow.patches.captures import at_calls, late, traced_function
-from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.registry import config, registry
 from tests.helpers.tensorflow import GIVEN, IDS, X, adapted, randomize
 from tests.helpers.tolerance import assert_close

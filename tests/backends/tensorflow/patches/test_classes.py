@@ -4,9 +4,9 @@ import keras
 import pytest
 
 import flix
+from flix.backends.keras.patches.classes import become, plain
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import FlixDense
-from flix.backends.tensorflow.patches.classes import become, plain
-from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.tensorflow import adapted
 
 

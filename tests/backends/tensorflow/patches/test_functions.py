@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import adapt, add_feature, disable, merge, route
 from flix.backends.tensorflow.patches.functions import Apart, take_off
-from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.registry import config, registry
 from tests.helpers.tensorflow import randomize
 from tests.helpers.tolerance import assert_close

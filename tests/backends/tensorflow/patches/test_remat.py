@@ -7,9 +7,9 @@ import tensorflow as tf
 from keras.src.backend.common import remat as rematerialising
 
 import flix
+from flix.backends.keras.patches import remat
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import adapt, route
-from flix.backends.tensorflow.patches import remat
-from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.registry import config, registry
 from tests.helpers.tensorflow import IDS, Block, randomize
 from tests.helpers.tolerance import assert_close

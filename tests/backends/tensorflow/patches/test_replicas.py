@@ -6,9 +6,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.distribute import mirrored_run
 
+from flix.backends.keras.paths import flix_layers
 from flix.backends.tensorflow import disable, route
 from flix.backends.tensorflow.patches import replicas
-from flix.backends.tensorflow.paths import flix_layers
 from tests.helpers.registry import registry
 from tests.helpers.tensorflow import IDS, X, adapted, randomize
 from tests.helpers.tolerance import assert_close

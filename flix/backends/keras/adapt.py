@@ -6,29 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from flix.backends import messages
+from flix.backends.keras import bypassed, quantised
+from flix.backends.keras.base import forget_traces, set_trainable_flags, specs_of, trainable_flags
+from flix.backends.keras.engine import engine
+from flix.backends.keras.inputs import CALL, FEATURES, WEIGHTS, split_inputs
+from flix.backends.keras.optimizers import keep_absent
+from flix.backends.keras.parameters import FlixState, by_id, config_from
+from flix.backends.keras.patches import remat
+from flix.backends.keras.patches.classes import become, plain
+from flix.backends.keras.patches.saving import register
+from flix.backends.keras.paths import flix_layers, named_layers
 from flix.backends.protocol import Values
-from flix.backends.tensorflow import bypassed, quantised
-from flix.backends.tensorflow.base import (
-    FEATURES,
-    INPUTS,
-    WEIGHTS,
-    forget_traces,
-    set_trainable_flags,
-    specs_of,
-    split_inputs,
-    symbolic_inputs,
-    trainable_flags,
-)
-from flix.backends.tensorflow.optimizers import keep_absent
-from flix.backends.tensorflow.parameters import FlixState, by_id, config_from
-from flix.backends.tensorflow.patches import remat, replicas
-from flix.backends.tensorflow.patches.classes import become, plain
-from flix.backends.tensorflow.patches.saving import Children, register
-from flix.backends.tensorflow.paths import flix_layers, named_layers
-from flix.backends.tensorflow.routing import CALL, current, host_values, is_off, make_routing
 from flix.core.config.config import FlixConfig
 from flix.core.errors import TargetError
 from flix.core.features.routing import unpacked
@@ -48,11 +38,11 @@ def _by_state(name: str) -> Any:
 
 def _off(model: Any) -> bool:
     state = vars(model).get("flix_state")  # missing while the model is made
-    return state is not None and current.is_off(state)
+    return state is not None and engine.current.is_off(state)
 
 
 @register
-class FlixModel(keras.Model):  # type: ignore[misc]
+class FlixModel(engine.Extras, keras.Model):  # type: ignore[misc,name-defined]
     """An adapted model: the base model, called with routing beside its inputs.
 
     It is called with a dictionary (a Keras model drops tensors passed as keywords when it is built from symbols)::
@@ -73,11 +63,10 @@ class FlixModel(keras.Model):  # type: ignore[misc]
         super().__init__(dtype=kwargs.pop("dtype", base.dtype_policy), **kwargs)
         self.flix_state = FlixState(config)
         remat.install()
-        replicas.install()
+        engine.install(base, self.flix_state)
         self.base = base
-        vars(base)["_trackable_children"] = Children(base, self.flix_state, current)
         self.autocast = False
-        self.supports_jit = False  # "auto" in a model around: see compile
+        self.supports_jit = engine.compiled("auto")  # before compile, and in a model around
         self.built = True
 
     train_function = _by_state("train_function")
@@ -109,7 +98,7 @@ class FlixModel(keras.Model):  # type: ignore[misc]
         """keras.Model's call; routing may also be a :class:`flix.Routing` or a nested list."""
         if isinstance(inputs, dict):
             given = {name: x for name, x in inputs.items() if name not in (FEATURES, WEIGHTS)}
-            if not current.is_off(self.flix_state):  # routing is not looked at there
+            if not engine.current.is_off(self.flix_state):  # routing is not looked at there
                 given.update(self._as_arrays(inputs.get(FEATURES), inputs.get(WEIGHTS)))
             inputs = given
         return super().__call__(inputs, *args, **kwargs)
@@ -118,7 +107,7 @@ class FlixModel(keras.Model):  # type: ignore[misc]
         """Routing as Keras takes it: in tensors and arrays alone."""
         ids, weights = unpacked(self.flix_config.registry, ids, weights)
         return {
-            name: host_values(name, value) if isinstance(value, list) else value
+            name: engine.host_values(name, value) if isinstance(value, list) else value
             for name, value in ((FEATURES, ids), (WEIGHTS, weights))
             if value is not None
         }
@@ -135,22 +124,17 @@ class FlixModel(keras.Model):  # type: ignore[misc]
     def compile(self, *args: Any, jit_compile: Any = "auto", **kwargs: Any) -> None:
         """keras.Model.compile, with an optimizer that leaves absent features as they are.
 
-        ``jit_compile="auto"`` means without XLA here, which writes a whole variable where some rows are updated.
+        ``jit_compile="auto"`` means with JAX's compiler, and without TensorFlow's, which writes a whole variable where
+        some rows are updated.
+
+        Raises:
+            ConfigError: ``jit_compile=True`` on torch, whose compiler loses what a forward runs under.
         """
-        jit = False if jit_compile == "auto" else jit_compile
+        jit = engine.compiled(jit_compile)
         self.supports_jit = bool(jit)  # Keras would drop what was asked for
         super().compile(*args, jit_compile=jit, **kwargs)
         if self.optimizer is not None:
             keep_absent(self.optimizer, whole=bool(jit))
-
-    def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        """Keras's hook. Under a distribution strategy it gets the mean of the replicas' batches, so floats for ids."""
-
-        if data_batch is not None:
-            pairs = keras.tree.flatten_with_path(data_batch)
-            flat = [tf.cast(x, tf.int32) if FEATURES in path else x for path, x in pairs]
-            data_batch = keras.tree.pack_sequence_as(data_batch, flat)
-        super()._symbolic_build(iterator=iterator, data_batch=data_batch)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Keras's hook: compile as the saved model was."""
@@ -175,22 +159,22 @@ class FlixModel(keras.Model):  # type: ignore[misc]
         state = self.flix_state
         if state.specs is None:
             state.specs = specs_of(own)
-        if is_off(state, self.name):
+        if engine.is_off(state, self.name):
             return self.base(own)
         if features is None:
             if weights is not None:
                 raise messages.weights_alone()
-            if current.routing is None:
+            if engine.current.routing is None:
                 raise messages.unrouted_model(CALL)
             return self._watched(own, training)
-        routing = make_routing(
+        routing = engine.make_routing(
             self.flix_config.registry,
             features,
             weights,
-            batch=leaves[0].shape[0] if leaves and leaves[0].shape.rank else None,
-            lengths=[_length(x) for x in leaves if (x.shape.rank or 0) >= 2],
+            batch=leaves[0].shape[0] if leaves and engine.rank(leaves[0]) else None,
+            lengths=[engine.length(x) for x in leaves if (engine.rank(x) or 0) >= 2],
         )
-        with current.under(routing=routing):
+        with engine.current.under(routing=routing):
             return self._watched(own, training)
 
     def _watched(self, own: Any, training: Any) -> Any:
@@ -198,37 +182,6 @@ class FlixModel(keras.Model):  # type: ignore[misc]
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
         """The base's layers pass their masks on themselves."""
-
-    def export(self, *args: Any, input_signature: Any = None, **kwargs: Any) -> Any:
-        """keras.Model.export; the default serving signature takes ``flix_features`` beside the base's inputs.
-
-        Raises:
-            TargetError: a base that is neither functional nor has been called, so that its inputs are not known.
-        """
-        signature = [self.input_specs()] if input_signature is None else input_signature
-        return super().export(*args, input_signature=signature, **kwargs)
-
-    def input_specs(self, weights: bool = False) -> dict[str, Any]:
-        """What the model is called with, as ``tf.TensorSpec``: batches and widths of any size.
-
-        Args:
-            weights: with ``flix_weights``.
-
-        Raises:
-            TargetError: a base that is neither functional nor has been called.
-        """
-        struct = symbolic_inputs(self.base)
-        own = self.flix_state.specs if struct is None else specs_of(struct)
-        if own is None:
-            raise TargetError(
-                "the inputs of a subclassed model are known once it was called; call it on a batch, or "
-                "give export an input_signature"
-            )
-        given = dict(own) if isinstance(own, dict) else {INPUTS: own}
-        given[FEATURES] = tf.TensorSpec([None, None], tf.int32, name=FEATURES)
-        if weights:
-            given[WEIGHTS] = tf.TensorSpec([None, None], tf.float32, name=WEIGHTS)
-        return given
 
     def get_config(self) -> dict[str, Any]:
         """Keras's hook: the plain base, and what it takes to adapt it again."""
@@ -269,12 +222,6 @@ class FlixModel(keras.Model):  # type: ignore[misc]
         attach_layers(model, dict(zip(config["paths"], config["strategies"], strict=True)))
         set_trainable_flags(base, config["trainable"])
         return model
-
-
-def _length(x: Any) -> Any:
-    if x.shape[1] is not None:
-        return x.shape[1]
-    return tf.cast(x.dense_shape[1], tf.int32) if isinstance(x, tf.SparseTensor) else tf.shape(x)[1]
 
 
 def attach(

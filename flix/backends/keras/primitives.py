@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
 
 from flix.backends import messages
+from flix.backends.keras.adapt import FlixModel, attach, attach_layers
+from flix.backends.keras.base import forget_traces, layer_infos
+from flix.backends.keras.bases import base_name, kernel_samples
+from flix.backends.keras.engine import engine
+from flix.backends.keras.heads import head_places, heads, put_heads
+from flix.backends.keras.merging import dequantized, merged
+from flix.backends.keras.parameters import by_id, is_table
+from flix.backends.keras.paths import flix_layers
 from flix.backends.protocol import Counts, Pairs
-from flix.backends.tensorflow.adapt import FlixModel, attach, attach_layers
-from flix.backends.tensorflow.base import forget_traces, layer_infos
-from flix.backends.tensorflow.bases import base_name, kernel_samples
-from flix.backends.tensorflow.heads import head_places, heads, put_heads
-from flix.backends.tensorflow.merging import dequantized, merged
-from flix.backends.tensorflow.parameters import by_id, is_table
-from flix.backends.tensorflow.patches.captures import traced_function
-from flix.backends.tensorflow.paths import flix_layers
-from flix.backends.tensorflow.routing import current
-from flix.backends.tensorflow.searching import asking
 from flix.core.adapter.adapter import LayerShape
 from flix.core.adapter.changes import Change
 from flix.core.config.config import FlixConfig
 from flix.core.config.targets import LayerInfo
 from flix.core.errors import TargetError
 from flix.core.features.names import Feature
+from flix.core.features.search import Ask, BatchLoss
 
 
 def check_plain(model: Any) -> None:
@@ -42,7 +42,7 @@ def check_plain(model: Any) -> None:
 
 
 def layers(model: Any) -> list[LayerInfo]:
-    """By dotted paths; see :mod:`flix.backends.tensorflow.paths`."""
+    """By dotted paths; see :mod:`flix.backends.keras.paths`."""
     return layer_infos(model.base if isinstance(model, FlixModel) else model)
 
 
@@ -135,6 +135,11 @@ def count(model: FlixModel) -> Counts:
     return Counts(total=size(model.variables), trainable=size(model.trainable_variables))
 
 
+def asking(model: FlixModel, loss: BatchLoss) -> AbstractContextManager[Ask]:
+    """The engine's, as slopes are the framework's."""
+    return engine.asking(model, loss)
+
+
 def undropped(layers: Mapping[str, LayerShape]) -> list[str]:
     """None: embeddings see their tokens whole, as PEFT's do."""
     return []
@@ -142,7 +147,7 @@ def undropped(layers: Mapping[str, LayerShape]) -> list[str]:
 
 def switch(model: FlixModel, by: int) -> None:
     """What Keras traces is kept apart for a model that is off (:class:`FlixModel`)."""
-    current.switch(model.flix_state, by, graph=traced_function())
+    engine.switch(model.flix_state, by)
 
 
 __all__ = [

@@ -4,10 +4,10 @@ What: ``build`` and ``apply`` of Keras's class of all optimizers, which put :fun
 tables of features: in a model around an adapted one, or in a loop written by hand. When: this backend is imported.
 Undone: :func:`undo`.
 
-What: ``build``, ``apply``, ``update_step`` and ``_use_weight_decay`` of an optimizer, as attributes of the object; its
-class stays as it is. Of a ``MultiOptimizer``, which makes the optimizers inside as it is built, ``build`` alone. When:
-``keep_absent`` is called, by hand or as an adapted model is compiled. Undone: :func:`take_off`; the counts of steps,
-which are the optimizer's state by then, stay.
+What: ``build``, ``apply``, ``update_step`` and others of an optimizer (``RowOptimizer.METHODS``), as attributes of the
+object; its class stays as it is. Of a ``MultiOptimizer``, which makes the optimizers inside as it is built, ``build``
+alone. When: ``keep_absent`` is called, by hand or as an adapted model is compiled. Undone: :func:`take_off`; the
+counts of steps, which are the optimizer's state by then, stay.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from typing import Any
 
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
-METHODS = ("build", "apply", "update_step", "_use_weight_decay")
-
 
 def put_on(optimizer: Any, rows: Any) -> None:
     """Let an object's methods stand in for an optimizer's own."""
     optimizer.flix_rows = rows
-    for name in METHODS:
+    for name in rows.METHODS:
         setattr(optimizer, name, getattr(rows, name))
 
 
 def take_off(optimizer: Any) -> None:
     """Give an optimizer its own methods back."""
-    for name in (*METHODS, "flix_rows"):
+    rows = vars(optimizer).pop("flix_rows", None)
+    for name in () if rows is None else rows.METHODS:
         vars(optimizer).pop(name, None)
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from keras.src.backend.common import remat as rematerialising
 
-from flix.backends.tensorflow.patches.captures import traced_function
-from flix.backends.tensorflow.routing import current, in_force
+from flix.backends.keras.engine import engine
+from flix.core.errors import TargetError
 
 
 def install() -> None:
@@ -26,16 +26,19 @@ def install() -> None:
         return
 
     def remat(function: Callable[..., Any]) -> Any:
+        current = engine.current
         blocks = current.blocks
         if not blocks:
             return own(function)
+        if "remat" in engine.REFUSED:
+            raise TargetError(engine.REFUSED["remat"])
         # As a tensor of the function that is being traced, from which the function of the backward can take it.
-        routing = None if current.routing is None else in_force("a rematerialised layer")
+        routing = None if current.routing is None else engine.in_force("a rematerialised layer")
 
         def call(*args: Any, **kwargs: Any) -> Any:
             # TensorFlow takes no keywords here in graphs, and Keras passes training as one.
             def rerun(*tensors: Any) -> Any:
-                held = {"routing": routing, "rerun": traced_function()}
+                held = {"routing": routing, "rerun": engine.frame()}
                 with current.resumed(blocks), current.under(**held):
                     return function(*tensors, **kwargs)
 

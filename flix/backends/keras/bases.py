@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
+from keras import backend, ops
 from numpy.typing import NDArray
 
-from flix.backends.tensorflow.adapt import FlixModel
-from flix.backends.tensorflow.layers import FlixLayer, adaptable
-from flix.backends.tensorflow.parameters import kernel_of
-from flix.backends.tensorflow.paths import named_layers
+from flix.backends.keras.adapt import FlixModel
+from flix.backends.keras.layers import FlixLayer, adaptable
+from flix.backends.keras.parameters import kernel_of
+from flix.backends.keras.paths import named_layers
 from flix.core.adapter.base import Places
 
 
@@ -28,9 +28,10 @@ def kernel_samples(model: Any, places: Mapping[str, Places]) -> dict[str, NDArra
     for path, where in places.items():
         layer = layers[path]
         kind = type(layer) if isinstance(layer, FlixLayer) else adaptable(layer)[0]
-        value = tf.convert_to_tensor(kernel_of(layer).value)
-        if kind is None or not value.dtype.is_floating:
+        value = ops.convert_to_tensor(kernel_of(layer).value)
+        if kind is None or not backend.is_float_dtype(backend.standardize_dtype(value.dtype)):
             return None
-        index = np.stack(kind.form_of(layer).at(where.rows, where.columns), 1)
-        found[path] = tf.cast(tf.gather_nd(value, index), tf.float64).numpy()
+        at = np.ravel_multi_index(kind.form_of(layer).at(where.rows, where.columns), value.shape)
+        taken = ops.take(ops.reshape(value, (-1,)), at.astype(np.int32))
+        found[path] = np.asarray(ops.convert_to_numpy(taken)).astype(np.float64)
     return found

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flix.backends.tensorflow.layers import adaptable
+from flix.backends.keras.layers import adaptable
 from flix.core.errors import TargetError
 
 _lock = threading.RLock()

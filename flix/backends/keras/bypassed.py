@@ -1,7 +1,7 @@
 """No adapted layer that never acts (docs/specification.md §5.1.9): models that read a kernel and skip its layer.
 
 While a routed model is called, its layers say that they ran, and that their kernels were asked for. A layer whose
-kernel alone was asked for is looked into: the call is traced once more, and the variables that the trace reads show.
+kernel alone was asked for is looked into: the call is made once more, and shows whether it reads the kernel's values.
 A look at a kernel's dtype or shape is none of these. Embeddings are not watched: who reads their table is mostly a
 tied head, which keeps the base's.
 """
@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import tensorflow as tf
 from keras import KerasTensor, tree
 
 from flix.backends import messages
+from flix.backends.keras.engine import engine
 
 
 class Watch:
@@ -70,7 +70,10 @@ def run(model: Any, inputs: Any, training: Any, layers: Callable[[], Any]) -> An
     symbolic = any(isinstance(x, KerasTensor) for x in tree.flatten(inputs))
     if symbolic or _watch.get() is not None:
         return model.base(inputs)
-    watch = Watch(model.flix_state, bool(training))
+    # keras.RematScope has JAX trace it.
+    watch = Watch(
+        model.flix_state, training if isinstance(training, bool) else training is not None
+    )
     token = _watch.set(watch)
     try:
         result = model.base(inputs)
@@ -83,11 +86,11 @@ def run(model: Any, inputs: Any, training: Any, layers: Callable[[], Any]) -> An
 
 
 def _used(model: Any, inputs: Any, layers: dict[str, Any]) -> list[str]:
-    """Which of some layers' kernels a call reads, by tracing it."""
+    """Which of some layers' kernels a call reads, by running or tracing it once more."""
+    kernels = {path: layer._kernel for path, layer in layers.items()}
     with _losses_kept(model.base):
-        graph = tf.function(lambda: model.base(inputs)).get_concrete_function().graph
-    read = {id(variable) for variable in graph.variables}
-    return [path for path, layer in layers.items() if id(layer._kernel.value) in read]
+        read = engine.reads(lambda: model.base(inputs), kernels)
+    return [path for path in layers if path in read]
 
 
 @contextmanager

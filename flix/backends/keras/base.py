@@ -5,43 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import tensorflow as tf
 
-from flix.backends.tensorflow.layers import FlixLayer, adaptable
-from flix.backends.tensorflow.parameters import is_table
-from flix.backends.tensorflow.patches import functions
-from flix.backends.tensorflow.paths import named_layers
-from flix.backends.tensorflow.routing import Kind
+from flix.backends.keras.engine import engine
+from flix.backends.keras.layers import FlixLayer, adaptable
+from flix.backends.keras.parameters import is_table
+from flix.backends.keras.paths import named_layers
 from flix.core.adapter.adapter import LayerShape
 from flix.core.config.targets import LayerInfo, is_head
 
-INPUTS, FEATURES, WEIGHTS = "inputs", "flix_features", "flix_weights"
-
-
-def split_inputs(inputs: Any, base: Any) -> tuple[Any, Any, Any]:
-    """(the base's own inputs, features or None, weights or None)."""
-    if not isinstance(inputs, dict):
-        return inputs, None, None
-    own = {k: v for k, v in inputs.items() if k not in (FEATURES, WEIGHTS)}
-    if set(own) == {INPUTS} and not isinstance(symbolic_inputs(base), dict):
-        own = own[INPUTS]
-    return own, inputs.get(FEATURES), inputs.get(WEIGHTS)
-
-
-def symbolic_inputs(base: Any) -> Any:
-    """The inputs of a functional or sequential model as it was built from them; None of a subclassed one."""
-    return getattr(getattr(base, "_functional", None) or base, "_inputs_struct", None)
-
 
 def specs_of(own: Any) -> Any:
-    """Inputs as ``tf.TensorSpec`` for batches of any size."""
-
-    def spec(x: Any) -> Any:
-        shape = [None, *x.shape[1:]] if len(x.shape) else []
-        return tf.TensorSpec(shape, tf.as_dtype(x.dtype), name=getattr(x, "name", None))
-
+    """Inputs as the engine describes them, for batches of any size."""
     try:
-        return keras.tree.map_structure(spec, own)
+        return keras.tree.map_structure(engine.spec, own)
     except (AttributeError, TypeError):
         return None
 
@@ -58,13 +34,13 @@ def layer_infos(base: Any) -> list[LayerInfo]:
 
 def forget_traces(model: Any) -> None:
     """Drop what an adapted model, and the layers inside, had compiled before something changed."""
-    kind = Kind(model.flix_state)
+    kind = engine.Kind(model.flix_state)
     for part in (model, *(layer for _, layer in named_layers(model))):
         if isinstance(part, keras.Model):
             part.train_function = part.test_function = part.predict_function = None
             vars(part).pop("flix_functions", None)
         if part is not model:
-            functions.tell_apart(part, kind)
+            engine.tell_apart(part, kind)
 
 
 def trainable_flags(base: Any) -> str:

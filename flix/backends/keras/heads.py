@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from flix.backends.tensorflow.adapt import FlixModel
-from flix.backends.tensorflow.base import forget_traces
-from flix.backends.tensorflow.layers import FlixLayer, adaptable
-from flix.backends.tensorflow.parameters import is_table, kernel_of
-from flix.backends.tensorflow.paths import named_layers
+from flix.backends.keras.adapt import FlixModel
+from flix.backends.keras.base import forget_traces
+from flix.backends.keras.layers import FlixLayer, adaptable
+from flix.backends.keras.parameters import is_table, kernel_of, values_of
+from flix.backends.keras.paths import named_layers
 from flix.core.adapter.described import Head
 from flix.core.adapter.heads import Place, as_heads
 
@@ -57,7 +57,7 @@ def heads(model: Any, names: Collection[str] | None = None) -> dict[str, Head]:
         id(kernel_of(layer)) for _, layer in named_layers(model) if isinstance(layer, FlixLayer)
     }
     model.flix_state.heads = tuple(name for name in names if id(known[name]) not in kernels)
-    return as_heads({name: known[name].numpy() for name in names})
+    return as_heads({name: values_of(known[name]) for name in names})
 
 
 def put_heads(model: Any, heads: Mapping[str, Head]) -> Any:

@@ -8,21 +8,19 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import layers, ops
 
 from flix.backends import messages
-from flix.backends.tensorflow import bypassed, quantised
-from flix.backends.tensorflow.bypassed import WatchedKernel
-from flix.backends.tensorflow.parameters import FlixState, Parameters, config_from
-from flix.backends.tensorflow.patches.saving import register
-from flix.backends.tensorflow.routing import ActiveRouting, in_force, is_off, make_routing, sizes
-from flix.backends.tensorflow.sums import routed_embedding, routed_linear
+from flix.backends.keras import bypassed, quantised
+from flix.backends.keras.bypassed import WatchedKernel
+from flix.backends.keras.engine import BACKEND, engine
+from flix.backends.keras.parameters import FlixState, Parameters, config_from
+from flix.backends.keras.patches.saving import register
 from flix.core.config.config import FlixConfig
 from flix.core.config.kernels import Form, LinearEinsum, linear_einsum
-from flix.core.errors import TargetError
+from flix.core.config.layout import LayerLayout
+from flix.core.errors import ConfigError, TargetError
 from flix.core.features.names import written
-from flix.core.features.routing import fits
 from flix.core.strategy.decide import decide, facts_of
 
 _MANY = 1 << 20
@@ -60,6 +58,18 @@ class FlixLayer(Parameters):
         if self.built:  # type: ignore[attr-defined]  # an Embedding that was given its weights
             self.attach()
 
+    def describe(
+        self, state: FlixState, name: str, strategy: str, layout: LayerLayout | None = None
+    ) -> None:
+        """See :meth:`Parameters.describe`.
+
+        Raises:
+            ConfigError: a strategy that there is not, or not on this Keras backend.
+        """
+        if strategy in engine.REFUSED:
+            raise ConfigError(f"Keras runs on {BACKEND}: {engine.REFUSED[strategy]}")
+        super().describe(state, name, strategy, layout)
+
     def call(
         self, inputs: Any, flix_features: Any = None, flix_weights: Any = None, training: Any = None
     ) -> Any:
@@ -78,8 +88,8 @@ class FlixLayer(Parameters):
             RoutingError: no routing, weights alone, routing of another registry, or routing that does not fit the
                 inputs. A model that is disabled does not look at it.
         """
-        if isinstance(inputs, tf.SparseTensor) and self.flix_kind == "linear":
-            inputs = tf.sparse.to_dense(tf.sparse.reorder(inputs))
+        if self.flix_kind == "linear":
+            inputs = engine.dense(inputs)
         bypassed.ran(self)
         routing = self._routing(flix_features, flix_weights)
         if routing is None:
@@ -104,21 +114,21 @@ class FlixLayer(Parameters):
         """Refused; see :meth:`quantize`."""
         raise messages.changed_kernel("enable_lora", f"layer {self.flix_name!r}")
 
-    def _routed(self, inputs: Any, routing: ActiveRouting, training: Any) -> Any:
+    def _routed(self, inputs: Any, routing: Any, training: Any) -> Any:
         """The adapted map under some routing."""
         raise NotImplementedError
 
-    def _routing(self, features: Any, weights: Any) -> ActiveRouting | None:
+    def _routing(self, features: Any, weights: Any) -> Any:
         """The routing to run under: the one given, or the one in force; None to run the base alone."""
-        if is_off(self.flix_state, self.flix_name):
+        if engine.is_off(self.flix_state, self.flix_name):
             return None
         registry = self.flix_config.registry
         if features is not None:
-            routing = make_routing(registry, features, weights)
+            routing = engine.make_routing(registry, features, weights)
         elif weights is not None:
             raise messages.weights_alone()
         else:
-            routing = in_force(self.flix_name)
+            routing = engine.in_force(self.flix_name)
             if routing.registry is not registry and routing.registry != registry:
                 raise messages.other_registry(self.flix_name, routing.registry, registry)
         return routing
@@ -126,26 +136,23 @@ class FlixLayer(Parameters):
     def _dropped(self, x: Any, training: bool) -> Any:
         """What the features see of a linear layer's input; in training, ``lora_dropout`` hides entries from them."""
         rate = self.flix_config.lora_dropout
-        return keras.random.dropout(x, rate, seed=self.flix_seed) if training and rate else x
+        return keras.random.dropout(x, rate, seed=self.flix_seed) if rate and training else x
 
-    def _sum(
-        self, x: Any, base: Any, rows: tuple[Any, Any], routing: ActiveRouting, strategy: str
-    ) -> Any:
+    def _sum(self, x: Any, base: Any, rows: tuple[Any, Any], routing: Any, strategy: str) -> Any:
         """base, in its own shape, plus what the features make of x: rows N of S positions, or of S token ids."""
         if self.flix_A is None:  # every rank is 0; the routing was held to the input all the same
             return base
         placed = routing.placed(self.flix_layout, self.flix_A.dtype)
-        tables = self.flix_A.value, self.flix_B.value
+        tables = tuple(t.value for t in (self.flix_A, self.flix_B, self.flix_use) if t is not None)
         tokens, shape = self.flix_kind == "embedding", self.layer_shape
-        x = tf.reshape(tf.cast(x, tf.int32), rows) if tokens else tf.reshape(x, [*rows, shape.d_in])
-        grouped = tf.reshape(base, [*rows, shape.d_out])
-        routed = routed_embedding if tokens else routed_linear
+        x = ops.cast(x, "int32") if tokens else x
+        x = ops.reshape(x, rows if tokens else (*rows, shape.d_in))
+        grouped = ops.reshape(base, (*rows, shape.d_out))
+        routed = engine.routed_embedding if tokens else engine.routed_linear
         y = routed(x, grouped, placed, tables, strategy, self.flix_live)
-        if tf.executing_eagerly() and not np.isfinite(tf.reduce_sum(tf.cast(y, tf.float32))):
+        if engine.known_broken(y):
             self._name_broken(np.unique(routing.ids))
-        y = tf.reshape(y, sizes(base))
-        y.set_shape(base.shape)
-        return y
+        return engine.shaped(y, base)
 
     def _name_broken(self, ids: Any) -> None:
         """Warn, once for each, of features among these ids with values that are not finite."""
@@ -158,7 +165,7 @@ class FlixLayer(Parameters):
                 messages.not_finite([written(feature) for feature in fresh]), stacklevel=2
             )
 
-    def _strategy_for(self, routing: ActiveRouting, given: Sizes) -> str:
+    def _strategy_for(self, routing: Any, given: Sizes) -> str:
         """The strategy for an input of these leading sizes, from shapes alone."""
         examples, total = _product(routing.lead), _product(given)
         if len(given) > len(routing.lead):
@@ -168,16 +175,14 @@ class FlixLayer(Parameters):
         else:  # more than 1 where the model flattened its input
             positions = total // examples
         facts = facts_of(
-            self.flix_layout, routing.ids.shape[-1], examples, positions, "tensorflow-cpu"
+            self.flix_layout, routing.ids.shape[-1], examples, positions, engine.DEVICE
         )
         strategy = decide(self.flix_strategy, facts).strategy
         if strategy == "single" and routing.unlike is not None:
             raise messages.rows_differ(routing.unlike)
         return strategy
 
-    def _grouped(
-        self, x: Any, routing: ActiveRouting, trailing: int
-    ) -> tuple[Any, tuple[Any, Any], str]:
+    def _grouped(self, x: Any, routing: Any, trailing: int) -> tuple[Any, tuple[Any, Any], str]:
         """x with its leading dimensions fitted to the routing's rows.
 
         Args:
@@ -191,33 +196,11 @@ class FlixLayer(Parameters):
         Raises:
             RoutingError: the leading dimensions are not the routing's.
         """
-        lead, given = routing.lead, x.shape.as_list()[: x.shape.rank - trailing]
+        lead, given = routing.lead, engine.leading(x, trailing)
         strategy = self._strategy_for(routing, given)
         lengths = (1,) if len(lead) == 2 else routing.lengths
-        ways = fits(given, lead, [n if isinstance(n, int) else None for n in lengths])
-        if not ways:
-            raise messages.other_lead(self.flix_name, given, lead)
-        if "one" in ways:  # each row of the batch gets its own
-            x = tf.repeat(x, sizes(routing.ids)[0], axis=0)
-            given = x.shape.as_list()[: len(given)]
-        if None not in given and None not in lead and ways != {"flat"}:
-            known = math.prod(lead)  # type: ignore[arg-type]
-            return x, (known, math.prod(given) // max(known, 1)), strategy
-        dynamic, rows = tf.shape(x), tf.shape(routing.ids)[:-1]
-        count = tf.reduce_prod(rows)
-        total = tf.reduce_prod(dynamic[: len(given)])
-        if None in given or None in lead or ways == {"flat"}:
-            same = tf.constant(False)
-            if ways != {"flat"}:
-                same = tf.reduce_all(dynamic[: len(lead)] == rows)
-            for length in lengths if "flat" in ways else ():
-                same = same | tf.reduce_any(total == count * length)
-            error = str(messages.other_lead(self.flix_name, given, lead))
-            check = tf.debugging.Assert(same, [error])
-            if check is not None:  # in a graph; None in eager mode
-                with tf.control_dependencies([check]):
-                    x = tf.identity(x)
-        return x, (count, total // tf.maximum(count, 1)), strategy
+        x, rows = engine.grouped(x, routing, trailing, lengths, self.flix_name)
+        return x, rows, strategy
 
 
 @register
@@ -234,7 +217,7 @@ class FlixDense(FlixLayer, WatchedKernel, layers.Dense):  # type: ignore[misc]
 
     flix_base = layers.Dense
 
-    def _routed(self, inputs: Any, routing: ActiveRouting, training: Any) -> Any:
+    def _routed(self, inputs: Any, routing: Any, training: Any) -> Any:
         x, rows, strategy = self._grouped(inputs, routing, trailing=1)
         if self.quantization_mode is not None:
             base = quantised.base_output(self, x, training)
@@ -279,24 +262,24 @@ class FlixEinsumDense(FlixLayer, WatchedKernel, layers.EinsumDense):  # type: ig
         found = getattr(layer, "flix_map", None) or linear_einsum(layer.equation)
         return found.form(quantised.kernel_shape(layer))  # type: ignore[no-any-return,union-attr]
 
-    def _routed(self, inputs: Any, routing: ActiveRouting, training: Any) -> Any:
-        form, rank = self.form_of(self), inputs.shape.rank
+    def _routed(self, inputs: Any, routing: Any, training: Any) -> Any:
+        form, rank = self.form_of(self), len(inputs.shape)
         positions = rank - len(form.contracted)
         order = self.flix_map.input_order(rank)
         x = _transposed(inputs, order)
         x, rows, strategy = self._grouped(x, routing, len(form.contracted))
-        lead = sizes(x)[:positions]
+        lead = engine.sizes(x)[:positions]
         back = self.flix_map.output_order(positions + len(form.sizes))
         own = self.quantization_mode is not None
         if own:
             base = quantised.base_output(self, _transposed(x, _inverse(order)), training)
-            base = tf.reshape(_transposed(base, _inverse(back)), [rows[0] * rows[1], form.d_out])
-        x = tf.reshape(x, [rows[0] * rows[1], form.d_in])
+            base = ops.reshape(_transposed(base, _inverse(back)), (rows[0] * rows[1], form.d_out))
+        x = ops.reshape(x, (rows[0] * rows[1], form.d_in))
         if not own:
-            kernel = tf.transpose(self.kernel, form.order)
-            base = tf.matmul(x, tf.reshape(kernel, [form.d_in, form.d_out]))
+            kernel = ops.transpose(self.kernel, form.order)
+            base = ops.matmul(x, ops.reshape(kernel, (form.d_in, form.d_out)))
         y = self._sum(self._dropped(x, training), base, rows, routing, strategy)
-        y = _transposed(tf.reshape(y, [*lead, *form.sizes]), back)
+        y = _transposed(ops.reshape(y, (*lead, *form.sizes)), back)
         if self.bias is not None and not own:
             y = ops.add(y, self.bias)
         return y if self.activation is None else self.activation(y)
@@ -312,7 +295,7 @@ class FlixEmbedding(FlixLayer, layers.Embedding):  # type: ignore[misc]
     flix_kind = "embedding"
     flix_base = layers.Embedding
 
-    def _routed(self, inputs: Any, routing: ActiveRouting, training: Any) -> Any:
+    def _routed(self, inputs: Any, routing: Any, training: Any) -> Any:
         x, rows, strategy = self._grouped(inputs, routing, trailing=0)
         if self.quantization_mode is not None:
             base = quantised.base_output(self, x, training)
@@ -356,7 +339,7 @@ def _linear_map(equation: str) -> LinearEinsum | str:
 
 
 def _transposed(x: Any, order: list[int]) -> Any:
-    return x if order == sorted(order) else tf.transpose(x, order)
+    return x if order == sorted(order) else ops.transpose(x, order)
 
 
 def _inverse(order: list[int]) -> list[int]:

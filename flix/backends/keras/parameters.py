@@ -10,10 +10,10 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 from numpy.typing import NDArray
 
-from flix.backends.tensorflow import quantised
+from flix.backends.keras import quantised
 from flix.core.adapter.adapter import LayerShape, Pair
 from flix.core.adapter.changes import fresh_pairs
 from flix.core.adapter.initial import dropout_seed
@@ -25,6 +25,8 @@ from flix.core.features.names import Feature
 from flix.core.features.registry import FeatureRegistry
 from flix.core.strategy.decide import check_strategy
 
+_DENSE = keras.backend.backend() != "tensorflow"
+"""Whether gradients are as large as their variables, so that they do not say which rows they speak of."""
 Live = NDArray[np.bool_] | None
 """Which rows of a table train, bool ``[1 + rows]``; None where all do."""
 
@@ -77,7 +79,7 @@ class Parameters:
     The pairs of all features stand in two variables: ``flix_A`` ``[1 + rows, d_in]`` and ``flix_B``
     ``[1 + rows, d_out]`` (B transposed), rows being the sum of the ranks, in the order of the ids. Row 0 is zero and
     stands for unused slots. One variable a feature would make a graph as large as the registry; a table is gathered
-    from, and its gradients are ``tf.IndexedSlices``.
+    from; on TensorFlow its gradients are ``tf.IndexedSlices``.
 
     Attributes:
         flix_kind: ``"linear"`` or ``"embedding"``.
@@ -88,6 +90,8 @@ class Parameters:
         flix_layout: ranks and scales here.
         flix_live: which rows train.
         flix_A, flix_B: the tables; None where every rank is 0.
+        flix_use: ``[1 + rows]``, a variable that stays 0, whose gradient counts the slots in which each row stood, for
+            optimizers (:mod:`flix.backends.keras.rows`); None on TensorFlow, where the tables' own gradients tell.
         flix_seed: a linear layer's generator of masks for ``lora_dropout``; None where that is 0.
     """
 
@@ -100,6 +104,7 @@ class Parameters:
     flix_live: Live
     flix_A: Any
     flix_B: Any
+    flix_use: Any = None
     flix_seed: Any = None
 
     @staticmethod
@@ -140,7 +145,7 @@ class Parameters:
         check_strategy(strategy)
         self.flix_state, self.flix_name, self.flix_strategy = state, name, strategy
         self.set_layout(layout or state.config.layout(name))
-        self.flix_A = self.flix_B = None
+        self.flix_A = self.flix_B = self.flix_use = None
 
     def set_layout(self, layout: LayerLayout) -> None:
         """Set ranks and scales, and what trains by the state's frozen features."""
@@ -175,7 +180,7 @@ class Parameters:
 
     def make_tables(self, values: Mapping[int, Pair]) -> None:
         """Make the tables anew, from the pairs of every feature with an update here, by id."""
-        for name in ("flix_A", "flix_B"):
+        for name in ("flix_A", "flix_B", "flix_use"):
             if getattr(self, name) is not None:
                 self._untrack_variable(getattr(self, name))  # type: ignore[attr-defined]
                 setattr(self, name, None)
@@ -193,12 +198,38 @@ class Parameters:
                     name=name,
                     shape=whole.shape,
                     dtype=dtype,
-                    initializer=lambda shape, dtype=None, whole=whole: tf.convert_to_tensor(whole),
+                    initializer=lambda shape, dtype=None, whole=whole: ops.convert_to_tensor(whole),
                     trainable=True,
                     autocast=False,  # a cast would be of the whole table
                 )
                 table.flix_table = True
+                self._lay_out(table, name == "flix_A")
                 setattr(self, name, table)
+            if _DENSE:
+                self.flix_use = self.add_weight(  # type: ignore[attr-defined]
+                    name="flix_use",
+                    shape=(rows,),
+                    dtype="float32",
+                    initializer="zeros",
+                    autocast=False,
+                )
+                self.flix_use.flix_table = self.flix_use.flix_counts = True
+                self.flix_A.flix_mark = self.flix_B.flix_mark = self.flix_use
+
+    def _lay_out(self, table: Any, inputs: bool) -> None:
+        """Spread a table's columns over devices as the kernel's inputs or outputs are (``keras.distribution``).
+
+        What a ``LayoutMap`` says of the table itself goes first.
+        """
+        layout, own = getattr(kernel_of(self), "_layout", None), getattr(table, "_layout", None)
+        if not isinstance(layout, keras.distribution.TensorLayout) or any(getattr(own, "axes", ())):
+            return
+        form = self.form_of(self)
+        axes = (form.contracted if inputs else form.free)[:1]
+        if axes and len(layout.axes) == len(form.shape):
+            spread = [None, layout.axes[axes[0]]]
+            table._layout = keras.distribution.TensorLayout(spread, layout.device_mesh)
+            table.assign(table.value)
 
     def span(self, feature: int) -> slice:
         """The rows of the tables that are a feature's."""
@@ -211,10 +242,10 @@ class Parameters:
             return {}
         layout, tables = self.flix_layout, (self.flix_A, self.flix_B)
         if ids is None:
-            a, b = (table.numpy()[1:] for table in tables)
+            a, b = (values_of(table)[1:] for table in tables)
             return layout.pairs(a, b)
         rows = np.concatenate([np.r_[self.span(i)] for i in ids] or [[]]).astype(np.int32)
-        a, b = (tf.gather(table.value, rows).numpy() for table in tables)
+        a, b = (ops.convert_to_numpy(ops.take(table.value, rows, axis=0)) for table in tables)
         chosen = [i for i in ids if layout.ranks[i]]
         ends = itertools.accumulate(layout.ranks[i] for i in chosen)
         return {
@@ -225,7 +256,7 @@ class Parameters:
     def set_values(self, values: Mapping[int, Pair]) -> None:
         """Set pairs by id; the others stay as they are."""
         if self.flix_A is not None:
-            a, b = self.flix_A.numpy().copy(), self.flix_B.numpy().copy()
+            a, b = values_of(self.flix_A).copy(), values_of(self.flix_B).copy()
             self.flix_layout.put(a[1:], b[1:], values)
             self.flix_A.assign(a)
             self.flix_B.assign(b)
@@ -243,7 +274,10 @@ class Parameters:
 
     def load_own_variables(self, store: Any) -> None:
         """Keras's hook; see :meth:`save_own_variables`."""
-        super().load_own_variables(store)  # type: ignore[misc]
+        known = store
+        if self.flix_use is not None:  # Keras counts a layer's variables; this one is in no file
+            known = {**{name: store[name] for name in store.keys()}, "flix_use": None}  # noqa: SIM118
+        super().load_own_variables(known)  # type: ignore[misc]
         if self.flix_A is not None:
             self.flix_A.assign(store["flix_A"])
             self.flix_B.assign(store["flix_B"])
@@ -265,11 +299,21 @@ class Parameters:
             self.attach()
 
 
+def values_of(variable: Any) -> NDArray[Any]:
+    """A variable's values."""
+    return np.asarray(ops.convert_to_numpy(variable.value))
+
+
 def kernel_of(layer: Any) -> Any:
     """The variable that holds the kernel of a layer, adapted or not."""
     return layer._embeddings if isinstance(layer, keras.layers.Embedding) else layer._kernel
 
 
 def is_table(variable: keras.Variable) -> bool:
-    """Whether a Keras variable is a table of pairs, of which only the rows in use are trained."""
+    """Whether a Keras variable is a table of pairs, of which only the rows in use are trained, or ``flix_use``."""
     return bool(getattr(variable, "flix_table", False))
+
+
+def is_mark(variable: keras.Variable) -> bool:
+    """Whether a Keras variable is a layer's ``flix_use``."""
+    return bool(getattr(variable, "flix_counts", False))

@@ -8,13 +8,14 @@ from typing import Any
 import keras
 import numpy as np
 
+from flix.backends.keras import quantised
+from flix.backends.keras.adapt import FlixModel
+from flix.backends.keras.base import set_trainable_flags
+from flix.backends.keras.engine import engine
+from flix.backends.keras.parameters import is_table, kernel_of, values_of
+from flix.backends.keras.patches.classes import plain
+from flix.backends.keras.paths import flix_layers, named_layers
 from flix.backends.protocol import Updates
-from flix.backends.tensorflow import quantised
-from flix.backends.tensorflow.adapt import FlixModel
-from flix.backends.tensorflow.base import set_trainable_flags
-from flix.backends.tensorflow.parameters import is_table, kernel_of
-from flix.backends.tensorflow.patches.classes import plain
-from flix.backends.tensorflow.paths import flix_layers, named_layers
 from flix.core.adapter.composition import Composition
 from flix.core.errors import TargetError
 
@@ -46,7 +47,7 @@ def merged(model: Any, active: Composition, update: Updates, *, dequantize: bool
             quantised.make_plain(copies[path], quantised.dequantised(layer) + added)
             continue
         kernel = kernel_of(copies[path])
-        kernel.assign(kernel.numpy().astype(np.float64) + added)
+        kernel.assign(values_of(kernel).astype(np.float64) + added)
     set_trainable_flags(merged, model.flix_state.flags)
     return merged
 
@@ -62,7 +63,7 @@ def _copy(model: FlixModel) -> Any:
     with keras.saving.custom_object_scope(classes):
         copy = keras.saving.deserialize_keras_object(description)
     if not copy.built and model.flix_state.specs is not None:
-        copy(keras.tree.map_structure(_zeros, model.flix_state.specs))
+        copy(keras.tree.map_structure(engine.zeros, model.flix_state.specs))
     quantised.restore(named_layers(copy), quantised.facts(named_layers(base)))
     olds, news = _variables(base), _variables(copy)
     shapes = [[[tuple(v.shape) for v in own] for own in layers] for layers in (olds, news)]
@@ -74,10 +75,6 @@ def _copy(model: FlixModel) -> Any:
     for old, new in zip(chain(*olds), chain(*news), strict=True):
         new.assign(old)
     return copy
-
-
-def _zeros(spec: Any) -> Any:
-    return np.zeros([1 if size is None else size for size in spec.shape], spec.dtype.as_numpy_dtype)
 
 
 def _variables(model: Any) -> list[list[Any]]:

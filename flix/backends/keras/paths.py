@@ -16,7 +16,7 @@ from typing import Any
 import keras
 from keras.src.utils.naming import to_snake_case
 
-from flix.backends.tensorflow.layers import FlixLayer
+from flix.backends.keras.layers import FlixLayer
 
 
 def named_layers(model: keras.layers.Layer) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,47 @@
+"""Keras 3 on JAX, torch or TensorFlow: the adapted layers, written with ``keras.ops`` (docs/specification.md §5.4)::
+
+    from flix.backends.keras import adapt            # under KERAS_BACKEND=jax, torch or tensorflow
+    model = adapt(keras_model, config)
+    model.compile(optimizer, loss)
+    model.fit({"inputs": x, "flix_features": ids}, y)
+
+Where Keras runs on TensorFlow, this is :mod:`flix.backends.tensorflow`.
+"""
+
+from importlib import import_module as _import
+
+from flix.backends import missing as _missing
+
+try:
+    import keras as _keras
+
+    if int(_keras.__version__.split(".")[0]) < 3:
+        raise ImportError(f"Keras {_keras.__version__} is installed, Keras 3 is needed")
+except ImportError as _error:
+    raise _missing("tensorflow", "Keras 3", _error) from _error
+
+if _keras.backend.backend() == "tensorflow":
+    _import("flix.backends.tensorflow")  # what carries it out there, before what asks for that
+from flix.backends.keras import primitives
+from flix.backends.keras.adapt import FlixModel
+from flix.backends.keras.engine import engine as _engine
+from flix.backends.keras.layers import FlixDense, FlixEinsumDense, FlixEmbedding
+from flix.backends.keras.optimizers import keep_absent
+from flix.backends.verbs import Verbs
+from flix.core.adapter.summary import Summary
+
+verbs = Verbs(primitives)
+adapt, trainable_parameters, summary = verbs.adapt, verbs.trainable_parameters, verbs.summary
+add_feature, remove_feature = verbs.add_feature, verbs.remove_feature
+rename_feature, load_features = verbs.rename_feature, verbs.load_features
+import_peft, to_adapter, named_pairs = verbs.import_peft, verbs.to_adapter, verbs.named_pairs
+save, load, load_into = verbs.save, verbs.load, verbs.load_into
+freeze, thaw, disable, merge = verbs.freeze, verbs.thaw, verbs.disable, verbs.merge
+search_weights = verbs.search_weights
+route = _engine.route
+
+__all__ = [
+    "FlixDense", "FlixEinsumDense", "FlixEmbedding", "FlixModel", "Summary", "adapt", "add_feature", "disable", "freeze",
+    "import_peft", "keep_absent", "load", "load_features", "load_into", "merge", "named_pairs", "primitives",
+    "remove_feature", "rename_feature", "route", "save", "search_weights", "summary", "thaw", "to_adapter", "trainable_parameters",
+]  # fmt: skip
