@@ -301,7 +301,7 @@ class Parameters:
 
 def values_of(variable: Any) -> NDArray[Any]:
     """A variable's values."""
-    return np.asarray(ops.convert_to_numpy(variable.value))
+    return np.asarray(variable.numpy())
 
 
 def kernel_of(layer: Any) -> Any:
