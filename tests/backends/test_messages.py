@@ -23,6 +23,11 @@ CASES = {
     ),
     "swallowed": (("Block", "proj", CALL), flix.RoutingError, ["Block", "'proj'", CALL]),
     "kept_by_a_cache": (("proj", CALL), flix.RoutingError, ["'proj'", "cache", "nnx.remat", CALL]),
+    "routed_from_around": (
+        ("proj", CALL),
+        flix.RoutingError,
+        ["'proj'", "compiled", "make routing an input", CALL],
+    ),
     "other_registry": (("proj", "A", "B"), flix.RoutingError, ["'proj'", "B, but", "for A"]),
     "traced_otherwise": (
         ("proj", "inside of disable", "outside of disable"),

@@ -36,12 +36,13 @@ add_feature, remove_feature = verbs.add_feature, verbs.remove_feature
 rename_feature, load_features = verbs.rename_feature, verbs.load_features
 import_peft, to_adapter, named_pairs = verbs.import_peft, verbs.to_adapter, verbs.named_pairs
 save, load, load_into = verbs.save, verbs.load, verbs.load_into
+push = verbs.push
 freeze, thaw, disable, merge = verbs.freeze, verbs.thaw, verbs.disable, verbs.merge
 search_weights = verbs.search_weights
 route = _engine.route
 
 __all__ = [
     "FlixDense", "FlixEinsumDense", "FlixEmbedding", "FlixModel", "Summary", "adapt", "add_feature", "disable", "freeze",
-    "import_peft", "keep_absent", "load", "load_features", "load_into", "merge", "named_pairs", "primitives",
+    "import_peft", "keep_absent", "load", "load_features", "load_into", "merge", "named_pairs", "primitives", "push",
     "remove_feature", "rename_feature", "route", "save", "search_weights", "summary", "thaw", "to_adapter", "trainable_parameters",
 ]  # fmt: skip

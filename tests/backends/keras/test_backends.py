@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import flix
-from tests.helpers.isolation import ROOT
+from tests.helpers.processes import ROOT
 
 
 def run(*args, backend, **environment):
