@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -17,11 +18,18 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def run_together(count: int, module: str, *arguments: str, timeout: float = 120) -> list[str]:
+def run_together(
+    count: int,
+    module: str,
+    *arguments: str,
+    timeout: float = 120,
+    environment: Mapping[str, str] | None = None,
+) -> list[str]:
     """What each process printed; they find each other by the environment, as torchrun's would."""
     common = {
         **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        **(environment or {}),
     }  # fmt: skip
     workers = [
         subprocess.Popen(

@@ -1,11 +1,12 @@
 """Run by test_processes.py in two processes of two devices each: what one device gives, they give together.
 
-python -m tests.backends.jax.processes_worker RANK PORT FOLDER
+python -m tests.backends.jax.processes_worker FOLDER
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import jax
 
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"localhost:{sys.argv[2]}", num_processes=2, process_id=int(sys.argv[1]))
+jax.distributed.initialize(
+    f"localhost:{os.environ['MASTER_PORT']}", num_processes=2, process_id=int(os.environ["RANK"])
+)
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
@@ -41,7 +44,7 @@ from tests.helpers.jax import random_bank, randomize  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
 from tests.helpers.tolerance import assert_close  # noqa: E402
 
-RANK, FOLDER = jax.process_index(), Path(sys.argv[3])
+RANK, FOLDER = jax.process_index(), Path(sys.argv[1])
 IDS = np.array([[0, 4, -1], [1, 4, 0], [0, 0, 4], [-1, -1, -1]], np.int32)
 ACTIVE = {("language", "hau"), ("language", "swa"), ("task", "ner")}
 RNG = np.random.default_rng(0)

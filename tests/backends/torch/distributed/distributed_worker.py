@@ -1,12 +1,11 @@
 """One process of a two-process run; started by test_agreement.py.
 
-python distributed_worker.py {ddp|fsdp} RANK PORT
+python distributed_worker.py {ddp|fsdp}
 """
 
 from __future__ import annotations
 
 import copy
-import os
 import sys
 
 import torch
@@ -18,9 +17,9 @@ from tests.helpers.tolerance import assert_close
 from tests.helpers.torch import batch, live_pairs, make, output, randomize, routing
 
 
-def main(kind: str, rank: int, port: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def main(kind: str) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     torch.set_num_threads(1)
     model = adapt(make("llama", torch.float32), config()).train()
     randomize(model)
@@ -72,4 +71,4 @@ def main(kind: str, rank: int, port: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1])

@@ -1,12 +1,11 @@
 """One process of a two-process run under transformers' tensor parallelism; started by test_agreement.py.
 
-python tensor_parallel_worker.py {tp|hooks} RANK PORT
+python tensor_parallel_worker.py {tp|hooks}
 """
 
 from __future__ import annotations
 
 import copy
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -155,9 +154,8 @@ def hooks(mesh: Any) -> None:
     )
 
 
-def main(kind: str, rank: int, port: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def main(kind: str) -> None:
+    dist.init_process_group("gloo")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     {"tp": tensor_parallel, "hooks": hooks}[kind](init_device_mesh("cpu", (2,)))
@@ -167,4 +165,4 @@ def main(kind: str, rank: int, port: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1])
