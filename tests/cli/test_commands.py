@@ -97,11 +97,11 @@ def test_each_command_has_a_file_and_an_example_that_parses(command, example) ->
     assert f"Example: {example}" in shown
 
 
-def test_shells_complete_the_commands() -> None:
-    assert (
-        "FLIX"
-        in in_process("from flix.cli import main; main()", "--show-completion", "bash").stdout
-    )
+def test_shells_complete_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the script that ``flix --install-completion`` sets up asks."""
+    for name, value in (("_FLIX_COMPLETE", "complete_bash"), ("COMP_WORDS", "flix ins"), ("COMP_CWORD", "1")):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    assert in_process("from flix.cli import main; main()").stdout.split() == ["inspect"]
 
 
 def test_inspect_check_names_what_is_not_finite(adapter: Path, tmp_path: Path) -> None:
