@@ -32,7 +32,9 @@ def asking(model: Any, loss: BatchLoss) -> Iterator[Ask]:
     graph, state = nnx.split(twin)
 
     def called(state: Any, inputs: Any, ids: Any, weights: Any) -> Any:
-        return nnx.merge(graph, state)(**inputs, flix_features=ids, flix_weights=weights)
+        # A copy: transformations inside the model refuse variables of a trace around theirs.
+        module = nnx.merge(graph, state, copy=True)
+        return module(**inputs, flix_features=ids, flix_weights=weights)
 
     def valued(weights: Any, state: Any, batch: Any, ids: Any) -> Any:
         return loss(called(state, _inputs(model, batch), ids, weights), batch)

@@ -124,3 +124,25 @@ def test_mistakes_are_named():
     pair = model.flix_config, init(model.flix_config, {"up": (8, 16)})
     with pytest.raises(TargetError, match="a bank is never called"):
         search_weights(pair, batch, {"task": "ner"}, loss=squares)
+
+
+def test_a_model_that_scans_its_layers_is_searched():
+    class Stacked(nnx.Module):
+        def __init__(self):
+            stack = nnx.split_rngs(splits=2)(nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs)))
+            self.layers = stack(nnx.Rngs(0))
+
+        def __call__(self, x):
+            run = nnx.scan(
+                lambda x, up: jnp.tanh(up(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+            )
+            return run(x, self.layers)
+
+    rng = np.random.default_rng(1)
+    model = adapt(Stacked(), config(target_modules="all-linear"))
+    state = nnx.state(model, FlixParam)
+    nnx.update(model, jax.tree.map(lambda t: jnp.asarray(rng.normal(size=t.shape) / 2, t.dtype), state))  # fmt: skip
+    found = search_weights(
+        model, examples(model), {"task": "ner"}, groups=["language"], loss=squares, l1=0.0
+    )
+    assert found.loss < 0.1 * found.before
