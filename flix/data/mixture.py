@@ -11,23 +11,17 @@ from numpy.typing import NDArray
 
 from flix.core import rng
 from flix.core.checks import whole
-from flix.core.errors import FeatureError, MissingFrameworkError, listed
-from flix.core.features.cells import (
-    Cell,
-    HeldOut,
-    MixtureError,
-    cell_name,
-    cell_of,
-    features_of,
-    quoted,
-)
-from flix.core.features.names import Feature, normal_group, warn_alike
+from flix.core.errors import MissingFrameworkError, listed
+from flix.core.features.cells import HeldOut, MixtureError, cell_name, features_of
+from flix.core.features.names import Feature
 from flix.core.features.registry import FeatureRegistry
 from flix.core.sampling.schedule import Schedule, probabilities, walk
 from flix.data import streaming
 from flix.data.caps import Cap, caps_of
-from flix.data.columns import check_columns, feature_columns, kept_features, read_table
+from flix.data.census import check_names, held_back, registry_of, take_census, warn_of_names
+from flix.data.columns import Table, check_columns, feature_columns, kept_features, read_table
 from flix.data.display import table_of
+from flix.data.evaluation import EvaluationRows
 from flix.data.joining import joined
 from flix.data.rows import TrainRows
 from flix.data.sources import Source, as_sources, is_streamed, stream_size
@@ -61,6 +55,9 @@ class Mixture:
         seed: of the order of rows.
         epoch_size: rows of an epoch; default: as many as the trained cells count for.
         registry: the features; default: what occurs. What its features imply counts in ``held_out``, too.
+        implies: without a registry, what features bring along, as :class:`flix.FeatureRegistry` takes it.
+        evaluation: sources that are for evaluation alone, in any of the forms. A cell that occurs only there is never
+            trained on, and may be named in ``held_out``.
 
     Raises:
         MixtureError: a source, column, cap, temperature or size that breaks its rule; a row without a feature; a
@@ -80,22 +77,36 @@ class Mixture:
         seed: int = 0,
         epoch_size: int | None = None,
         registry: FeatureRegistry | None = None,
+        implies: Mapping[Any, Any] | None = None,
+        evaluation: object = (),
     ) -> None:
         given = as_sources(sources)
+        others = as_sources(evaluation) if evaluation else []
         self.temperature = temperature
         self.seed = whole(seed, "seed", 0, MixtureError)
-        self.columns: tuple[str, ...] = feature_columns(given, columns, registry)
+        self.columns: tuple[str, ...] = feature_columns([*given, *others], columns, registry)
         self.sources: tuple[Source, ...] = tuple(kept_features(s, self.columns) for s in given)
-        for source in self.sources:
+        others = [kept_features(s, self.columns) for s in others]
+        for source in (*self.sources, *others):
             check_columns(source, self.columns)
         self.excluded = held_out if isinstance(held_out, HeldOut) else HeldOut(held_out)
         self._given = registry
         self._tables = [read_table(s, self.columns) for s in self.sources if not is_streamed(s)]
         self._streams = [s for s in self.sources if is_streamed(s)]
-        self._collect()
-        self._check_names()
-        held = self._check_held_out()
+        self._others = [_read_whole(s, self.columns) for s in others]
+        census = take_census(self._tables, self._streams, self._others, self.columns)
+        self._cells, self._names, self._cell_of_row = census.cells, census.names, census.of_rows
+        self._census, self._cell_of_stream = census, census.of_streams
+        self._settle_names(implies)
+        if not self._opaque:
+            self.excluded.check_matched(self._cells, self._given)
+        held = np.asarray(self.excluded.among(self._cells, self._given).any(axis=0), bool)
+        self._held = held
+        self._back = held_back(self._tables, self._cell_of_row, held, self._names, self.seed)
         self._held_rows: NDArray[np.bool_] = held[self._cell_of_row]
+        taken = np.bincount(self._cell_of_row[self._back], minlength=len(held))
+        self._sizes: NDArray[np.int64] = census.sizes - taken
+        held = held | (census.sizes == 0)  # a cell of evaluation alone
         trained = np.flatnonzero(~held)
         if not len(trained):
             raise MixtureError(
@@ -124,75 +135,24 @@ class Mixture:
             sizes, p, length=self.epoch_size, seed=self.seed, names=self.cells
         )
 
-    def _collect(self) -> None:
-        """The cells of all sources, their names and sizes, and the cell of every row that has a number."""
-        cells: dict[Cell, int] = {}
-        rows = []
-        for table in self._tables:
-            numbers = [cells.setdefault(cell, len(cells)) for cell in table.cells]
-            rows.append(np.array(numbers, np.int64)[table.cell_codes])
-        self._cell_of_row: NDArray[np.int64] = np.concatenate([np.zeros(0, np.int64), *rows])
-        counts = np.bincount(self._cell_of_row, minlength=len(cells)).tolist()
-        names = [cell_name(cell) for cell in cells]
-        keys: list[Cell] = list(cells)
-        self._cell_of_stream: list[int] = []
-        for source in self._streams:
-            size = stream_size(source)
-            cell = cell_of(source.features, self.columns)
-            if set(source.features) == set(self.columns) and cell in cells:
-                place = cells[cell]
-                counts[place] += size
-            else:
-                place = len(keys)
-                keys.append(cell)
-                counts.append(size)
-                if set(source.features) == set(self.columns):
-                    cells[cell] = place
-                    names.append(cell_name(cell))
-                else:  # which cells its rows are of is not known before they are read
-                    known = f"{cell_name(cell)}," if cell else ""
-                    names.append(f"{known}... ({quoted(str(source.name))})")
-            self._cell_of_stream.append(place)
-        self._cells, self._names = keys, names
-        self._sizes: NDArray[np.int64] = np.array(counts, np.int64)
-
     @property
     def _opaque(self) -> list[Source]:
         """Streamed sources whose rows' cells are not known before they are read."""
         return [s for s in self._streams if set(s.features) != set(self.columns)]
 
-    def _check_names(self) -> None:
-        """Refuse what a given registry does not have, with its source; without one, warn of names that look alike."""
+    def _settle_names(self, implies: Mapping[Any, Any] | None) -> None:
+        """Make the registry that implications need; refuse what a registry lacks, and without one, warn of names that
+        look alike."""
+        if implies and self._given is not None:
+            raise MixtureError("a mixture takes a registry or implies, not both")
         if self._given is None:
-            names: dict[str, dict[str, None]] = {}
-            for cell in self._cells:
-                for group, members in cell:
-                    names.setdefault(group, {}).update(dict.fromkeys(members))
-            for group, found in names.items():
-                warn_alike(group, found)
-            return
-        for table in self._tables:
-            for number, cell in enumerate(table.cells):
-                try:
-                    features_of(cell, self._given)
-                except FeatureError as error:
-                    row = int(np.argmax(table.cell_codes == number))
-                    raise FeatureError(f"{table.source.label}, row {row}: {error}") from None
-        for source in self._streams:
-            try:
-                features_of(cell_of(source.features), self._given)
-            except FeatureError as error:
-                raise FeatureError(f"{source.label}: {error}") from None
-        for number, entry in enumerate(self.excluded.cells):
-            try:
-                features_of(cell_of(entry), self._given)
-            except FeatureError as error:
-                raise MixtureError(f"held_out[{number}]: {error}") from None
-
-    def _check_held_out(self) -> NDArray[np.bool_]:
-        if not self._opaque:
-            self.excluded.check_matched(self._cells, self._given)
-        return np.asarray(self.excluded.among(self._cells, self._given).any(axis=0), bool)
+            warn_of_names(self._cells)
+        if implies:
+            self._need_known("give the mixture a registry")
+            self._given = registry_of(self._cells, self.columns, implies)
+        if self._given is not None:
+            tables = [*self._tables, *self._others]
+            check_names(self._given, tables, self._streams, self.excluded)
 
     def registry(self) -> FeatureRegistry:
         """The registry given, or one of what occurs, held-out cells included, in the order of the sources.
@@ -202,16 +162,14 @@ class Mixture:
         """
         if self._given is not None:
             return self._given
+        self._need_known("give the mixture a registry")
+        return registry_of(self._cells, self.columns)
+
+    def _need_known(self, what: str) -> None:
         for source in self._opaque:
             raise MixtureError(
-                f"{source.label} is streamed: what its rows activate is not known before they are "
-                "read; give the mixture a registry"
+                f"{source.label} is streamed: what its rows activate is not known before they are read; {what}"
             )
-        groups: dict[str, dict[str, None]] = {normal_group(name): {} for name in self.columns}
-        for cell in self._cells:
-            for group, names in cell:
-                groups[group].update(dict.fromkeys(names))
-        return FeatureRegistry({group: list(names) for group, names in groups.items() if names})
 
     def feature_sizes(self) -> dict[Feature, int]:
         """The training rows of every feature, for ``flix.ranks.proportional(sizes=...)``; implied ones counted.
@@ -239,7 +197,7 @@ class Mixture:
         """
         self._need_numbers("train")
         order = np.argsort(self._cell_of_row, kind="stable")
-        order = order[~self._held_rows[order]]
+        order = order[~(self._held_rows | self._back)[order]]
         return TrainRows(
             self._tables, order, self._schedule, frozenset(self._cells[i] for i in self._trained)
         )
@@ -281,6 +239,23 @@ class Mixture:
     def _held_joined(self) -> Any:
         return self._joined.select(np.flatnonzero(self._held_rows))
 
+    def evaluation_rows(self) -> EvaluationRows:
+        """The rows to evaluate on: those of the evaluation sources, those held back, and, of the held-out cells that
+        the evaluation sources do not cover, the rows that training left out.
+
+        Raises:
+            MixtureError: a source is streamed and says what each of its rows activates.
+        """
+        of_evaluation = self._census.of_evaluation
+        covered = np.zeros(len(self._cells), bool)
+        covered[of_evaluation] = True
+        spare = self._held_rows & ~covered[self._cell_of_row]
+        left = np.flatnonzero(self._back | spare)
+        numbers = np.concatenate([left, len(self._cell_of_row) + np.arange(len(of_evaluation))])
+        cells = np.concatenate([self._cell_of_row[left], of_evaluation])
+        seen = np.isin(np.arange(len(self._cells)), self._trained)
+        return EvaluationRows([*self._tables, *self._others], numbers, cells, self._names, seen)
+
     def stream(
         self,
         *,
@@ -308,7 +283,7 @@ class Mixture:
         streams, p = [], []
         for i, name in zip(self._trained.tolist(), self.cells, strict=True):
             share = self.probabilities[name] / self._sizes[i]
-            rows = np.flatnonzero(self._cell_of_row == i)
+            rows = np.flatnonzero((self._cell_of_row == i) & ~self._back)
             if len(rows):
                 words = rng.key("mixture stream rows", self.seed, name)
                 shuffled = rows[walk(len(rows), epoch * len(rows), len(rows), words)]
@@ -388,3 +363,9 @@ class Mixture:
             f"Mixture({len(self.sources)} sources, {len(self.cells)} cells, "
             f"{len(self.held_out_cells)} held out, {self.epoch_size} rows an epoch)"
         )
+
+
+def _read_whole(source: Source, columns: Sequence[str]) -> Table:
+    if is_streamed(source):
+        raise MixtureError(f"{source.label} is for evaluation and streamed; its rows need numbers")
+    return read_table(source, columns)

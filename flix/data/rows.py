@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -38,7 +38,6 @@ class TrainRows:
         trained: frozenset[Cell],
     ) -> None:
         self._tables = tuple(tables)
-        self._starts = np.cumsum([0, *map(len, tables)])[:-1]
         self._order = order
         self._schedule = schedule
         self._trained = trained
@@ -87,30 +86,47 @@ class TrainRows:
         for position in where[(where < -length) | (where >= length)].tolist():
             raise IndexError(f"position {position} of an epoch of {length} rows")
         numbers = self._order[self._schedule.draw(where % length + self.epoch * length)]
-        owners = np.searchsorted(self._starts, numbers, side="right") - 1
-        found: list[Row] = [{} for _ in range(len(numbers))]
-        for owner in np.unique(owners).tolist():
-            places = np.flatnonzero(owners == owner).tolist()
-            table = self._tables[owner]
-            local = (numbers[places] - self._starts[owner]).tolist()
-            features = [self._guarded(table, row) for row in local]
-            read = table.source.dataset.__getitems__(local)
-            for place, row, own in zip(places, read, features, strict=True):
-                found[place] = {**row, **own}
-        return found
+        return read_numbered(self._tables, numbers, self._guard)
 
     def __iter__(self) -> Iterator[Row]:
         # In blocks, since reading rows one by one costs more.
         for start in range(0, len(self), 64):
             yield from self[start : start + 64]
 
-    def _guarded(self, table: Table, row: int) -> dict[str, Any]:
-        """What a row activates; the row's own values are checked, not the numbers that led to it."""
-        features = table.features(row)
+    def _guard(self, table: Table, row: int, features: dict[str, Any]) -> None:
+        """A row's own features are checked, not the numbers that led to it."""
         cell = cell_of(features)
         if cell not in self._trained:
             raise HeldOutError(
                 f"{table.source.label}, row {row} is of {cell_name(cell)}, which is not trained on; "
                 "the mixture does not return it"
             )
-        return features
+
+
+def read_numbered(
+    tables: Sequence[Table],
+    numbers: NDArray[np.int64],
+    guard: Callable[[Table, int, dict[str, Any]], None] | None = None,
+) -> list[Row]:
+    """Rows by their numbers, counted through the sources, with the feature columns.
+
+    Args:
+        tables: the sources.
+        numbers: int64 ``[n]``.
+        guard: called with each row's source, place in it and features; raises if it may not be given out.
+    """
+    starts = np.cumsum([0, *map(len, tables)])[:-1]
+    owners = np.searchsorted(starts, numbers, side="right") - 1
+    found: list[Row] = [{} for _ in range(len(numbers))]
+    for owner in np.unique(owners).tolist():
+        places = np.flatnonzero(owners == owner).tolist()
+        table = tables[owner]
+        local = (numbers[places] - starts[owner]).tolist()
+        features = [table.features(row) for row in local]
+        if guard is not None:
+            for row, own in zip(local, features, strict=True):
+                guard(table, row, own)
+        read = table.source.dataset.__getitems__(local)
+        for place, row, own in zip(places, read, features, strict=True):
+            found[place] = {**row, **own}
+    return found

@@ -28,12 +28,14 @@ class Source:
         name: what messages call it; default: its key or number.
         size: the rows of an ``IterableDataset``, which its share of the mixture follows; default: what the dataset's
             own information says.
+        eval_rows: rows of each trained cell that are held back from training, for ``mixture.evaluation_rows()``.
     """
 
     dataset: AnyDataset
     features: Mapping[str, Any] = field(default_factory=dict)
     name: str | None = None
     size: int | None = None
+    eval_rows: int = 0
 
     @property
     def label(self) -> str:
@@ -124,9 +126,12 @@ def _source(item: Any, name: str, library: Any) -> Source:
         raise MixtureError(
             f"{label}: features must be {{group: name}}, got {shown(source.features)}"
         )
+    whole(source.eval_rows, f"{label}: eval_rows", 0, MixtureError)
     if is_streamed(source):
         if source.size is not None:
             whole(source.size, f"{label}: the size", 1, MixtureError)
+        if source.eval_rows:
+            raise MixtureError(f"{label} is streamed: rows cannot be held back from it")
     elif source.size is not None:
         raise MixtureError(f"{label} knows its size; size is for an IterableDataset")
     elif not len(source.dataset):

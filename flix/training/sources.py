@@ -14,8 +14,8 @@ from flix.core.checks import is_number
 from flix.core.errors import FeatureError, listed, near, shown
 from flix.core.features.names import normal_group
 from flix.data.columns import kept_value
+from flix.data.files import find_files, read_file
 from flix.training.errors import DataError, missing_extra
-from flix.training.records import find_files, read_file
 from flix.training.settings import DatasetSettings, Settings
 
 Features = dict[str, Any]
@@ -103,7 +103,7 @@ def _records(
         except DataError as error:
             raise DataError(f"dataset {dataset_name(dataset)!r}: {error}") from None
         for file in files:
-            yield from read_file(file)
+            yield from read_file(file.path)
 
 
 def _from_hub(

@@ -1,4 +1,4 @@
-"""Records of files: JSONL, CSV, TSV, Parquet; compressed with gzip or not."""
+"""Files by pattern, and their records: JSONL, CSV, TSV, Parquet; compressed with gzip or not."""
 
 from __future__ import annotations
 
@@ -6,25 +6,44 @@ import csv
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from flix.core.errors import listed, near, shown
-from flix.training.errors import DataError, missing_extra
+from flix.data.errors import DataError, missing_extra
 
 Record = tuple[str, Mapping[str, Any]]
 """(where it is, for messages; the record)."""
 
 _LONGEST_FIELD = 2**27
+_GROUP = re.compile(r"\{([^\W\d]\w*)\}")
+_SIGNS = re.compile(r"\*\*/|\[[^\]]+\]|\*+|.", re.DOTALL)
+_GLOB = {"**/": "(?:.*/)?", "*": "[^/]*", "**": ".*", "?": "[^/]"}
 
 
-def find_files(pattern: str, folder: Path) -> list[Path]:
+@dataclass(frozen=True)
+class Found:
+    """A file that a pattern matches.
+
+    Attributes:
+        path: the file.
+        features: what its name says, by group: of ``ner/{language}.jsonl``, ``{"language": "hau"}``.
+    """
+
+    path: Path
+    features: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_files(pattern: str, folder: Path) -> list[Found]:
     """The files of a pattern, ascending: the one that is called so, whatever it holds, or those that match.
 
     Args:
-        pattern: relative to the folder, or absolute; ``~`` is the home folder.
+        pattern: relative to the folder, or absolute; ``~`` is the home folder. ``*``, ``?``, ``[...]`` and ``**`` mean
+            what they mean in a shell; ``{group}`` stands for a part of a name, the file's feature of the group.
         folder: the configuration's.
 
     Raises:
@@ -34,21 +53,51 @@ def find_files(pattern: str, folder: Path) -> list[Path]:
     exact = folder / path
     try:
         if exact.is_file():
-            return [exact]
-        root, rest = folder, Path(path)
+            return [Found(exact)]
+        groups = groups_of(pattern)
+        named = re.compile(_expression(exact.as_posix()) if groups else ".*", re.DOTALL)
+        root, rest = folder, Path(_GROUP.sub("*", path))
         if rest.is_absolute():
             root, rest = Path(rest.anchor), rest.relative_to(rest.anchor)
-        found = [file for file in sorted(root.glob(str(rest))) if file.is_file()]
+        found = [
+            Found(file, match.groupdict())
+            for file in sorted(root.glob(str(rest)))
+            if file.is_file() and (match := named.fullmatch(file.as_posix()))
+        ]
         if found:
             return found
         if exact.is_dir():
             raise DataError(f"{str(exact)!r} is a folder; name its files, as in {pattern}/*.jsonl")
         present = [p.name for p in exact.parent.iterdir()] if exact.parent.is_dir() else []
-    except (ValueError, NotImplementedError, IndexError) as error:
+    except (ValueError, NotImplementedError, IndexError, re.error) as error:
         raise DataError(f"{pattern!r} is neither a file nor a pattern: {error}") from None
     except OSError as error:
         raise DataError(f"{str(exact)!r} cannot be read: {error.strerror or error}") from None
     raise DataError(f"no file matches {str(exact)!r}{near(exact.name, present)}")
+
+
+def groups_of(pattern: str) -> list[str]:
+    """The groups whose features a pattern reads from files' names."""
+    return list(dict.fromkeys(_GROUP.findall(pattern)))
+
+
+def _expression(pattern: str) -> str:
+    """A pattern as a regular expression: what stands for a group is captured; all else matches what a glob does."""
+    parts = _GROUP.split(pattern)
+    known: set[str] = set()
+    text = ""
+    for number, part in enumerate(parts):
+        if not number % 2:
+            signs = _SIGNS.findall(part)
+            text += "".join(
+                "[^/]" if len(s) > 2 and s[0] == "[" else _GLOB.get(s, re.escape(s)) for s in signs
+            )
+        elif part in known:
+            text += f"(?P={part})"
+        else:
+            known.add(part)
+            text += f"(?P<{part}>[^/]+?)"
+    return text
 
 
 def read_file(file: Path) -> Iterator[Record]:

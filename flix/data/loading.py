@@ -1,0 +1,277 @@
+"""Files and datasets of a hub as datasets whose rows are checked: what a row lacks is said with its file and line.
+
+A file is read once; what it gave is kept in the cache of ``datasets``, and mapped into memory from there, until the
+file changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flix.core.checks import is_number
+from flix.core.errors import FeatureError, FlixError, listed, near, shown
+from flix.data.columns import kept_value
+from flix.data.errors import DataError, missing_extra
+from flix.data.files import Found, read_file
+
+Features = dict[str, Any]
+"""What a row activates, by group: a name, a list of names, or ``{name: weight}``."""
+
+ACTIVATES = "flix_activates"
+"""The column in which a dataset that is kept holds what its rows activate, as JSON."""
+
+_FORMAT = 1  # of what is kept; another number reads files anew
+
+
+class Reading:
+    """What is kept of a record: columns in their forms, and features.
+
+    Args:
+        columns: the form of each column that is kept: ``"text"`` (numbers become text), ``"shown"`` (anything, as
+            text), ``"number"`` (text that is one, too), ``"texts"`` (a list) or ``"messages"`` (a list of ``{"role",
+            "content"}``).
+        features: what all rows activate.
+        feature_columns: groups whose feature stands in a column of the row.
+        limit: keep at most this many records, the first.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, str],
+        features: Mapping[str, Any],
+        feature_columns: Mapping[str, str],
+        limit: int | None = None,
+    ) -> None:
+        self.columns = dict(columns)
+        self.features = dict(features)
+        self.feature_columns = dict(feature_columns)
+        self.limit = limit
+        self.format = _FORMAT
+
+    def __call__(
+        self, record: Mapping[str, Any], where: str, features: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """A record's columns, and what it activates.
+
+        Args:
+            record: the record.
+            where: where it stands, for messages.
+            features: what its file activates.
+
+        Raises:
+            DataError: a column that is missing or of another form.
+        """
+        activates = {**self.features, **features}
+        for group, column in self.feature_columns.items():
+            activates[group] = _feature(_column(record, column, where), group, where)
+        row = {
+            name: _FORMS[form](_column(record, name, where), name, where)
+            for name, form in self.columns.items()
+        }
+        row[ACTIVATES] = json.dumps(activates, ensure_ascii=False)
+        return row
+
+
+def load_files(files: Sequence[Found], reading: Reading) -> Any:
+    """The records of files as one ``datasets.Dataset``, with :data:`ACTIVATES` beside the columns.
+
+    Raises:
+        DataError: a file that cannot be read or is damaged, or a row that is not of the form; file and line are named.
+        MissingFrameworkError: ``datasets`` is not installed.
+    """
+    described = tuple((str(f.path), tuple(f.features.items()), digest(f.path)) for f in files)
+    return _kept(_file_rows, {"files": described, "reading": reading}, reading)
+
+
+def load_hub(name: str, subset: str | None, split: str, reading: Reading) -> Any:
+    """A split of a dataset of a hub, or of a folder, in the same form as :func:`load_files`.
+
+    Raises:
+        DataError: it cannot be loaded, or a row is not of the form.
+        MissingFrameworkError: ``datasets`` is not installed.
+    """
+    library = _library("a dataset of a hub")
+    try:
+        loaded = library.load_dataset(name, name=subset, split=split)
+    except Exception as error:  # the hub, the network, a script or the files: all end here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"dataset {name!r} (split {split!r}) cannot be loaded: {reason}") from error
+    return _kept(_hub_rows, {"loaded": loaded, "name": f"{name} [{split}]", "reading": reading}, reading)  # fmt: skip
+
+
+def digest(file: Path) -> str:
+    """The SHA-256 of a file's bytes.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+def with_features(dataset: Any) -> tuple[Any, tuple[str, ...]]:
+    """A loaded dataset with a column for each group that its rows activate something of, and the groups.
+
+    All rows' values of a group get one form: names, lists of names if a row has several, ``{name: weight}`` if a row
+    has weights.
+    """
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    if not len(dataset):
+        return dataset.remove_columns(ACTIVATES), ()
+    chunks = dataset.data.column(ACTIVATES)
+    coded = pa.chunked_array([chunks.combine_chunks()]).dictionary_encode().chunk(0)
+    said = [json.loads(text) for text in coded.dictionary.to_pylist()]
+    groups = tuple(dict.fromkeys(group for row in said for group in row))
+    for group in groups:
+        values = pa.array(_of_one_form([row[group] for row in said]))
+        dataset = dataset.add_column(group, values.take(coded.indices))
+    return dataset.remove_columns(ACTIVATES), groups
+
+
+def _of_one_form(values: list[Any]) -> list[Any]:
+    if any(isinstance(value, Mapping) for value in values):
+        several = [[value] if isinstance(value, str) else value for value in values]
+        return [v if isinstance(v, Mapping) else dict.fromkeys(v, 1.0) for v in several]
+    if any(isinstance(value, list) for value in values):
+        return [[value] if isinstance(value, str) else value for value in values]
+    return values
+
+
+def _kept(rows: Callable[..., Iterator[Any]], arguments: dict[str, Any], reading: Reading) -> Any:
+    """The rows as a dataset, from the cache if they were read before."""
+    library = _library("reading rows")
+    features = {name: _types(library)[form] for name, form in reading.columns.items()}
+    features[ACTIVATES] = library.Value("string")
+    try:
+        return library.Dataset.from_generator(
+            rows, features=library.Features(features), gen_kwargs=arguments
+        )
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, FlixError):
+                raise cause from None
+            cause = cause.__cause__
+        if next(rows(**arguments), None) is None:  # which each version says in its own way
+            return library.Dataset.from_dict({name: [] for name in features})
+        raise
+
+
+def _types(library: Any) -> dict[str, Any]:
+    text = library.Value("string")
+    said = {"role": text, "content": text}
+    several = getattr(library, "List", library.Sequence)
+    return {
+        "text": text,
+        "shown": text,
+        "number": library.Value("float64"),
+        "texts": several(text),
+        "messages": [said],
+    }
+
+
+def _library(what: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise missing_extra(what, "transformers", error) from None
+    return datasets
+
+
+def _file_rows(files: Sequence[Any], reading: Reading) -> Iterator[dict[str, Any]]:
+    count = 0
+    for path, features, _ in files:
+        for where, record in read_file(Path(path)):
+            if reading.limit is not None and count >= reading.limit:
+                return
+            count += 1
+            yield reading(record, where, dict(features))
+
+
+def _hub_rows(loaded: Any, name: str, reading: Reading) -> Iterator[dict[str, Any]]:
+    for number, record in enumerate(loaded):
+        if reading.limit is not None and number >= reading.limit:
+            return
+        yield reading(record, f"{name} row {number}", {})
+
+
+def _column(record: Mapping[str, Any], column: str, where: str) -> Any:
+    if column not in record:
+        raise DataError(
+            f"{where}: no column {column!r}{near(column, record)}; it has: {listed(record)}"
+        )
+    return record[column]
+
+
+def _text(value: Any, column: str, where: str) -> str:
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                raise DataError(
+                    f"{where}: column {column!r} holds half of a surrogate pair, which is no text: {shown(value, 60)}"
+                ) from None
+        return value
+    if is_number(value) and (isinstance(value, int) or math.isfinite(value)):
+        return str(value)
+    raise DataError(f"{where}: column {column!r} must hold text, got {shown(value)}")
+
+
+def _shown(value: Any, column: str, where: str) -> str:
+    return _text(value if isinstance(value, str) else str(value), column, where)
+
+
+def _number(value: Any, column: str, where: str) -> float:
+    try:
+        number = float(value) if is_number(value) or isinstance(value, str) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{where}: column {column!r} must hold a number, got {shown(value)}")
+    return number
+
+
+def _texts(value: Any, column: str, where: str) -> list[str]:
+    if not isinstance(value, list):
+        raise DataError(f"{where}: column {column!r} must hold a list of texts, got {shown(value)}")
+    return [_text(item, column, where) for item in value]
+
+
+def _messages(value: Any, column: str, where: str) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not all(
+        isinstance(item, Mapping) and {*item} >= {"role", "content"} for item in value
+    ):
+        raise DataError(
+            f"{where}: column {column!r} must hold a list of messages, {{role, content}}, got {shown(value)}"
+        )
+    return [{key: _text(item[key], column, where) for key in ("role", "content")} for item in value]
+
+
+_FORMS: dict[str, Callable[[Any, str, str], Any]] = {
+    "text": _text,
+    "shown": _shown,
+    "number": _number,
+    "texts": _texts,
+    "messages": _messages,
+}
+
+
+def _feature(value: Any, group: str, where: str) -> Any:
+    try:
+        if isinstance(value, str | list | Mapping):
+            return kept_value(group, value)
+        raise FeatureError(
+            f"the {group} must be a name, a list of names or {{name: weight}}, got {shown(value)}"
+        )
+    except FeatureError as error:
+        raise DataError(f"{where}: {error}") from None
