@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517
 # Any number of processes test at once; each computes with one thread.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from flix.core.errors import FlixError
 from flix.data.errors import DataError, missing_extra
+from flix.tasks.errors import ModelError
+
+__all__ = ["DataError", "ModelError", "RunError", "SettingsError", "missing_extra"]
 
 
 class SettingsError(FlixError, ValueError):
     """A configuration file that cannot be read, or that breaks a rule."""
 
 
-class ModelError(FlixError, ValueError):
-    """A base model or tokenizer that cannot be loaded, or of another kind than was said."""
-
-
 class RunError(FlixError, ValueError):
     """An output folder that does not fit what is asked of it."""
-
-
-__all__ = ["DataError", "ModelError", "RunError", "SettingsError", "missing_extra"]

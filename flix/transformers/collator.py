@@ -48,7 +48,8 @@ class FlixCollator:
 
     Args:
         config: a configuration, or a registry alone.
-        collator: makes the rest of the batch; default: transformers' ``default_data_collator``.
+        collator: makes the rest of the batch; default: transformers' ``default_data_collator``. One with an attribute
+            ``whole_rows`` that is true gets the rows with their feature columns.
         columns: the column of each group that rows name: ``{"language": "lang"}``; default: a column of the group's
             own name for each group. Groups whose every feature others imply may then be left out by rows.
         unknown: what unknown features do; default: the configuration's rule.
@@ -143,9 +144,7 @@ class FlixCollator:
         rows = list(rows)
         self._check(rows)
         numbers = self._numbers(rows, step, first_row)
-        own = {*self.own_columns}
-        rest = [{name: value for name, value in row.items() if name not in own} for row in rows]
-        batch = self.collator(rest)
+        batch = self.collator(self._rest(rows))
         routing, segments = self._encode(rows)
         if segments is not None:
             routing = _per_token(routing, segments, len(rows), _length_of(batch))
@@ -160,6 +159,13 @@ class FlixCollator:
         batch["flix_features"] = torch.from_numpy(routing.ids.astype(np.int64))
         batch["flix_weights"] = torch.from_numpy(np.array(routing.weights, np.float32))
         return batch  # type: ignore[no-any-return]
+
+    def _rest(self, rows: list[Row]) -> list[Any]:
+        """What the other collator gets: the rows without this one's columns, unless it wants them whole."""
+        if getattr(self.collator, "whole_rows", False):
+            return rows
+        own = {*self.own_columns}
+        return [{name: value for name, value in row.items() if name not in own} for row in rows]
 
     def _check(self, rows: Sequence[Any]) -> None:
         for number, row in enumerate(rows):

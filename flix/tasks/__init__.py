@@ -1,0 +1,93 @@
+"""Tasks: rows to tokens and labels, models with what each task needs, answers and their scores (``docs/tasks.md``).
+
+::
+
+    task = make_task("seq2seq", tokenizer, name="ner", prompt="{task}: {source}")
+    model = train_heads(adapt(load_base(name, [task]), config))
+    collator = FlixCollator(config, TaskCollator([task], tokenizer))
+    found = answers(model, [task], rows, collator)
+    scores(task.kind, found)
+
+Each name is imported when it is asked for, and torch with those that need it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flix.tasks.answer import Answer
+    from flix.tasks.answering import answers
+    from flix.tasks.bases import (
+        enable_checkpointing,
+        load_base,
+        load_model,
+        load_tokenizer,
+        locate,
+        model_layers,
+        train_heads,
+    )
+    from flix.tasks.checking import unknown_notes
+    from flix.tasks.collating import TaskCollator
+    from flix.tasks.columns import TASK, WHERE
+    from flix.tasks.errors import DataError, ModelError, missing_extra
+    from flix.tasks.making import GENERATIVE, KINDS, make_task
+    from flix.tasks.packing import packed
+    from flix.tasks.scoring import interval, scores
+    from flix.tasks.task import Task
+
+_HOMES = {
+    "answer": ("Answer",),
+    "answering": ("answers",),
+    "bases": (
+        "enable_checkpointing",
+        "load_base",
+        "load_model",
+        "load_tokenizer",
+        "locate",
+        "model_layers",
+        "train_heads",
+    ),
+    "checking": ("unknown_notes",),
+    "collating": ("TaskCollator",),
+    "columns": ("TASK", "WHERE"),
+    "errors": ("DataError", "ModelError", "missing_extra"),
+    "making": ("GENERATIVE", "KINDS", "make_task"),
+    "packing": ("packed",),
+    "scoring": ("interval", "scores"),
+    "task": ("Task",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "GENERATIVE",
+    "KINDS",
+    "TASK",
+    "WHERE",
+    "Answer",
+    "DataError",
+    "ModelError",
+    "Task",
+    "TaskCollator",
+    "answers",
+    "enable_checkpointing",
+    "interval",
+    "load_base",
+    "load_model",
+    "load_tokenizer",
+    "locate",
+    "make_task",
+    "missing_extra",
+    "model_layers",
+    "packed",
+    "scores",
+    "train_heads",
+    "unknown_notes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"flix.tasks.{_HOME_OF[name]}"), name)

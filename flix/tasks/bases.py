@@ -1,0 +1,174 @@
+"""Base models and tokenizers, from a folder or a hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flix.core.adapter.adapter import LayerShape
+from flix.core.config.targets import Patterns, select
+from flix.core.errors import near
+from flix.tasks.errors import ModelError, missing_extra
+from flix.tasks.making import check_together
+from flix.tasks.task import Task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_AUTO = {"seq2seq": "AutoModelForSeq2SeqLM", "causal": "AutoModelForCausalLM"}
+
+
+def locate(name: str, folder: Path = Path(".")) -> str:
+    """A model's folder, if there is one of this name beside the configuration, or else its hub name.
+
+    Raises:
+        ModelError: a name that can only be a folder, and there is none.
+    """
+    place = folder / os.path.expanduser(name)
+    if place.is_dir():
+        return str(place)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or place.exists():
+        parent = place.parent
+        present = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+        raise ModelError(f"no model folder {str(place)!r}{near(place.name, present)}")
+    return name
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or hub name.
+
+    Raises:
+        ModelError: none can be loaded.
+    """
+    transformers = _transformers()
+    return _loaded(
+        lambda: transformers.AutoTokenizer.from_pretrained(name), f"no tokenizer in {name!r}"
+    )
+
+
+def load_base(name: str, tasks: Sequence[Task], dtype: str = "float32") -> Any:
+    """A base model with its weights, of the class that the tasks need.
+
+    Args:
+        name: folder or hub name, as :func:`locate` gives it.
+        tasks: what it is to do.
+        dtype: of the parameters; ``"auto"`` keeps that of the file.
+
+    Raises:
+        ConfigError: tasks that do not go together.
+        ModelError: it cannot be loaded, or cannot do the tasks.
+    """
+    check_together(tasks)
+    return load_model(name, tasks[0].kind, dtype)
+
+
+def load_model(name: str, kind: str | None = None, dtype: str = "float32") -> Any:
+    """A model as its class loads it.
+
+    Args:
+        name: folder or hub name.
+        kind: ``"seq2seq"``, ``"causal"``, or None for the class that the model's configuration names.
+        dtype: of the parameters; ``"auto"`` keeps that of the file.
+
+    Raises:
+        ModelError: it cannot be loaded, or is of the other kind.
+    """
+    maker = _maker(name, kind)
+    return _loaded(
+        lambda: maker.from_pretrained(name, dtype=dtype),
+        f"the base model {name!r} cannot be loaded",
+    )
+
+
+def model_layers(
+    name: str, kind: str | None, targets: Patterns, excluded: Patterns
+) -> dict[str, LayerShape]:
+    """The layers of a model that would be adapted; built without weights from its configuration alone.
+
+    Raises:
+        ModelError: no such model.
+        TargetError: patterns that match nothing.
+    """
+    import torch
+
+    from flix.backends.torch import primitives
+
+    maker, config = _maker(name, kind), _config(name)
+    build = getattr(maker, "from_config", None) or maker._from_config
+    with torch.device("meta"):
+        model = _loaded(lambda: build(config), f"the base model {name!r} cannot be built")
+    chosen = select(primitives.layers(model), targets, excluded)
+    return {i.path: LayerShape.told(i) for i in chosen}
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Switch on activation checkpointing, by either of the names that transformers gave it.
+
+    Raises:
+        ModelError: the model does not support it.
+    """
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        enable: Any = getattr(model, f"{name}_enable", None)
+        if enable is not None:
+            try:
+                enable(**{f"{name}_kwargs": {"use_reentrant": False}})
+            except ValueError as error:
+                raise ModelError(f"gradient_checkpointing: {error}") from None
+            return
+    raise ModelError(f"{type(model).__name__} supports no gradient checkpointing")
+
+
+def _transformers() -> Any:
+    try:
+        import torch  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise missing_extra("loading a base model", "transformers", error) from None
+    return transformers
+
+
+def _config(name: str) -> Any:
+    transformers = _transformers()
+    return _loaded(
+        lambda: transformers.AutoConfig.from_pretrained(name),
+        f"the base model {name!r} cannot be loaded",
+    )
+
+
+def _maker(name: str, kind: str | None) -> Any:
+    """The class that loads a model."""
+    transformers, config = _transformers(), _config(name)
+    own = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
+    if kind is None:
+        for architecture in getattr(config, "architectures", None) or ():
+            if found := getattr(transformers, architecture, None):
+                return found
+        kind = own
+    if kind != own:
+        raise ModelError(f"the base model {name!r} is {own}, not {kind}; say kind: {own}")
+    return getattr(transformers, _AUTO[kind])
+
+
+def _loaded(load: Callable[[], Any], what: str) -> Any:
+    """What ``load`` returns; what transformers raises for a user's mistake becomes one line."""
+    try:
+        return load()
+    except Exception as error:
+        # A folder's files can be damaged in any way, and each library on the way raises errors of its own.
+        raise ModelError(f"{what}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def train_heads(model: Any) -> Any:
+    """Let an adapted model's heads train, as they begin at random; a model that writes its answers has none.
+
+    Returns:
+        The model.
+    """
+    return model

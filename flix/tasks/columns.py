@@ -1,0 +1,154 @@
+"""What a row says in its columns: texts, words, numbers, conversations, and prompts made of them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from flix.core.checks import is_number
+from flix.core.errors import listed, near, shown
+from flix.tasks.errors import DataError
+
+Row = Mapping[str, Any]
+"""A row: its columns, and a column of each group of features."""
+
+TASK = "flix_task"
+"""The column with the number of a row's task; a row without it is of the first one."""
+
+WHERE = "flix_where"
+"""The column that says where a row comes from, such as ``file:12``, for messages."""
+
+_FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}|[{}]")
+
+
+def place(row: Row, task: str) -> str:
+    """Where a row is, as well as it can be told."""
+    if where := row.get(WHERE):
+        return str(where)
+    said = [value for name, value in row.items() if not name.startswith("flix_")]
+    return f"task {task!r}, the row {shown(said[0] if len(said) == 1 else dict(row), 80)}"
+
+
+def value_of(row: Row, column: str, where: str) -> Any:
+    """A column's value.
+
+    Raises:
+        DataError: the row has no such column, or nothing in it.
+    """
+    if column not in row:
+        present = [name for name in row if not name.startswith("flix_")]
+        raise DataError(
+            f"{where}: no column {column!r}{near(column, present)}; it has: {listed(present)}"
+        )
+    if row[column] is None:
+        raise DataError(f"{where}: column {column!r} holds nothing")
+    return row[column]
+
+
+def text(value: Any, column: str, where: str) -> str:
+    """A value as text; numbers are written out.
+
+    Raises:
+        DataError: neither text nor a finite number.
+    """
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                raise DataError(
+                    f"{where}: column {column!r} holds half of a surrogate pair, which is no text: {shown(value, 60)}"
+                ) from None
+        return value
+    if is_number(value) and (isinstance(value, int) or math.isfinite(value)):
+        return str(value)
+    raise DataError(f"{where}: column {column!r} must hold text, got {shown(value)}")
+
+
+def texts(value: Any, column: str, where: str) -> list[str]:
+    """A value as a list of texts.
+
+    Raises:
+        DataError: no list, or an entry that is no text.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise DataError(f"{where}: column {column!r} must hold a list of texts, got {shown(value)}")
+    return [text(entry, column, where) for entry in value]
+
+
+def number(value: Any, column: str, where: str) -> float:
+    """A value as a finite number; text that spells one is one.
+
+    Raises:
+        DataError: anything else.
+    """
+    found = math.nan
+    if is_number(value):
+        found = float(value)
+    elif isinstance(value, str):
+        with suppress(ValueError):
+            found = float(value)
+    if not math.isfinite(found):
+        raise DataError(f"{where}: column {column!r} must hold a finite number, got {shown(value)}")
+    return found
+
+
+def messages(value: Any, column: str, where: str) -> list[dict[str, str]]:
+    """A value as a conversation: ``[{"role": ..., "content": ...}, ...]``.
+
+    Raises:
+        DataError: no list of such messages, or an empty one.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
+        raise DataError(
+            f'{where}: column {column!r} must hold a list of messages, {{"role": ..., "content": ...}}, '
+            f"got {shown(value)}"
+        )
+    found = []
+    for turn, message in enumerate(value):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= {*message}:
+            raise DataError(
+                f'{where}: column {column!r}, message {turn} must be {{"role": ..., "content": ...}}, got {shown(message)}'
+            )
+        what = f"{column}[{turn}]"
+        parts = {name: text(message[name], what, where) for name in ("role", "content")}
+        found.append({**message, **parts})
+    return found
+
+
+def fill(template: str, row: Row, where: str) -> str:
+    """A template with ``{name}`` replaced by a column or a group's features; ``{{`` and ``}}`` are braces.
+
+    Several features of a group are joined by ``+``.
+
+    Raises:
+        DataError: a name without a value, or a brace without its partner.
+    """
+
+    def put(match: re.Match[str]) -> str:
+        found, name = match.group(0), match.group(1)
+        if found in ("{{", "}}"):
+            return found[0]
+        if name is None:
+            raise DataError(
+                f"prompt {template!r}: a single {found!r}; write {found * 2!r} for the brace itself"
+            )
+        if name not in row:
+            present = [column for column in row if not column.startswith("flix_")]
+            raise DataError(
+                f"{where}: prompt {template!r} needs {name!r}{near(name, present)}; there is: {listed(present)}"
+            )
+        return _joined(row[name])
+
+    return _FIELD.sub(put, template)
+
+
+def _joined(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = [name for name, weight in value.items() if weight is not None]
+    if isinstance(value, list | tuple):
+        return "+".join(map(str, value))
+    return "" if value is None else str(value)
