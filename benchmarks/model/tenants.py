@@ -48,10 +48,12 @@ TENANTS = 16
 SHAPES = ((4, 64), (1, 16))
 """Rows of a tenant, and their tokens."""
 FLIX, ONE, LOOP = (
-    "**flix**, one mixed batch",
+    "**flix**, mixed batches",
     "PEFT, one tenant after the other",
     "PEFT, loop over adapters",
 )
+TOKENS = 1024
+"""How many flix takes at a time: with more, activations leave the caches and gain nothing."""
 RATE = 1e-12
 """So small that values stay what they are, and every round computes the same."""
 _adamw = functools.partial(torch.optim.AdamW, fused=True)
@@ -90,13 +92,16 @@ class Rows:
             mine = [i for i, owner in enumerate(self.owners) if owner == name]
             self.parts[name] = {key: value[mine] for key, value in whole.items()}
 
-    def losses(self, logits: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The loss of every label, ``[batch, length]``."""
-        labels = self.labels if labels is None else labels
-        if self.shift:
-            logits, labels = logits[:, :-1], labels[:, 1:]
+    def losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of every label, and whether it counts, both ``[batch, length]``."""
+        if self.shift:  # the labels, as transformers does: logits are many times larger
+            labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         found = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-        return found.view(labels.shape)
+        return found.view(labels.shape), labels != -100
+
+
+def _between(losses: tuple[Tensor, Tensor], routing: Any) -> tuple[Tensor, Any, Tensor]:
+    return losses[0], routing, losses[1]
 
 
 def _flix_arm(make: models.Make, rows: Rows) -> tuple[Arm, Any]:
@@ -105,22 +110,28 @@ def _flix_arm(make: models.Make, rows: Rows) -> tuple[Arm, Any]:
     tenants = Tenants(model, "tenant", _adamw, lr=RATE)
 
     def losses() -> dict[str, Tensor]:
-        logits = model(**rows.inputs, flix_features=rows.routing, use_cache=False).logits
-        return tenants.losses(rows.losses(logits), rows.routing)
+        """Forward and backward for all rows, in parts."""
+        means: dict[str, Tensor] = {}
+        for part in tenants.parts(rows.routing, max(1, TOKENS // rows.labels.shape[1])):
+            routing, labels = rows.routing[part], rows.labels[part]
+            inputs = {key: value[part] for key, value in rows.inputs.items()}
+            logits = model(**inputs, flix_features=routing, use_cache=False).logits
+            found = tenants.losses(*_between(rows.losses(logits, labels), routing))
+            torch.stack(list(found.values())).sum().backward()
+            means |= {name: value.detach() for name, value in found.items()}
+        return means
 
     def run() -> dict[str, Tensor]:
         found = losses()
-        torch.stack(list(found.values())).sum().backward()
         tenants.step()
-        return {name: value.detach() for name, value in found.items()}
+        return found
 
     def gradients() -> dict[str, Any]:
         found = losses()
-        sum(found.values()).backward()  # type: ignore[union-attr]
         all_of_them = pair_gradients(model_pairs(model), model.parameters())
         tenants.zero_grad()
         return {
-            **{f"loss {name}": value.detach().numpy() for name, value in found.items()},
+            **{f"loss {name}": value.numpy() for name, value in found.items()},
             **{name: g.copy() for name, g in all_of_them.items() if g is not None},
         }
 
@@ -251,7 +262,7 @@ def ends_alone(which: str, smoke: bool = False, steps: int = 50) -> tuple[float,
         inputs = {key: value[some] for key, value in rows.inputs.items()}
         for _ in range(steps):
             logits = model(**inputs, flix_features=routing, use_cache=False).logits
-            losses = tenants.losses(rows.losses(logits, rows.labels[some]), routing)
+            losses = tenants.losses(*_between(rows.losses(logits, rows.labels[some]), routing))
             sum(losses.values()).backward()  # type: ignore[union-attr]
             tenants.step()
         return {name: bank.parameter(("tenant", name)).detach() for name in names}

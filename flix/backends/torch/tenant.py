@@ -182,6 +182,30 @@ def refuse_batch_norms(found: Sequence[tuple[str, Any]]) -> None:
             )
 
 
+def refuse_changed(name: str, tenant: Tenant, bank: Bank) -> None:
+    """Refuse a tenant whose parameter was changed behind its back.
+
+    Raises:
+        ConfigError: it was renamed, removed, replaced, frozen or moved.
+    """
+    if bank.parameter(tenant.feature) is not tenant.parameter:
+        raise ConfigError(
+            f"the tenant {name!r} is no longer what it was: its feature was renamed, removed or replaced. Use "
+            "rename, leave and resume of Tenants, or make another"
+        )
+    if not tenant.stopped and not tenant.parameter.requires_grad:
+        raise ConfigError(
+            f"the tenant {name!r} was frozen from outside (add_feature does so unless freeze_others=False): "
+            f"stop({name!r}), or thaw(model, ...) its feature"
+        )
+    where = tenant.parameter.untyped_storage().data_ptr()
+    if any(p.untyped_storage().data_ptr() != where for p, _ in tenant.pieces[:1]):
+        raise ConfigError(
+            f"the values of the tenant {name!r} have moved (to another device or dtype) from under its "
+            "optimizer; make Tenants after the model is where it stays"
+        )
+
+
 def refuse_processes() -> None:
     """Refuse to be one of several processes.
 

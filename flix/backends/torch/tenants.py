@@ -18,6 +18,7 @@ from flix.backends.torch.tenant import (
     batch_norms,
     make_tenant,
     refuse_batch_norms,
+    refuse_changed,
     refuse_processes,
 )
 from flix.backends.torch.tenants_files import read_tenant, save_tenant
@@ -25,6 +26,7 @@ from flix.backends.verbs import Verbs
 from flix.core.checks import whole
 from flix.core.errors import ConfigError, FeatureError, listed, near
 from flix.core.features.names import Feature, normal_name, written
+from flix.core.features.owners import owner_parts
 from flix.core.files import Path_
 
 _verbs = Verbs(primitives)
@@ -97,9 +99,8 @@ class Tenants:
             raise ConfigError(
                 f"no feature of group {self.group!r} trains; thaw(model, ...) those that shall be tenants"
             )
-        self._settings: dict[str, Any] = {
-            "optimizer": optimizer, "lr": lr, "schedule": schedule, "steps": steps, "max_norm": max_norm
-        }  # fmt: skip
+        self._settings: dict[str, Any] = {"optimizer": optimizer, "lr": lr}
+        self._settings |= {"schedule": schedule, "steps": steps, "max_norm": max_norm}
         for what, given in self._settings.items():
             for name in given if isinstance(given, Mapping) else ():
                 if name not in names:
@@ -160,6 +161,28 @@ class Tenants:
         active = set(self.active)
         self._counted = (self._counted or set()) | (active & found.keys())
         return {name: value if name in active else value.detach() for name, value in found.items()}
+
+    def parts(self, features: Any, rows: int) -> list[list[int]]:
+        """A batch in parts, each with all rows of its tenants, to go through one by one and step once after the last::
+
+            for part in tenants.parts(routing, 16):
+                logits = model(input_ids[part], flix_features=routing[part]).logits
+                ...  # losses and backward, as for a whole batch
+            tenants.step()
+
+        Args:
+            features: the batch's routing.
+            rows: the most rows of a part; a tenant with more has one of its own, for its mean is over all of them.
+
+        Returns:
+            The places of each part's rows, ascending; together every row of the batch once.
+
+        Raises:
+            RoutingError: another thing than routing, or a row of two tenants.
+            ConfigError: rows below 1.
+        """
+        owners = owners_of(features, self.group, self._state.config.registry)
+        return [part.tolist() for part in owner_parts(owners, rows)]
 
     def step(self) -> tuple[str, ...]:
         """Let every tenant that has a gradient take one step, and let go of all gradients.
@@ -247,7 +270,8 @@ class Tenants:
             ConfigError: as for the class.
         """
         self._check()
-        self._refuse_known(name)
+        if name in self._tenants:
+            raise FeatureError(f"{name!r} is a tenant already; go_on or resume it")
         self._refuse_unknown(settings)
         if self._state.config.registry.find(self.group, name) is None:
             _verbs.add_feature(
@@ -358,24 +382,8 @@ class Tenants:
 
     def _check(self) -> None:
         """Refuse what would make tenants wrong without a word."""
-        bank = self._state.bank
         for name, tenant in self._tenants.items():
-            if bank.parameter(tenant.feature) is not tenant.parameter:
-                raise ConfigError(
-                    f"the tenant {name!r} is no longer what it was: its feature was renamed, removed or replaced. Use "
-                    "rename, leave and resume of Tenants, or make another"
-                )
-            if not tenant.stopped and not tenant.parameter.requires_grad:
-                raise ConfigError(
-                    f"the tenant {name!r} was frozen from outside (add_feature does so unless freeze_others=False): "
-                    f"stop({name!r}), or thaw(model, ...) its feature"
-                )
-            where = tenant.parameter.untyped_storage().data_ptr()
-            if any(p.untyped_storage().data_ptr() != where for p, _ in tenant.pieces[:1]):
-                raise ConfigError(
-                    f"the values of the tenant {name!r} have moved (to another device or dtype) from under its "
-                    "optimizer; make Tenants after the model is where it stays"
-                )
+            refuse_changed(name, tenant, self._state.bank)
         refuse_batch_norms(self._batch_norms)
 
     def _refuse_others(self, trained: set[Feature]) -> None:
@@ -386,10 +394,6 @@ class Tenants:
                 f"{listed(others, 5)} would train, too, by several tenants' rows, and none would end where it ends "
                 "alone; freeze what is not a tenant's"
             )
-
-    def _refuse_known(self, name: str) -> None:
-        if name in self._tenants:
-            raise FeatureError(f"{name!r} is a tenant already; go_on or resume it")
 
     def _refuse_unknown(self, settings: Mapping[str, Any]) -> None:
         for what in settings:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from flix.core.checks import is_number
+from flix.core.checks import is_number, whole
 from flix.core.errors import ConfigError, RoutingError, shown
 from flix.core.features.names import Feature, written
 from flix.core.features.routing import check_form
@@ -66,6 +66,34 @@ def row_owners(ids: NDArray[Any], registry: FeatureTable, group: str) -> Owners:
         found, slots = found[1:], np.where(slots == 0, found.size - 1, slots - 1)
     owners = tuple(int(i) for i in found)
     return Owners(owners, tuple(registry.features[i] for i in owners), slots)
+
+
+def owner_parts(owners: Owners, rows: int) -> list[NDArray[np.int64]]:
+    """A batch in parts, each with all the rows of those who have any in it: what fits is taken in the order of ids.
+
+    Args:
+        owners: whose each row is.
+        rows: how many rows a part has at most; one owner with more has a part of their own.
+
+    Returns:
+        The places of each part's rows, ascending, int64; rows of nobody fill up the last parts.
+
+    Raises:
+        ConfigError: rows that are no whole number of 1 or more.
+    """
+    most = whole(rows, "rows", 1)
+    places = [np.flatnonzero(owners.slots == slot) for slot in range(len(owners.ids))]
+    nobodys = np.flatnonzero(owners.slots == len(owners.ids))
+    places += list(nobodys[:, None])
+    parts: list[list[NDArray[np.int64]]] = []
+    room = 0
+    for some in places:
+        if len(some) > room:
+            parts.append([])
+            room = most
+        parts[-1].append(some)
+        room -= len(some)
+    return [np.sort(np.concatenate(part)) for part in parts]
 
 
 def per_feature(

@@ -107,8 +107,11 @@ def tokens_of(made, owners, tokens, labels):
     return found, routing, labels != -100
 
 
-def train(tenants, rows, seen=None):
+def train(tenants, rows, seen=None, parts=None):
     for batch in rows:
+        if parts is not None:
+            train_in_parts(tenants, batch, parts)
+            continue
         losses, routing, counts = tokens_of(tenants.model, *batch)
         means = tenants.losses(losses, routing, counts)
         total = sum(means.values())
@@ -117,6 +120,20 @@ def train(tenants, rows, seen=None):
         moved = tenants.step()
         if seen is not None:
             seen.append((moved, {name: value.item() for name, value in means.items()}))
+
+
+def train_in_parts(tenants, batch, most):
+    owners, tokens, labels = batch
+    registry = tenants.model.flix_config.registry
+    routing = registry.encode([{"tenant": owner} for owner in owners])
+    for part in tenants.parts(routing, most):
+        own = [owners[i] for i in part]
+        losses, own_routing, counts = tokens_of(tenants.model, own, tokens[part], labels[part])
+        assert own_routing.ids.tolist() == routing[part].ids.tolist()
+        total = sum(tenants.losses(losses, routing[part], counts).values())
+        if total.requires_grad:
+            total.backward()
+    tenants.step()
 
 
 def alone(name, tenant, rows, limit=math.inf):
@@ -173,6 +190,19 @@ def test_each_ends_where_it_would_have_ended_alone(name):
         assert mine == pytest.approx(losses, abs=1e-9)
     assert tenants.active == ("ann", "ben", "dan", "eve")
     assert torch.equal(parameters_of(made)["base", "all"], start["base", "all"])
+
+
+def test_in_parts_each_ends_where_it_ends_in_one_batch():
+    rows = batches(20)
+    whole, parted = together(model()), together(model())
+    train(whole, rows)
+    train(parted, rows, parts=4)
+    for tenant in NAMES:
+        found, expected = (parameters_of(t.model)["tenant", tenant] for t in (parted, whole))
+        assert parted[tenant].taken == whole[tenant].taken > 5
+        assert difference(found, expected) < 1e-9
+    with pytest.raises(ConfigError, match="rows must be"):
+        whole.parts(whole.model.flix_config.registry.encode([{"tenant": "ann"}]), 0)
 
 
 def test_matrices_give_optimizers_the_shapes_that_pefts_lora_has():
