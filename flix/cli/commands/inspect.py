@@ -11,13 +11,13 @@ import typer
 
 from flix.cli.console import show, show_json, show_table
 from flix.cli.options import AdapterFolder, Json
-from flix.core.adapter.adapter import Adapter
 from flix.core.adapter.composition import untrained, untrained_note
 from flix.core.adapter.description import as_dict
 from flix.core.adapter.files import load_adapter
+from flix.core.adapter.similarity import update_norms
 from flix.core.config.config import FlixConfig
 from flix.core.costs import feature_cost
-from flix.core.features.names import Feature, written
+from flix.core.features.names import written
 
 
 def inspect(
@@ -35,18 +35,6 @@ def inspect(
     if check:
         raise typer.Exit(check_adapter(adapter, as_json))
     inspect_adapter(adapter, layers, as_json)
-
-
-def update_norms(adapter: Adapter) -> dict[Feature, dict[str, float]]:
-    """The Frobenius norm of s B A for every feature and layer, from r x r products alone."""
-    norms: dict[Feature, dict[str, float]] = {}
-    for feature in adapter.config.registry.live:
-        norms[feature] = {}
-        for layer in adapter.layers:
-            a, b = (part.astype(np.float64) for part in adapter.pair(layer, feature))
-            squared = float(np.sum((a @ a.swapaxes(-1, -2)) * (b.swapaxes(-1, -2) @ b)))
-            norms[feature][layer] = adapter.config.scale(layer, feature) * max(squared, 0.0) ** 0.5
-    return norms
 
 
 def check_adapter(folder: Path, as_json: bool) -> int:

@@ -1,0 +1,9 @@
+"""One page about training runs: scores, curves, what features share, the mixture, cost, examples, origin.
+
+It reads runs' folders alone (JSON, and adapters through :mod:`flix.core`) and needs no framework; extra ``report``.
+"""
+
+from flix.report.page import Written, write_report
+from flix.report.reading import ReportError
+
+__all__ = ["ReportError", "Written", "write_report"]

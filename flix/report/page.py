@@ -1,0 +1,363 @@
+"""The page: one HTML file that holds everything it shows."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from flix._version import __version__
+from flix.core.errors import MissingFrameworkError
+from flix.core.files import make_folder, write_file
+from flix.report.figures import Figures
+from flix.report.grid import choose_axes, decimal, metric_name
+from flix.report.reading import Part, ReportError
+from flix.report.records import Point
+from flix.report.runs import Run, read_runs
+from flix.report.view import Figure, Table, View
+from flix.report.views import view_of
+
+_MARK = '<meta name="generator" content="flix report'
+
+
+@dataclass(frozen=True)
+class Written:
+    """A report that was written.
+
+    Attributes:
+        out: the page.
+        size: its bytes.
+        short: the sentences on top of it, as texts.
+        missing: what it cannot show, and why.
+    """
+
+    out: Path
+    size: int
+    short: list[str]
+    missing: list[str]
+
+
+def write_report(
+    runs: Sequence[Path],
+    out: Path | None = None,
+    *,
+    rows: str | None = None,
+    columns: str | None = None,
+    force: bool = False,
+) -> Written:
+    """Write one page about some runs; the first is compared with each of the others.
+
+    Args:
+        runs: folders that ``flix train`` or ``flix quickstart`` wrote.
+        out: the page; default: ``report.html`` in the first run's folder.
+        rows: the group whose features are the rows of the grids; default: chosen by the cells.
+        columns: the group of the columns.
+        force: write over a file that is no report.
+
+    Raises:
+        ReportError: what :func:`read_runs` refuses, a group that no cell names, an ``out`` that is a folder, or a file
+            that is no report.
+        MissingFrameworkError: jinja2 or matplotlib is not installed.
+        OSError: a file cannot be read or written.
+    """
+    found = read_runs(runs)
+    out = out if out is not None else runs[0] / "report.html"
+    _check_out(out, force)
+    text, short, missing = page(found, rows, columns)
+    data = text.encode("utf-8", "replace")
+    make_folder(out.parent)
+    write_file(out, data)
+    return Written(out, len(data), short, missing)
+
+
+def page(
+    runs: Sequence[Run], rows: str | None = None, columns: str | None = None
+) -> tuple[str, list[str], list[str]]:
+    """The page, the sentences on top of it, and what it lacks.
+
+    Raises:
+        ReportError, MissingFrameworkError: as :func:`write_report`.
+    """
+    axes = choose_axes(runs, rows, columns)
+    figures = Figures()
+    first = runs[0] if len(runs) > 1 else None
+    views = [view_of(run, number, first, axes, figures) for number, run in enumerate(runs)]
+    missing = [f"{run.name}: {text}" if first else text for run in runs for text in run.missing]
+    short = _short(views)
+    script = files("flix.report").joinpath("templates/page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    names = ", ".join(run.name for run in runs)
+    text = _template().render(
+        title=f"flix report: {names}",
+        subtitle=_subtitle(runs),
+        generator=f"flix report {__version__}",
+        style=_safe(
+            files("flix.report").joinpath("templates/style.css").read_text(encoding="utf-8")
+        ),
+        script=_safe(script),
+        script_hash=f"sha256-{digest}",
+        parts=_PARTS,
+        short=[_marked(parts) for parts in short],
+        missing=missing,
+        axes=axes,
+        views=[_safe_figures(view) for view in views],
+        comparison=_comparison(views) if first else None,
+        figures=[_safe_figure(f) for f in _curves(runs, figures)],
+        cost=_cost(runs),
+        footer=f"Written by flix {__version__} from {names}.",
+    )
+    return text, ["".join(part for part, _ in parts) for parts in short], missing
+
+
+_PARTS = (
+    ("scores", "Scores"), ("curves", "Learning curves"), ("shared", "What features share"), ("mixture", "Mixture"),
+    ("examples", "Examples"), ("cost", "Cost"), ("origin", "Command, versions, data"),
+)  # fmt: skip
+Sentence = list[tuple[str, str]]
+"""Pieces of text, each with how it is set: "" plain, "b" bold, "code" as code."""
+
+
+def _short(views: Sequence[View]) -> list[Sentence]:
+    """The sentences on top: comparisons, the worst cell, the most similar pair of a group, the command."""
+    first, of = views[0], f" of {views[0].name}" if len(views) > 1 else ""
+    found = [s for other in views[1:] if (s := _against(first, other)) is not None]
+    if (cell := first.worst_cell) is not None and first.run.metrics is not None:
+        named = f"Worst cell{of}: "
+        where = ", ".join("+".join(names) for _, names in cell.features)
+        text = f" with {decimal(cell.score)} {metric_name(cell.metric)}"
+        if cell.interval is not None:
+            text += f" (95 %: {decimal(cell.interval[0])} to {decimal(cell.interval[1])})"
+        text += f" on {cell.rows:,} rows" + ("" if cell.seen else ", held out of training")
+        seen, held = first.run.metrics.mean(True), first.run.metrics.mean(False)
+        text += f". Mean of the cells trained on: {decimal(seen)}"
+        text += f", of those held out: {decimal(held)}." if held is not None else "."
+        found.append([(named, ""), (where, "b"), (text, "")])
+    if first.updates is not None and first.axes is not None:
+        for group in (first.axes.rows, first.axes.columns):
+            if group in first.updates.alike and group is not None:
+                best, least = first.updates.alike[group], first.updates.least[group]
+                text = f": the cosine between their updates is {_hundredths(best.cosine)}, over all layers."
+                if (best.one, best.other) != (least.one, least.other):
+                    text += f" Least: {least.one} and {least.other}, {_hundredths(least.cosine)}."
+                named = f"Most similar pair of the group {group}{of}: "
+                found.append(
+                    [
+                        (named, ""),
+                        (f"{best.one} and {best.other}", "b"),
+                        (text, ""),
+                    ]
+                )
+    commands = [view.command for view in views]
+    for view in views:
+        if view.command is not None:
+            every = commands.count(view.command) == len(views)
+            named = "Command: " if every else f"Command of {view.name}: "
+            found.append([(named, ""), (view.command, "code")])
+            if every:
+                break
+    return found
+
+
+def _hundredths(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+
+
+def _against(first: View, other: View) -> Sentence | None:
+    """How the first run does beside another, over the cells that both have."""
+    mine, theirs = first.run.metrics, other.run.metrics
+    if mine is None or theirs is None:
+        return None
+    of = {cell.name: cell for cell in theirs.cells}
+    pairs = [(c, of[c.name]) for c in mine.cells if c.name in of]
+    known = [(a, b) for a, b in pairs if a.score is not None and b.score is not None]
+    if not known:
+        return None
+    sentence: Sentence = [(f"{first.name} against {other.name}: ", "")]
+    for seen, words in ((True, "on cells trained on"), (False, "held out")):
+        some = [(a.score or 0.0, b.score or 0.0) for a, b in known if a.seen is seen]
+        if some:
+            one, two = (sum(pair[i] for pair in some) / len(some) for i in (0, 1))
+            sentence.append((f"{decimal(one - two, signed=True)} points", "b"))
+            sentence.append((f" {words} ({decimal(one)} against {decimal(two)}); ", ""))
+    better = sum((a.score or 0.0) > (b.score or 0.0) for a, b in known)
+    return [*sentence, (f"better in {better} of {len(known)} cells.", "")]
+
+
+def _comparison(views: Sequence[View]) -> Table:
+    """The runs side by side."""
+    runs = [view.run for view in views]
+
+    def mean(run: Run, seen: bool) -> str:
+        return decimal(run.metrics.mean(seen)) if run.metrics is not None else "–"
+
+    def cells(run: Run) -> str:
+        return f"{len(run.metrics.cells):,}" if run.metrics is not None else "–"
+
+    kinds = sorted(
+        {c.kind for run in runs for c in (run.metrics.cells if run.metrics else ()) if c.kind}
+    )
+
+    def of_kind(run: Run, kind: str) -> str:
+        some = [
+            c.score
+            for c in (run.metrics.cells if run.metrics else ())
+            if c.kind == kind and c.score is not None
+        ]
+        return decimal(sum(some) / len(some)) if some else "–"
+
+    return Table(
+        "Means of the cells' main metrics: trained on, held out, and by kind.",
+        ["run", "trained on", "held out", *(kinds if len(kinds) > 1 else ()), "cells"],
+        [
+            [run.name, mean(run, True), mean(run, False), *(of_kind(run, k) for k in kinds if len(kinds) > 1), cells(run)]
+            for run in runs
+        ],
+    )  # fmt: skip
+
+
+def _curves(runs: Sequence[Run], figures: Figures) -> list[Figure]:
+    """The runs' losses in one figure, and their mean scores in another."""
+    losses: dict[str, list[tuple[str, str, Sequence[Point]]]] = {}
+    scores: dict[str, list[tuple[str, str, Sequence[Point]]]] = {}
+    for run in runs:
+        if run.curves is None:
+            continue
+        name = f"{run.name}, " if len(runs) > 1 else ""
+        lines: list[tuple[str, str, Sequence[Point]]] = [
+            (f"{name}training", ":", run.curves.loss), (f"{name}evaluation", "-", run.curves.evaluated)
+        ]  # fmt: skip
+        losses[run.name] = [line for line in lines if line[2]]
+        if run.curves.scores:
+            scores[run.name] = [(run.name, "-", run.curves.scores)]
+    found = []
+    if any(losses.values()):
+        found.append(
+            Figure(
+                figures.curves("loss", losses),
+                "Losses over the steps",
+                "Loss over the steps: of training (dotted) and of evaluation.",
+            )
+        )
+    if scores:
+        found.append(
+            Figure(
+                figures.curves("mean score", scores),
+                "Mean scores over the steps",
+                "Mean of the cells' scores at each evaluation.",
+            )
+        )
+    return found
+
+
+def _cost(runs: Sequence[Run]) -> Table:
+    """What each run took; a dash where its run.json does not say."""
+
+    def number(*path: str, show: Callable[[float], str] = "{:,.0f}".format) -> Callable[[Run], str]:
+        def found(run: Run) -> str:
+            part = run.facts
+            for key in path:
+                part = part.get(key) if part.value is not None else part
+            value = part.number()
+            return "–" if value is None else show(value)
+
+        return found
+
+    facts: tuple[tuple[str, Callable[[Run], str]], ...] = (
+        ("steps", number("steps")),
+        ("time", number("seconds", show=duration)),
+        ("seconds a step", number("cost", "seconds_a_step", show="{:.3g}".format)),
+        ("tokens", number("cost", "tokens")),
+        ("peak memory", number("cost", "peak_memory_bytes", show=lambda b: f"{b / 2**30:.2f} GiB")),
+        ("parameters of the base", number("parameters", "base")),
+        ("parameters that train", number("parameters", "trainable")),
+    )
+    return Table(
+        "What the runs took; a dash where run.json does not say.",
+        ["cost", *(run.name for run in runs)],
+        [[name, *(of(run) for run in runs)] for name, of in facts],
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    hours, rest = divmod(whole, 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+
+
+def _subtitle(runs: Sequence[Run]) -> str:
+    base = next(
+        (r.adapter.base.name for r in runs if r.adapter and r.adapter.base and r.adapter.base.name),
+        None,
+    )
+    said = f"Base: {base}. " if base else ""
+    if len(runs) > 1:
+        return f"{said}{runs[0].name} is compared with {', '.join(r.name for r in runs[1:])}."
+    return f"{said}Folder: {runs[0].folder}"
+
+
+def _check_out(out: Path, force: bool) -> None:
+    if out.is_dir():
+        raise ReportError(f"--out must be a file, but {str(out)!r} is a folder")
+    if out.exists() and not force:
+        with open(out, "rb") as file:
+            if _MARK.encode() not in file.read(2000):
+                raise ReportError(
+                    f"--out: {str(out)!r} is no report of flix; --force writes over it all the same"
+                )
+
+
+def _template() -> Any:
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingFrameworkError(
+            'a report needs jinja2; install it with: pip install "flix-peft[report]"'
+        ) from error
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("flix.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html")
+
+
+def _safe(text: str) -> Any:
+    """A text of our own, which the template takes as it is."""
+    from markupsafe import Markup
+
+    return Markup(text)
+
+
+def _safe_figure(figure: Figure) -> Figure:
+    return Figure(_safe(figure.svg), figure.label, figure.caption)
+
+
+def _safe_figures(view: View) -> View:
+    view.panels = [_safe_figure(f) for f in view.panels]
+    for part in (view.shared, view.mixture):
+        if part is not None:
+            part["figures"] = [_safe_figure(f) for f in part["figures"]]
+    return view
+
+
+def _marked(sentence: Sentence) -> Any:
+    """A sentence as HTML, its texts escaped."""
+    return _safe(
+        "".join(
+            f"<{tag}><bdi>{html.escape(text)}</bdi></{tag}>" if tag else html.escape(text)
+            for text, tag in sentence
+        )
+    )
+
+
+__all__ = ["Part", "Written", "page", "write_report"]
