@@ -2,7 +2,7 @@
 
 ::
 
-    task = make_task("seq2seq", tokenizer, name="ner", prompt="{task}: {source}")
+    task = make_task("tagging", tokenizer, name="ner", labels=collect_labels("tagging", rows))
     model = train_heads(adapt(load_base(name, [task]), config))
     collator = FlixCollator(config, TaskCollator([task], tokenizer))
     found = answers(model, [task], rows, collator)
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
         model_layers,
         train_heads,
     )
-    from flix.tasks.checking import unknown_notes
+    from flix.tasks.checking import label_notes, unknown_notes
     from flix.tasks.collating import TaskCollator
     from flix.tasks.columns import TASK, WHERE
     from flix.tasks.errors import DataError, ModelError, missing_extra
-    from flix.tasks.making import GENERATIVE, KINDS, make_task
+    from flix.tasks.heads import HeadedModel, HeadedOutput
+    from flix.tasks.making import GENERATIVE, KINDS, collect_labels, make_task
     from flix.tasks.packing import packed
     from flix.tasks.scoring import interval, scores
     from flix.tasks.task import Task
@@ -49,11 +50,12 @@ _HOMES = {
         "model_layers",
         "train_heads",
     ),
-    "checking": ("unknown_notes",),
+    "checking": ("label_notes", "unknown_notes"),
     "collating": ("TaskCollator",),
     "columns": ("TASK", "WHERE"),
     "errors": ("DataError", "ModelError", "missing_extra"),
-    "making": ("GENERATIVE", "KINDS", "make_task"),
+    "heads": ("HeadedModel", "HeadedOutput"),
+    "making": ("GENERATIVE", "KINDS", "collect_labels", "make_task"),
     "packing": ("packed",),
     "scoring": ("interval", "scores"),
     "task": ("Task",),
@@ -67,12 +69,16 @@ __all__ = [
     "WHERE",
     "Answer",
     "DataError",
+    "HeadedModel",
+    "HeadedOutput",
     "ModelError",
     "Task",
     "TaskCollator",
     "answers",
+    "collect_labels",
     "enable_checkpointing",
     "interval",
+    "label_notes",
     "load_base",
     "load_model",
     "load_tokenizer",

@@ -11,9 +11,10 @@ import torch
 
 from flix.core.errors import ConfigError
 from flix.tasks.answer import Answer
-from flix.tasks.collating import TaskCollator, on_device
+from flix.tasks.collating import READ, TaskCollator, on_device
 from flix.tasks.columns import TASK, Row
 from flix.tasks.making import task_of
+from flix.tasks.reading import read_head
 from flix.tasks.task import Task
 from flix.transformers import FlixCollator
 
@@ -60,10 +61,20 @@ def answers(
     with _evaluating(model):
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            batch = on_device(asking([{**rows[i], **encoded[i]} for i in part]), _device(model))
-            written = _written(model, of_row[part[0]], batch, max_new_tokens, num_beams)
-            for i, text in zip(part, written, strict=True):
-                found[i] = _compared(of_row[i], rows[i], text)
+            batch = on_device(asking([{**rows[i], READ: encoded[i]} for i in part]), _device(model))
+            if of_row[part[0]].generates:
+                texts = _written(model, of_row[part[0]], batch, max_new_tokens, num_beams)
+                made = [
+                    _compared(of_row[i], rows[i], text) for i, text in zip(part, texts, strict=True)
+                ]
+            else:
+                out, labels = on_device(model(**batch), torch.device("cpu")), batch.get("labels")
+                labels = None if labels is None else labels.cpu()
+                made = [
+                    read_head(of_row[i], rows[i], encoded[i], out, labels, place)
+                    for place, i in enumerate(part)
+                ]
+            found.update(zip(part, made, strict=True))
             if on_progress is not None:
                 on_progress(start + len(part))
     return [found[i] for i in range(len(rows))]

@@ -61,7 +61,58 @@ def load_base(name: str, tasks: Sequence[Task], dtype: str = "float32") -> Any:
         ModelError: it cannot be loaded, or cannot do the tasks.
     """
     check_together(tasks)
-    return load_model(name, tasks[0].kind, dtype)
+    if tasks[0].generates:
+        return load_model(name, tasks[0].kind, dtype)
+    from flix.tasks.heads import HeadedModel
+
+    encoder, lm, fresh = _encoder(name, dtype, any(task.kind == "masked" for task in tasks))
+    model = HeadedModel(encoder, tasks, last=_reads_last(_config(name)), lm=lm)
+    known = {n for n, _ in model.named_parameters()}
+    model.fresh = tuple(n for n in (f"lm_head.{key}" for key in fresh) if n in known)
+    return model
+
+
+def _encoder(name: str, dtype: str, masked: bool) -> tuple[Any, Any, Sequence[str]]:
+    """A base without its output head; for masked texts the model with it, and what of the head the files lack."""
+    transformers, config = _transformers(), _config(name)
+    what = f"the base model {name!r} cannot be loaded"
+    if masked:
+        if type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+            raise ModelError(
+                f"the base model {name!r} ({config.model_type}) has no head that fills masks, which a masked task needs; take "
+                "an encoder that does (BERT, XLM-R and their like), or leave the masked task out"
+            )
+        maker = transformers.AutoModelForMaskedLM
+        load = maker.from_pretrained
+        lm, said = _loaded(lambda: load(name, dtype=dtype, output_loading_info=True), what)
+        return getattr(lm, lm.base_model_prefix), lm, tuple(said["missing_keys"])
+    load = transformers.AutoModel.from_pretrained
+    return _inner(_without_pooler(lambda **more: load(name, dtype=dtype, **more), what)), None, ()
+
+
+def _without_pooler(load: Callable[..., Any], what: str) -> Any:
+    """A model without the layer over its first position that some have: nothing reads it here."""
+    try:
+        return load(add_pooling_layer=False)
+    except TypeError:  # a model that has none
+        return _loaded(load, what)
+    except Exception as error:
+        raise ModelError(f"{what}: {_first_line(error)}") from error
+
+
+def _inner(model: Any) -> Any:
+    """The encoder of an encoder-decoder, any other model as it is."""
+    return model.get_encoder() if model.config.is_encoder_decoder else model
+
+
+def _reads_last(config: Any) -> bool:
+    """Whether a model's last position alone has seen all others."""
+    transformers = _transformers()
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    fills = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    writes = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return bool(getattr(config, "is_decoder", False)) or (writes and not fills)
 
 
 def load_model(name: str, kind: str | None = None, dtype: str = "float32") -> Any:
@@ -87,6 +138,11 @@ def model_layers(
 ) -> dict[str, LayerShape]:
     """The layers of a model that would be adapted; built without weights from its configuration alone.
 
+    Args:
+        name: folder or hub name.
+        kind: of the tasks; None for the class that the model's configuration names.
+        targets, excluded: as for ``FlixConfig``.
+
     Raises:
         ModelError: no such model.
         TargetError: patterns that match nothing.
@@ -95,10 +151,17 @@ def model_layers(
 
     from flix.backends.torch import primitives
 
-    maker, config = _maker(name, kind), _config(name)
-    build = getattr(maker, "from_config", None) or maker._from_config
+    config, what = _config(name), f"the base model {name!r} cannot be built"
+    model: Any
     with torch.device("meta"):
-        model = _loaded(lambda: build(config), f"the base model {name!r} cannot be built")
+        if kind is None or kind in _AUTO:
+            maker = _maker(name, kind)
+            build = getattr(maker, "from_config", None) or maker._from_config
+            model = _loaded(lambda: build(config), what)
+        else:
+            build = _transformers().AutoModel.from_config
+            inner = _inner(_without_pooler(lambda **more: build(config, **more), what))
+            model = torch.nn.ModuleDict({"encoder": inner})
     chosen = select(primitives.layers(model), targets, excluded)
     return {i.path: LayerShape.told(i) for i in chosen}
 
@@ -168,7 +231,15 @@ def _first_line(error: Exception) -> str:
 def train_heads(model: Any) -> Any:
     """Let an adapted model's heads train, as they begin at random; a model that writes its answers has none.
 
+    The base's own head, which fills masks, stays as it is, but for parameters that the base's files lack.
+
     Returns:
         The model.
     """
+    if (heads := getattr(model, "classifier", None)) is None or not hasattr(model, "fresh"):
+        return model
+    heads.requires_grad_(True)
+    parameters = dict(model.named_parameters())
+    for name in model.fresh:
+        parameters[name].requires_grad_(True)
     return model

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 
+from flix.core.errors import listed
 from flix.tasks.columns import TASK, Row
 from flix.tasks.errors import DataError
 from flix.tasks.generative import Written
+from flix.tasks.headed import Headed, Tagging
 from flix.tasks.making import task_of
 from flix.tasks.task import Task
 
 _LOOKED_AT = 50  # rows of a cell
+_MUCH = 0.1  # of a cell's pieces
 
 
 def unknown_notes(
     tasks: Sequence[Task], rows: Sequence[Row], cells: Sequence[str], *, refuse: bool = True
 ) -> list[str]:
-    """What to say of targets that the tokenizer has no tokens for: the model cannot learn to write them.
+    """What to say of texts that the tokenizer has no tokens for, and of words that are cut off.
+
+    A model cannot write a target that becomes unknown tokens, and learns little of a source that does. A word that is
+    cut off gets no tag.
 
     Args:
         tasks: the tasks.
@@ -31,28 +37,79 @@ def unknown_notes(
     for row, cell in zip(rows, cells, strict=True):
         if len(held := by_cell.setdefault(cell, [])) < _LOOKED_AT:
             held.append(row)
-    notes = []
+    notes: list[str] = []
     for cell, held in by_cell.items():
-        counts = {text: n for row in held for text, n in _counted(tasks, row)}
-        lost = [text for text, n in counts.items() if n[0]]
-        if not lost:
-            continue
-        example = repr(lost[0][:40])
-        if refuse and all(unknown == total for unknown, total in counts.values()):
-            raise DataError(
-                f"the tokenizer has no token for the targets of {cell}: each becomes nothing but "
-                f"unknown tokens, such as {example}; take a model whose tokenizer knows them"
-            )
-        notes.append(
-            f"the tokenizer turns parts of targets into unknown tokens, which the model cannot write: in {len(lost)} of "
-            f"{len(counts)} targets of {cell} that were looked at, such as {example}"
-        )
+        of_task: dict[int, list[Row]] = {}
+        for row in held:
+            of_task.setdefault(row.get(TASK, 0), []).append(row)
+        for number, some in of_task.items():
+            task = task_of(tasks, number)
+            if isinstance(task, Written):
+                notes += _targets(task, some, cell, refuse)
+            elif isinstance(task, Headed):
+                notes += _sources(task, some, cell)
     return notes
 
 
-def _counted(tasks: Sequence[Task], row: Row) -> list[tuple[str, tuple[int, int]]]:
-    task = task_of(tasks, row.get(TASK, 0))
-    if not isinstance(task, Written) or task.tokenizer.unk_token_id is None:
-        return []
-    _, target = task.example(row)
-    return [] if target is None else [(target, task.unknown(target))]
+def _targets(task: Written, rows: Sequence[Row], cell: str, refuse: bool) -> Iterator[str]:
+    if task.tokenizer.unk_token_id is None:
+        return
+    targets = [target for row in rows if (target := task.example(row)[1]) is not None]
+    counts = {target: task.unknown(target) for target in targets}
+    lost = [target for target, n in counts.items() if n[0]]
+    if not lost:
+        return
+    example = repr(lost[0][:40])
+    if refuse and all(unknown == total for unknown, total in counts.values()):
+        raise DataError(
+            f"the tokenizer has no token for the targets of {cell}: each becomes nothing but "
+            f"unknown tokens, such as {example}; take a model whose tokenizer knows them"
+        )
+    yield (
+        f"the tokenizer turns parts of targets into unknown tokens, which the model cannot write: in {len(lost)} of "
+        f"{len(counts)} targets of {cell} that were looked at, such as {example}"
+    )
+
+
+def _sources(task: Headed, rows: Sequence[Row], cell: str) -> Iterator[str]:
+    read = [task.prompt(row) for row in rows]
+    ids = [i for encoded in read for i in encoded["input_ids"]]
+    unknown = (
+        ids.count(task.tokenizer.unk_token_id) if task.tokenizer.unk_token_id is not None else 0
+    )
+    if unknown >= _MUCH * len(ids):
+        yield (
+            f"the tokenizer reads {unknown} of {len(ids)} pieces of {cell} as unknown, in {len(rows)} rows that were looked "
+            "at: the model sees little of these texts"
+        )
+    if not isinstance(task, Tagging):
+        return
+    lost = [encoded["first"].count(None) for encoded in read]
+    if any(lost):
+        words = sum(len(encoded["first"]) for encoded in read)
+        yield (
+            f"{sum(lost)} of {words} words of {cell}, in {sum(map(bool, lost))} of {len(rows)} rows that were looked at, are "
+            f"beyond the {task.longest} tokens that are read, or nothing to the tokenizer: they get no tag and count as wrong"
+        )
+
+
+def label_notes(task: Task, training: Collection[str], evaluation: Collection[str]) -> list[str]:
+    """What to say of labels that no training row has: a head cannot learn them.
+
+    Args:
+        task: the task.
+        training: the labels of its training rows.
+        evaluation: the labels of its evaluation rows.
+    """
+    unseen = [label for label in task.labels if label not in training]
+    asked = [label for label in unseen if label in evaluation]
+    idle = [label for label in unseen if label not in evaluation]
+    notes = []
+    if asked:
+        notes.append(
+            f"task {task.name!r}: no training row has the labels {listed(asked)}, which evaluation rows have; they will be "
+            "answered wrongly"
+        )
+    if idle:
+        notes.append(f"task {task.name!r}: no row has the labels {listed(idle)}")
+    return notes

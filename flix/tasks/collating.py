@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,21 +11,32 @@ import torch
 from torch import Tensor
 
 from flix.core.errors import ConfigError
-from flix.tasks.columns import TASK, Row
+from flix.tasks.columns import TASK, WHERE, Row
+from flix.tasks.errors import DataError
 from flix.tasks.making import check_together, task_of
+from flix.tasks.masked import Masked, own_key
 from flix.tasks.task import IGNORED, Encoded, Task
+from flix.transformers.numbering import NUMBER
+
+READ = "flix_read"
+"""The column of what a task made of a row beforehand."""
+
+_OWN = ("input_ids", "labels", "value", "maskable", "position_ids")
 
 
 class TaskCollator:
-    """Rows to a batch: ``input_ids`` and ``attention_mask`` ``[batch, length]``, and ``labels`` of that shape.
+    """Rows to a batch: ``input_ids``, ``attention_mask`` and ``labels``, int64 ``[batch, length]``.
 
-    A row's column ``flix_task`` says which of the tasks it is of. Rows that hold ``input_ids`` are taken as
-    :meth:`Task.read` gave them; packed rows (with ``position_ids``) get no attention mask, so that models read the
-    boundaries from the positions.
+    A row's column ``flix_task`` says which of the tasks it is of; for tasks with heads that number is ``head``
+    ``[batch]``, and numbers to be told are ``values``, float32 ``[batch]``, NaN in other rows. Rows that hold
+    ``input_ids`` are taken as :meth:`Task.read` gave them; packed rows (with ``position_ids``) get no attention mask,
+    so that models read the boundaries from the positions. Texts are masked by the seed and the row's number in the run,
+    which FlixCollator sees to, so that a resumed run masks alike; in evaluation by the text itself.
 
     Args:
         tasks: the tasks; together they must fit one model.
         tokenizer: a transformers tokenizer; it is saved with checkpoints.
+        seed: of what is masked.
 
     Raises:
         ConfigError: tasks that do not go together.
@@ -32,24 +44,60 @@ class TaskCollator:
 
     whole_rows = True  # FlixCollator hands on feature columns, too: prompts are made of them
 
-    def __init__(self, tasks: Sequence[Task], tokenizer: Any) -> None:
+    def __init__(self, tasks: Sequence[Task], tokenizer: Any, *, seed: int = 0) -> None:
         check_together(tasks)
         self.tasks = tuple(tasks)
         self.tokenizer = tokenizer
+        self.seed = seed
         self.asks = False
+        self.trains = True
+
+    @property
+    def needs_numbers(self) -> bool:
+        """Whether rows must carry their place in the run."""
+        return self.trains and any(isinstance(task, Masked) for task in self.tasks)
+
+    @property
+    def own_columns(self) -> tuple[str, ...]:
+        """The columns that rows must keep for this collator."""
+        return (
+            *dict.fromkeys((TASK, WHERE, *_OWN, *(c for task in self.tasks for c in task.reads))),
+        )
+
+    def evaluation(self) -> TaskCollator:
+        """A collator like this one that masks a text alike wherever it comes."""
+        other = copy.copy(self)
+        other.trains = False
+        return other
 
     def prompts(self) -> TaskCollator:
         """A collator like this one that leaves out the answers; a causal model's prompts are padded on the left."""
-        other = copy.copy(self)
+        other = self.evaluation()
         other.asks = True
         return other
 
     def encoded(self, row: Row) -> Encoded:
-        """A row as its task reads it."""
-        if "input_ids" in row:
-            return dict(row)
+        """A row as its task reads it, and masked if it is to be."""
         task = task_of(self.tasks, row.get(TASK, 0))
-        return task.prompt(row) if self.asks else task.read(row)
+        if READ in row:
+            found: Encoded = row[READ]
+        elif "input_ids" in row:
+            found = {name: row[name] for name in _OWN if row.get(name) is not None}
+        else:
+            found = task.prompt(row) if self.asks else task.read(row)
+        if isinstance(task, Masked):
+            return task.masked(found, self._key(row, found))
+        return found
+
+    def _key(self, row: Row, encoded: Encoded) -> tuple[int | str, ...]:
+        if not self.trains:
+            return own_key(encoded)
+        if NUMBER not in row:
+            raise DataError(
+                "a text is masked by its place in the run, which this row does not carry; use FlixTrainer or "
+                "numbered(loader), or evaluation() where nothing is trained"
+            )
+        return (self.seed, *map(int, row[NUMBER]))
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Make a batch."""
@@ -63,9 +111,19 @@ class TaskCollator:
             batch["position_ids"] = padded([row["position_ids"] for row in encoded], 0)
         else:
             batch["attention_mask"] = padded([[1] * len(row) for row in ids], 0, left)
-        if not self.asks:
-            batch["labels"] = padded([row["labels"] for row in encoded], IGNORED)
+        if not self.asks or any("labels" in row for row in encoded):
+            length = batch["input_ids"].shape[1]
+            none = [IGNORED] * (length if self._headed else 0)
+            batch["labels"] = padded([row.get("labels", none) for row in encoded], IGNORED)
+        if self._headed:
+            batch["head"] = torch.tensor([row.get(TASK, 0) for row in rows])
+            if not self.asks and any(task.kind == "regression" for task in self.tasks):
+                batch["values"] = torch.tensor([row.get("value", math.nan) for row in encoded])
         return batch
+
+    @property
+    def _headed(self) -> bool:
+        return not self.tasks[0].generates
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, left: bool = False) -> Tensor:

@@ -146,6 +146,11 @@ def fill(template: str, row: Row, where: str) -> str:
     return _FIELD.sub(put, template)
 
 
+def fields(template: str) -> list[str]:
+    """The names in a template."""
+    return [found for found in _FIELD.findall(template) if found]
+
+
 def _joined(value: Any) -> str:
     if isinstance(value, Mapping):
         value = [name for name, weight in value.items() if weight is not None]

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flix.core.checks import whole
 from flix.core.errors import ConfigError, listed, near, shown
+from flix.tasks.columns import Row, place
 from flix.tasks.errors import DataError, ModelError
 from flix.tasks.generative import Causal, Chat, Seq2Seq
+from flix.tasks.headed import Classification, Regression, Tagging, labels_of
+from flix.tasks.masked import Masked
 from flix.tasks.task import Task
 
-_CLASSES: dict[str, type[Task]] = {made.kind: made for made in (Seq2Seq, Causal)}
+_ALL: tuple[type[Task], ...] = (Seq2Seq, Causal, Classification, Regression, Tagging, Masked)
+_CLASSES = {made.kind: made for made in _ALL}
 _COLUMNS = {
     "seq2seq": ("source", "target"),
     "causal": ("source", "target", "messages"),
+    "classification": ("source", "target"),
+    "regression": ("source", "target"),
+    "tagging": ("tokens", "tags"),
+    "masked": ("source",),
 }
+_LABELLED = ("classification", "tagging")
 
 KINDS = (*_CLASSES,)
 """The kinds of tasks."""
@@ -42,10 +51,10 @@ def make_task(
         kind: one of :data:`KINDS`.
         tokenizer: a transformers tokenizer.
         name: what it is called.
-        columns: the rows' columns by what they hold, ``source`` and ``target`` by default; conversations need
-            ``messages``.
+        columns: the rows' columns by what they hold: ``source`` and ``target``, of tagging ``tokens`` and ``tags``; by
+            default they are called so. Conversations need ``messages``.
         prompt: template of the source, with columns and groups of features in braces; ``{{`` is a brace.
-        labels: those of classification and tagging.
+        labels: those of classification and tagging, in the head's order; :func:`collect_labels` finds them.
         max_source, max_target: longer texts are cut, in tokens.
         vocabulary: rows of the model's embedding; a text with a larger id is refused.
 
@@ -69,6 +78,9 @@ def make_task(
                 f"task {name!r}: the column of {what!r} must be a name, got {shown(column)}"
             )
     made = _CLASSES[kind]
+    if kind == "tagging" and prompt is not None:
+        raise ConfigError(f"task {name!r}: tagging reads words as they are, and takes no prompt:")
+    _check_tokenizer(kind, name, tokenizer)
     if kind == "causal" and "messages" in given:
         made = Chat
         _check_template(name, tokenizer, prompt)
@@ -98,17 +110,72 @@ def _check_template(name: str, tokenizer: Any, prompt: str | None) -> None:
         )
 
 
+def _check_tokenizer(kind: str, name: str, tokenizer: Any) -> None:
+    if kind == "masked" and tokenizer.mask_token_id is None:
+        raise ModelError(
+            f"task {name!r}: the tokenizer has no mask token, so its model fills no masks; take an encoder that does (BERT, "
+            "XLM-R and their like), or leave the masked task out"
+        )
+    if kind != "tagging":
+        return
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"task {name!r}: tagging needs a tokenizer that says which word a piece is of, and {type(tokenizer).__name__} "
+            'does not (it has no "fast" version); take a model with one, or write the tags out as text (kind: seq2seq)'
+        )
+    try:
+        tokenizer(["a", "b"], is_split_into_words=True)
+    except Exception as error:  # an AssertionError of transformers 4: add_prefix_space=True
+        raise ModelError(
+            f"task {name!r}: the tokenizer does not take words ({shown(str(error))}); save one that does beside the model: "
+            "AutoTokenizer.from_pretrained(name, add_prefix_space=True).save_pretrained(folder), and name it in tokenizer:"
+        ) from error
+
+
 def _labels(kind: str, name: str, labels: Sequence[str] | None) -> tuple[str, ...]:
-    if labels:
-        raise ConfigError(f"task {name!r}: {kind} has no labels")
-    return ()
+    if kind not in _LABELLED:
+        if labels:
+            raise ConfigError(f"task {name!r}: {kind} has no labels")
+        return ()
+    if not labels or isinstance(labels, str):
+        raise ConfigError(
+            f"task {name!r}: {kind} needs the list of its labels; collect_labels finds them in rows"
+        )
+    for number, label in enumerate(labels):
+        if not isinstance(label, str) or label in labels[:number]:
+            raise ConfigError(
+                f"task {name!r}: labels are names, each once; got {shown(label)} in {shown(list(labels))}"
+            )
+    return tuple(labels)
+
+
+def collect_labels(
+    kind: str, rows: Iterable[Row], columns: Mapping[str, str] | None = None
+) -> tuple[str, ...]:
+    """The labels that rows of classification or tagging have, sorted.
+
+    Args:
+        kind: the task's.
+        rows: the rows, of training and of evaluation.
+        columns: as for :func:`make_task`.
+
+    Raises:
+        DataError: a row without labels, or with other things in their column.
+    """
+    if kind not in _LABELLED:
+        return ()
+    named = {what: (columns or {}).get(what, what) for what in _COLUMNS[kind]}
+    found: set[str] = set()
+    for row in rows:
+        found.update(labels_of(kind, row, named, place(row, kind)))
+    return tuple(sorted(found))
 
 
 def check_together(tasks: Sequence[Task]) -> None:
     """Refuse tasks that no one model can do.
 
     Raises:
-        ConfigError: no tasks, generative ones of two kinds or beside others, or two of one name with heads.
+        ConfigError: no tasks, generative ones of two kinds or beside others, or two with heads of one name.
     """
     if not tasks:
         raise ConfigError("a model needs a task")
@@ -120,6 +187,10 @@ def check_together(tasks: Sequence[Task]) -> None:
             f"{written[0]} and {other} do not go together: {listed(GENERATIVE)} each need a model of their own; the other "
             "kinds share an encoder"
         )
+    names = [task.name for task in tasks]
+    for number, name in enumerate(names):
+        if not written and name in names[:number]:
+            raise ConfigError(f"two tasks are called {name!r}; each has a head of its own")
 
 
 def task_of(tasks: Sequence[Task], number: Any) -> Task:

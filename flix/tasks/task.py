@@ -52,6 +52,11 @@ class Task:
         """The column that holds what is wanted."""
         return self.columns["target"]
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The columns that rows may need."""
+        return (*self.columns.values(), *reading.fields(self.template or ""))
+
     def read(self, row: Row) -> Encoded:
         """A row with its answer, as the model is trained on it.
 

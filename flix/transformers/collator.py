@@ -49,7 +49,8 @@ class FlixCollator:
     Args:
         config: a configuration, or a registry alone.
         collator: makes the rest of the batch; default: transformers' ``default_data_collator``. One with an attribute
-            ``whole_rows`` that is true gets the rows with their feature columns.
+            ``whole_rows`` that is true gets the rows with their feature columns, and one with ``needs_numbers`` their
+            place in the run.
         columns: the column of each group that rows name: ``{"language": "lang"}``; default: a column of the group's
             own name for each group. Groups whose every feature others imply may then be left out by rows.
         unknown: what unknown features do; default: the configuration's rule.
@@ -117,14 +118,23 @@ class FlixCollator:
 
     @property
     def own_columns(self) -> tuple[str, ...]:
-        """The columns that rows must keep for this collator."""
-        return (*self.columns.values(), NUMBER, *((SEGMENTS,) if self.per_token else ()))
+        """The columns that rows must keep for this collator, and for the other one if it says which."""
+        others = getattr(self.collator, "own_columns", ())
+        return (*self.columns.values(), NUMBER, *((SEGMENTS,) if self.per_token else ()), *others)
 
     def evaluation(self) -> FlixCollator:
-        """A collator like this one that drops no features."""
+        """A collator like this one that drops no features, around the other one's ``evaluation()`` if it has one."""
         other = copy.copy(self)
         other.feature_dropout = None
+        if hasattr(self.collator, "evaluation"):
+            other.collator = self.collator.evaluation()
         return other
+
+    @property
+    def needs_numbers(self) -> bool:
+        """Whether training rows must carry their place in the run: features are dropped, or the other collator asks."""
+        asked = getattr(self.collator, "needs_numbers", False)
+        return self.feature_dropout is not None or bool(asked)
 
     def __call__(
         self, rows: Sequence[Row], *, step: int | None = None, first_row: int = 0
@@ -144,7 +154,7 @@ class FlixCollator:
         rows = list(rows)
         self._check(rows)
         numbers = self._numbers(rows, step, first_row)
-        batch = self.collator(self._rest(rows))
+        batch = self.collator(self._rest(rows, numbers))
         routing, segments = self._encode(rows)
         if segments is not None:
             routing = _per_token(routing, segments, len(rows), _length_of(batch))
@@ -160,10 +170,12 @@ class FlixCollator:
         batch["flix_weights"] = torch.from_numpy(np.array(routing.weights, np.float32))
         return batch  # type: ignore[no-any-return]
 
-    def _rest(self, rows: list[Row]) -> list[Any]:
+    def _rest(self, rows: list[Row], numbers: list[RowNumber] | None) -> list[Any]:
         """What the other collator gets: the rows without this one's columns, unless it wants them whole."""
         if getattr(self.collator, "whole_rows", False):
-            return rows
+            if numbers is None:
+                return rows
+            return [{**row, NUMBER: number} for row, number in zip(rows, numbers, strict=True)]
         own = {*self.own_columns}
         return [{name: value for name, value in row.items() if name not in own} for row in rows]
 
@@ -202,19 +214,23 @@ class FlixCollator:
     def _numbers(
         self, rows: Sequence[Row], step: int | None, first_row: int
     ) -> list[RowNumber] | None:
-        """The number of each row, if features are to be dropped."""
-        if self.feature_dropout is None:
+        """The number of each row, if it is needed."""
+        if not self.needs_numbers:
             return None
         if step is not None:
             return [(step, first_row + i) for i in range(len(rows))]
         for number, row in enumerate(rows):
             if NUMBER not in row:
                 raise RoutingError(
-                    f"row {number} does not carry its place in the run, which feature dropout is keyed by. "
+                    f"row {number} does not carry its place in the run, which {self._keyed} keyed by. "
                     "Use FlixTrainer, numbered(loader), or collator(rows, step=...); for evaluation, "
                     "collator.evaluation(); to train without it, FlixCollator(..., feature_dropout=None)"
                 )
         return [(int(row[NUMBER][0]), int(row[NUMBER][1])) for row in rows]
+
+    @property
+    def _keyed(self) -> str:
+        return "feature dropout is" if self.feature_dropout is not None else "what is masked is"
 
     def _encode(self, rows: Sequence[Row]) -> tuple[Routing, list[list[int]] | None]:
         """The routing of rows, or of all their segments in order, and then the segments' lengths."""

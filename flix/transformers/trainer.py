@@ -107,7 +107,7 @@ class FlixTrainerMixin(ProcessesMixin):
     def get_train_dataloader(self) -> Any:
         """The training batches; their rows carry their places in the run if features are dropped."""
         collator, data = self.data_collator, self.train_dataset
-        if not isinstance(collator, FlixCollator) or collator.feature_dropout is None or data is None:  # fmt: skip
+        if not isinstance(collator, FlixCollator) or not collator.needs_numbers or data is None:  # fmt: skip
             return self._own_seeds(super().get_train_dataloader())
         rows: NumberedRows | NumberedStream
         if isinstance(data, IterableDataset):
@@ -274,9 +274,12 @@ class FlixTrainerMixin(ProcessesMixin):
 
         Returns:
             The losses, and how much each counts, both ``[batch]`` or ``[batch, length]``; None if they cannot be told.
+            A model that gives ``row_losses`` and ``row_counts``, both ``[batch]``, is taken by its word.
         """
         if not hasattr(outputs, "get") or not isinstance(inputs.get("labels"), Tensor):
             return None
+        if isinstance(outputs.get("row_losses"), Tensor):
+            return outputs["row_losses"], outputs["row_counts"]
         logits = outputs.get("logits")
         if not isinstance(logits, Tensor):
             return None
