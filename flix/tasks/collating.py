@@ -13,7 +13,7 @@ from torch import Tensor
 from flix.core.errors import ConfigError
 from flix.tasks.columns import TASK, WHERE, Row
 from flix.tasks.errors import DataError
-from flix.tasks.making import check_together, task_of
+from flix.tasks.making import check_together, heads_of, task_of
 from flix.tasks.masked import Masked, own_key
 from flix.tasks.task import IGNORED, Encoded, Task
 from flix.transformers.numbering import NUMBER
@@ -27,8 +27,8 @@ _OWN = ("input_ids", "labels", "value", "maskable", "position_ids")
 class TaskCollator:
     """Rows to a batch: ``input_ids``, ``attention_mask`` and ``labels``, int64 ``[batch, length]``.
 
-    A row's column ``flix_task`` says which of the tasks it is of; for tasks with heads that number is ``head``
-    ``[batch]``, and numbers to be told are ``values``, float32 ``[batch]``, NaN in other rows. Rows that hold
+    A row's column ``flix_task`` says which of the tasks it is of; the number of its head, where there are heads,
+    is ``head`` ``[batch]``, numbers to be told are ``values``, float32 ``[batch]``, NaN in other rows. Rows that hold
     ``input_ids`` are taken as :meth:`Task.read` gave them; packed rows (with ``position_ids``) get no attention mask,
     so that models read the boundaries from the positions. Texts are masked by the seed and the row's number in the run,
     which FlixCollator sees to, so that a resumed run masks alike; in evaluation by the text itself.
@@ -47,6 +47,7 @@ class TaskCollator:
     def __init__(self, tasks: Sequence[Task], tokenizer: Any, *, seed: int = 0) -> None:
         check_together(tasks)
         self.tasks = tuple(tasks)
+        self._heads = [] if tasks[0].generates else heads_of(tasks)[1]
         self.tokenizer = tokenizer
         self.seed = seed
         self.asks = False
@@ -116,7 +117,7 @@ class TaskCollator:
             none = [IGNORED] * (length if self._headed else 0)
             batch["labels"] = padded([row.get("labels", none) for row in encoded], IGNORED)
         if self._headed:
-            batch["head"] = torch.tensor([row.get(TASK, 0) for row in rows])
+            batch["head"] = torch.tensor([self._heads[row.get(TASK, 0)] for row in rows])
             if not self.asks and any(task.kind == "regression" for task in self.tasks):
                 batch["values"] = torch.tensor([row.get("value", math.nan) for row in encoded])
         return batch

@@ -15,6 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 from flix.backends.torch.layer import FlixLayer
 from flix.core.errors import ConfigError, TargetError
+from flix.tasks.making import heads_of
 from flix.tasks.task import IGNORED, Task
 
 
@@ -54,7 +55,7 @@ class HeadedModel(nn.Module):
 
     Args:
         encoder: gives ``last_hidden_state`` ``[batch, length, size]``.
-        tasks: the tasks; their heads begin at random, by torch's generator.
+        tasks: the tasks, those of one name with one head; heads begin at random, by torch's generator.
         last: whether rows are read at their last position.
         lm: for masked texts: a model with the encoder inside and the head that says tokens.
 
@@ -69,12 +70,13 @@ class HeadedModel(nn.Module):
         self.config = encoder.config
         self.encoder = encoder
         self.last = last
-        self.kinds = tuple(task.kind for task in tasks)
-        self.names = tuple(_module_names([task.name for task in tasks]))
+        owners, _ = heads_of(tasks)
+        self.kinds = tuple(task.kind for task in owners)
+        self.names = tuple(_module_names([task.name for task in owners]))
         size, spread = _size_of(self.config), getattr(self.config, "initializer_range", None)
         self.dropout = nn.Dropout(_dropout_of(self.config))
         self.classifier = nn.ModuleDict()
-        for task, name in zip(tasks, self.names, strict=True):
+        for task, name in zip(owners, self.names, strict=True):
             if task.kind == "masked":
                 continue
             head = nn.Linear(size, max(len(task.labels), 1))
@@ -115,7 +117,7 @@ class HeadedModel(nn.Module):
         Args:
             input_ids: ``[batch, length]``.
             attention_mask: of that shape; default: all ones.
-            head: ``[batch]``, the number of each row's task; default: the first.
+            head: ``[batch]``, the number of each row's head, in the order of the tasks; default: the first.
             labels: ``[batch, length]``, -100 where there is none; a row's one label stands at the first position.
             values: ``[batch]``, of regression; NaN where there is none.
         """

@@ -175,7 +175,7 @@ def check_together(tasks: Sequence[Task]) -> None:
     """Refuse tasks that no one model can do.
 
     Raises:
-        ConfigError: no tasks, generative ones of two kinds or beside others, or two with heads of one name.
+        ConfigError: no tasks, generative ones of two kinds or beside others, or unlike ones of one name.
     """
     if not tasks:
         raise ConfigError("a model needs a task")
@@ -187,10 +187,29 @@ def check_together(tasks: Sequence[Task]) -> None:
             f"{written[0]} and {other} do not go together: {listed(GENERATIVE)} each need a model of their own; the other "
             "kinds share an encoder"
         )
-    names = [task.name for task in tasks]
-    for number, name in enumerate(names):
-        if not written and name in names[:number]:
-            raise ConfigError(f"two tasks are called {name!r}; each has a head of its own")
+    if not written:
+        heads_of(tasks)
+
+
+def heads_of(tasks: Sequence[Task]) -> tuple[list[Task], list[int]]:
+    """The heads that tasks need: a task of each, and the number of each task's head. Tasks of one name share one.
+
+    Raises:
+        ConfigError: tasks of one name with other kinds or labels.
+    """
+    heads: dict[str, Task] = {}
+    for task in tasks:
+        first = heads.setdefault(task.name, task)
+        if (first.kind, first.labels) != (task.kind, task.labels):
+            said = [
+                f"{t.kind} of {listed(t.labels, 5)}" if t.labels else t.kind for t in (first, task)
+            ]
+            raise ConfigError(
+                f"tasks called {task.name!r} share a head, and have other kinds or labels: {said[0]}, and {said[1]}; give them "
+                "names of their own"
+            )
+    names = list(heads)
+    return [*heads.values()], [names.index(task.name) for task in tasks]
 
 
 def task_of(tasks: Sequence[Task], number: Any) -> Task:

@@ -263,8 +263,9 @@ def test_bases_that_cannot_do_a_task_are_refused(encoders: dict[str, Path]) -> N
         load_base(str(encoders["llama"]), [task])
     with pytest.raises(ModelError, match=r"the base model .* cannot be loaded"):
         load_base(str(encoders["llama"].parent), headed_tasks(tokenizer))
-    with pytest.raises(flix.ConfigError, match="two tasks are called 'text'"):
-        load_base(str(encoders["bert"]), [task, task])
+    other = make_task("classification", tokenizer, name="text", labels=["a", "b"])
+    with pytest.raises(flix.ConfigError, match="called 'text' share a head, and have other kinds or labels: masked, and classification of a, b"):  # fmt: skip
+        load_base(str(encoders["bert"]), [task, other])
     seq2seq = make_task("seq2seq", tokenizer, name="x")
     with pytest.raises(flix.ConfigError, match="seq2seq and masked do not go together"):
         load_base(str(encoders["bert"]), [task, seq2seq])
@@ -279,3 +280,24 @@ def test_a_head_that_the_bases_files_lack_trains(encoders: dict[str, Path], tmp_
     assert "lm_head.cls.predictions.transform.dense.weight" in trained
     embedding = model.get_input_embeddings().weight
     assert not embedding.requires_grad
+
+
+def test_tasks_of_one_name_share_a_head(encoders: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(str(encoders["bert"]))
+    tasks = headed_tasks(tokenizer)
+    text = make_task("classification", tokenizer, name="topic", columns={"source": "body", "target": "kind"}, labels=tasks[1].labels)  # fmt: skip
+    model = load_base(str(encoders["bert"]), [text, *tasks])
+    assert [*model.classifier] == ["topic", "ner", "rate"]
+    collate = TaskCollator([text, *tasks], tokenizer).evaluation()
+    rows = [{**row, "flix_task": row["flix_task"] + 1} for row in HEADED_ROWS]
+    rows.append({"body": rows[1]["text"], "kind": rows[1]["target"], "flix_task": 0})
+    batch = collate(rows)
+    assert batch["head"].tolist() == [1, 0, 0, 2, 2, 3, 1, 0]
+    losses = model(**batch).row_losses.tolist()
+    assert losses[-1] == pytest.approx(losses[1], rel=1e-5) and losses[-1] != losses[2]
+    config = config_of()
+    adapted = adapt(model, config)
+    rows[-1] |= {"language": "swa", "task": "topic"}
+    found = answers(adapted, [text, *tasks], rows, collator_of(config, collate))
+    assert found[-1].output == found[1].output and found[-1].source == found[1].source
+    assert found[0].detail["tags"] and found[5].detail["masked"]
