@@ -73,7 +73,9 @@ def _copy(model: FlixModel) -> Any:
             "from_config must make the same layers, and it must be built or have been called"
         )
     for old, new in zip(chain(*olds), chain(*news), strict=True):
-        new.assign(keras.ops.copy(old))  # JAX gives the very array, which `fit` and `predict` of either would donate
+        new.assign(
+            keras.ops.copy(old)
+        )  # JAX gives the very array, which `fit` and `predict` of either would donate
     return copy
 
 

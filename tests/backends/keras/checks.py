@@ -213,6 +213,50 @@ def test_a_merged_model_and_its_model_go_their_own_ways():
     assert_close(plain.predict(X, verbose=0), moved, dtype="float32")
 
 
+CALLS = {
+    "fit": lambda m, x: m.fit(x, Y, verbose=0),
+    "evaluate": lambda m, x: m.evaluate(x, Y, verbose=0),
+    "predict": lambda m, x: m.predict(x, verbose=0),
+    "train_on_batch": lambda m, x: m.train_on_batch(x, Y),
+    "test_on_batch": lambda m, x: m.test_on_batch(x, Y),
+    "predict_on_batch": lambda m, x: m.predict_on_batch(x),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_without_routing_costs_a_model_nothing(name):
+    model, given = adapted()
+    model.compile(keras.optimizers.AdamW(1e-2), "mse")
+    model.train_on_batch(given, Y)
+    before = {n: v.tobytes() for n, v in named_pairs(model).items()}
+    with pytest.raises(flix.RoutingError, match="without routing"):
+        CALLS[name](model, X)
+    assert {n: v.tobytes() for n, v in named_pairs(model).items()} == before
+    CALLS[name](model, given)
+    model.fit(given, Y, verbose=0)
+
+
+def test_a_run_that_is_stopped_keeps_its_last_step():
+    model, given = adapted()
+    model.compile(keras.optimizers.SGD(1e-2), "mse")
+    before = named_pairs(model)
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(given, Y, batch_size=2, shuffle=False, verbose=0, callbacks=[Stop()])
+    twice, _ = adapted()
+    twice.compile(keras.optimizers.SGD(1e-2), "mse")
+    for row in (0, 2):
+        twice.train_on_batch({k: v[row : row + 2] for k, v in given.items()}, Y[row : row + 2])
+    for path, value in named_pairs(model).items():
+        assert_close(value, named_pairs(twice)[path], dtype="float32")
+    assert any((value != before[path]).any() for path, value in named_pairs(model).items())
+
+
 OPTIMIZERS = {
     "AdamW": lambda: keras.optimizers.AdamW(1e-2, weight_decay=0.1),
     "momentum, nesterov": lambda: keras.optimizers.SGD(

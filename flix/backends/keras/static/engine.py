@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -49,8 +50,23 @@ class Kind:
         self.state = state
 
 
+def _keeping(name: str) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with hosts.kept(self):
+            return getattr(super(Extras, self), name)(*args, **kwargs)
+
+    return functools.wraps(getattr(keras.Model, name))(call)
+
+
 class Extras:
-    """Mixed into the adapted model: what is TensorFlow's is refused by name."""
+    """Mixed into the adapted model: a call that fails leaves its variables; what is TensorFlow's is refused by name."""
+
+    fit = _keeping("fit")
+    evaluate = _keeping("evaluate")
+    predict = _keeping("predict")
+    train_on_batch = _keeping("train_on_batch")
+    test_on_batch = _keeping("test_on_batch")
+    predict_on_batch = _keeping("predict_on_batch")
 
     def export(self, *args: Any, **kwargs: Any) -> Any:
         """Refused.

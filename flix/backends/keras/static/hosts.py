@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -45,6 +46,34 @@ def known(value: Any) -> bool:
     if JAX:
         return not isinstance(value, host.core.Tracer)
     return not (isinstance(value, host.Tensor) and value.device.type == "meta")
+
+
+@contextmanager
+def kept(model: Any) -> Iterator[None]:
+    """Give a model its variables back where ``fit``, ``predict`` or the like fails: Keras on JAX takes them meanwhile.
+
+    They are those after the last whole step, or those from before; what JAX was running a step with is lost.
+    """
+    if not JAX:
+        yield
+        return
+    if getattr(model, "_jax_state_synced", True):
+        model._jax_state = None  # of an earlier call
+    groups = ("trainable_variables", "non_trainable_variables", "metrics_variables")
+    before = [(v, v._value) for name in groups for v in getattr(model, name)]
+    before += [(v, v._value) for v in getattr(model.optimizer, "variables", ())]
+    try:
+        yield
+    except BaseException:
+        state = getattr(model, "_jax_state", None) or {}
+        after = [pair for n in groups for pair in zip(getattr(model, n), state.get(n) or ())]  # noqa: B905
+        steps = state.get("optimizer_variables") or ()
+        after += zip(getattr(model.optimizer, "variables", ()), steps)  # noqa: B905
+        for variable, value in (*after, *before):
+            if variable._value is None and value is not None and not value.is_deleted():
+                variable._value = value
+        model._jax_state_synced = True
+        raise
 
 
 class _Thread(threading.local):
