@@ -238,8 +238,14 @@ def train_heads(model: Any) -> Any:
     """
     if (heads := getattr(model, "classifier", None)) is None or not hasattr(model, "fresh"):
         return model
-    heads.requires_grad_(True)
     parameters = dict(model.named_parameters())
-    for name in model.fresh:
-        parameters[name].requires_grad_(True)
+    for parameter in [*heads.parameters(), *(parameters[name] for name in model.fresh)]:
+        parameter.requires_grad_(True)
+        # Compiled, every head is run: without this, momentum would move one that no row of a batch needed.
+        parameter.register_post_accumulate_grad_hook(_forget_nothing)
     return model
+
+
+def _forget_nothing(parameter: Any) -> None:
+    if not parameter.grad.any():
+        parameter.grad = None

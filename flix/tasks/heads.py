@@ -16,6 +16,7 @@ from transformers.utils.generic import ModelOutput
 from flix.backends.torch.layer import FlixLayer
 from flix.core.errors import ConfigError, TargetError
 from flix.tasks.making import heads_of
+from flix.tasks.masked import most_masked
 from flix.tasks.task import IGNORED, Task
 
 
@@ -38,6 +39,8 @@ class HeadedOutput(ModelOutput):  # type: ignore[misc]
     logits: Tensor | None = None
     predicted: Tensor | None = None
 
+
+_LOW = torch.finfo(torch.float32).min
 
 _ENCODERS = frozenset(
     f"{name}_checkpointing_{what}able"
@@ -83,6 +86,7 @@ class HeadedModel(nn.Module):
             nn.init.normal_(head.weight, std=0.02 if spread is None else float(spread))
             nn.init.zeros_(head.bias)
             self.classifier[name] = head
+        self.widest = max((max(len(t.labels), 1) for t in owners if t.kind != "masked"), default=0)
         self.lm_head = None if lm is None else _alone(lm, encoder)
         self.fresh: tuple[str, ...] = ()
 
@@ -126,25 +130,28 @@ class HeadedModel(nn.Module):
         if head is None:
             head = input_ids.new_zeros(len(input_ids))
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        found: HeadedOutput = self._answered(states, attention_mask, head, labels, values)
-        return found
+        answer = self._of_every_row if torch.compiler.is_compiling() else self._of_own_rows
+        losses, counts, logits, predicted = answer(states, attention_mask, head, labels, values)
+        told = labels is not None or values is not None
+        loss = losses.sum() / counts.sum().clamp(min=1.0) if told else None
+        return HeadedOutput(loss, losses, counts, logits, predicted)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _answered(
+    def _nothing(self, states: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Losses, counts, logits and predictions of rows that nobody answers."""
+        batch, length = states.shape[:2]
+        losses = states.new_zeros(batch, dtype=torch.float32)
+        logits = states.new_full((batch, length, self.widest), _LOW, dtype=torch.float32)
+        return losses, torch.zeros_like(losses), logits, head.new_full((batch, length), IGNORED)
+
+    def _of_own_rows(
         self,
         states: Tensor,
         mask: Tensor,
         head: Tensor,
         labels: Tensor | None,
         values: Tensor | None,
-    ) -> HeadedOutput:
-        batch, length = mask.shape
-        widest = max((int(h.out_features) for h in self.classifier.values()), default=0)  # type: ignore[arg-type]
-        low = torch.finfo(torch.float32).min
-        losses = states.new_zeros(batch, dtype=torch.float32)
-        counts = torch.zeros_like(losses)
-        logits = states.new_full((batch, length, widest), low, dtype=torch.float32)
-        predicted = head.new_full((batch, length), IGNORED)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        losses, counts, logits, predicted = self._nothing(states, head)
         # Heads that no row of the batch needs get no gradient, so that no optimizer moves them.
         for number in torch.unique(head).tolist():
             rows = (head == number).nonzero()[:, 0]
@@ -160,14 +167,41 @@ class HeadedModel(nn.Module):
                 own, count = _losses(kind, found, wanted)
             losses = losses.index_put((rows,), own)
             counts = counts.index_put((rows,), count)
-        told = labels is not None or values is not None
-        loss = losses.sum() / counts.sum().clamp(min=1.0) if told else None
-        return HeadedOutput(loss, losses, counts, logits, predicted)
+        return losses, counts, logits, predicted
+
+    def _of_every_row(
+        self,
+        states: Tensor,
+        mask: Tensor,
+        head: Tensor,
+        labels: Tensor | None,
+        values: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same in one graph, whatever rows there are: every head answers every row, and its own are taken."""
+        losses, counts, logits, predicted = self._nothing(states, head)
+        length, widest = logits.shape[1:]
+        for number, kind in enumerate(self.kinds):
+            mine = head == number
+            wanted = labels if labels is None else torch.where(mine[:, None], labels, IGNORED)
+            if kind == "masked":
+                if wanted is None:
+                    continue
+                own, count = self._all_masked(predicted, states, wanted)
+            else:
+                found = self._logits(number, states, mask)
+                around = (0, widest - found.shape[2], 0, length - found.shape[1])
+                logits = torch.where(mine[:, None, None], F.pad(found, around, value=_LOW), logits)
+                if kind == "regression":
+                    wanted = values if values is None else torch.where(mine, values, torch.nan)
+                own, count = _losses(kind, found, wanted)
+            losses = losses + torch.where(mine, own, 0.0)
+            counts = counts + torch.where(mine, count, 0.0)
+        return losses, counts, logits, predicted
 
     def _logits(self, number: int, states: Tensor, mask: Tensor) -> Tensor:
         """What a head says of its rows: float32 ``[rows, length or 1, labels]``."""
         head: Any = self.classifier[self.names[number]]
-        self._check_plain(f"classifier.{self.names[number]}", head)
+        _check_plain(f"classifier.{self.names[number]}", head)
         if self.kinds[number] != "tagging":
             states = self._pooled(states, mask)[:, None]
         return head(self.dropout(states).to(head.weight.dtype)).float()  # type: ignore[no-any-return]
@@ -182,12 +216,31 @@ class HeadedModel(nn.Module):
         if self.lm_head is None:
             raise ConfigError("masked texts need a model that was loaded for a task of that kind")
         row, place = found.unbind(1)
-        self._check_plain("lm_head", self.lm_head)
+        _check_plain("lm_head", self.lm_head)
         logits = self.lm_head(inputs_embeds=states[rows[row], place][None]).logits[0]
         predicted[rows[row], place] = logits.argmax(-1)
         losses = F.cross_entropy(logits.float(), labels[row, place], reduction="none")
         count = nothing.index_add(0, row, torch.ones_like(losses))
         return nothing.index_add(0, row, losses) / count.clamp(min=1.0), (count > 0).float()
+
+    def _all_masked(
+        self, predicted: Tensor, states: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same of every row, at as many positions of each as may be masked."""
+        assert self.lm_head is not None
+        on = labels != IGNORED
+        places = on.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        places = places[:, : most_masked(labels.shape[1])]
+        chosen = on.gather(1, places)
+        torch._assert_async(
+            (on.sum(1) == chosen.sum(1)).all(), "a text has more masks than a quarter of its tokens"
+        )
+        index = places[..., None].expand(-1, -1, states.shape[2])
+        logits = self.lm_head(inputs_embeds=states.gather(1, index)).logits
+        said = torch.where(chosen, logits.argmax(-1), IGNORED)
+        predicted.scatter_(1, places, torch.where(chosen, said, predicted.gather(1, places)))
+        wanted = torch.where(chosen, labels.gather(1, places), IGNORED)
+        return _losses("tagging", logits.float(), wanted)
 
     def _pooled(self, states: Tensor, mask: Tensor) -> Tensor:
         """A row's one state ``[rows, size]``: the mean over its positions, or the last."""
@@ -197,15 +250,6 @@ class HeadedModel(nn.Module):
         weights = mask[..., None].to(torch.float32)
         summed = (states.float() * weights).sum(1) / weights.sum(1).clamp(min=1.0)
         return summed.to(states.dtype)
-
-    def _check_plain(self, path: str, module: nn.Module) -> None:
-        for name, layer in module.named_modules():
-            if isinstance(layer, FlixLayer):
-                inside = f".{name}" if name else ""
-                raise TargetError(
-                    f"{path}{inside} belongs to a head, which sees some rows of a batch alone and cannot be adapted; leave it "
-                    f"out: exclude_modules=['{(path + inside).rpartition('.')[2]}']. Heads train whole: train_heads(model)"
-                )
 
 
 class _States(nn.Module):
@@ -226,6 +270,18 @@ def _alone(lm: Any, encoder: Any) -> Any:
     if not names:
         raise ConfigError(f"{type(lm).__name__} has no encoder of its own")
     return shell
+
+
+def _check_plain(path: str, module: nn.Module) -> None:
+    if torch.compiler.is_compiling():
+        return  # every head gets every row there
+    for name, layer in module.named_modules():
+        if isinstance(layer, FlixLayer):
+            inside = f".{name}" if name else ""
+            raise TargetError(
+                f"{path}{inside} belongs to a head, which sees some rows of a batch alone and cannot be adapted; leave it "
+                f"out: exclude_modules=['{(path + inside).rpartition('.')[2]}']. Heads train whole: train_heads(model)"
+            )
 
 
 def _losses(kind: str, logits: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -63,8 +63,10 @@ class Masked(Headed):
         if able.any():
             draws = self._draws(len(ids), key)
             chance = np.where(able, draws[0], 2.0)
-            chosen = chance < _RATE
-            chosen[int(chance.argmin())] = True  # of a short text, one
+            first = chance.argsort(kind="stable")[: most_masked(len(ids))]
+            chosen = np.zeros(len(ids), bool)
+            chosen[first] = chance[first] < _RATE
+            chosen[first[0]] = True  # of a short text, one
             labels[chosen] = ids[chosen]
             ids[chosen & (draws[1] < _MASK)] = int(self.tokenizer.mask_token_id)
             other = chosen & (draws[1] >= _MASK) & (draws[1] < _OTHER)
@@ -79,6 +81,11 @@ class Masked(Headed):
     def _size(self) -> int:
         size = len(self.tokenizer)
         return size if self.vocabulary is None else min(size, self.vocabulary)
+
+
+def most_masked(length: int) -> int:
+    """How many tokens of a text may be masked, which it happens to none but short ones to reach."""
+    return length // 4 + 1
 
 
 def own_key(encoded: Encoded) -> tuple[Any, ...]:

@@ -191,3 +191,28 @@ def test_the_columns_of_tasks_survive_pruning(bert: Path, tmp_path: Path) -> Non
     plain = trainer_of(bert, tmp_path / "plain", rows, max_steps=2)
     plain.train()
     assert trained == [e["loss"] for e in plain.state.log_history if "loss" in e]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same(bert: Path) -> None:
+    tokenizer = load_tokenizer(str(bert))
+    tasks = headed_tasks(tokenizer)
+    torch.manual_seed(0)
+    model = train_heads(shaken(adapt(load_base(str(bert), tasks), config_of())))
+    collate = FlixCollator(config_of(), TaskCollator(tasks, tokenizer).evaluation())
+    batch = collate(HEADED_ROWS[1:6])  # no row for the first head
+    expected = model(**batch)
+    expected.loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = compiled(**batch)
+    found.loss.backward()
+    assert torch.allclose(found.row_losses, expected.row_losses, atol=1e-4)
+    for field in ("logits", "predicted", "row_counts"):
+        assert torch.allclose(getattr(found, field).float(), getattr(expected, field).float(), atol=1e-4)  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if not name.startswith("flix_bank"):
+            assert (parameter.grad is None) == (name not in gradients), name
+        if name in gradients:
+            assert torch.allclose(parameter.grad, gradients[name], atol=1e-4), name
