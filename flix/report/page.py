@@ -228,19 +228,27 @@ def _curves(runs: Sequence[Run], figures: Figures) -> list[Figure]:
         if run.curves is None:
             continue
         name = f"{run.name}, " if len(runs) > 1 else ""
+        curves = run.curves
+        apart = bool(curves.held_out or curves.held_out_scores)
         lines: list[tuple[str, str, Sequence[Point]]] = [
-            (f"{name}training", ":", run.curves.loss), (f"{name}evaluation", "-", run.curves.evaluated)
-        ]  # fmt: skip
+            (f"{name}training", ":", curves.loss),
+            (f"{name}evaluation{', cells trained on' if apart else ''}", "-", curves.evaluated),
+            (f"{name}evaluation, held out", "--", curves.held_out),
+        ]
         losses[run.name] = [line for line in lines if line[2]]
-        if run.curves.scores:
-            scores[run.name] = [(run.name, "-", run.curves.scores)]
+        some: list[tuple[str, str, Sequence[Point]]] = [
+            (f"{name}cells trained on" if apart else run.name, "-", curves.scores),
+            (f"{name}held out", "--", curves.held_out_scores),
+        ]
+        if any(points for _, _, points in some):
+            scores[run.name] = [line for line in some if line[2]]
     found = []
     if any(losses.values()):
         found.append(
             Figure(
                 figures.curves("loss", losses),
                 "Losses over the steps",
-                "Loss over the steps: of training (dotted) and of evaluation.",
+                "Loss over the steps: of training (dotted), and of evaluation (dashed: held-out cells).",
             )
         )
     if scores:
@@ -248,7 +256,7 @@ def _curves(runs: Sequence[Run], figures: Figures) -> list[Figure]:
             Figure(
                 figures.curves("mean score", scores),
                 "Mean scores over the steps",
-                "Mean of the cells' scores at each evaluation.",
+                "Mean of the cells' main scores at each evaluation (dashed: held-out cells).",
             )
         )
     return found

@@ -188,13 +188,23 @@ class Sampling:
 
 @dataclass
 class Curves:
-    """What log.jsonl says; a step that stands there twice (the run was resumed) counts as it was last written."""
+    """What log.jsonl says; a step that stands there twice (the run was resumed) counts as it was last written.
+
+    Attributes:
+        loss, by_feature: in training.
+        evaluated: the loss in evaluation, of the cells that are trained on where the log tells them apart.
+        held_out: that of the others.
+        evaluated_by_feature: in evaluation.
+        scores, held_out_scores: means of the cells' main scores, in the same way.
+    """
 
     loss: list[Point] = field(default_factory=list)
     by_feature: dict[str, list[Point]] = field(default_factory=dict)
     evaluated: list[Point] = field(default_factory=list)
+    held_out: list[Point] = field(default_factory=list)
     evaluated_by_feature: dict[str, list[Point]] = field(default_factory=dict)
     scores: list[Point] = field(default_factory=list)
+    held_out_scores: list[Point] = field(default_factory=list)
 
     @classmethod
     def read(cls, lines: Iterator[Part]) -> Curves:
@@ -211,23 +221,30 @@ class Curves:
             found[step] = line
         curves = cls()
         for step, line in trained.items():
-            _put(curves.loss, step, line.get("loss"))
+            _put(curves.loss, step, line.get("loss").number())
             for name, part in line.get("by_feature").items():
-                _put(curves.by_feature.setdefault(name, []), step, part)
+                _put(curves.by_feature.setdefault(name, []), step, part.number())
         for step, line in evaluated.items():
-            part = line.get("evaluation")
-            _put(curves.evaluated, step, part.get("loss"))
-            for name, loss in part.get("by_feature").items():
-                _put(curves.evaluated_by_feature.setdefault(name, []), step, loss)
-            scores = [cell.get("score").number() for _, cell in part.get("cells").items()]
-            known = [score for score in scores if score is not None]
-            if known:
-                curves.scores.append((step, sum(known) / len(known)))
+            curves._put_evaluation(step, line.get("evaluation"))
         return curves
 
+    def _put_evaluation(self, step: int, said: Part) -> None:
+        seen, held_out = said.get("seen").number(), said.get("held_out").number()
+        _put(self.evaluated, step, seen if seen is not None else said.get("loss").number())
+        _put(self.held_out, step, held_out)
+        for name, loss in said.get("by_feature").items():
+            _put(self.evaluated_by_feature.setdefault(name, []), step, loss.number())
+        if (scores := said.get("scores")).value is not None:
+            _put(self.scores, step, scores.get("seen").number())
+            _put(self.held_out_scores, step, scores.get("held_out").number())
+            return
+        known = [cell.get("score").number() for _, cell in said.get("cells").items()]
+        found = [score for score in known if score is not None]
+        _put(self.scores, step, sum(found) / len(found) if found else None)
 
-def _put(points: list[Point], step: int, part: Part) -> None:
-    if (value := part.number()) is not None:
+
+def _put(points: list[Point], step: int, value: float | None) -> None:
+    if value is not None:
         points.append((step, value))
 
 

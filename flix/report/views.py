@@ -118,16 +118,20 @@ def _put_origin(view: View) -> None:
         view.versions = Table("Versions and machine.", ["what", "value"], rows, texts=(1,))
     files = [
         [
-            entry.get("name").text() or "", file.get("name").text() or "", _count(file.get("rows").whole()),
-            _count(file.get("bytes").whole()), file.get("sha256").text() or "–",
+            entry.get("name").text() or "", "evaluation" if entry.get("evaluation").flag() else "training",
+            _count(entry.get("rows").whole()), file.get("name").text() or "", _count(file.get("bytes").whole()),
+            file.get("sha256").text() or "–",
         ]
         for entry in facts.get("data").parts()
         for file in entry.get("files").parts()
     ]  # fmt: skip
     if files:
         view.data = Table(
-            "Fingerprints of the data.", ["data set", "file", "rows", "bytes", "sha256"], files, texts=(1, 4)
-        )  # fmt: skip
+            "Fingerprints of the data; the rows are those of the whole data set.",
+            ["data set", "for", "rows", "file", "bytes", "sha256"],
+            files,
+            texts=(1, 3, 5),
+        )
 
 
 def _count(value: int | None) -> str:

@@ -109,7 +109,7 @@ def make_run(
         "seconds": 1312.4, "steps": steps, "seed": seed,
         "versions": {"flix": "0.1", "python": "3.12.1", "torch": "2.13.0"},
         "machine": {"system": "Linux", "processors": 2, "device": "cpu"},
-        "data": [{"name": "ner", "files": [{"name": "ner/hau.train.jsonl.gz", "bytes": 1200, "sha256": "ab" * 32, "rows": 90}]}],
+        "data": [{"name": "ner", "files": [{"name": "ner/hau.train.jsonl.gz", "bytes": 1200, "sha256": "ab" * 32}], "rows": 90, "evaluation": False}],
         "parameters": {"base": 22_000_000, "trainable": 64_000, "by_feature": dict.fromkeys(features, 1000)},
         "cost": {"seconds_a_step": 0.31, "tokens": 1_200_000, "peak_memory_bytes": 2**30},
     })  # fmt: skip
@@ -167,7 +167,8 @@ def _write_log(
         })  # fmt: skip
         if step % 50 == 0:
             lines.append({"step": step, "seconds": 0.3 * step, "evaluation": {
-                "loss": 1.1 + 2 * fall, "by_feature": {n: f + 2 * fall for n, f in floors.items()},
+                "loss": 1.1 + 2 * fall, "seen": 1.1 + 2 * fall, "held_out": 1.6 + 1.5 * fall,
+                "scores": {"seen": 50 * (1 - fall), "held_out": 30 * (1 - fall)}, "by_feature": {n: f + 2 * fall for n, f in floors.items()},
                 "cells": {name: {"loss": 1.0 + fall, "score": 50 * (1 - fall)} for name in names},
             }})  # fmt: skip
     write_lines(folder, "log.jsonl", lines)

@@ -180,3 +180,15 @@ def test_examples_are_the_first_of_each_cell_right_and_wrong_and_fit_a_page(tmp_
     kept = Examples.read(lines_of(tmp_path, many)).kept
     assert sum(len(e.source) for e in kept) <= 700_000
     assert len({(e.cell, e.right) for e in kept}) == 400
+
+
+def test_evaluations_tell_held_out_cells_apart_or_not(tmp_path: Path) -> None:
+    old = {
+        "loss": 1.0,
+        "cells": {"a=b": {"loss": 1.0, "score": 10}, "a=c": {"loss": 1.0, "score": 30}},
+    }
+    new = {"loss": 2.0, "seen": 3.0, "held_out": 4.0, "scores": {"seen": 5.0, "held_out": None}}
+    lines = [{"step": 1, "evaluation": old}, {"step": 2, "evaluation": new}]
+    curves = Curves.read(lines_of(tmp_path, lines))
+    assert curves.evaluated == [(1, 1.0), (2, 3.0)] and curves.held_out == [(2, 4.0)]
+    assert curves.scores == [(1, 20.0), (2, 5.0)] and curves.held_out_scores == []
