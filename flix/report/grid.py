@@ -77,7 +77,7 @@ def choose_axes(runs: Sequence[Run], rows: str | None, columns: str | None) -> A
     best = sorted(counts, key=lambda g: (-counts[g], -len(names[g])))
     best = [group for group in best if group not in (rows, columns)]
     if rows is None and columns is None:
-        best[:2] = sorted(best[:2], key=lambda g: -len(names[g]))
+        best[:2] = sorted(best[:2], key=lambda g: (-len(names[g]), g != "language"))
     if rows is None and not best:  # no group, or one alone that was asked for as the columns
         return Axes(columns, None) if columns is not None else None
     rows = rows if rows is not None else best.pop(0)

@@ -15,9 +15,9 @@ from flix._version import __version__
 from flix.core.errors import MissingFrameworkError
 from flix.core.files import make_folder, write_file
 from flix.report.figures import Figures
-from flix.report.grid import choose_axes, decimal, metric_name
+from flix.report.grid import Axes, choose_axes, decimal, metric_name
 from flix.report.reading import Part, ReportError
-from flix.report.records import Point
+from flix.report.records import Point, Scored
 from flix.report.runs import Run, read_runs
 from flix.report.view import Figure, Table, View
 from flix.report.views import view_of
@@ -128,7 +128,9 @@ def _short(views: Sequence[View]) -> list[Sentence]:
     found = [s for other in views[1:] if (s := _against(first, other)) is not None]
     if (cell := first.worst_cell) is not None and first.run.metrics is not None:
         named = f"Worst cell{of}: "
-        where = ", ".join("+".join(names) for _, names in cell.features)
+        where = _place(cell, first.axes)
+        if same := sum(c.score == cell.score for c in first.run.metrics.cells) - 1:
+            where += f" and {same} more"
         text = f" with {decimal(cell.score)} {metric_name(cell.metric)}"
         if cell.interval is not None:
             text += f" (95 %: {decimal(cell.interval[0])} to {decimal(cell.interval[1])})"
@@ -161,6 +163,13 @@ def _short(views: Sequence[View]) -> list[Sentence]:
             if every:
                 break
     return found
+
+
+def _place(cell: Scored, axes: Axes | None) -> str:
+    """A cell's features as the grid has them, its row first."""
+    order = [axes.rows, axes.columns] if axes is not None else []
+    said = sorted(cell.features, key=lambda e: order.index(e[0]) if e[0] in order else len(order))
+    return ", ".join("+".join(names) for _, names in said)
 
 
 def _hundredths(value: float) -> str:

@@ -35,6 +35,8 @@ def test_the_two_groups_that_most_cells_name_are_taken_the_larger_one_for_rows()
     assert choose_axes(of(*cells), "task", None) == Axes("task", "language")
     assert choose_axes(of(*cells), None, "domain") == Axes("language", "domain")
     assert choose_axes(of(*cells), "domain", "task") == Axes("domain", "task")
+    square = [cell(task=t, language=a) for a in ("hau", "swa") for t in ("ner", "pos")]
+    assert choose_axes(of(*square), None, None) == AXES
 
 
 def test_one_group_has_no_columns_and_no_cell_no_axes() -> None:

@@ -130,6 +130,16 @@ def test_the_sentences_on_top_are_true(made: Path) -> None:
     assert found.size == len(text.encode()) and found.missing == []
 
 
+def test_several_worst_cells_are_counted_and_named_as_the_grid_has_them(made: Path) -> None:
+    metrics = json.loads((made / "metrics.json").read_text())
+    for cell in metrics["cells"]:
+        cell["score"] = 0.0 if "topic" in cell["cell"] else 10.0
+    write_json(made, "metrics.json", metrics)
+    assert write_report([made]).short[0].startswith("Worst cell: hau, topic and 2 more with 0.0 ")
+    short = write_report([made], rows="task").short[0]
+    assert short.startswith("Worst cell: topic, hau and 2 more with 0.0 ")
+
+
 def test_runs_are_compared_with_the_first(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, lift=lift) for name, lift in (("flix", 12.0), ("lora", 0.0), ("wide", 2.0))]  # fmt: skip
     found = write_report(runs, tmp_path / "all.html")
