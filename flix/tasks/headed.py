@@ -142,8 +142,9 @@ class Tagging(Headed):
         words = self.words(row)
         if not words:
             return {"input_ids": self.tokens(""), "first": []}
+        apart = [f" {word}" if self._spaced and place else word for place, word in enumerate(words)]
         encoded = self.tokenizer(
-            words, is_split_into_words=True, truncation=True, max_length=self.longest
+            apart, is_split_into_words=True, truncation=True, max_length=self.longest
         )
         first: list[int | None] = [None] * len(words)
         for place, word in reversed([*enumerate(encoded.word_ids())]):
@@ -156,6 +157,18 @@ class Tagging(Headed):
         """The words and their tags, each joined by blanks."""
         wanted = " ".join(self.tags(row)) if self.answered(row) else None
         return " ".join(self.words(row)), wanted
+
+    @cached_property
+    def _spaced(self) -> bool:
+        """Whether the tokenizer takes words without blanks for parts of one word, as byte-level ones do."""
+
+        def read(text: str | list[str]) -> list[int]:
+            split = isinstance(text, list)
+            ids = self.tokenizer(text, is_split_into_words=split, add_special_tokens=False)
+            return list(ids["input_ids"])
+
+        whole = read("a b")
+        return read(["a", "b"]) != whole and read(["a", " b"]) == whole
 
     def words(self, row: Row) -> list[str]:
         """The words."""

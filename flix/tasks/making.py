@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flix.core.checks import whole
+from flix.core.checks import is_whole, whole
 from flix.core.errors import ConfigError, listed, near, shown
 from flix.tasks.columns import Row, place
 from flix.tasks.errors import DataError, ModelError
@@ -218,6 +218,6 @@ def task_of(tasks: Sequence[Task], number: Any) -> Task:
     Raises:
         DataError: there is none.
     """
-    if not isinstance(number, int) or not 0 <= number < len(tasks):
+    if not is_whole(number) or not 0 <= number < len(tasks):
         raise DataError(f"flix_task must be a number from 0 to {len(tasks) - 1}, got {number!r}")
-    return tasks[number]
+    return tasks[int(number)]

@@ -71,6 +71,23 @@ def test_words_that_are_lost_have_no_place() -> None:
     assert len(capped.read(HEADED_ROWS[0])["input_ids"]) == 4
 
 
+def test_byte_level_tokenizers_read_words_as_words() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = "abcdefghij"
+    vocabulary = {piece: place for place, piece in enumerate(["Ġ", *letters, *("Ġ" + c for c in letters)])}  # fmt: skip
+    merges = [("Ġ", c) for c in letters]
+    for prefix in (False, True):
+        inner = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+        task = make_task("tagging", tokenizer, name="ner", labels=["O"])
+        read = task.prompt({"tokens": ["ab", "c", "dab"]})
+        assert read["input_ids"] == tokenizer("ab c dab")["input_ids"]
+        assert read["first"] == [0, 2, 3]
+
+
 def test_labels_are_names() -> None:
     row = {"text": "ga", "target": "sport", "flix_where": "topic.jsonl:4"}
     assert TOPIC.read(row) == {"input_ids": [2, 55 + 2, 3], "labels": [1, IGNORED, IGNORED]}
