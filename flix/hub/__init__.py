@@ -19,7 +19,12 @@ from flix.core.files import Path_
 from flix.hub.card import card
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_FILES = (TENSOR_FILE, CONFIG_FILE, HEADS_FILE)
+_FILES = (
+    TENSOR_FILE,
+    CONFIG_FILE,
+    HEADS_FILE,
+    "recipe.json",
+)  # the last of a run, if there was one
 
 
 def is_name(given: Path_) -> bool:

@@ -46,8 +46,7 @@ def card(
         f"An adapter for {on}, made with flix: {len(live)} features ({groups}), each with a low-rank update of its own in "
         f"{len(layers)} layers. A row of a batch runs under the features that it names (FLix, arXiv 2402.17934).",
         "## Use",
-        "```python\nfrom flix.backends.torch import load\n\n"
-        f"model = load(base, {name!r})\n"
+        f"```python\n{_loaded(name, known)}\n"
         f"ids = model.flix_config.registry.encode([{row}])\n"
         "model(**batch, flix_features=ids)  # a batch of one row\n```",
         "## Features",
@@ -68,6 +67,12 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
+def _loaded(name: str, base: str | None) -> str:
+    if base and _HUB.fullmatch(base):
+        return f"from flix.tasks import load_pretrained\n\nmodel = load_pretrained({name!r})  # on {base}"
+    return f"from flix.backends.torch import load\n\nmodel = load(base, {name!r})"
+
+
 def _header(config: FlixConfig, base: str | None) -> str:
     """YAML, of which JSON is a part."""
     facts: dict[str, Any] = {"library_name": "flix", "tags": ["flix", "adapter", "lora"]}
@@ -86,15 +91,33 @@ def _implied(config: FlixConfig, feature: tuple[str, str]) -> list[tuple[str, st
 
 
 def _scores(run: Mapping[str, Any] | None) -> list[str]:
-    cells = ((run or {}).get("evaluation") or {}).get("cells") or []
+    cells = [cell for cell in (run or {}).get("cells") or () if "metric" in cell]
     if not cells:
         return []
     rows = [
-        (c["cell"], "yes" if c["seen"] else "no", c["rows"], c["exact_match"], c["chrf"])
+        (
+            c["cell"],
+            "yes" if c["seen"] else "no",
+            c["rows"],
+            c["metric"],
+            _number(c["score"]),
+            _span(c),
+        )
         for c in cells
     ]
-    names = ("combination", "trained", "rows", "exact match %", "chrF")
-    return ["## Scores", f"After {run['steps']} steps." if run else "", _table(names, rows)]
+    names = ("combination", "trained", "rows", "measure", "score", "95 %")
+    steps = ((run or {}).get("training") or {}).get("steps")
+    said = [] if steps is None else [f"After {steps} steps."]
+    return ["## Scores", *said, _table(names, rows)]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _span(cell: Mapping[str, Any]) -> str:
+    low, high = cell.get("interval") or (None, None)
+    return "-" if low is None else f"{_number(low)} to {_number(high)}"
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from flix.tasks.heads import HeadedModel, HeadedOutput
     from flix.tasks.making import GENERATIVE, KINDS, collect_labels, make_task
     from flix.tasks.packing import packed
+    from flix.tasks.pretrained import load_pretrained, tasks_of, tokenizer_of
     from flix.tasks.scoring import interval, scores
     from flix.tasks.task import Task
 
@@ -57,6 +58,7 @@ _HOMES = {
     "heads": ("HeadedModel", "HeadedOutput"),
     "making": ("GENERATIVE", "KINDS", "collect_labels", "make_task"),
     "packing": ("packed",),
+    "pretrained": ("load_pretrained", "tasks_of", "tokenizer_of"),
     "scoring": ("interval", "scores"),
     "task": ("Task",),
 }
@@ -81,6 +83,7 @@ __all__ = [
     "label_notes",
     "load_base",
     "load_model",
+    "load_pretrained",
     "load_tokenizer",
     "locate",
     "make_task",
@@ -88,6 +91,8 @@ __all__ = [
     "model_layers",
     "packed",
     "scores",
+    "tasks_of",
+    "tokenizer_of",
     "train_heads",
     "unknown_notes",
 ]

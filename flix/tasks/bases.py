@@ -48,13 +48,16 @@ def load_tokenizer(name: str) -> Any:
     )
 
 
-def load_base(name: str, tasks: Sequence[Task], dtype: str = "float32") -> Any:
+def load_base(
+    name: str, tasks: Sequence[Task], dtype: str = "float32", *, revision: str | None = None
+) -> Any:
     """A base model with its weights, of the class that the tasks need.
 
     Args:
         name: folder or hub name, as :func:`locate` gives it.
         tasks: what it is to do.
         dtype: of the parameters; ``"auto"`` keeps that of the file.
+        revision: a commit of the hub.
 
     Raises:
         ConfigError: tasks that do not go together.
@@ -62,17 +65,19 @@ def load_base(name: str, tasks: Sequence[Task], dtype: str = "float32") -> Any:
     """
     check_together(tasks)
     if tasks[0].generates:
-        return load_model(name, tasks[0].kind, dtype)
+        return load_model(name, tasks[0].kind, dtype, revision=revision)
     from flix.tasks.heads import HeadedModel
 
-    encoder, lm, fresh = _encoder(name, dtype, any(task.kind == "masked" for task in tasks))
+    at = {} if revision is None else {"revision": revision}
+    masked = any(task.kind == "masked" for task in tasks)
+    encoder, lm, fresh = _encoder(name, masked, dtype=dtype, **at)
     model = HeadedModel(encoder, tasks, last=_reads_last(_config(name)), lm=lm)
     known = {n for n, _ in model.named_parameters()}
     model.fresh = tuple(n for n in (f"lm_head.{key}" for key in fresh) if n in known)
     return model
 
 
-def _encoder(name: str, dtype: str, masked: bool) -> tuple[Any, Any, Sequence[str]]:
+def _encoder(name: str, masked: bool, **settings: Any) -> tuple[Any, Any, Sequence[str]]:
     """A base without its output head; for masked texts the model with it, and what of the head the files lack."""
     transformers, config = _transformers(), _config(name)
     what = f"the base model {name!r} cannot be loaded"
@@ -84,10 +89,10 @@ def _encoder(name: str, dtype: str, masked: bool) -> tuple[Any, Any, Sequence[st
             )
         maker = transformers.AutoModelForMaskedLM
         load = maker.from_pretrained
-        lm, said = _loaded(lambda: load(name, dtype=dtype, output_loading_info=True), what)
+        lm, said = _loaded(lambda: load(name, output_loading_info=True, **settings), what)
         return getattr(lm, lm.base_model_prefix), lm, tuple(said["missing_keys"])
     load = transformers.AutoModel.from_pretrained
-    return _inner(_without_pooler(lambda **more: load(name, dtype=dtype, **more), what)), None, ()
+    return _inner(_without_pooler(lambda **more: load(name, **settings, **more), what)), None, ()
 
 
 def _without_pooler(load: Callable[..., Any], what: str) -> Any:
@@ -115,22 +120,41 @@ def _reads_last(config: Any) -> bool:
     return bool(getattr(config, "is_decoder", False)) or (writes and not fills)
 
 
-def load_model(name: str, kind: str | None = None, dtype: str = "float32") -> Any:
+def load_model(
+    name: str, kind: str | None = None, dtype: str = "float32", *, revision: str | None = None
+) -> Any:
     """A model as its class loads it.
 
     Args:
         name: folder or hub name.
         kind: ``"seq2seq"``, ``"causal"``, or None for the class that the model's configuration names.
         dtype: of the parameters; ``"auto"`` keeps that of the file.
+        revision: a commit of the hub.
 
     Raises:
         ModelError: it cannot be loaded, or is of the other kind.
     """
-    maker = _maker(name, kind)
-    return _loaded(
-        lambda: maker.from_pretrained(name, dtype=dtype),
+    at = {} if revision is None else {"revision": revision}
+    return load_class(name, _maker(name, kind), dtype, **at)[0]
+
+
+def load_class(
+    name: str, maker: Any = None, dtype: str = "float32", **settings: Any
+) -> tuple[Any, tuple[str, ...]]:
+    """A model by a class with ``from_pretrained``, by default the one that its configuration names.
+
+    Returns:
+        The model, and the names of parameters that its files lack, so that they begin at random.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    maker = _maker(name, None) if maker is None else maker
+    model, said = _loaded(
+        lambda: maker.from_pretrained(name, dtype=dtype, output_loading_info=True, **settings),
         f"the base model {name!r} cannot be loaded",
     )
+    return model, tuple(sorted(said["missing_keys"]))
 
 
 def model_layers(
@@ -236,14 +260,22 @@ def train_heads(model: Any) -> Any:
     Returns:
         The model.
     """
-    if (heads := getattr(model, "classifier", None)) is None or not hasattr(model, "fresh"):
-        return model
     parameters = dict(model.named_parameters())
-    for parameter in [*heads.parameters(), *(parameters[name] for name in model.fresh)]:
-        parameter.requires_grad_(True)
+    for name in begun(model):
+        parameters[name].requires_grad_(True)
         # Compiled, every head is run: without this, momentum would move one that no row of a batch needed.
-        parameter.register_post_accumulate_grad_hook(_forget_nothing)
+        parameters[name].register_post_accumulate_grad_hook(_forget_nothing)
     return model
+
+
+def begun(model: Any) -> tuple[str, ...]:
+    """The parameters of a headed model that begin at random, by name; of other models none."""
+    if not hasattr(model, "fresh"):
+        return ()
+    return (
+        *(f"classifier.{name}" for name, _ in model.classifier.named_parameters()),
+        *model.fresh,
+    )
 
 
 def _forget_nothing(parameter: Any) -> None:

@@ -74,7 +74,9 @@ def test_revisions_are_kept_apart_and_a_version_is_whole(server: Hub, tmp_path: 
 
 
 def test_the_card_says_what_the_adapter_is_made_of(server: Hub, tmp_path: Path) -> None:
-    run = {"steps": 40, "evaluation": {"cells": [{"cell": "language=hau|x,task=ner", "seen": True, "rows": 5, "exact_match": 40.0, "chrf": 61.5}]}}  # fmt: skip
+    cell = {"cell": "language=hau|x,task=ner", "seen": True, "rows": 5, "metric": "entity_f1"}
+    cells = [{**cell, "score": 61.54, "interval": [50.0, 72.25]}, {**cell, "seen": False, "score": None, "interval": [None, None]}]  # fmt: skip
+    run = {"cells": cells, "training": {"steps": 40}}
     pushed(server, tmp_path, run=run, private=True)
     text = server.files("ann/hausa")["README.md"].decode()
     _, header, body = text.split("---", 2)
@@ -82,8 +84,10 @@ def test_the_card_says_what_the_adapter_is_made_of(server: Hub, tmp_path: Path) 
     assert facts["base_model"] == "org/base" and facts["language"] == ["hau", "swa"]
     assert facts["library_name"] == "flix" and server.private["ann/hausa"]
     assert "| task=ner | 2 | 20 | shared=all |" in body
-    assert "After 40 steps." in body and r"language=hau\|x,task=ner" in body and "61.5" in body
-    assert "load(base, 'ann/hausa')" in body
+    assert "After 40 steps." in body
+    assert r"| language=hau\|x,task=ner | yes | 5 | entity_f1 | 61.5 | 50.0 to 72.2 |" in body
+    assert r"| language=hau\|x,task=ner | no | 5 | entity_f1 | - | - |" in body
+    assert "model = load_pretrained('ann/hausa')  # on org/base" in body
 
 
 @pytest.mark.parametrize(
@@ -162,6 +166,32 @@ def test_models_load_and_push_by_name(server: Hub, tmp_path: Path) -> None:
     assert torch.equal(load(net(), "ann/net")(x, flix_features=ids), net()(x))
     taken = load_features(model, "ann/net", conflicts="keep")
     assert taken is model
+
+
+def test_a_run_brings_its_base_and_heads(server: Hub, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from flix.backends.torch import adapt, save
+    from flix.tasks import (
+        load_base,
+        load_pretrained,
+        load_tokenizer,
+        tasks_of,
+        tokenizer_of,
+        train_heads,
+    )
+    from tests.helpers.tasks import config_of, encoder, headed_tasks, shaken
+
+    base = encoder(tmp_path / "base", "bert")
+    tasks = headed_tasks(load_tokenizer(str(base)))
+    model = train_heads(shaken(adapt(load_base(str(base), tasks), config_of())))
+    save(model, tmp_path / "adapter")
+    recipe = {"format": 1, "model": str(base), "tokenizer": None, "tasks": [t.described() for t in tasks]}  # fmt: skip
+    (tmp_path / "adapter" / "recipe.json").write_text(json.dumps(recipe))
+    first = hub.push(tmp_path / "adapter", "ann/heads").rpartition("/")[2]
+    found = load_pretrained("ann/heads", revision=first)
+    assert torch.equal(found.classifier["topic"].weight, model.classifier["topic"].weight)
+    assert tasks_of("ann/heads", tokenizer_of("ann/heads")) == tasks
 
 
 def test_without_huggingface_hub_the_extra_is_named() -> None:
