@@ -226,15 +226,11 @@ def _yaml(room: Path) -> Target:
 
 def _jsonl(room: Path) -> Target:
     """Files of rows."""
-    from flix.training.reading import parse_settings
-    from flix.training.sources import read_rows
+    from flix.data.files import read_file
+    from flix.data.loading import Reading
 
     file = room / "rows.jsonl"
-    read = parse_settings(
-        'model: x\nkind: seq2seq\ndatasets: [{files: "rows.jsonl", features: {task: up}, feature_columns: {language: lang}}]\n'
-        "ranks: {rule: by_group, language: 2, task: 2}\n",
-        folder=room,
-    )
+    read = Reading({"source": "text", "target": "text"}, {"task": "up"}, {"language": "lang"})
     line = json.dumps({"source": "a", "target": "b", "lang": "hau"}).encode()
     texts = changed({"source": "a", "target": "b", "lang": ["hau", "swa"]}).map(
         lambda value: json.dumps(value).encode("utf-8", "surrogatepass")
@@ -246,7 +242,8 @@ def _jsonl(room: Path) -> Target:
 
     def call(data: bytes) -> None:
         file.write_bytes(data)
-        read_rows(read)
+        for where, record in read_file(file):
+            read(record, where, {})
 
     return Target(files, call)
 

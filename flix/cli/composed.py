@@ -32,7 +32,7 @@ def composed(
 def load_base(adapter: Adapter, base: str) -> Any:
     """The base with the adapter in it; trained heads come with it."""
     quiet()
-    from flix.training.models import load_model, locate
+    from flix.tasks import load_model, locate
 
     model = load_model(locate(base), dtype="auto")
     from flix.backends.torch import load_into

@@ -16,8 +16,8 @@ import typer
 
 from flix.cli.streams import drop_output, flush, mistake, say
 from flix.core.errors import FlixError
+from flix.core.progress import Reporter, Silent, described
 from flix.core.tables import Cell, cell_text, is_numeric, text_table
-from flix.training.progress import Reporter, described
 
 P = ParamSpec("P")
 
@@ -42,8 +42,8 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             fail(f"{where}{error.strerror or error}")
-        except KeyboardInterrupt:
-            print("flix: interrupted", file=sys.stderr)
+        except KeyboardInterrupt as error:
+            print(f"flix: {error or 'interrupted'}", file=sys.stderr)
             raise typer.Exit(130) from None
         except Exception as error:
             if (reason := _of_the_machine(error)) is None:
@@ -127,7 +127,12 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], title: st
 
 
 def make_reporter(as_json: bool) -> Reporter:
-    """How a long command reports: bars on a terminal, plain lines otherwise; on standard error beside JSON."""
+    """How a long command reports: bars on a terminal, plain lines otherwise; on standard error beside JSON.
+
+    Of several processes that train together, only the first one says anything.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return Silent()
     if as_json:
         return Lines(sys.stderr)
     return Bars() if is_terminal() else Lines()

@@ -35,6 +35,14 @@ class RankError(FlixError, ValueError):
     """Ranks that break a rule, or a rank budget that cannot be met."""
 
 
+class TrainingError(FlixError, RuntimeError):
+    """A training that cannot go on."""
+
+
+class SettingsError(FlixError, ValueError):
+    """A configuration file that cannot be read, or that breaks a rule."""
+
+
 class ConfigError(FlixError, ValueError):
     """A configuration with a value out of its range."""
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flix.core.checks import is_number
+import numpy as np
+
 from flix.core.errors import FeatureError, FlixError, listed, near, shown
 from flix.data.columns import kept_value
 from flix.data.errors import DataError, missing_extra
 from flix.data.files import Found, read_file
+from flix.data.forms import FORMS
 
 Features = dict[str, Any]
 """What a row activates, by group: a name, a list of names, or ``{name: weight}``."""
@@ -25,6 +26,7 @@ Features = dict[str, Any]
 ACTIVATES = "flix_activates"
 """The column in which a dataset that is kept holds what its rows activate, as JSON."""
 
+_LARGEST = float(np.finfo(np.float32).max)
 _FORMAT = 1  # of what is kept; another number reads files anew
 
 
@@ -70,7 +72,9 @@ class Reading:
         for group, column in self.feature_columns.items():
             activates[group] = _feature(_column(record, column, where), group, where)
         row = {
-            name: _FORMS[form](_column(record, name, where), name, where)
+            name: FORMS[form](
+                _column(record, name, where, activates if form == "shown" else None), name, where
+            )
             for name, form in self.columns.items()
         }
         row[ACTIVATES] = json.dumps(activates, ensure_ascii=False)
@@ -160,6 +164,8 @@ def _kept(rows: Callable[..., Iterator[Any]], arguments: dict[str, Any], reading
         while cause is not None:
             if isinstance(cause, FlixError):
                 raise cause from None
+            if isinstance(cause, ImportError):
+                raise missing_extra("reading rows", "transformers", cause) from None
             cause = cause.__cause__
         if next(rows(**arguments), None) is None:  # which each version says in its own way
             return library.Dataset.from_dict({name: [] for name in features})
@@ -204,72 +210,32 @@ def _hub_rows(loaded: Any, name: str, reading: Reading) -> Iterator[dict[str, An
         yield reading(record, f"{name} row {number}", {})
 
 
-def _column(record: Mapping[str, Any], column: str, where: str) -> Any:
-    if column not in record:
+def _column(
+    record: Mapping[str, Any], column: str, where: str, groups: Mapping[str, Any] | None = None
+) -> Any:
+    """A record's column; with groups, of one that a prompt names."""
+    if column in record:
+        return record[column]
+    if groups is not None:
+        there = [*record, *groups]
         raise DataError(
-            f"{where}: no column {column!r}{near(column, record)}; it has: {listed(record)}"
+            f"{where}: the prompt needs {column!r}{near(column, there)}; there is: {listed(there)}"
         )
-    return record[column]
-
-
-def _text(value: Any, column: str, where: str) -> str:
-    if isinstance(value, str):
-        if not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError:
-                raise DataError(
-                    f"{where}: column {column!r} holds half of a surrogate pair, which is no text: {shown(value, 60)}"
-                ) from None
-        return value
-    if is_number(value) and (isinstance(value, int) or math.isfinite(value)):
-        return str(value)
-    raise DataError(f"{where}: column {column!r} must hold text, got {shown(value)}")
-
-
-def _shown(value: Any, column: str, where: str) -> str:
-    return _text(value if isinstance(value, str) else str(value), column, where)
-
-
-def _number(value: Any, column: str, where: str) -> float:
-    try:
-        number = float(value) if is_number(value) or isinstance(value, str) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise DataError(f"{where}: column {column!r} must hold a number, got {shown(value)}")
-    return number
-
-
-def _texts(value: Any, column: str, where: str) -> list[str]:
-    if not isinstance(value, list):
-        raise DataError(f"{where}: column {column!r} must hold a list of texts, got {shown(value)}")
-    return [_text(item, column, where) for item in value]
-
-
-def _messages(value: Any, column: str, where: str) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not all(
-        isinstance(item, Mapping) and {*item} >= {"role", "content"} for item in value
-    ):
-        raise DataError(
-            f"{where}: column {column!r} must hold a list of messages, {{role, content}}, got {shown(value)}"
-        )
-    return [{key: _text(item[key], column, where) for key in ("role", "content")} for item in value]
-
-
-_FORMS: dict[str, Callable[[Any, str, str], Any]] = {
-    "text": _text,
-    "shown": _shown,
-    "number": _number,
-    "texts": _texts,
-    "messages": _messages,
-}
+    raise DataError(
+        f"{where}: no column {column!r}{near(column, record)}; it has: {listed(record)}"
+    )
 
 
 def _feature(value: Any, group: str, where: str) -> Any:
     try:
         if isinstance(value, str | list | Mapping):
-            return kept_value(group, value)
+            kept = kept_value(group, value)
+            for name, weight in kept.items() if isinstance(kept, Mapping) else ():
+                if abs(weight) > _LARGEST:
+                    raise FeatureError(
+                        f"the weight of {group}={name} must be finite in float32, got {shown(weight)}"
+                    )
+            return kept
         raise FeatureError(
             f"the {group} must be a name, a list of names or {{name: weight}}, got {shown(value)}"
         )

@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from flix.core import rng
 from flix.core.checks import whole
 from flix.core.errors import MissingFrameworkError, listed
-from flix.core.features.cells import HeldOut, MixtureError, cell_name, features_of
+from flix.core.features.cells import Cell, HeldOut, MixtureError, cell_name, features_of
 from flix.core.features.names import Feature
 from flix.core.features.registry import FeatureRegistry
 from flix.core.sampling.schedule import Schedule, probabilities, walk
 from flix.data import streaming
 from flix.data.caps import Cap, caps_of
 from flix.data.census import check_names, held_back, registry_of, take_census, warn_of_names
+from flix.data.chosen import ChosenRows
 from flix.data.columns import Table, check_columns, feature_columns, kept_features, read_table
 from flix.data.display import table_of
-from flix.data.evaluation import EvaluationRows
 from flix.data.joining import joined
 from flix.data.rows import TrainRows
 from flix.data.sources import Source, as_sources, is_streamed, stream_size
@@ -73,7 +73,7 @@ class Mixture:
         columns: Sequence[str] | None = None,
         temperature: float = 2.0,
         cap: Cap = None,
-        held_out: HeldOut | Iterable[Mapping[str, str]] = (),
+        held_out: HeldOut | Iterable[Mapping[str, str] | str] = (),
         seed: int = 0,
         epoch_size: int | None = None,
         registry: FeatureRegistry | None = None,
@@ -89,11 +89,15 @@ class Mixture:
         others = [kept_features(s, self.columns) for s in others]
         for source in (*self.sources, *others):
             check_columns(source, self.columns)
+        for source in filter(is_streamed, others):
+            raise MixtureError(
+                f"{source.label} is for evaluation and streamed; its rows need numbers"
+            )
         self.excluded = held_out if isinstance(held_out, HeldOut) else HeldOut(held_out)
         self._given = registry
         self._tables = [read_table(s, self.columns) for s in self.sources if not is_streamed(s)]
         self._streams = [s for s in self.sources if is_streamed(s)]
-        self._others = [_read_whole(s, self.columns) for s in others]
+        self._others = [read_table(s, self.columns) for s in others]
         census = take_census(self._tables, self._streams, self._others, self.columns)
         self._cells, self._names, self._cell_of_row = census.cells, census.names, census.of_rows
         self._census, self._cell_of_stream = census, census.of_streams
@@ -188,6 +192,35 @@ class Mixture:
                 totals[feature] += int(self._sizes[i])
         return totals
 
+    def trained_cells(self) -> list[Cell]:
+        """The cells that are trained on, in the order of :attr:`cells`."""
+        return [self._cells[i] for i in self._trained.tolist()]
+
+    def all_cells(self) -> list[tuple[str, Cell, int]]:
+        """Every cell's name, features and rows in the training sources, rows held back not counted."""
+        return list(zip(self._names, self._cells, self._sizes.tolist(), strict=True))
+
+    def run(self, rows: int) -> TrainRows:
+        """The rows of a whole run, epoch after epoch, as one map-style dataset of this length.
+
+        Raises:
+            MixtureError: a source is streamed, or a length below 1.
+        """
+        self._need_numbers("run")
+        return self.train.of_length(whole(rows, "the rows of a run", 1, MixtureError))
+
+    def drawn(self, rows: int) -> dict[str, int]:
+        """How many rows of each trained cell are among the first ``rows`` of a run."""
+        whole(rows, "the rows of a run", 0, MixtureError)
+        epochs, rest = divmod(rows, self.epoch_size)
+        counts = self._schedule.taken(epochs)
+        if rest:
+            ends = np.cumsum(self._schedule.sizes)
+            last = self._schedule.rows(epochs)[:rest]
+            places = np.searchsorted(ends, last, side="right")
+            counts += np.bincount(places, minlength=len(counts))
+        return dict(zip(self.cells, counts.tolist(), strict=True))
+
     @cached_property
     def train(self) -> TrainRows:
         """The training rows of the current epoch, read by position; ``set_epoch`` chooses the epoch.
@@ -239,22 +272,26 @@ class Mixture:
     def _held_joined(self) -> Any:
         return self._joined.select(np.flatnonzero(self._held_rows))
 
-    def evaluation_rows(self) -> EvaluationRows:
+    def evaluation_rows(self) -> ChosenRows:
         """The rows to evaluate on: those of the evaluation sources, those held back, and, of the held-out cells that
-        the evaluation sources do not cover, the rows that training left out.
-
-        Raises:
-            MixtureError: a source is streamed and says what each of its rows activates.
-        """
-        of_evaluation = self._census.of_evaluation
+        the evaluation sources do not cover, the rows that training left out."""
         covered = np.zeros(len(self._cells), bool)
-        covered[of_evaluation] = True
-        spare = self._held_rows & ~covered[self._cell_of_row]
-        left = np.flatnonzero(self._back | spare)
-        numbers = np.concatenate([left, len(self._cell_of_row) + np.arange(len(of_evaluation))])
-        cells = np.concatenate([self._cell_of_row[left], of_evaluation])
+        covered[self._census.of_evaluation] = True
+        left = self._back | (self._held_rows & ~covered[self._cell_of_row])
+        return self._numbered(left, self._others, self._census.of_evaluation)
+
+    def training_rows(self) -> ChosenRows:
+        """The rows that are trained on, each once, in the order of the sources; streams aside."""
+        return self._numbered(~self._held_rows & ~self._back, [], np.zeros(0, np.int64))
+
+    def _numbered(
+        self, mine: NDArray[np.bool_], others: list[Table], cells: NDArray[np.int64]
+    ) -> ChosenRows:
+        rows = np.flatnonzero(mine)
+        numbers = np.concatenate([rows, len(self._cell_of_row) + np.arange(len(cells))])
         seen = np.isin(np.arange(len(self._cells)), self._trained)
-        return EvaluationRows([*self._tables, *self._others], numbers, cells, self._names, seen)
+        cells = np.concatenate([self._cell_of_row[rows], cells])
+        return ChosenRows([*self._tables, *others], numbers, cells, self._names, seen)
 
     def stream(
         self,
@@ -363,9 +400,3 @@ class Mixture:
             f"Mixture({len(self.sources)} sources, {len(self.cells)} cells, "
             f"{len(self.held_out_cells)} held out, {self.epoch_size} rows an epoch)"
         )
-
-
-def _read_whole(source: Source, columns: Sequence[str]) -> Table:
-    if is_streamed(source):
-        raise MixtureError(f"{source.label} is for evaluation and streamed; its rows need numbers")
-    return read_table(source, columns)

@@ -28,6 +28,7 @@ class TrainRows:
         order: int64, the numbers of the trained rows (counted through the tables) by cell.
         schedule: what each epoch takes, in places of ``order``.
         trained: the cells that may be drawn.
+        length: if given, the rows of a whole run of this length, whatever epochs they are of.
     """
 
     def __init__(
@@ -36,15 +37,21 @@ class TrainRows:
         order: NDArray[np.int64],
         schedule: Schedule,
         trained: frozenset[Cell],
+        length: int | None = None,
     ) -> None:
         self._tables = tuple(tables)
         self._order = order
         self._schedule = schedule
         self._trained = trained
+        self._length = length
         self._epoch = SharedEpoch()
 
     def __len__(self) -> int:
-        return self._schedule.length
+        return self._schedule.length if self._length is None else self._length
+
+    def of_length(self, length: int) -> TrainRows:
+        """The rows of a whole run of this length."""
+        return TrainRows(self._tables, self._order, self._schedule, self._trained, length)
 
     @property
     def epoch(self) -> int:
@@ -84,8 +91,10 @@ class TrainRows:
         length = len(self)
         where = np.asarray(positions, np.int64)
         for position in where[(where < -length) | (where >= length)].tolist():
-            raise IndexError(f"position {position} of an epoch of {length} rows")
-        numbers = self._order[self._schedule.draw(where % length + self.epoch * length)]
+            of = "an epoch" if self._length is None else "a run"
+            raise IndexError(f"position {position} of {of} of {length} rows")
+        first = 0 if self._length is not None else self.epoch * length
+        numbers = self._order[self._schedule.draw(where % length + first)]
         return read_numbered(self._tables, numbers, self._guard)
 
     def __iter__(self) -> Iterator[Row]:

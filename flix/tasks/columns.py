@@ -119,6 +119,23 @@ def messages(value: Any, column: str, where: str) -> list[dict[str, str]]:
     return found
 
 
+def names_in(template: str) -> list[str]:
+    """The columns and groups that a template names.
+
+    Raises:
+        DataError: a brace without its partner.
+    """
+    found: dict[str, None] = {}
+    for match in _FIELD.finditer(template):
+        if match[0] in ("{", "}"):
+            raise DataError(
+                f"prompt {template!r}: a single {match[0]!r}; write {match[0] * 2!r} for the brace itself"
+            )
+        if match[1] is not None:
+            found[match[1]] = None
+    return list(found)
+
+
 def fill(template: str, row: Row, where: str) -> str:
     """A template with ``{name}`` replaced by a column or a group's features; ``{{`` and ``}}`` are braces.
 

@@ -3,13 +3,55 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flix.core.errors import AdapterError
+from flix.tasks.specs import Spec
+from flix.tasks.task import Task
 
 RECIPE = "recipe.json"
 FORMAT = 1
+
+
+def recipe_of(
+    model: str,
+    tokenizer: str | None,
+    tasks: Sequence[Task],
+    specs: Sequence[Spec],
+    seen: Sequence[str],
+    **more: Any,
+) -> dict[str, Any]:
+    """A recipe.
+
+    Args:
+        model, tokenizer: folders or hub names; the tokenizer is the model's if None.
+        tasks: in the order of their numbers.
+        specs: the same ones, as the data tells of them.
+        seen: the cells that are trained on.
+        more: how answers are written.
+    """
+    return {
+        "format": FORMAT,
+        "model": _whole(model),
+        "tokenizer": None if tokenizer is None else _whole(tokenizer),
+        "tasks": [
+            {
+                **task.described(),
+                "features": dict(spec.features),
+                "feature_columns": dict(spec.feature_columns),
+            }
+            for task, spec in zip(tasks, specs, strict=True)
+        ],
+        "seen": list(seen),
+        **more,
+    }
+
+
+def _whole(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def read_recipe(folder: Path) -> dict[str, Any] | None:
@@ -31,3 +73,12 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise AdapterError(f"{file}: no recipe of an adapter: {error}") from None
     return dict(found)
+
+
+def as_trained(specs: Sequence[Spec], folder: Path | None) -> list[Spec]:
+    """The tasks with the labels that an adapter's heads were trained with."""
+    recipe: Mapping[str, Any] | None = read_recipe(folder) if folder is not None else None
+    if recipe is None:
+        return list(specs)
+    known = {task["name"]: task.get("labels") for task in recipe["tasks"]}
+    return [replace(s, labels=tuple(known[s.name])) if known.get(s.name) else s for s in specs]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from flix.core.errors import FlixError
+from flix.core.errors import FlixError, SettingsError
 from flix.data.errors import DataError, missing_extra
 from flix.tasks.errors import ModelError
 
 __all__ = ["DataError", "ModelError", "RunError", "SettingsError", "missing_extra"]
-
-
-class SettingsError(FlixError, ValueError):
-    """A configuration file that cannot be read, or that breaks a rule."""
 
 
 class RunError(FlixError, ValueError):

@@ -1,147 +1,186 @@
-"""Base models and tokenizers, from a folder or a hub."""
+"""The adapted model of a run, its tasks, and the collator that makes its batches."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flix.core.adapter.adapter import LayerShape
-from flix.core.config.targets import Patterns, select
-from flix.core.errors import near
-from flix.training.errors import ModelError, missing_extra
+from flix import ranks as rules
+from flix.core.adapter.adapter import Adapter
+from flix.core.config.config import FlixConfig
+from flix.core.config.ranks import Rule
+from flix.core.errors import FlixError, MissingFrameworkError
+from flix.core.features.dropout import FeatureDropout
+from flix.core.features.registry import FeatureRegistry
+from flix.tasks import (
+    Task,
+    load_base,
+    load_tokenizer,
+    locate,
+    make_task,
+    train_heads,
+    unknown_notes,
+)
+from flix.tasks.recipe import as_trained
+from flix.tasks.specs import Spec
+from flix.training import settings as forms
+from flix.training.data import Data, sizes, trained_rows
+from flix.training.errors import missing_extra
+from flix.training.settings import Settings
 
 if TYPE_CHECKING:
-    from torch import nn
-
-KINDS = {"seq2seq": "AutoModelForSeq2SeqLM", "causal": "AutoModelForCausalLM"}
+    from flix.transformers import FlixCollator
 
 
-def locate(name: str, folder: Path = Path(".")) -> str:
-    """A model's folder, if there is one of this name beside the configuration, or else its hub name.
+def need(what: str, trackers: Sequence[str] = ()) -> None:
+    """Ask for the packages of the extra ``train``, and for trackers, now and not when they are needed.
 
     Raises:
-        ModelError: a name that can only be a folder, and there is none.
+        MissingFrameworkError: one is not installed.
     """
-    place = folder / os.path.expanduser(name)
-    if place.is_dir():
-        return str(place)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or place.exists():
-        parent = place.parent
-        present = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
-        raise ModelError(f"no model folder {str(place)!r}{near(place.name, present)}")
-    return name
+    for tracker in trackers:
+        if find_spec(tracker) is None:
+            raise MissingFrameworkError(
+                f"training.report_to: {tracker} is not installed; install it with: pip install {tracker}"
+            )
+    for package in ("sacrebleu", "torch", "transformers", "accelerate", "yaml"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            if isinstance(error, FlixError):
+                raise
+            raise missing_extra(what, "train", error) from None
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a folder or hub name.
+@dataclass(frozen=True)
+class Built:
+    """What a run works with.
 
-    Raises:
-        ModelError: none can be loaded.
+    Attributes:
+        model: the adapted model.
+        tasks: a row's column ``flix_task`` is a place in them.
+        collator: makes batches with routing.
+        tokenizer: the model's.
     """
-    transformers = _transformers()
-    return _loaded(
-        lambda: transformers.AutoTokenizer.from_pretrained(name), f"no tokenizer in {name!r}"
-    )
+
+    model: Any
+    tasks: tuple[Task, ...]
+    collator: FlixCollator
+    tokenizer: Any
+
+    def notes(self, rows: Sequence[Any], cells: Sequence[str], refuse: bool) -> list[str]:
+        """What to say of targets that the model cannot write."""
+        return unknown_notes(self.tasks, rows, cells, refuse=refuse)
 
 
-def load_model(name: str, kind: str | None = None, dtype: str = "float32") -> Any:
-    """A base model with its weights.
+def build(
+    settings: Settings,
+    data: Data,
+    config: FlixConfig,
+    *,
+    adapter: Adapter | None = None,
+    folder: Path | None = None,
+) -> Built:
+    """The base with the features in it, and what makes its batches.
 
     Args:
-        name: folder or hub name, as :func:`locate` gives it.
-        kind: ``"seq2seq"``, ``"causal"``, or None for the class that the model's configuration names.
-        dtype: of the parameters; ``"auto"`` keeps that of the file.
+        settings: the configuration.
+        data: the data; its tasks are the model's.
+        config: of the features.
+        adapter: whose values the features get; default: new ones.
+        folder: the adapter's; what it was trained to do is read from there.
 
     Raises:
-        ModelError: it cannot be loaded, or is of the other kind.
-    """
-    maker = _maker(name, kind)
-    return _loaded(
-        lambda: maker.from_pretrained(name, dtype=dtype),
-        f"the base model {name!r} cannot be loaded",
-    )
-
-
-def model_layers(
-    name: str, kind: str | None, targets: Patterns, excluded: Patterns
-) -> dict[str, LayerShape]:
-    """The layers of a model that would be adapted; built without weights from its configuration alone.
-
-    Raises:
-        ModelError: no such model.
-        TargetError: patterns that match nothing.
+        FlixError: a model, tokenizer or task that does not fit.
     """
     import torch
 
-    from flix.backends.torch import primitives
+    from flix.backends.torch import adapt, load_into
+    from flix.tasks import TaskCollator
+    from flix.transformers import FlixCollator
 
-    maker, config = _maker(name, kind), _config(name)
-    build = getattr(maker, "from_config", None) or maker._from_config
-    with torch.device("meta"):
-        model = _loaded(lambda: build(config), f"the base model {name!r} cannot be built")
-    chosen = select(primitives.layers(model), targets, excluded)
-    return {i.path: LayerShape.told(i) for i in chosen}
-
-
-def enable_checkpointing(model: nn.Module) -> None:
-    """Switch on activation checkpointing, by either of the names that transformers gave it.
-
-    Raises:
-        ModelError: the model does not support it.
-    """
-    for name in ("activation_checkpointing", "gradient_checkpointing"):
-        enable: Any = getattr(model, f"{name}_enable", None)
-        if enable is not None:
-            try:
-                enable(**{f"{name}_kwargs": {"use_reentrant": False}})
-            except ValueError as error:
-                raise ModelError(f"gradient_checkpointing: {error}") from None
-            return
-    raise ModelError(f"{type(model).__name__} supports no gradient checkpointing")
+    t = settings.training
+    if t.threads is not None:
+        torch.set_num_threads(t.threads)
+    name = locate(settings.model, settings.base_folder)
+    tokenizer = load_tokenizer(locate(settings.tokenizer, settings.base_folder) if settings.tokenizer else name)  # fmt: skip
+    tasks = [_task(settings, spec, tokenizer) for spec in as_trained(data.specs, folder)]
+    base = load_base(name, tasks, t.dtype)
+    tasks = [replace(task, vocabulary=_vocabulary(base)) for task in tasks]
+    model = train_heads(adapt(base, config)) if adapter is None else load_into(base, adapter).eval()
+    if adapter is not None and t.device == "auto" and torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    inner = TaskCollator(tasks, tokenizer, seed=settings.seed)
+    columns = {group: group for group in data.groups}
+    collator = FlixCollator(config, inner, columns, unknown=settings.unknown, seed=settings.seed)
+    return Built(model, tuple(tasks), collator, tokenizer)
 
 
-def _transformers() -> Any:
-    try:
-        import torch  # noqa: F401
-        import transformers
-    except ImportError as error:
-        raise missing_extra("loading a base model", "transformers", error) from None
-    return transformers
-
-
-def _config(name: str) -> Any:
-    transformers = _transformers()
-    return _loaded(
-        lambda: transformers.AutoConfig.from_pretrained(name),
-        f"the base model {name!r} cannot be loaded",
+def _task(settings: Settings, spec: Spec, tokenizer: Any) -> Task:
+    return make_task(
+        spec.kind,
+        tokenizer,
+        name=spec.name,
+        columns=dict(spec.columns),
+        prompt=spec.prompt,
+        labels=spec.labels,
+        max_source=settings.training.max_source_tokens,
+        max_target=settings.training.max_target_tokens,
     )
 
 
-def _maker(name: str, kind: str | None) -> Any:
-    """The class that loads a model."""
-    transformers, config = _transformers(), _config(name)
-    own = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
-    if kind is None:
-        for architecture in getattr(config, "architectures", None) or ():
-            if found := getattr(transformers, architecture, None):
-                return found
-        kind = own
-    if kind != own:
-        raise ModelError(f"the base model {name!r} is {own}, not {kind}; say kind: {own}")
-    return getattr(transformers, KINDS[kind])
+def _vocabulary(model: Any) -> int | None:
+    embedding = model.get_input_embeddings()
+    return getattr(embedding, "num_embeddings", None)
 
 
-def _loaded(load: Callable[[], Any], what: str) -> Any:
-    """What ``load`` returns; what transformers raises for a user's mistake becomes one line."""
-    try:
-        return load()
-    except Exception as error:
-        # A folder's files can be damaged in any way, and each library on the way raises errors of its own.
-        raise ModelError(f"{what}: {_first_line(error)}") from error
+def build_config(settings: Settings, data: Data) -> FlixConfig:
+    """The configuration of the adapted model.
+
+    Raises:
+        ConfigError, RankError, FeatureError: a setting that breaks its rule.
+    """
+    dropout = settings.feature_dropout
+    registry = data.mixture.registry()
+    if settings.registry is not None:
+        registry = FeatureRegistry(settings.registry, data.implies)
+    return FlixConfig(
+        registry=registry,
+        ranks=rank_rule(settings.ranks, data, registry),
+        alpha=settings.alpha,
+        scaling=settings.scaling,
+        target_modules=settings.target_modules,
+        exclude_modules=settings.exclude_modules,
+        rank_pattern=settings.rank_pattern,
+        alpha_pattern=settings.alpha_pattern,
+        feature_dropout=FeatureDropout(**dropout.model_dump()) if dropout is not None else None,
+        lora_dropout=settings.lora_dropout,
+        unknown=settings.unknown,
+        seed=settings.seed,
+        init=settings.init,
+    )
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def rank_rule(ranks: Any, data: Data, registry: FeatureRegistry) -> Rule:
+    """The rule that the ``ranks`` setting names; what it needs of the data comes from the data."""
+    if isinstance(ranks, forms.UniformRanks):
+        return rules.uniform(ranks.rank)
+    if isinstance(ranks, forms.ByGroupRanks):
+        return rules.by_group(**(ranks.model_extra or {}))
+    if isinstance(ranks, forms.ExplicitRanks):
+        return rules.explicit(ranks.ranks)
+    if isinstance(ranks, forms.ProportionalRanks):
+        return rules.proportional(
+            budget=ranks.budget,
+            sizes=ranks.sizes if ranks.sizes is not None else sizes(data, registry),
+            temperature=ranks.temperature,
+            minimum=ranks.minimum,
+            maximum=ranks.maximum,
+        )
+    if isinstance(ranks, forms.ComputeMatchedRanks):
+        return rules.compute_matched(lora_rank=ranks.lora_rank, datasets=trained_rows(data))
+    return rules.parameter_matched(lora_rank=ranks.lora_rank)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from flix.core.errors import listed, near, shown
+from flix.core.strictyaml import Place, Tree, read_text, read_tree
 from flix.training.errors import SettingsError, missing_extra
-from flix.training.trees import Place, Tree, read_text, read_tree
 
 if TYPE_CHECKING:
     from flix.training.settings import Settings

@@ -1,34 +1,28 @@
-"""A training run from its settings: data, model, Trainer, and what it leaves behind.
-
-The output folder holds ``adapter/``, ``metrics.json``, ``config.yaml`` (the resolved configuration) and
-``checkpoints/``.
-"""
+"""A training run from its settings: data, model, Trainer, and what it leaves behind (``docs/cli.md``)."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import time
+import datetime
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flix.core.config.config import FlixConfig
-from flix.core.errors import FlixError
 from flix.core.files import write_file
-from flix.training.corpus import Corpus, build_corpus
-from flix.training.errors import RunError, missing_extra
-from flix.training.features import build_config
-from flix.training.progress import Reporter
-from flix.training.settings import Settings
-from flix.training.sources import read_rows
-from flix.transformers.checkpoints import checkpoint_step, last_checkpoint
+from flix.core.progress import Reporter
+from flix.tasks.evaluation import Evaluator
+from flix.training import folder
+from flix.training.data import Data, idle_notes, read_data
+from flix.training.evaluation import evaluator_of
+from flix.training.folder import ADAPTER, CHECKPOINTS
+from flix.training.models import Built, build, build_config, need
+from flix.training.settings import Settings, listed_of
+from flix.transformers.checkpoints import checkpoint_step
+from flix.transformers.journal import Journal
 
-ADAPTER, METRICS, RESOLVED, CHECKPOINTS = "adapter", "metrics.json", "config.yaml", "checkpoints"
 
-# What may differ between the start of a run and its continuation.
-_FREE = {"output", "evaluation"}
-_FREE_TRAINING = {"steps", "eval_every", "save_every", "keep_checkpoints", "log_every", "threads", "device"}  # fmt: skip
+class InterruptedRun(KeyboardInterrupt):
+    """A run that was interrupted, and saved a checkpoint to go on from."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +42,34 @@ class TrainResult:
     model: Any
 
 
-def prepare(settings: Settings) -> tuple[Corpus, FlixConfig]:
+@dataclass(frozen=True)
+class Run:
+    """What the steps of a run share."""
+
+    settings: Settings
+    reporter: Reporter
+    checkpoint: Path | None
+    data: Data
+    built: Built
+    evaluator: Evaluator
+    journal: Journal
+    started: str
+
+    @property
+    def rows(self) -> int:
+        """The rows that the whole run draws, over all processes."""
+        t = self.settings.training
+        return t.steps * t.batch_size * t.gradient_accumulation * folder.processes()
+
+
+def prepare(settings: Settings) -> tuple[Data, FlixConfig]:
     """The data and the adapter's configuration; loads no framework.
 
     Raises:
         FlixError: a mistake in the settings or the data.
     """
-    corpus = build_corpus(settings, read_rows(settings), unknown=settings.unknown)
-    return corpus, build_config(settings, corpus)
+    data = read_data(settings)
+    return data, build_config(settings, data)
 
 
 def train(
@@ -77,190 +91,167 @@ def train(
     Raises:
         FlixError: a mistake in settings, data or model; an output folder that holds a run already, or none to
             resume.
+        InterruptedRun: Ctrl-C was pressed; a checkpoint was saved.
     """
-    reporter = reporter or Reporter()
-    output = settings.output_folder
-    checkpoint, earlier = _claim(output, resume, overwrite)
-    corpus, config = prepare(settings)
-    for text in corpus.notes:
+    run, earlier = start(settings, resume, overwrite, reporter or Reporter())
+    if folder.is_main():
+        now = None if run.checkpoint else folder.goes_by(settings, run.data)
+        folder.begin(settings.output_folder, earlier, now)
+    trainer = go(run)
+    metrics: dict[str, Any] = {}
+    if folder.is_main():
+        metrics = finish(run, trainer)
+    return TrainResult(settings.output_folder, settings.output_folder / ADAPTER, metrics, run.built.model)  # fmt: skip
+
+
+def start(
+    settings: Settings, resume: bool, overwrite: bool, reporter: Reporter
+) -> tuple[Run, list[Path]]:
+    """All that can be found wrong before anything is written, and what an earlier run left to discard."""
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    checkpoint, earlier = folder.claim(settings.output_folder, resume, overwrite)
+    need("training", listed_of(settings.training.report_to))
+    data, config = prepare(settings)
+    for text in idle_notes(data, config.registry):
         reporter.note(f"note: {text}")
-    try:
-        import sacrebleu  # noqa: F401 - asked for now, not after the training
-        import torch
-        import transformers
-        import yaml
-        from transformers.trainer import TRAINER_STATE_NAME
-        from transformers.trainer_callback import TrainerState
-
-        from flix.training.trainer import make_trainer
-    except ImportError as error:
-        if isinstance(error, FlixError):
-            raise
-        raise missing_extra("training", "train", error) from None
-    from flix.backends.torch import adapt, load, save, summary
-    from flix.training.batches import Collator, RoutingTable, Texts
-    from flix.training.checking import unknown_targets
-    from flix.training.evaluation import score
-    from flix.training.mixture import Mixture
-    from flix.training.models import enable_checkpointing, load_model, load_tokenizer, locate
-
-    resolved = settings.to_dict()
     if checkpoint is not None:
-        _check_same(checkpoint, resolved)
-    t = settings.training
-    if t.threads is not None:
-        torch.set_num_threads(t.threads)
+        folder.check_same(checkpoint, folder.goes_by(settings, data))
+    built = made(settings, data, config)
+    evaluator = evaluator_of(settings, data, built)
+    say(reporter, data, built, evaluator)
+    step = checkpoint_step(checkpoint) if checkpoint is not None else 0
+    log = settings.output_folder / folder.LOG if folder.is_main() else None
+    journal = Journal(log, step, folder.seconds_before(settings.output_folder, step))
+    return Run(settings, reporter, checkpoint, data, built, evaluator, journal, started), earlier
+
+
+def made(settings: Settings, data: Data, config: FlixConfig) -> Built:
+    """The model, as the seed makes it."""
+    import transformers
+
+    from flix.tasks import enable_checkpointing
+
     transformers.set_seed(settings.seed)
-    name = locate(settings.model, settings.base_folder)
-    own = settings.tokenizer
-    tokenizer = load_tokenizer(locate(own, settings.base_folder) if own else name)
-    model = adapt(load_model(name, settings.kind, t.dtype), config)
-    if t.gradient_checkpointing:
-        enable_checkpointing(model)
-    counts = summary(model)
+    built = build(settings, data, config)
+    if settings.training.gradient_checkpointing:
+        enable_checkpointing(built.model)
+    return built
+
+
+def say(reporter: Reporter, data: Data, built: Built, evaluator: Evaluator) -> None:
+    """What is about to be trained."""
+    from flix.backends.torch import summary
+
+    counts, mixture = summary(built.model), data.mixture
+    rows = mixture.evaluation_rows()
     reporter.note(
-        f"{len(corpus.train):,} training rows in {int(corpus.trained.sum())} combinations, "
-        f"{len(corpus.evaluation):,} evaluation rows; {counts.trainable:,} of {counts.total:,} "
+        f"{sum(mixture.sizes.values()):,} training rows in {len(mixture.cells)} combinations, "
+        f"{len(rows):,} evaluation rows; {counts.trainable:,} of {counts.total:,} "
         f"parameters train, in {len(counts.layers)} layers"
     )
-    table = RoutingTable(corpus, settings.unknown, settings.evaluation.unseen_group_weights)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    texts = Texts(tokenizer, settings.kind, t.max_source_tokens, t.max_target_tokens, vocabulary)
-    for text in unknown_targets(texts, corpus, corpus.train):
+    first = mixture.training_rows().limited(50)
+    names = [first.names[cell] for cell in first.cells]
+    for text in built.notes(first.__getitems__(range(len(first))), names, refuse=True):
         reporter.note(f"note: {text}")
-    collator = Collator(texts, table, config, seed=settings.seed, batch_size=t.batch_size)
-    rows_a_step = t.batch_size * t.gradient_accumulation
-    mixture = Mixture(
-        corpus.train,
-        length=t.steps * rows_a_step,
-        temperature=settings.temperature,
-        seed=settings.seed,
+
+
+def go(run: Run) -> Any:
+    """Train; a run that has all its steps already is loaded as it is."""
+    from flix.training.trainer import make_trainer
+
+    trainer, watch = make_trainer(
+        run.settings,
+        run.built,
+        folder=run.settings.output_folder / CHECKPOINTS,
+        rows=run.data.mixture.run(run.rows),
+        evaluator=run.evaluator,
+        journal=run.journal,
+        reporter=run.reporter,
     )
-    for path in earlier:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    output.mkdir(parents=True, exist_ok=True)
-    checkpoints = output / CHECKPOINTS
-    checkpoints.mkdir(exist_ok=True)
-    if checkpoint is None:
-        _write(checkpoints / "run.json", resolved)
-    trainer = make_trainer(
-        model,
-        settings,
-        checkpoints=checkpoints,
-        mixture=mixture,
-        evaluation=_halves(settings, corpus),
-        collator=collator,
-        reporter=reporter,
-    )
-    before = _seconds_before(output, checkpoint)
-    began = time.perf_counter()
     try:
-        if checkpoint is not None and checkpoint_step(checkpoint) >= t.steps:
-            reporter.note(
-                f"the run has its {checkpoint_step(checkpoint)} steps already; nothing is left to train"
-            )
-            load(model, checkpoint)
-            began = time.perf_counter()  # nothing was trained
-            trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if run.checkpoint is not None and checkpoint_step(run.checkpoint) >= run.settings.training.steps:  # fmt: skip
+            take(run, trainer)
         else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            run.journal.start()
+            with watch.listening():
+                trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)  # fmt: skip
     finally:
-        reporter.stop()
-    seconds = before + time.perf_counter() - began
-    model.eval()
-    save(model, output / ADAPTER)
-    metrics = {
-        "steps": trainer.state.global_step,
+        run.reporter.stop()
+    if watch.interrupted and trainer.state.global_step < run.settings.training.steps:
+        raise InterruptedRun(
+            f"interrupted at step {trainer.state.global_step}, which was saved; --resume goes on from there"
+        )
+    return trainer
+
+
+def take(run: Run, trainer: Any) -> None:
+    """Load what a finished run had reached."""
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_callback import TrainerState
+
+    from flix.backends.torch import load
+
+    assert run.checkpoint is not None
+    steps = checkpoint_step(run.checkpoint)
+    run.reporter.note(f"the run has its {steps} steps already; nothing is left to train")
+    trainer.state = TrainerState.load_from_json(str(run.checkpoint / TRAINER_STATE_NAME))
+    best = trainer.state.best_model_checkpoint if run.settings.training.best else None
+    load(run.built.model, best if best and Path(best).is_dir() else run.checkpoint)
+
+
+def finish(run: Run, trainer: Any) -> dict[str, Any]:
+    """Save the adapter, evaluate, and write what the run was; returns what ``metrics.json`` holds."""
+    import yaml
+
+    from flix.backends.torch import save
+
+    output, settings = run.settings.output_folder, run.settings
+    seconds, steps = run.journal.seconds, trainer.state.global_step
+    run.built.model.eval()
+    save(run.built.model, output / ADAPTER)
+    folder.write_recipe(output, settings, run.data, run.built)
+    metrics = {**evaluated(run, trainer), "training": training(run, trainer, seconds)}
+    folder.write_json(output / folder.METRICS, metrics)
+    a_step = steps * settings.training.batch_size * settings.training.gradient_accumulation
+    folder.write_json(output / folder.MIXTURE, folder.mixture_json(settings, run.data, a_step * folder.processes()))  # fmt: skip
+    cost = {
+        "seconds_a_step": round(seconds / max(steps, 1), 4),
+        "tokens": int(trainer.state.num_input_tokens_seen) or None,
+        "peak_memory_bytes": folder.peak_memory(),
+    }
+    said = folder.run_json(settings, run.data, run.built, cost, started=run.started, seconds=seconds, steps=steps)  # fmt: skip
+    folder.write_json(output / folder.RUN, said)
+    text = yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True)
+    write_file(output / folder.RESOLVED, text.encode("utf-8"))
+    return metrics
+
+
+def evaluated(run: Run, trainer: Any) -> dict[str, Any]:
+    """Scores by cell and what leaving features out costs; the answers that are kept are written."""
+    nothing: dict[str, Any] = {"cells": [], "seen": None, "held_out": None, "left_out": None}
+    if not run.settings.evaluation.at_end or not len(run.evaluator):
+        return nothing
+    found = run.evaluator.answers(run.built.model, run.reporter)
+    folder.write_lines(run.settings.output_folder / folder.PREDICTIONS, run.evaluator.samples(found))  # fmt: skip
+    alone = trainer.args.world_size == 1 and run.settings.evaluation.left_out
+    left_out = run.evaluator.left_out(trainer) if alone else None
+    return {**nothing, **run.evaluator.scored(found), "left_out": left_out}
+
+
+def training(run: Run, trainer: Any, seconds: float) -> dict[str, Any]:
+    """How the training went, as ``metrics.json`` has it."""
+    from flix.backends.torch import summary
+
+    counts, state = summary(run.built.model), trainer.state
+    best = None
+    if run.settings.training.best and state.best_metric is not None:
+        best = {"metric": run.settings.training.best, "value": state.best_metric, "step": state.best_global_step}  # fmt: skip
+    return {
+        "steps": state.global_step,
         "seconds": round(seconds, 2),
         "trainable_parameters": counts.trainable,
         "total_parameters": counts.total,
-        "training_rows": corpus.cell_sizes(),
-        **_history(trainer.state.log_history),
+        "training_rows": run.data.mixture.sizes,
+        "best": best,
+        **run.journal.history(),
     }
-    if settings.evaluation.at_end and len(corpus.evaluation):
-        metrics["evaluation"] = score(model, settings, corpus, collator, reporter)
-    _write(output / METRICS, metrics)
-    text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-    write_file(output / RESOLVED, text.encode("utf-8"))
-    return TrainResult(output, output / ADAPTER, metrics, model)
-
-
-def _claim(output: Path, resume: bool, overwrite: bool) -> tuple[Path | None, list[Path]]:
-    """Make sure that the output folder is ours to write.
-
-    Returns:
-        The checkpoint to go on from, and what an earlier run left that is to be discarded.
-    """
-    if output.exists() and not output.is_dir():
-        raise RunError(f"output: {str(output)!r} is a file")
-    if resume and overwrite:
-        raise RunError("resume and overwrite exclude each other")
-    if resume:
-        found = last_checkpoint(output / CHECKPOINTS)
-        if found is None:
-            raise RunError(f"nothing to resume: {str(output)!r} holds no complete checkpoint")
-        return found, []
-    used = [p for p in (output / ADAPTER, output / METRICS, output / CHECKPOINTS) if p.exists()]
-    if used and not overwrite:
-        raise RunError(
-            f"{str(output)!r} holds a run already; --resume continues it, --overwrite discards it"
-        )
-    return None, used
-
-
-def _seconds_before(output: Path, checkpoint: Path | None) -> float:
-    """How long the run had trained before it is continued, as far as it says so."""
-    if checkpoint is None:
-        return 0.0
-    try:
-        earlier = json.loads((output / METRICS).read_text(encoding="utf-8"))
-        if earlier["steps"] <= checkpoint_step(checkpoint):
-            return float(earlier["seconds"])
-    except (OSError, ValueError, TypeError, KeyError):
-        pass
-    return 0.0
-
-
-def _check_same(checkpoint: Path, resolved: dict[str, Any]) -> None:
-    """Refuse to continue a run under settings that change what its steps mean."""
-    file = checkpoint.parent / "run.json"
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(before, dict) or not isinstance(before.get("training", {}), dict):
-        raise RunError(f"{file}: holds no settings of a run")
-    pairs = [
-        (key, before.get(key), resolved[key]) for key in resolved if key not in _FREE | {"training"}
-    ]
-    old, new = before.get("training", {}), resolved["training"]
-    pairs += [(f"training.{k}", old.get(k), new[k]) for k in new if k not in _FREE_TRAINING]
-    for key, was, now in pairs:
-        if was != now:
-            raise RunError(f"cannot resume: {key} was {was!r} and is {now!r} now")
-
-
-def _halves(settings: Settings, corpus: Corpus) -> dict[str, Any]:
-    """Evaluation rows for the loss, by whether their cell is trained."""
-    from flix.training.evaluation import limited
-    from flix.training.mixture import items
-
-    rows = limited(corpus.evaluation, settings.evaluation.limit)
-    seen = corpus.trained[rows.cells]
-    halves = {"seen": rows.select(seen), "held_out": rows.select(~seen)}
-    return {name: items(half) for name, half in halves.items() if len(half)}
-
-
-def _history(log: list[dict[str, Any]]) -> dict[str, Any]:
-    losses = [{"step": e["step"], "loss": e["loss"]} for e in log if "loss" in e]
-    evaluations: dict[int, dict[str, Any]] = {}
-    for entry in log:
-        for key, value in entry.items():
-            if key.startswith("eval_") and key.endswith("_loss"):
-                step = evaluations.setdefault(entry["step"], {"step": entry["step"]})
-                step[key.removeprefix("eval_")] = value
-    return {"losses": losses, "evaluation_losses": list(evaluations.values())}
-
-
-def _write(path: Path, data: Any) -> None:
-    write_file(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))

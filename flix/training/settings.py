@@ -6,8 +6,9 @@ Defaults are for a small run on one machine. What the file means is written in `
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import (
     AfterValidator,
@@ -22,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from flix.core.checks import is_number, is_whole
+from flix.data.files import groups_of
 
 
 def _no_bool(value: Any) -> Any:
@@ -54,6 +56,9 @@ Rate = Annotated[float, Number, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Number, Field(gt=0.0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Number, Field(ge=0.0, allow_inf_nan=False)]
 ByFeature = dict[Name, Union[Rank, dict[Name, Rank]]]
+Kind = Literal["seq2seq", "causal", "classification", "regression", "tagging", "masked"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+Best = Literal["loss", "seen.loss", "held_out.loss", "score", "seen.score", "held_out.score"]
 Alphas = Positive | dict[Name, Positive | dict[Name, Positive]]
 
 
@@ -63,17 +68,25 @@ class Form(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def listed_of(names: str | Sequence[str] | None) -> list[str]:
+    """One name, several or none, as a list."""
+    return [names] if isinstance(names, str) else list(names or ())
+
+
 class DatasetSettings(Form):
     """One source of rows.
 
     Attributes:
-        name: what to call it in messages; default: its files or hub name.
-        files: JSONL files or glob patterns with training rows, relative to the configuration file.
+        name: what to call it; default: its files or hub name.
+        kind: of its task; default: the configuration's.
+        files: files or patterns with training rows, relative to the configuration file; ``{group}`` in a file's name
+            stands for the feature of a group.
         hub: a dataset's hub name or folder, read with ``datasets.load_dataset``.
         subset, split: which part of it.
         features: features of every row, by group: a name, a list of names, or ``{name: weight}``.
         feature_columns: groups whose feature is read from a column of the row.
-        source, target: columns with the input and the wanted output.
+        source, target, tokens, tags, messages: columns, as the kind needs them.
+        labels: of classification and tagging; default: those that occur.
         prompt: template of the input, with columns and groups in braces; default: the source alone.
         eval_files, eval_split: rows to evaluate on, never trained on.
         eval_rows: rows of every seen combination held back from training for evaluation.
@@ -81,6 +94,7 @@ class DatasetSettings(Form):
     """
 
     name: Name | None = None
+    kind: Kind | None = None
     files: Names | None = None
     hub: Name | None = None
     subset: Name | None = None
@@ -89,6 +103,10 @@ class DatasetSettings(Form):
     feature_columns: dict[Name, Name] = {}
     source: Name = "source"
     target: Name = "target"
+    tokens: Name = "tokens"
+    tags: Name = "tags"
+    messages: Name | None = None
+    labels: Annotated[list[Name], Field(min_length=1)] | None = None
     prompt: Name | None = None
     eval_files: Names | None = None
     eval_split: Name | None = None
@@ -101,11 +119,21 @@ class DatasetSettings(Form):
             raise ValueError("needs either files: or hub:, and not both")
         if self.hub is None and (self.subset or self.eval_split):
             raise ValueError("subset: and eval_split: go with hub:")
-        if not self.features and not self.feature_columns:
-            raise ValueError("needs features: or feature_columns:")
-        if both := [group for group in self.features if group in self.feature_columns]:
-            raise ValueError(f"group {both[0]!r} is in features: and in feature_columns:")
+        named = [*self.features, *self.feature_columns, *self.file_groups]
+        if not named:
+            raise ValueError("needs features: or feature_columns:, or {group} in the files' names")
+        if both := [group for group in named if named.count(group) > 1]:
+            raise ValueError(
+                f"group {both[0]!r} is in two of features:, feature_columns: and the files' names"
+            )
         return self
+
+    @property
+    def file_groups(self) -> list[str]:
+        """The groups whose features files' names tell."""
+        return list(
+            dict.fromkeys(g for pattern in listed_of(self.files) for g in groups_of(pattern))
+        )
 
 
 class UniformRanks(Form):
@@ -178,11 +206,15 @@ class TrainingSettings(Form):
     Attributes:
         steps: optimizer steps.
         batch_size: rows of a micro-batch.
+        learning_rates: rates of their own, by group of features and for ``heads``.
         learning_rate, schedule, warmup_steps, warmup_ratio, weight_decay, max_grad_norm: the optimizer's, AdamW.
         gradient_accumulation: micro-batches of a step.
         eval_every: steps between evaluations of the loss; default: only at the end.
         save_every: steps between checkpoints; default: only at the end.
         keep_checkpoints: how many to keep.
+        best: of which evaluation to keep the adapter, by a loss (the least) or a score (the greatest).
+        patience: stop after so many evaluations that were not the best.
+        report_to: trackers that are told of losses.
         log_every: steps between log lines; default: about 20 lines a run.
         dtype: of the base's parameters.
         bf16: autocast to bfloat16.
@@ -195,6 +227,7 @@ class TrainingSettings(Form):
     steps: Count = 1000
     batch_size: Count = 16
     learning_rate: Positive = 1e-3
+    learning_rates: dict[Name, NotNegative] = {}
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = (
         "cosine"
     )
@@ -206,6 +239,9 @@ class TrainingSettings(Form):
     eval_every: Count | None = None
     save_every: Count | None = None
     keep_checkpoints: Count = 2
+    best: Best | None = None
+    patience: Count | None = None
+    report_to: Union[Tracker, list[Tracker]] = []
     log_every: Count | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     bf16: StrictBool = False
@@ -219,20 +255,29 @@ class TrainingSettings(Form):
     def _one_warmup(self) -> TrainingSettings:
         if self.warmup_steps is not None and self.warmup_ratio is not None:
             raise ValueError("give warmup_steps: or warmup_ratio:, not both")
+        if self.patience is not None and self.best is None:
+            raise ValueError("patience: goes with best:, which says what is waited for")
+        if self.best is not None and self.eval_every is None:
+            raise ValueError("best: goes with eval_every:, the steps between evaluations")
+        if self.best is not None and self.save_every not in (None, self.eval_every):
+            raise ValueError(
+                "with best:, a checkpoint is saved at each evaluation; leave out save_every:"
+            )
         return self
 
 
 class EvaluationSettings(Form):
-    """How to evaluate by generation.
+    """How to evaluate.
 
     Attributes:
-        batch_size: rows generated at a time.
+        batch_size: rows at a time.
         max_new_tokens: the longest answer.
         num_beams: 1 is greedy.
         limit: rows a combination at most; the first ones.
         at_end: evaluate at the end of training too.
         unseen_group_weights: factors for groups of features in combinations never trained, e.g. ``{language: 0.0}``.
-        samples: predictions kept for each combination.
+        samples: answers kept for each combination.
+        left_out: whether to evaluate, at the end, what leaving out each feature costs.
     """
 
     batch_size: Count = 32
@@ -241,7 +286,8 @@ class EvaluationSettings(Form):
     limit: Count | None = 200
     at_end: StrictBool = True
     unseen_group_weights: dict[Name, Finite] = {}
-    samples: CountOr0 = 2
+    samples: CountOr0 = 20
+    left_out: StrictBool = True
 
 
 class Settings(Form):
@@ -249,7 +295,7 @@ class Settings(Form):
 
     Attributes:
         model: the base model's folder, relative to the configuration file, or its hub name.
-        kind: ``"seq2seq"`` or ``"causal"``.
+        kind: of the data sets' tasks; a data set may say its own.
         tokenizer: folder or hub name; default: the model's.
         output: the folder that a run writes, relative to the configuration file.
         datasets: sources of rows.
@@ -262,6 +308,7 @@ class Settings(Form):
         lora_dropout: as for ``FlixConfig``.
         unknown: what an unknown feature does when evaluating.
         temperature: combinations are drawn with p ∝ n^(1/temperature).
+        cap: the most rows that a combination counts for, as for :class:`flix.data.Mixture`.
         init: as for ``FlixConfig``.
         seed: of initial values, sampling, dropout and training.
         training, evaluation: see there.
@@ -269,7 +316,7 @@ class Settings(Form):
     """
 
     model: Name
-    kind: Literal["seq2seq", "causal"]
+    kind: Kind | None = None
     tokenizer: Name | None = None
     output: Name = "flix-run"
     datasets: Annotated[list[DatasetSettings], Field(min_length=1)]
@@ -287,6 +334,7 @@ class Settings(Form):
     lora_dropout: Annotated[float, Number, Field(ge=0.0, lt=1.0)] = 0.0
     unknown: Union[Literal["error", "skip", "mean"], dict[Name, Names]] = "error"
     temperature: Positive = 2.0
+    cap: Union[Count, dict[Name, Union[Count, dict[Name, Count]]]] | None = None
     seed: Annotated[int, Number, Field(ge=0, lt=2**32)] = 0
     init: Literal["uniform", "orthogonal"] = "uniform"
     training: TrainingSettings = TrainingSettings()
@@ -304,6 +352,16 @@ class Settings(Form):
         if is_number(data.get("feature_dropout")):
             data["feature_dropout"] = {"p": data["feature_dropout"]}
         return data
+
+    @model_validator(mode="after")
+    def _kinds(self) -> Settings:
+        for number, dataset in enumerate(self.datasets):
+            if dataset.kind is None and self.kind is None:
+                raise ValueError(
+                    f"datasets[{number}] has no kind:, and the configuration has none for all; the kinds are: "
+                    f"{', '.join(get_args(Kind))}"
+                )
+        return self
 
     @property
     def output_folder(self) -> Path:

@@ -110,6 +110,7 @@ class FlixCollator:
         if dropout is not None:
             dropout.check(self.registry)
         self.feature_dropout = dropout
+        self.group_weights: Mapping[str, float] | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -122,12 +123,20 @@ class FlixCollator:
         others = getattr(self.collator, "own_columns", ())
         return (*self.columns.values(), NUMBER, *((SEGMENTS,) if self.per_token else ()), *others)
 
-    def evaluation(self) -> FlixCollator:
-        """A collator like this one that drops no features, around the other one's ``evaluation()`` if it has one."""
+    def evaluation(self, group_weights: Mapping[str, float] | None = None) -> FlixCollator:
+        """A collator like this one that drops no features, around the other one's ``evaluation()`` if it has one.
+
+        Args:
+            group_weights: a factor for every feature of a group, ``{"language": 0.0}`` to leave languages out; default:
+                as this one has them.
+        """
         other = copy.copy(self)
         other.feature_dropout = None
         if hasattr(self.collator, "evaluation"):
             other.collator = self.collator.evaluation()
+        if group_weights is not None:
+            other.registry.encode([], group_weights=group_weights)  # refuses unknown groups
+            other.group_weights = group_weights
         return other
 
     @property
@@ -232,6 +241,10 @@ class FlixCollator:
     def _keyed(self) -> str:
         return "feature dropout is" if self.feature_dropout is not None else "what is masked is"
 
+    def routing_of(self, rows: Sequence[Row]) -> Routing:
+        """The routing of rows, one composition a row, without dropout."""
+        return self._encode(rows)[0]
+
     def _encode(self, rows: Sequence[Row]) -> tuple[Routing, list[list[int]] | None]:
         """The routing of rows, or of all their segments in order, and then the segments' lengths."""
         named = [
@@ -246,9 +259,10 @@ class FlixCollator:
                 for number, (row, parts) in enumerate(zip(named, lengths, strict=True))
                 for segment in _split(row, len(parts), number)
             ]
+        factors = self.group_weights
         if self.width is not None:
-            return self.registry.encode(named, self.unknown, width=self.width), lengths
-        routing = self.registry.encode(named, self.unknown)
+            return self.registry.encode(named, self.unknown, width=self.width, group_weights=factors), lengths  # fmt: skip
+        routing = self.registry.encode(named, self.unknown, group_weights=factors)
         short = width_for(routing.width, self.usual_width) - routing.width
         if short:
             around = ((0, 0), (0, short))

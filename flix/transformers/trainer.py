@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from flix.transformers.collator import FlixCollator
 from flix.transformers.losses import FeatureLosses, unreduced
 from flix.transformers.numbering import NumberedRows, NumberedStream, number_prepared
 from flix.transformers.processes import ProcessesMixin, check_arguments, deepspeed_error
+from flix.transformers.rates import RatesMixin
 
 logger = logging.getLogger(__name__)
 
 
-class FlixTrainerMixin(ProcessesMixin):
+class FlixTrainerMixin(ProcessesMixin, RatesMixin):
     """What a Trainer does differently for an adapted model; it stands before a Trainer class among the bases.
 
     - Checkpoints and ``save_model`` hold the adapter's folder and the heads that were unfrozen, not the base, beside
@@ -52,6 +53,8 @@ class FlixTrainerMixin(ProcessesMixin):
 
     Args:
         loss_by_feature: whether losses by feature are computed and logged.
+        learning_rates: learning rates by group of features, and of trained heads as ``"heads"``; what is not named has
+            the arguments' ``learning_rate``.
 
     Raises:
         TargetError: the model is not adapted.
@@ -62,8 +65,15 @@ class FlixTrainerMixin(ProcessesMixin):
     data_collator: Any
     train_dataset: Any
 
-    def __init__(self, *args: Any, loss_by_feature: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        loss_by_feature: bool = True,
+        learning_rates: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.loss_by_feature = loss_by_feature
+        self.learning_rates = learning_rates
         given = args[0] if args else kwargs.get("model")
         if given is not None:
             verbs.config_of(type(self).__name__, given)

@@ -18,7 +18,7 @@ from tests.helpers.data import datasets
 
 ROWS: list[dict[str, Any]] = [
     {"lang": "hau", "source": "a", "n": "3", "words": ["x", "y"], "chat": [{"role": "user", "content": "hi"}]},
-    {"lang": ["hau", "swa"], "source": -(10**400), "n": 0.5, "words": [], "chat": []},
+    {"lang": ["hau", "swa"], "source": -(10**400), "n": 0.5, "words": [], "chat": [{"role": "r", "content": "c"}]},
     {"lang": "swa", "source": 1.5, "n": 2, "words": ["z"], "chat": [{"role": "a", "content": "b", "more": 1}]},
 ]  # fmt: skip
 COLUMNS = {"source": "text", "n": "number", "words": "texts", "chat": "messages"}
@@ -106,11 +106,11 @@ def test_files_of_several_names_and_endings(tmp_path: Path) -> None:
         ({"lang": "hau", "source": "\ud800"}, "half of a surrogate pair"),
         ({"lang": 3, "source": "a"}, "rows.jsonl:4: the language must be a name"),
         ({"lang": "hau ", "source": "a"}, "rows.jsonl:4: "),
-        ({"lang": "hau", "source": "a", "n": "x"}, "column 'n' must hold a number, got 'x'"),
-        ({"lang": "hau", "source": "a", "n": True}, "column 'n' must hold a number"),
+        ({"lang": "hau", "source": "a", "n": "x"}, "column 'n' must hold a finite number, got 'x'"),
+        ({"lang": "hau", "source": "a", "n": True}, "column 'n' must hold a finite number"),
         ({"lang": "hau", "source": "a", "n": 1, "words": "x"}, "'words' must hold a list of texts"),
         ({"lang": "hau", "source": "a", "n": 1, "words": [[]]}, "'words' must hold text"),
-        ({"lang": "hau", "source": "a", "n": 1, "words": [], "chat": ["a"]}, "a list of messages, {role, content}"),
+        ({"lang": "hau", "source": "a", "n": 1, "words": [], "chat": ["a"]}, "message 0 must be"),
     ],
 )  # fmt: skip
 def test_rows_that_are_wrong_are_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from typer.testing import CliRunner
 import flix
 from flix.cli.app import app
 from flix.core.adapter.adapter import LayerShape
-from flix.training.corpus import Corpus, build_corpus
+from flix.training.data import Data, read_data
 from flix.training.reading import read_settings
-from flix.training.sources import read_rows
 
 run = CliRunner().invoke
 Write = Callable[..., Path]
@@ -27,10 +26,18 @@ TASKS = ("ner", "pos", "rev")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
+def one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One thread, and what is read is kept in a folder of the tests."""
+    import datasets
     import torch
 
     torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("cache"))
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
+        patch.setenv("HF_DATASETS_CACHE", folder)
+        yield
 
 
 def _save_model(folder: Path, kind: str) -> Path:
@@ -146,9 +153,16 @@ def adapter(tmp_path: Path) -> Path:
     return folder
 
 
-def corpus_of(path: Path) -> Corpus:
-    settings = read_settings(path)
-    return build_corpus(settings, read_rows(settings))
+def data_of(path: Path) -> Data:
+    """What a configuration's data sets hold."""
+    return read_data(read_settings(path))
+
+
+def rows_of(data: Data) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows that are trained on, and those to evaluate on."""
+    halves = data.mixture.training_rows(), data.mixture.evaluation_rows()
+    training, evaluation = (half.__getitems__(range(len(half))) for half in halves)
+    return training, evaluation
 
 
 def ok(*arguments: object) -> Any:

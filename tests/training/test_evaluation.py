@@ -20,10 +20,15 @@ def test_evaluate(trained: Any, config: Write, models: dict[str, Path], model: s
     path, adapter = trained(model, training={"learning_rate": 0.02, "steps": 80})
     result = ok("evaluate", path, adapter)
     metrics = json.loads((adapter.parent / "metrics.json").read_text())
-    assert {k: result[k] for k in ("cells", "seen", "held_out")} == metrics["evaluation"]
+    for part in ("cells", "seen", "held_out"):
+        assert result[part] == metrics[part]
     assert result["held_out"]["cells"] == 1 and result["seen"]["cells"] == 8
     cell = result["cells"][0]
-    assert {"cell", "seen", "rows", "exact_match", "chrf", "samples"} == set(cell)
+    assert {"cell", "features", "kind", "task", "seen", "rows", "metric", "score", "interval", "scores"} == set(cell)  # fmt: skip
+    assert cell["features"] == {"task": ["ner"], "language": ["hau"]} and cell["metric"] == "exact_match"  # fmt: skip
+    assert cell["score"] == cell["scores"]["exact_match"] and cell["interval"][0] <= cell["score"] <= cell["interval"][1]  # fmt: skip
+    lines = (adapter.parent / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == result["samples"]
     # Batches of one give the same answers: padding changes nothing.
     alone = config(model, evaluation={"batch_size": 1})
     assert ok("evaluate", alone, adapter)["cells"] == result["cells"]
@@ -31,10 +36,13 @@ def test_evaluate(trained: Any, config: Write, models: dict[str, Path], model: s
     off = config(
         model, evaluation={"unseen_group_weights": {"language": 0, "task": 0, "shared": 0}}
     )
-    answers = {c["cell"]: c["samples"] for c in ok("evaluate", off, adapter)["cells"]}
-    held = answers.pop("task=rev,language=yor")
-    assert held != next(c["samples"] for c in result["cells"] if not c["seen"])
-    assert answers == {c["cell"]: c["samples"] for c in result["cells"] if c["seen"]}
+    before, after = (
+        [[s for s in r["samples"] if (s["cell"] == "task=rev,language=yor") == wanted] for wanted in (True, False)]
+        for r in (result, ok("evaluate", off, adapter))
+    )  # fmt: skip
+    assert after[1] == before[1] and len(after[1]) == 16
+    held = after[0]
+    assert held != before[0] and len(held) == 2
     tokenizer = transformers.AutoTokenizer.from_pretrained(models[model])
     base = (
         transformers.AutoModelForSeq2SeqLM if model == "t5" else transformers.AutoModelForCausalLM
@@ -60,7 +68,7 @@ def test_evaluate_with_beams_and_a_file(trained: Any, config: Write, tmp_path: P
         app, ["evaluate", str(path), str(adapter), "--out", str(tmp_path / "x" / "r.json")]
     )
     assert result.exit_code == 0, result.output
-    assert "average, seen" in result.stdout and "task=rev,language=yor" in result.stdout
+    assert "average, seen" in result.stdout
     assert json.loads((tmp_path / "x" / "r.json").read_text())["seen"]["cells"] == 8
 
 

@@ -30,16 +30,21 @@ def weights_of(run_folder: Path) -> dict[str, bytes]:
 def test_train_from_the_outside(
     config: Write, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flix.training import batches
+    from flix.transformers import FlixCollator
+    from flix.transformers.numbering import NUMBER
 
     drawn: list[dict[str, Any]] = []
-    collate = batches.Collator.__call__
+    batches: dict[int, Any] = {}
+    collate = FlixCollator.__call__
 
-    def spy(self: Any, items: Any) -> Any:
-        drawn.extend(i.row.features for i in items if i.position is not None)
-        return collate(self, items)
+    def spy(self: Any, rows: Any) -> Any:
+        batch = collate(self, rows)
+        if NUMBER in rows[0]:
+            drawn.extend(rows)
+            batches[rows[0][NUMBER][0]] = ([{**row} for row in rows], batch)
+        return batch
 
-    monkeypatch.setattr(batches.Collator, "__call__", spy)
+    monkeypatch.setattr(FlixCollator, "__call__", spy)
     # Yoruba is held out whole: its feature must not learn anything.
     path = config(model, held_out=[{"language": "yor"}], training={"eval_every": 5})
     result = run(app, ["train", str(path)])
@@ -50,6 +55,15 @@ def test_train_from_the_outside(
     assert len(drawn) == 40 and all(f["language"] != "yor" for f in drawn)
     output = tmp_path / "run"
     adapter = flix.load_adapter(output / "adapter")
+    # Dropout is flix's own, keyed by step and row.
+    config_ = adapter.config
+    for step, (rows, batch) in batches.items():
+        named = [{g: row.get(g) for g in ("task", "language")} for row in rows]
+        plain = config_.registry.encode(named)
+        wanted = config_.feature_dropout(plain, seed=3, step=step)  # type: ignore[misc]
+        assert np.array_equal(batch["flix_features"].numpy(), wanted.ids)
+    languages = [len({*row.tolist()} & {*config_.registry.ids_of("language")}) for _, b in batches.values() for row in b["flix_features"]]  # fmt: skip
+    assert sorted(batches) == list(range(10)) and 8 < sum(languages) < 32
     moved = dict.fromkeys(adapter.config.registry.features, 0.0)
     for layer, shape in adapter.layers.items():
         for feature in moved:
@@ -65,10 +79,11 @@ def test_train_from_the_outside(
     assert all(value > 0 for f, value in moved.items() if f != ("language", "yor"))
 
     metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics["steps"] == 10 and len(metrics["training_rows"]) == 6
-    assert [e["step"] for e in metrics["evaluation_losses"]] == [5, 10]
-    assert set(metrics["evaluation_losses"][0]) == {"step", "seen_loss", "held_out_loss"}
-    seen = {c["cell"]: c["seen"] for c in metrics["evaluation"]["cells"]}
+    training = metrics["training"]
+    assert training["steps"] == 10 and len(training["training_rows"]) == 6
+    assert [e["step"] for e in training["evaluation_losses"]] == [5, 10]
+    assert set(training["evaluation_losses"][0]) == {"step", "loss", "seen", "held_out"}
+    seen = {c["cell"]: c["seen"] for c in metrics["cells"]}
     assert len(seen) == 9 and sum(seen.values()) == 6
     # The resolved configuration is a configuration, with every default spelled out.
     resolved = yaml.safe_load((output / "config.yaml").read_text())
@@ -100,11 +115,11 @@ def test_resume_is_bit_for_bit(config: Write, tmp_path: Path, model: str) -> Non
     torch.manual_seed(12345)
     resumed = ok("train", path, "--resume")
     assert weights_of(output) == weights
-    assert resumed["losses"] == whole["losses"]
-    assert resumed["evaluation_losses"] == whole["evaluation_losses"]
+    for part in ("losses", "evaluation_losses"):
+        assert resumed["training"][part] == whole["training"][part]
     # A run that is done trains no more.
     done = ok("train", path, "--resume")
-    assert done["steps"] == 8
+    assert done["training"]["steps"] == 8
     assert weights_of(output) == weights
 
 
@@ -139,7 +154,10 @@ def test_resume_and_overwrite_mistakes(config: Write, tmp_path: Path) -> None:
 def test_diverging_runs_stop(config: Write) -> None:
     training = {"learning_rate": 1e30, "max_grad_norm": 0, "log_every": 1, "schedule": "constant"}
     result = run(app, ["train", str(config(training=training))])
-    assert result.exit_code == 2 and "lower training.learning_rate" in result.stderr
+    assert (
+        result.exit_code == 2
+        and "lower the learning rate (training.learning_rate)" in result.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,27 +182,32 @@ def test_precision_and_checkpointing(
 def test_a_finished_run_keeps_its_history_when_it_is_resumed(config: Write, tmp_path: Path) -> None:
     path = config(training={"steps": 6, "log_every": 2, "eval_every": 3, "save_every": 3})
     assert run(app, ["train", str(path)]).exit_code == 0
-    before = json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+    def metrics() -> dict[str, Any]:
+        return dict(json.loads((tmp_path / "run" / "metrics.json").read_text()))
+
+    before = metrics()
     weights = weights_of(tmp_path / "run")
-    assert [e["step"] for e in before["losses"]] == [2, 4, 6] and before["seconds"] > 0
+    assert [e["step"] for e in before["training"]["losses"]] == [2, 4, 6]
+    assert before["training"]["seconds"] > 0
     for _ in range(2):
         result = run(app, ["train", str(path), "--resume"])
         assert result.exit_code == 0 and "has its 6 steps already" in result.stdout
-        assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == before
+        assert metrics() == before
         assert weights_of(tmp_path / "run") == weights
     # Fewer steps than there are change nothing, and are not said to be what was done.
     config(training={"steps": 3, "log_every": 2, "eval_every": 3, "save_every": 3})
     result = run(app, ["train", str(path), "--resume"])
     assert "has its 6 steps already" in result.stdout
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == before
+    assert metrics() == before
     # More go on from there, and every step stands in the history once.
     config(training={"steps": 8, "log_every": 2, "eval_every": 3, "save_every": 3})
     assert run(app, ["train", str(path), "--resume"]).exit_code == 0
-    after = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    after = metrics()["training"]
     assert [e["step"] for e in after["losses"]] == [2, 4, 6, 8] and after["steps"] == 8
-    assert after["losses"][:3] == before["losses"]
+    assert after["losses"][:3] == before["training"]["losses"]
     assert [e["step"] for e in after["evaluation_losses"]] == [3, 6, 8]
-    assert after["seconds"] > before["seconds"]
+    assert after["seconds"] > before["training"]["seconds"]
 
 
 def test_features_that_are_never_trained_are_named(config: Write, tmp_path: Path) -> None:
@@ -240,3 +263,189 @@ def test_targets_that_the_tokenizer_has_no_tokens_for(config: Write, tmp_path: P
     result = run(app, ["train", str(path)])
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert "no token for the targets of task=ner,language=hau" in result.stderr
+
+
+def test_what_a_run_leaves(config: Write, tmp_path: Path) -> None:
+    path = config(training={"steps": 6, "log_every": 2, "eval_every": 3}, cap=8)
+    ok("train", path)
+    folder = tmp_path / "run"
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    losses, evaluations = [e for e in log if "loss" in e], [e for e in log if "evaluation" in e]
+    assert [e["step"] for e in losses] == [2, 4, 6] and [e["step"] for e in evaluations] == [3, 6]
+    assert {"seconds", "learning_rate", "grad_norm"} <= {*losses[0]}
+    assert {"task=ner", "language=hau", "shared=all"} <= {*losses[0]["by_feature"]}
+    found = evaluations[-1]["evaluation"]
+    assert {"task=rev", "language=yor", "shared=all"} <= {*found["by_feature"]}
+    assert len(found["cells"]) == 9 and found["loss"] == found["seen"] != found["held_out"]
+    # Of as many tokens: the mean over the cells' rows is the mean of all.
+    mixture = json.loads((folder / "mixture.json").read_text())
+    cells = {cell["cell"]: cell for cell in mixture["cells"]}
+    assert mixture["cap"] == 8 and mixture["epoch_size"] == 64 and len(cells) == 9
+    assert sum(cell["drawn"] for cell in cells.values()) == 24
+    held = cells["task=rev,language=yor"]
+    assert held["held_out"] and held["drawn"] == 0 and (held["rows"], held["evaluation_rows"]) == (12, 12)  # fmt: skip
+    seen = cells["task=ner,language=hau"]
+    assert (seen["rows"], seen["counted"], seen["evaluation_rows"]) == (10, 8, 2)
+    assert seen["features"] == {"task": ["ner"], "language": ["hau"]}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert {*metrics["left_out"]} == {
+        *metrics["left_out"],
+        "task=ner",
+        "language=hau",
+        "shared=all",
+    }
+    assert "language=yor" in metrics["left_out"]  # trained in two of its three cells
+    left = metrics["left_out"]["shared=all"]
+    assert left["rows"] == 16 and left["loss"] != left["without"]
+    said = json.loads((folder / "run.json").read_text())
+    assert said["steps"] == 6 and said["seed"] == 3 and said["cost"]["tokens"] > 0
+    by_feature = said["parameters"]["by_feature"]
+    assert sum(by_feature.values()) == said["parameters"]["trainable"] == metrics["training"]["trainable_parameters"]  # fmt: skip
+    assert all(
+        len(f["sha256"]) == 64 and f["bytes"] for part in said["data"] for f in part["files"]
+    )
+    recipe = json.loads((folder / "adapter" / "recipe.json").read_text())
+    assert [task["name"] for task in recipe["tasks"]] == ["ner", "pos", "rev"]
+    assert Path(recipe["model"]).is_dir() and len(recipe["seen"]) == 8
+
+
+def test_a_run_that_is_interrupted_goes_on_as_if_it_was_not(config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    import signal
+
+    from flix.transformers.watch import Watch
+
+    common = {"training": {"steps": 6, "log_every": 1}, "evaluation": {"at_end": False}}
+    ok("train", config(output="whole", **common))
+    path = config(**common)
+    step_end = Watch.on_step_end
+
+    def press(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+        step_end(self, args, state, control, **more)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "on_step_end", press)
+        result = run(app, ["train", str(path)])
+    assert result.exit_code == 130 and signal.getsignal(signal.SIGINT) is before
+    assert (
+        result.stderr
+        == "flix: interrupted at step 3, which was saved; --resume goes on from there\n"
+    )
+    assert not (tmp_path / "run" / "adapter").exists()
+    ok("train", path, "--resume")
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+    logs = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("run", "whole")]  # fmt: skip
+    assert logs[0] == logs[1]
+
+
+def test_runs_that_cannot_go_on(config: Write, tmp_path: Path, data: Path) -> None:
+    (tmp_path / "ner.jsonl").write_bytes((data / "ner.jsonl").read_bytes())
+    entry = {"files": "ner.jsonl", "features": {"task": "ner"}, "feature_columns": {"language": "lang"}}  # fmt: skip
+    path = config(
+        datasets=[entry], held_out=[], training={"steps": 1}, evaluation={"at_end": False}
+    )
+    ok("train", path)
+    file = tmp_path / "run" / "checkpoints" / "run.json"
+    now = json.loads(file.read_text())
+
+    def refused(said: Any) -> str:
+        file.write_text(json.dumps(said))
+        result = run(app, ["train", str(path), "--resume"])
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1
+        return result.stderr
+
+    # As earlier versions wrote it: the settings alone.
+    assert "begun by an earlier flix, which drew its rows in another order" in refused(now["settings"])  # fmt: skip
+    assert "of format 3, not 2" in refused({**now, "format": 3})
+    assert "began in 2 processes and would go on in 1" in refused({**now, "processes": 2})
+    assert "the files of training rows are not those" in refused({**now, "data": ["0"]})
+    file.write_text(json.dumps(now))
+    ok("train", path, "--resume")
+    (tmp_path / "ner.jsonl").write_bytes((data / "pos.jsonl").read_bytes())
+    result = run(app, ["train", str(path), "--resume"])
+    assert result.exit_code == 2 and "files of training rows are not those" in result.stderr
+
+
+@pytest.mark.parametrize("best", ["loss", "held_out.score"])
+def test_the_best_evaluation_is_kept_and_waited_for(config: Write, tmp_path: Path, best: str) -> None:  # fmt: skip
+    training = {
+        "steps": 12, "eval_every": 2, "best": best, "patience": 2, "learning_rate": 0.3, "schedule": "constant",
+        "log_every": 1,
+    }  # fmt: skip
+    path = config(
+        training=training, evaluation={"left_out": False, "limit": 2, "max_new_tokens": 1}
+    )
+    metrics = ok("train", path)
+    training = metrics["training"]
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    found = [(e["step"], e["evaluation"]) for e in log if "evaluation" in e]
+    if best == "loss":
+        values = [(evaluation["loss"], step) for step, evaluation in found]
+        value, step = min(values)
+    else:
+        values = [(evaluation["scores"]["held_out"], -step) for step, evaluation in found]
+        value, step = max(values)
+    assert training["best"] == {"metric": best, "value": pytest.approx(value), "step": abs(step)}
+    assert training["steps"] == min(abs(step) + 4, 12)
+    kept = flix.load_adapter(tmp_path / "run" / "checkpoints" / f"checkpoint-{abs(step)}")
+    mine = flix.load_adapter(tmp_path / "run" / "adapter")
+    assert all(np.array_equal(mine.tensors[name], kept.tensors[name]) for name in kept.tensors)
+    assert metrics["left_out"] is None
+
+
+def test_learning_rates_by_group(config: Write, tmp_path: Path) -> None:
+    rates = {"language": 0.0, "task": 1e-3}
+    common = {"training": {"steps": 3, "learning_rates": rates, "schedule": "constant"}, "evaluation": {"at_end": False}}  # fmt: skip
+    ok("train", config(**common))
+    adapter = flix.load_adapter(tmp_path / "run" / "adapter")
+    most = {
+        group: max(np.abs(v).max() for name, v in adapter.tensors.items() if f".B.{group}." in name)
+        for group in ("language", "task", "shared")
+    }
+    # AdamW moves by about the rate a step: the shared feature by the rate for all, 0.01.
+    assert most["language"] == 0.0 and 0 < most["task"] <= 3.1e-3 < most["shared"] <= 3.1e-2
+    wrong = config(training={"steps": 3, "learning_rates": {"langage": 1.0}})
+    result = run(app, ["train", str(wrong), "--overwrite"])
+    assert result.exit_code == 2 and "'langage' (did you mean 'language'?)" in result.stderr
+
+
+def test_trackers_that_are_not_installed_are_named(config: Write, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    from flix.training import models
+
+    plain = models.find_spec
+    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "mlflow" else plain(name))
+    result = run(app, ["train", str(config(training={"report_to": ["mlflow"]}))])
+    assert result.exit_code == 2 and "training.report_to: mlflow is not installed" in result.stderr
+
+
+def test_two_processes_train_and_one_writes(config: Write, tmp_path: Path) -> None:
+    """Started once for all: every rows' share, the loss by feature over both, one writer, and resuming."""
+    from tests.helpers.processes import run_together
+
+    training = {
+        "steps": 4,
+        "save_every": 2,
+        "eval_every": 2,
+        "log_every": 1,
+        "batch_size": 2,
+        "device": "cpu",
+    }
+    common = {"feature_dropout": None, "evaluation": {"left_out": False}}
+    path = config("llama", training=training, **common)
+    texts = run_together(2, "flix.cli", "train", str(path), timeout=300)
+    assert "step 4/4" in texts[0] and "adapter: " in texts[0]
+    assert "step" not in texts[1] and "adapter" not in texts[1]
+    both = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert sum(cell["drawn"] for cell in json.loads((tmp_path / "run" / "mixture.json").read_text())["cells"]) == 16  # fmt: skip
+    # The same rows in one process, twice the batch: the same training, but for rounding.
+    one = config(
+        "llama", name="one.yaml", output="one", training={**training, "batch_size": 4}, **common
+    )
+    alone = ok("train", one)
+    pairs = zip(both["training"]["evaluation_losses"], alone["training"]["evaluation_losses"], strict=True)  # fmt: skip
+    for mine, its in pairs:
+        assert mine["step"] == its["step"] and mine["seen"] == pytest.approx(its["seen"], rel=1e-4)
+    result = run(app, ["train", str(path), "--resume"])
+    assert result.exit_code == 2 and "began in 2 processes and would go on in 1" in result.stderr

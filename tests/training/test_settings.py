@@ -62,6 +62,24 @@ def test_resolved_settings_read_the_same() -> None:
         ("feature_dropout: {per_group: {language: 1.5}}\n", "feature_dropout.per_group.language"),
         ("unknown: sometimes\n", "'error', 'skip' or 'mean'"),
         ("base_folder: x\n", "unknown key 'base_folder'"),
+        ("cap: 0\n", "cap: should be greater than or equal to 1"),
+        (
+            "training: {best: seen.scores, eval_every: 1}\n",
+            "training.best: should be 'loss', 'seen.loss'",
+        ),
+        ("training: {best: loss}\n", "best: goes with eval_every:"),
+        ("training: {best: loss, eval_every: 2, save_every: 3}\n", "leave out save_every:"),
+        ("training: {patience: 2}\n", "patience: goes with best:"),
+        (
+            "training: {report_to: tensorbord}\n",
+            "training.report_to: should be 'tensorboard', 'wandb' or 'mlflow'",
+        ),
+        ("training: {report_to: [wandb, x]}\n", "training.report_to[1]: should be"),
+        (
+            "training: {learning_rates: {language: -1}}\n",
+            "training.learning_rates.language: should be greater",
+        ),
+        ("evaluation: {left_out: 3}\n", "evaluation.left_out"),
         ("scaling: big\n", "'lora' or 'rslora'"),
     ],
 )
@@ -84,9 +102,22 @@ def test_mistakes_are_named(text: str, message: str) -> None:
         (BASE.replace("    features", "    hub: x\n    features"), "either files: or hub:"),
         (
             BASE + "    feature_columns: {task: t}\n",
-            "'task' is in features: and in feature_columns:",
+            "'task' is in two of features:, feature_columns: and the files' names",
         ),
-        ("model: m\nkind: seq2seq\ndatasets:\n  - files: a\n", "features: or feature_columns:"),
+        (
+            "model: m\nkind: seq2seq\ndatasets:\n  - files: a\n",
+            "needs features: or feature_columns:, or {group}",
+        ),
+        (BASE.replace("a.jsonl", "'{task}.jsonl'"), "'task' is in two of features:"),
+        (
+            BASE.replace("kind: seq2seq\n", ""),
+            "datasets[0] has no kind:, and the configuration has none",
+        ),
+        (
+            BASE + "    kind: sequence\n",
+            "datasets[0].kind: should be 'seq2seq', 'causal', 'classification'",
+        ),
+        (BASE + "    labels: []\n", "datasets[0].labels: list should have at least 1 item"),
         (BASE + "    subset: s\n", "go with hub:"),
     ],
 )

@@ -54,8 +54,7 @@ def merge(
 
 def _copy_tokenizer(base: str, out: Path) -> bool:
     """Save the base's tokenizer beside the merged model, if there is one."""
-    from flix.training.errors import ModelError
-    from flix.training.models import load_tokenizer, locate
+    from flix.tasks import ModelError, load_tokenizer, locate
 
     try:
         tokenizer = load_tokenizer(locate(base))

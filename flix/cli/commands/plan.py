@@ -65,18 +65,19 @@ def _planned(path: Path) -> tuple[FlixConfig, Layers, list[Row] | None, list[str
     from flix.training.reading import read_settings
 
     settings = read_settings(path)
-    from flix.training.models import locate, model_layers
+    quiet()
+    from flix.tasks import locate, model_layers
+    from flix.training.data import idle_notes, trained_rows
     from flix.training.run import prepare
 
-    corpus, config = prepare(settings)
-    quiet()
+    data, config = prepare(settings)
     shapes = model_layers(
         locate(settings.model, settings.base_folder),
-        settings.kind,
+        data.specs[0].kind,
         config.target_modules,
         config.exclude_modules,
     )
-    return config, shapes, list(corpus.trained_rows()), list(corpus.notes)
+    return config, shapes, list(trained_rows(data)), idle_notes(data, config.registry)
 
 
 def _show(result: Plan, known: bool) -> None:

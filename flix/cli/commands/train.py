@@ -31,12 +31,14 @@ def train(
     result = run.train(
         settings, resume=resume, overwrite=overwrite, reporter=make_reporter(as_json)
     )
+    if not result.metrics:  # another process writes
+        return
     if as_json:
         show_json({"output": str(result.output), "adapter": str(result.adapter), **result.metrics})
         return
-    if "evaluation" in result.metrics:
-        show_scores(result.metrics["evaluation"])
-    losses = result.metrics["losses"]
-    last = f", last loss {losses[-1]['loss']:.3f}" if losses else ""
-    show(f"{result.metrics['steps']} steps in {result.metrics['seconds']:.1f} s{last}")
+    if result.metrics["cells"]:
+        show_scores(result.metrics)
+    training = result.metrics["training"]
+    last = f", last loss {training['losses'][-1]['loss']:.3f}" if training["losses"] else ""
+    show(f"{training['steps']} steps in {training['seconds']:.1f} s{last}")
     show(f"adapter: {result.adapter}")

@@ -315,7 +315,7 @@ def test_what_is_unfrozen_of_experts_trains_and_is_saved(tmp_path):
 
 def test_a_plan_counts_experts_and_those_that_a_token_is_sent_to(tmp_path):
     from flix.core.costs import plan
-    from flix.training.models import model_layers
+    from flix.tasks import model_layers
 
     make().save_pretrained(tmp_path)
     layers = model_layers(str(tmp_path), None, "all-linear", ())

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flix.core.errors import shown
-from flix.training.errors import SettingsError
+from flix.core.errors import SettingsError, shown
 
 Place = tuple[Any, ...]
 """The way to a value: keys and positions, e.g. ``("datasets", 0, "files")``."""

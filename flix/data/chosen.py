@@ -1,4 +1,4 @@
-"""Rows to evaluate on: those that were given for it, those held back, and those of held-out cells."""
+"""Rows that were chosen by what they are of, such as those to evaluate on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flix.data.columns import Table
 from flix.data.rows import Row, read_numbered
 
 
-class EvaluationRows:
+class ChosenRows:
     """Rows by number, with the cell of each.
 
     Attributes:
@@ -45,13 +45,13 @@ class EvaluationRows:
         """Rows, as :class:`flix.data.rows.TrainRows` gives them."""
         return read_numbered(self._tables, self._numbers[np.asarray(places, np.int64)])
 
-    def select(self, places: NDArray[Any]) -> EvaluationRows:
+    def select(self, places: NDArray[Any]) -> ChosenRows:
         """Some of the rows, by number or by mask."""
-        return EvaluationRows(
+        return ChosenRows(
             self._tables, self._numbers[places], self.cells[places], self.names, self.seen
         )
 
-    def limited(self, limit: int | None) -> EvaluationRows:
+    def limited(self, limit: int | None) -> ChosenRows:
         """The first rows of every cell."""
         if limit is None or not len(self):
             return self

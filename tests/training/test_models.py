@@ -1,4 +1,4 @@
-"""The registry, sizes and ranks that rows lead to."""
+"""The configuration of the features that settings and rows lead to."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ from typing import Any
 
 import pytest
 
-from flix.training.features import build_config
+from flix.training.models import build_config
 from flix.training.reading import read_settings
-from tests.helpers.training import corpus_of
+from tests.helpers.training import data_of
 
 
-def test_registry_and_sizes(config: Callable[..., Path]) -> None:
+def test_ranks_by_rows(config: Callable[..., Path]) -> None:
     path = config(ranks={"rule": "proportional", "budget": 30})
-    corpus = corpus_of(path)
-    assert corpus.registry.groups == ("task", "language", "shared")
-    sizes = corpus.sizes()
-    assert sizes["shared", "all"] == 80 and sizes["task", "rev"] == 20
-    ranks = build_config(read_settings(path), corpus).ranks
+    ranks = build_config(read_settings(path), data_of(path)).ranks
     assert sum(ranks.values()) == 30 and ranks["shared", "all"] == max(ranks.values())  # type: ignore[union-attr]
 
 
@@ -34,4 +30,4 @@ def test_registry_and_sizes(config: Callable[..., Path]) -> None:
 )  # fmt: skip
 def test_every_rank_rule(config: Callable[..., Path], ranks: Any, total: int) -> None:
     path = config(ranks=ranks)
-    assert sum(build_config(read_settings(path), corpus_of(path)).ranks.values()) == total  # type: ignore[union-attr]
+    assert sum(build_config(read_settings(path), data_of(path)).ranks.values()) == total  # type: ignore[union-attr]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from flix.core.strictyaml import REPEATED, read_tree
 from flix.training.errors import SettingsError
 from flix.training.reading import parse_settings, read_settings
-from flix.training.trees import REPEATED, read_tree
 from tests.training.test_settings import BASE
 
 RANKS = "ranks: {rule: explicit, ranks: {language: {%s: 2}, task: 2}}\n"

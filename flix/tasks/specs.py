@@ -1,0 +1,113 @@
+"""Tasks as far as data tells of them: their columns and labels, and the task of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flix.core.errors import listed, near
+from flix.data.errors import DataError
+from flix.tasks.columns import TASK
+
+FORMS: dict[str, dict[str, str]] = {
+    "seq2seq": {"source": "text", "target": "text"},
+    "causal": {"source": "text", "target": "text"},
+    "classification": {"source": "text", "target": "text"},
+    "regression": {"source": "text", "target": "number"},
+    "tagging": {"tokens": "texts", "tags": "texts"},
+    "masked": {"source": "text"},
+}
+"""The columns that each kind reads, and their forms; ``causal`` with ``messages:`` reads those alone."""
+
+LABELS = {"classification": "target", "tagging": "tags"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A task, as far as it is known without a tokenizer.
+
+    Attributes:
+        name: the feature of the group ``task``, or else the data set's name.
+        kind: see :data:`FORMS`.
+        columns: the rows' columns by what they hold.
+        prompt: template of the prompt.
+        labels: of classification and tagging, ascending or as given.
+        features: what all of its rows activate.
+        feature_columns: groups whose feature stands in a column.
+    """
+
+    name: str
+    kind: str
+    columns: Mapping[str, str]
+    prompt: str | None
+    labels: tuple[str, ...] | None
+    features: Mapping[str, Any]
+    feature_columns: Mapping[str, str]
+
+
+@dataclass
+class Gathered:
+    """The tasks and labels of data sets that are read one after the other."""
+
+    found: list[dict[str, Any]] = field(default_factory=list)
+    labels: dict[str, set[str]] = field(default_factory=dict)
+
+    def with_tasks(self, rows: Any, name: str, **said: Any) -> Any:
+        """The rows of a data set with the number of their task each, in the column ``flix_task``.
+
+        Args:
+            rows: a ``datasets.Dataset`` with the columns of features.
+            name: the data set's; its task's, too, if rows have no feature of the group ``task``.
+            said: what else a :class:`Spec` holds; labels may be None.
+
+        Raises:
+            DataError: a label that those given do not name.
+        """
+        tasks = [name] * len(rows)
+        if "task" in rows.column_names:
+            tasks = [v if isinstance(v, str) else "+".join(v) for v in rows["task"]]
+        names, codes = np.unique(np.array(tasks), return_inverse=True)
+        numbers = np.empty(len(names), np.int64)
+        for place, task in enumerate(names.tolist()):
+            numbers[place] = self._number({"name": task, **said})
+            if said["kind"] in LABELS:
+                self._gather(rows, codes == place, {"name": task, **said}, name)
+        return rows.add_column(TASK, numbers[codes])
+
+    def _number(self, spec: dict[str, Any]) -> int:
+        told = ("name", "kind", "columns", "prompt", "labels")
+        known = [[held[key] for key in told] for held in self.found]
+        mine = [spec[key] for key in told]
+        if mine not in known:
+            self.found.append(spec)
+            return len(known)
+        return known.index(mine)
+
+    def _gather(self, rows: Any, mine: NDArray[np.bool_], spec: dict[str, Any], name: str) -> None:
+        import pyarrow.compute as compute  # type: ignore[import-untyped]
+
+        column, given = spec["columns"][LABELS[spec["kind"]]], spec["labels"]
+        values = rows.data.column(column).filter(mine)
+        if spec["kind"] == "tagging":
+            values = compute.list_flatten(values)
+        occurring = compute.unique(values).to_pylist()
+        if given is not None and (other := sorted({*occurring} - {*given})):
+            raise DataError(
+                f"dataset {name!r}: {column!r} holds {other[0]!r}{near(other[0], given)}, which labels: does not name; it "
+                f"names: {listed(given)}"
+            )
+        self.labels.setdefault(spec["name"], set()).update(given or occurring)
+
+    def specs(self) -> tuple[Spec, ...]:
+        """The tasks, each with the labels that all data sets of its name have together."""
+        specs = []
+        for spec in self.found:
+            labels: Sequence[str] | None = spec["labels"]
+            if labels is None and spec["kind"] in LABELS:
+                labels = sorted(self.labels[spec["name"]])
+            specs.append(Spec(**{**spec, "labels": None if labels is None else tuple(labels)}))
+        return tuple(specs)

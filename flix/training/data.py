@@ -1,0 +1,255 @@
+"""From settings to a :class:`flix.data.Mixture` and what its rows are examples of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flix.core.errors import FeatureError, listed
+from flix.core.features.names import Feature, normal_group, written
+from flix.core.features.registry import FeatureRegistry
+from flix.data import Mixture, Source
+from flix.data.columns import kept_value
+from flix.data.files import Found, find_files, groups_of
+from flix.data.loading import Reading, digest, load_files, load_hub, with_features
+from flix.tasks.columns import names_in
+from flix.tasks.specs import FORMS, Gathered, Spec
+from flix.training.errors import DataError, SettingsError
+from flix.training.settings import DatasetSettings, Settings, listed_of
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of a run.
+
+    Attributes:
+        mixture: decides what is trained on, what is held out, and what is evaluated on.
+        specs: the tasks; a row's column ``flix_task`` is a place in them.
+        files: of each data set its name, its files with name, bytes and SHA-256, and its rows.
+        implies: what features bring along.
+        groups: those that rows name.
+    """
+
+    mixture: Mixture
+    specs: tuple[Spec, ...]
+    files: list[dict[str, Any]]
+    implies: Mapping[Feature, list[Feature]]
+    groups: tuple[str, ...]
+
+
+def read_data(settings: Settings, registry: FeatureRegistry | None = None) -> Data:
+    """Read all data sets and mix them.
+
+    Args:
+        settings: the configuration.
+        registry: the features of an adapter that is to be evaluated; default: the configuration's.
+
+    Raises:
+        FlixError: files or rows that are wrong, features that do not exist, nothing to train on.
+    """
+    groups = _groups(settings)
+    gathered, files = Gathered(), list[dict[str, Any]]()
+    training: list[Source] = []
+    evaluation: list[Source] = []
+    names: set[str] = set()
+    for dataset in settings.datasets:
+        name = _unique(dataset_name(dataset), names)
+        for half, sources in ((False, training), (True, evaluation)):
+            loaded = _loaded(settings, dataset, name, half, gathered, files)
+            if loaded is not None:
+                absent = dict.fromkeys(g for g in groups if g not in loaded.column_names)
+                rows = 0 if half else dataset.eval_rows
+                sources.append(Source(loaded, absent if len(loaded) else {}, name, eval_rows=rows))
+    given = registry or (FeatureRegistry(settings.registry) if settings.registry else None)
+    mixture = Mixture(
+        training,
+        evaluation=evaluation,
+        columns=groups,
+        temperature=settings.temperature,
+        cap=settings.cap,
+        held_out=settings.held_out,
+        seed=settings.seed,
+        **_known(settings, given, registry is not None),
+    )
+    return Data(mixture, gathered.specs(), files, implications(settings), tuple(groups))
+
+
+def _known(settings: Settings, given: FeatureRegistry | None, adapter: bool) -> dict[str, Any]:
+    """What the mixture knows of features. Where unknown ones are allowed, it goes by what occurs."""
+    implies = implications(settings)
+    if given is None or settings.unknown != "error":
+        return {"implies": implies}
+    if adapter:
+        return {"registry": given}
+    names = {group: list(given.names(group)) for group in given.groups}
+    return {"registry": FeatureRegistry(names, implies)}
+
+
+def implications(settings: Settings) -> dict[Feature, list[Feature]]:
+    """What features bring along.
+
+    Raises:
+        SettingsError: ``implies`` is ill-formed.
+    """
+    found: dict[Feature, list[Feature]] = {}
+    for given, targets in settings.implies.items():
+        source = _pair(given)
+        if source in found:
+            raise SettingsError(f"implies: {written(source)} is given twice")
+        found[source] = [_pair(target) for target in listed_of(targets)]
+    return found
+
+
+def _pair(text: str) -> Feature:
+    # With ":", as it was written before, where there is no "=".
+    group, sign, name = text.partition("=" if "=" in text else ":")
+    if not sign or not group.strip() or not name.strip():
+        raise SettingsError(f"implies: features are written as group=name, got {text!r}")
+    return group.strip(), name.strip()
+
+
+def _groups(settings: Settings) -> list[str]:
+    """All groups that rows name, in the order of the data sets."""
+    found: dict[str, None] = {}
+    for dataset in settings.datasets:
+        for group in (*dataset.features, *dataset.file_groups, *dataset.feature_columns):
+            try:
+                found[normal_group(group)] = None
+            except FeatureError as error:
+                raise DataError(f"dataset {dataset_name(dataset)!r}: {error}") from None
+    return list(found)
+
+
+def dataset_name(dataset: DatasetSettings) -> str:
+    """What a data set is called."""
+    if dataset.name or dataset.hub:
+        part = f"/{dataset.subset}" if dataset.subset else ""
+        return str(dataset.name or f"{dataset.hub}{part}")
+    return listed(listed_of(dataset.files))
+
+
+def _unique(name: str, names: set[str]) -> str:
+    found, number = name, 1
+    while found in names:
+        number += 1
+        found = f"{name} ({number})"
+    names.add(found)
+    return found
+
+
+def _loaded(
+    settings: Settings,
+    dataset: DatasetSettings,
+    name: str,
+    half: bool,
+    gathered: Gathered,
+    files: list[Any],
+) -> Any:
+    """One half of a data set, with the columns of features and tasks; None if there is no such half."""
+    reading = _reading(settings, dataset, name)
+    split = dataset.eval_split if half else dataset.split
+    patterns = listed_of(dataset.eval_files if half else dataset.files)
+    if dataset.hub is not None and split is not None:
+        place = settings.base_folder / os.path.expanduser(dataset.hub)
+        where = str(place) if place.exists() else os.path.expanduser(dataset.hub)
+        loaded = load_hub(where, dataset.subset, split, reading)
+        said = [{"name": f"{dataset.hub} [{split}]", "bytes": None, "sha256": None}]
+    elif patterns:
+        found = _found(dataset, name, patterns, settings.base_folder)
+        loaded = load_files(found, reading)
+        said = [_described(file.path) for file in found]
+    else:
+        return None
+    files.append({"name": name, "files": said, "rows": len(loaded), "evaluation": half})
+    loaded, _ = with_features(loaded)
+    if not len(loaded):
+        return loaded
+    return gathered.with_tasks(
+        loaded,
+        name,
+        kind=_kind(settings, dataset),
+        columns=_columns(settings, dataset),
+        prompt=dataset.prompt,
+        labels=dataset.labels,
+        features=reading.features,
+        feature_columns=dataset.feature_columns,
+    )
+
+
+def _found(
+    dataset: DatasetSettings, name: str, patterns: Sequence[str], folder: Path
+) -> list[Found]:
+    found: list[Found] = []
+    for pattern in patterns:
+        try:
+            found += find_files(pattern, folder)
+        except DataError as error:
+            raise DataError(f"dataset {name!r}: {error}") from None
+        for group in dataset.file_groups:
+            if group not in groups_of(pattern):
+                raise DataError(
+                    f"dataset {name!r}: the name {pattern!r} does not tell the {group}, which other files' names do; write "
+                    f"{{{group}}} in it"
+                )
+    return found
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"name": str(path), "bytes": path.stat().st_size, "sha256": digest(path)}
+
+
+def _reading(settings: Settings, dataset: DatasetSettings, name: str) -> Reading:
+    """What is kept of the rows of a data set."""
+    features: dict[str, Any] = {}
+    try:
+        for given, value in dataset.features.items():
+            features[normal_group(given)] = kept_value(given, value)
+    except FeatureError as error:
+        raise DataError(f"dataset {name!r}: {error}") from None
+    forms = FORMS[_kind(settings, dataset)]
+    columns = {c: forms.get(w, "messages") for w, c in _columns(settings, dataset).items()}
+    groups = {*features, *dataset.file_groups, *dataset.feature_columns}
+    for asked in names_in(dataset.prompt or ""):
+        if asked not in groups:
+            columns.setdefault(asked, "shown")
+    if clash := [column for column in columns if column in groups]:
+        raise DataError(
+            f"dataset {name!r}: {clash[0]!r} is a column of the rows and a group of features; rename one of the two"
+        )
+    return Reading(columns, features, dataset.feature_columns, dataset.limit)
+
+
+def _columns(settings: Settings, dataset: DatasetSettings) -> dict[str, str]:
+    """The columns that a data set's task reads, by what they hold."""
+    if dataset.messages is not None:
+        return {"messages": dataset.messages}
+    return {what: getattr(dataset, what) for what in FORMS[_kind(settings, dataset)]}
+
+
+def _kind(settings: Settings, dataset: DatasetSettings) -> str:
+    return dataset.kind or settings.kind or ""
+
+
+def sizes(data: Data, registry: FeatureRegistry) -> dict[Feature, int]:
+    """The training rows of every feature that the registry has."""
+    known = data.mixture.feature_sizes()
+    return {feature: known.get(feature, 0) for feature in registry.features}
+
+
+def trained_rows(data: Data) -> list[dict[str, list[str]]]:
+    """What the trained cells activate: the datasets that rank rules and plans ask for."""
+    return [{group: list(names) for group, names in cell} for cell in data.mixture.trained_cells()]
+
+
+def idle_notes(data: Data, registry: FeatureRegistry) -> list[str]:
+    """What to say of features that no training row activates."""
+    idle = [written(feature) for feature, count in sizes(data, registry).items() if not count]
+    if not idle:
+        return []
+    are, they = ("is", "it") if len(idle) == 1 else ("are", "they")
+    return [
+        f"no training row activates {listed(idle)}, which {are} never trained: {they} will change nothing"
+    ]
