@@ -12,7 +12,10 @@ from flix.cli.folders import check_out
 from flix.core.adapter.adapter import Adapter
 from flix.core.adapter.composition import composition, untrained, untrained_note
 from flix.core.adapter.files import load_adapter
+from flix.core.errors import AdapterError, listed
 from flix.core.features.names import Feature, written
+from flix.tasks.making import GENERATIVE
+from flix.tasks.recipe import read_recipe
 
 
 def composed(
@@ -20,6 +23,7 @@ def composed(
 ) -> tuple[Any, Any, dict[str, float], list[Feature]]:
     """The base with the adapter in it, the composition as a row, what it activates, and what of that has no update."""
     adapter = load_adapter(folder)
+    _refuse_heads(folder)
     row = parse_features(features, adapter.config.registry)
     active = composition(adapter.config, row)
     check_out(out, force, Path(folder), Path(base))
@@ -27,6 +31,18 @@ def composed(
     acting = {feature for feature, _ in active}
     idle = [feature for feature in untrained(adapter) if feature in acting]
     return loaded, row, {written(feature): weight for feature, weight in active}, idle
+
+
+def _refuse_heads(folder: Path) -> None:
+    """Refuse an adapter of ``flix train`` whose tasks have heads: no file of transformers or PEFT holds their model."""
+    recipe = read_recipe(folder)
+    headed = [t["name"] for t in (recipe or {}).get("tasks", ()) if t["kind"] not in GENERATIVE]
+    if headed:
+        raise AdapterError(
+            f"{str(folder)!r} answers with heads of its own, for {listed(headed)}; transformers and PEFT have no model with "
+            "these. In Python, merge(flix.tasks.load_pretrained(folder), row) is a plain model of one composition, and "
+            "export_peft gives a LoRA for it"
+        )
 
 
 def load_base(adapter: Adapter, base: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import transformers as tf
 from torch.nn import functional as F
 
 import flix
-from flix.backends.torch import adapt, load, merge, save
+from flix.backends.torch import adapt, export_peft, load, merge, save
 from flix.tasks import (
     HeadedModel,
     ModelError,
@@ -197,6 +198,42 @@ def test_a_merged_model_answers_as_its_composition(encoders: dict[str, Path]) ->
     plain_out = merged(**collate(rows))
     assert torch.allclose(routed.row_losses, plain_out.row_losses, rtol=1e-5)
     assert torch.equal(routed.predicted, plain_out.predicted)
+
+
+def test_a_lora_of_one_composition_brings_each_head(
+    encoders: dict[str, Path], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    plain, tasks, collate = parts(encoders["bert"], "float32")
+    model = train_heads(shaken(adapt(plain, config_of()))).eval()
+    row = {"language": "hau", "task": "ner"}
+    export_peft(model, row, tmp_path / "lora")
+    said = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert said["modules_to_save"] == ["classifier.ner", "classifier.topic", "classifier.rate"]
+    torch.manual_seed(7)
+    loaded = peft.PeftModel.from_pretrained(load_base(str(encoders["bert"]), tasks), tmp_path / "lora")  # fmt: skip
+    rows = [{**given, **row} for given in HEADED_ROWS]
+    routed = model(**collator_of(config_of(), collate)(rows))
+    assert torch.allclose(loaded.eval()(**collate(rows)).row_losses, routed.row_losses, atol=1e-5)
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_commands_refuse_what_no_file_holds(
+    encoders: dict[str, Path], tmp_path: Path, command: str
+) -> None:
+    from typer.testing import CliRunner
+
+    from flix.cli.app import app
+
+    plain, tasks, _collate = parts(encoders["bert"], "float32")
+    save(train_heads(adapt(plain, config_of())), tmp_path / "a")
+    described = [task.described() for task in tasks]
+    said = {"format": 1, "model": str(encoders["bert"]), "tokenizer": None, "tasks": described}
+    (tmp_path / "a" / "recipe.json").write_text(json.dumps(said))
+    arguments = [command, str(tmp_path / "a"), "--base", str(encoders["bert"]), "--features", "task=ner"]  # fmt: skip
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "answers with heads of its own, for ner, topic, rate, text" in result.stderr
 
 
 def test_an_adapted_head_is_refused_by_name(encoders: dict[str, Path]) -> None:

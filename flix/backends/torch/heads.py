@@ -172,5 +172,16 @@ def whole_modules(model: nn.Module) -> dict[str, dict[str, NDArray[np.float32]]]
             name: on_host(value).float().numpy()
             for name, value in model.get_submodule(path).state_dict().items()
         }
-        for path in modules_of_heads(trained_heads(model), parameters, adapted)
+        for top in modules_of_heads(trained_heads(model), parameters, adapted)
+        for path in _callable(model, top)
     }
+
+
+def _callable(model: nn.Module, path: str) -> Iterator[str]:
+    """A module, or those that it holds if it is no more than a list or dictionary of them, which PEFT takes none of."""
+    module = model.get_submodule(path)
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        for name, _ in module.named_children():
+            yield from _callable(model, f"{path}.{name}")
+    elif any(True for _ in module.parameters()):
+        yield path
