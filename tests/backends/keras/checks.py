@@ -234,6 +234,10 @@ def test_a_call_without_routing_costs_a_model_nothing(name):
     assert {n: v.tobytes() for n, v in named_pairs(model).items()} == before
     CALLS[name](model, given)
     model.fit(given, Y, verbose=0)
+    fresh, given = adapted()  # never compiled
+    with pytest.raises(flix.RoutingError, match="without routing"):
+        fresh.predict(X, verbose=0)
+    fresh.predict(given, verbose=0)
 
 
 def test_a_run_that_is_stopped_keeps_its_last_step():

@@ -59,21 +59,28 @@ def kept(model: Any) -> Iterator[None]:
         return
     if getattr(model, "_jax_state_synced", True):
         model._jax_state = None  # of an earlier call
-    groups = ("trainable_variables", "non_trainable_variables", "metrics_variables")
-    before = [(v, v._value) for name in groups for v in getattr(model, name)]
-    before += [(v, v._value) for v in getattr(model.optimizer, "variables", ())]
+    before = [(v, v._value) for variables in _groups(model).values() for v in variables]
     try:
         yield
     except BaseException:
         state = getattr(model, "_jax_state", None) or {}
-        after = [pair for n in groups for pair in zip(getattr(model, n), state.get(n) or ())]  # noqa: B905
-        steps = state.get("optimizer_variables") or ()
-        after += zip(getattr(model.optimizer, "variables", ()), steps)  # noqa: B905
+        groups = _groups(model).items()
+        after = [p for name, own in groups for p in zip(own, state.get(name) or ())]  # noqa: B905
         for variable, value in (*after, *before):
             if variable._value is None and value is not None and not value.is_deleted():
                 variable._value = value
         model._jax_state_synced = True
         raise
+
+
+def _groups(model: Any) -> dict[str, Any]:
+    """A model's variables as Keras on JAX keeps them while it runs; one that was not compiled has no optimizer."""
+    names = ("trainable_variables", "non_trainable_variables", "metrics_variables")
+    optimizer = getattr(model, "optimizer", None)
+    return {
+        **{name: getattr(model, name) for name in names},
+        "optimizer_variables": getattr(optimizer, "variables", ()),
+    }
 
 
 class _Thread(threading.local):
