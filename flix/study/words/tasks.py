@@ -1,0 +1,150 @@
+"""From what the repositories say of a language to the rows of each task."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from flix.study.words.splits import plain
+from flix.study.words.types import Pair, Split
+
+JOIN = "|"
+"""Between the morphs of a target."""
+
+Inflected = tuple[str, str, str, Split]
+Segmented = tuple[str, tuple[str, ...], "Split | None"]
+
+
+class Row(NamedTuple):
+    """A pair, the words that its split goes by, and the split that its shared task has it in, if one has."""
+
+    source: str
+    target: str
+    words: tuple[str, ...]
+    official: Split | None = None
+
+    @property
+    def pair(self) -> Pair:
+        """The pair alone."""
+        return Pair(self.source, self.target)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the repositories say of one language.
+
+    Attributes:
+        inflected: (lemma, tags, form, split).
+        segmented: (word, morphs, split; None where none is kept).
+        spoken: (word, pronunciation).
+    """
+
+    inflected: Sequence[Inflected] = ()
+    segmented: Sequence[Segmented] = ()
+    spoken: Sequence[tuple[str, str]] = ()
+
+    def words(self) -> Iterator[str]:
+        """Every single word, in no order, some of them often."""
+        for lemma, _, form, _ in self.inflected:
+            yield from (word for word in (lemma, form) if _single(word))
+        for word, _, _ in self.segmented:
+            yield from ((word,) if _single(word) else ())
+        for word, _ in self.spoken:
+            yield from ((word,) if _single(word) else ())
+
+
+def inflect_row(lemma: str, tags: str, form: str, split: Split | None) -> Row:
+    """``lemma tags`` to the form."""
+    return Row(f"{lemma} {tags}", form, (lemma, form), split)
+
+
+def segment_row(word: str, morphs: Sequence[str], split: Split | None) -> Row:
+    """A word to its morphs."""
+    return Row(word, JOIN.join(morphs), (word,), split)
+
+
+def rows_of(task: str, texts: Texts, *, accents: bool) -> list[Row]:
+    """The rows of a task, in no order; a source that has several targets has none.
+
+    Args:
+        task: of :data:`.design.TASKS`; ``denoise`` has no rows here.
+        texts: of the language.
+        accents: whether its words carry marks that are worth restoring.
+    """
+    if task == "accent" and not accents:
+        return []
+    return _unambiguous(_ROWS[task](texts))
+
+
+def _inflect(texts: Texts) -> Iterator[Row]:
+    for lemma, tags, form, split in texts.inflected:
+        yield inflect_row(lemma, tags, form, split)
+
+
+def _lemma(texts: Texts) -> Iterator[Row]:
+    for lemma, _, form, split in texts.inflected:
+        yield Row(form, lemma, (lemma, form), split)
+
+
+def _tags(texts: Texts) -> Iterator[Row]:
+    for lemma, tags, form, split in texts.inflected:
+        yield Row(f"{form} < {lemma}", tags, (lemma, form), split)
+
+
+def _segment(texts: Texts) -> Iterator[Row]:
+    for word, morphs, split in texts.segmented:
+        if _single(word) and all(morphs) and not any(JOIN in m or "@@" in m for m in morphs):
+            yield segment_row(word, morphs, split)
+
+
+def _spoken(texts: Texts) -> Iterator[tuple[str, str]]:
+    """Single words of two letters or more that are pronounced in one way."""
+    ways: dict[str, set[str]] = defaultdict(set)
+    for word, sounds in texts.spoken:
+        ways[word].add(sounds)
+    for word, found in ways.items():
+        if len(found) == 1 and len(word) > 1 and _single(word):
+            yield word, next(iter(found))
+
+
+def _pronounce(texts: Texts) -> Iterator[Row]:
+    for word, sounds in _spoken(texts):
+        yield Row(word, sounds, (word,))
+
+
+def _spell(texts: Texts) -> Iterator[Row]:
+    for word, sounds in _spoken(texts):
+        yield Row(sounds, word, (word,))
+
+
+def _accents(texts: Texts) -> Iterator[Row]:
+    for word in dict.fromkeys(texts.words()):
+        if len(word) > 1 and plain(word):
+            yield Row(plain(word), word, (word,))
+
+
+def _single(word: str) -> bool:
+    return len(word.split(None, 1)) == 1
+
+
+def _unambiguous(rows: Iterator[Row]) -> list[Row]:
+    """Each source once, those with several targets left out."""
+    found: dict[str, Row] = {}
+    several: set[str] = set()
+    for row in rows:
+        if found.setdefault(row.source, row).target != row.target:
+            several.add(row.source)
+    return [row for source, row in found.items() if source not in several]
+
+
+_ROWS: dict[str, Callable[[Texts], Iterator[Row]]] = {
+    "inflect": _inflect,
+    "lemma": _lemma,
+    "tags": _tags,
+    "segment": _segment,
+    "pron": _pronounce,
+    "spell": _spell,
+    "accent": _accents,
+}
