@@ -44,7 +44,7 @@ def answers(
         on_progress: told how many rows are done.
 
     Raises:
-        ConfigError: another collator.
+        ConfigError: another collator, or one of other tasks.
         DataError: a row that its task cannot read.
     """
     inner = getattr(collator, "collator", None)
@@ -52,6 +52,8 @@ def answers(
         raise ConfigError(
             f"answers needs a FlixCollator around a TaskCollator, got {type(collator).__name__}"
         )
+    if list(tasks) != list(inner.tasks):
+        raise ConfigError("answers needs the tasks that its collator was made with, in their order")
     of_row = [task_of(tasks, row.get(TASK, 0)) for row in rows]
     encoded = [task.prompt(row) for task, row in zip(of_row, rows, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]["input_ids"]))

@@ -28,8 +28,19 @@ def place(row: Row, task: str) -> str:
     """Where a row is, as well as it can be told."""
     if where := row.get(WHERE):
         return str(where)
-    said = [value for name, value in row.items() if not name.startswith("flix_")]
-    return f"task {task!r}, the row {shown(said[0] if len(said) == 1 else dict(row), 80)}"
+    for name, value in row.items():
+        if not name.startswith(
+            "flix_"
+        ):  # the first column: this is asked of every row that is read
+            some = (
+                value[:60]
+                if isinstance(value, str)
+                else value[:8]
+                if isinstance(value, list)
+                else value
+            )
+            return f"task {task!r}, the row whose {name} is {shown(some, 60)}"
+    return f"task {task!r}, an empty row"
 
 
 def value_of(row: Row, column: str, where: str) -> Any:

@@ -252,6 +252,12 @@ def test_answers_of_mixed_batches_are_those_of_each_row_alone(
     with pytest.raises(flix.ConfigError, match="needs a FlixCollator around a TaskCollator"):
         answers(model, [task], rows, FlixCollator(model.flix_config))
     assert answers(model, [task], [], collator) == []
+    with pytest.raises(flix.ConfigError, match="the tasks that its collator was made with"):
+        answers(model, [task, task], rows, collator)
+    with pytest.raises(
+        DataError, match=r"task 'mixed', the row whose text is 'a{50,}\.\.\.: no column"
+    ):
+        task.read({"text": "a" * 500})
 
 
 def test_scores_of_written_answers() -> None:

@@ -62,6 +62,14 @@ def test_losses_by_feature_are_those_of_their_rows(bert: Path, tmp_path: Path) -
     assert found["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
+def test_the_trainer_predicts(bert: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(bert, tmp_path, per_device_eval_batch_size=2)
+    found = trainer.predict(HEADED_ROWS)
+    losses, counts, logits, predicted = found.predictions
+    assert losses.shape == counts.shape == (7,) and len(logits) == len(predicted) == 7
+    assert found.metrics["test_loss"] == pytest.approx(float(losses.mean()), rel=1e-4)
+
+
 def test_a_resumed_run_masks_and_learns_alike(bert: Path, tmp_path: Path) -> None:
     whole = trainer_of(bert, tmp_path / "whole")
     first = values(whole.model)
