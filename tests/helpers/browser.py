@@ -30,16 +30,10 @@ def needed_browser() -> str:
     return found
 
 
-class Page:
-    """A page in a browser of its own, with what it wrote to the console and what it asked of a network.
+class Browser:
+    """A browser of its own; ends with the ``with`` that it is opened by."""
 
-    Args:
-        program: the browser.
-        width, height: of the window, in CSS pixels.
-        dark: whether the reader prefers dark pages.
-    """
-
-    def __init__(self, program: str, width: int, height: int = 900, dark: bool = False) -> None:
+    def __init__(self, program: str) -> None:
         asked, self._to = os.pipe()
         self._from, answered = os.pipe()
 
@@ -55,13 +49,66 @@ class Page:
         )  # fmt: skip
         os.close(asked)
         os.close(answered)
-        self._number, self._read, self._session = 0, b"", ""
+        self._number, self._read = 0, b""
+        self.pages: dict[str, Page] = {}
+
+    def call(self, method: str, parameters: dict[str, Any], session: str = "") -> dict[str, Any]:
+        """A method of the protocol; what pages tell meanwhile is handed to them."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        if session:
+            message["sessionId"] = session
+        left = memoryview(json.dumps(message).encode() + b"\0")
+        while left:
+            left = left[os.write(self._to, left[:60_000]) :]
+        while True:
+            answer = self._next()
+            if answer.get("id") == self._number:
+                assert "error" not in answer, answer["error"]
+                return dict(answer["result"])
+            if (page := self.pages.get(answer.get("sessionId", ""))) is not None:
+                page.told(answer)
+
+    def _next(self) -> Any:
+        while b"\0" not in self._read:
+            ready, _, _ = select.select([self._from], [], [], 60)
+            assert ready, "the browser says nothing"
+            part = os.read(self._from, 1 << 20)
+            assert part, "the browser ended"
+            self._read += part
+        text, _, self._read = self._read.partition(b"\0")
+        return json.loads(text)
+
+    def __enter__(self) -> Browser:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:  # fmt: skip
+        self._process.terminate()
+        self._process.wait(20)
+        os.close(self._to)
+        os.close(self._from)
+
+
+class Page:
+    """A page in a browser, with what it wrote to the console and what it asked of a network.
+
+    Args:
+        browser: the browser.
+        width, height: of the window, in CSS pixels.
+        dark: whether the reader prefers dark pages.
+    """
+
+    def __init__(self, browser: Browser, width: int, height: int = 900, dark: bool = False) -> None:
+        self._browser, self._session = browser, ""
         self.console: list[str] = []
         self.requests: list[str] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+        self._target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=self._target, flatten=True)[
             "sessionId"
         ]
+        browser.pages[self._session] = self
         for name in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{name}.enable")
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)  # fmt: skip
@@ -95,36 +142,10 @@ class Page:
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """A method of the protocol."""
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": parameters}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._to, json.dumps(message).encode() + b"\0") if len(
-            json.dumps(message)
-        ) < 60_000 else self._long(message)
-        while True:
-            answer = self._next()
-            if answer.get("id") == self._number:
-                assert "error" not in answer, answer["error"]
-                return dict(answer["result"])
-            self._note(answer)
+        return self._browser.call(method, parameters, self._session)
 
-    def _long(self, message: Any) -> None:
-        left = memoryview(json.dumps(message).encode() + b"\0")
-        while left:
-            left = left[os.write(self._to, left[:60_000]) :]
-
-    def _next(self) -> Any:
-        while b"\0" not in self._read:
-            ready, _, _ = select.select([self._from], [], [], 60)
-            assert ready, "the browser says nothing"
-            part = os.read(self._from, 1 << 20)
-            assert part, "the browser ended"
-            self._read += part
-        text, _, self._read = self._read.partition(b"\0")
-        return json.loads(text)
-
-    def _note(self, event: Any) -> None:
+    def told(self, event: Any) -> None:
+        """Keep what the browser says of the page."""
         method, told = event.get("method"), event.get("params", {})
         if method == "Runtime.consoleAPICalled" and told["type"] in ("error", "warning", "assert"):
             self.console.append(str(told["args"]))
@@ -141,8 +162,6 @@ class Page:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:  # fmt: skip
+        del self._browser.pages[self._session]
         self._session = ""
-        self._process.terminate()
-        self._process.wait(20)
-        os.close(self._to)
-        os.close(self._from)
+        self.call("Target.closeTarget", targetId=self._target)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from flix.report import write_report
-from tests.helpers.browser import Page, needed_browser
+from tests.helpers.browser import Browser, Page, needed_browser
 from tests.helpers.runs import ARABIC, HEBREW, make_run
 
 
@@ -29,17 +30,18 @@ def axe() -> str:
 
 
 @pytest.fixture(scope="module")
-def program() -> str:
-    return needed_browser()
+def browser() -> Iterator[Browser]:
+    with Browser(needed_browser()) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
-def page_of_many(large: Path, program: str) -> Path:
+def page_of_many(large: Path, browser: Browser) -> Path:
     return write_report([large]).out
 
 
 @pytest.fixture(scope="module")
-def page_of_arms(tmp_path_factory: pytest.TempPathFactory, program: str) -> Path:
+def page_of_arms(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Path:
     base = tmp_path_factory.mktemp("arms")
     runs = [make_run(base / name, lift=lift) for name, lift in (("flix", 9.0), ("lora", 0.0), ("wide", 1.0))]  # fmt: skip
     return write_report(runs).out
@@ -49,9 +51,9 @@ WIDE = "document.documentElement.scrollWidth - innerWidth"
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_page_of_360_cells_is_small_quick_and_quiet(page_of_many: Path, program: str, width: int) -> None:  # fmt: skip
+def test_a_page_of_360_cells_is_small_quick_and_quiet(page_of_many: Path, browser: Browser, width: int) -> None:  # fmt: skip
     assert page_of_many.stat().st_size < 3_000_000
-    with Page(program, width) as page:
+    with Page(browser, width) as page:
         assert page.open(page_of_many) < 2.0
         assert page.console == [] and {url.partition(":")[0] for url in page.requests} <= {"file", "data"}  # fmt: skip
         assert page.run(WIDE) <= 0  # nothing but tables and figures scrolls sideways
@@ -67,9 +69,9 @@ def test_a_page_of_360_cells_is_small_quick_and_quiet(page_of_many: Path, progra
         pytest.param("page_of_many", False, marks=pytest.mark.slow),
     ],
 )
-def test_axe_finds_nothing(request: pytest.FixtureRequest, program: str, pages: str, dark: bool) -> None:  # fmt: skip
+def test_axe_finds_nothing(request: pytest.FixtureRequest, browser: Browser, pages: str, dark: bool) -> None:  # fmt: skip
     source = axe()
-    with Page(program, 1280, dark=dark) as page:
+    with Page(browser, 1280, dark=dark) as page:
         page.open(request.getfixturevalue(pages))
         page.run(source + ";0")
         found = page.run(
@@ -78,9 +80,9 @@ def test_axe_finds_nothing(request: pytest.FixtureRequest, program: str, pages: 
         assert json.loads(found) == []
 
 
-def test_axe_sees_faults(page_of_arms: Path, program: str) -> None:
+def test_axe_sees_faults(page_of_arms: Path, browser: Browser) -> None:
     source = axe()
-    with Page(program, 1280) as page:
+    with Page(browser, 1280) as page:
         page.open(page_of_arms)
         page.run(source + ";0")
         page.run("document.querySelector('.by-column tbody td').style.color = '#bbb'; 0")
@@ -88,9 +90,9 @@ def test_axe_sees_faults(page_of_arms: Path, program: str) -> None:
         assert json.loads(page.run(again)) == ["color-contrast"]
 
 
-def test_examples_are_filtered_and_keep_their_direction(tmp_path: Path, program: str) -> None:
+def test_examples_are_filtered_and_keep_their_direction(tmp_path: Path, browser: Browser) -> None:
     out = write_report([make_run(tmp_path / "run", samples=8)]).out
-    with Page(program, 1280) as page:
+    with Page(browser, 1280) as page:
         page.open(out)
         shown = "[...document.querySelectorAll('ol.examples li')].map(e => e.innerText)"
         assert len(page.run(shown)) == 20 and page.run("document.querySelector('.count').textContent") == "20 of 48 examples"  # fmt: skip
@@ -113,9 +115,9 @@ def test_examples_are_filtered_and_keep_their_direction(tmp_path: Path, program:
         assert page.console == []
 
 
-def test_the_cosines_of_a_layer_can_be_chosen(made: Path, program: str) -> None:
+def test_the_cosines_of_a_layer_can_be_chosen(made: Path, browser: Browser) -> None:
     out = write_report([made]).out
-    with Page(program, 1280) as page:
+    with Page(browser, 1280) as page:
         page.open(out)
         squares = "[...document.querySelectorAll('table.cosines td.h')].map(e => [e.textContent, e.style.getPropertyValue('--v')])"  # fmt: skip
         choose = "(n) => { const s = document.querySelector('select[data-cosines]'); s.value = n; s.dispatchEvent(new Event('change')) }"  # fmt: skip
@@ -127,17 +129,17 @@ def test_the_cosines_of_a_layer_can_be_chosen(made: Path, program: str) -> None:
         assert page.console == []
 
 
-def test_a_run_named_as_a_script_runs_nothing(tmp_path: Path, program: str) -> None:
+def test_a_run_named_as_a_script_runs_nothing(tmp_path: Path, browser: Browser) -> None:
     bad = "<script>document.title='x'</script>"
     out = write_report([make_run(tmp_path / "run", [bad, "<img src=x onerror=document.title='x'>"])]).out  # fmt: skip
-    with Page(program, 1280) as page:
+    with Page(browser, 1280) as page:
         page.open(out)
         assert page.run("document.title") == "flix report: run" and page.console == []
         assert bad in page.run("document.querySelector('#scores ~ .by-column').innerText")
 
 
-def test_paper_and_colours_by_column(page_of_many: Path, program: str) -> None:
-    with Page(program, 1280) as page:
+def test_paper_and_colours_by_column(page_of_many: Path, browser: Browser) -> None:
+    with Page(browser, 1280) as page:
         page.open(page_of_many)
         colours = "[...document.querySelectorAll('.by-column td.h')].map(e => getComputedStyle(e).backgroundColor)"  # fmt: skip
         before = page.run(colours)
