@@ -13,6 +13,7 @@ from flix.cli.commands.combine import combine
 from flix.cli.commands.evaluate import evaluate
 from flix.cli.commands.export import export
 from flix.cli.commands.import_ import import_
+from flix.cli.commands.init import init
 from flix.cli.commands.inspect import inspect
 from flix.cli.commands.merge import merge
 from flix.cli.commands.plan import plan
@@ -32,6 +33,7 @@ app = typer.Typer(
 
 COMMANDS: tuple[tuple[Callable[..., Any], str], ...] = (
     (quickstart, "flix quickstart --fast"),
+    (init, "flix init 'ner/{language}.train.jsonl.gz' topic --out africa.yaml"),
     (plan, "flix plan train.yaml --explain"),
     (train, "flix train train.yaml --resume"),
     (evaluate, "flix evaluate train.yaml runs/adapter"),

@@ -50,7 +50,7 @@ def read_data(settings: Settings, registry: FeatureRegistry | None = None) -> Da
     Raises:
         FlixError: files or rows that are wrong, features that do not exist, nothing to train on.
     """
-    groups = _groups(settings)
+    groups = row_groups(settings)
     gathered, files = Gathered(), list[dict[str, Any]]()
     training: list[Source] = []
     evaluation: list[Source] = []
@@ -111,7 +111,7 @@ def _pair(text: str) -> Feature:
     return group.strip(), name.strip()
 
 
-def _groups(settings: Settings) -> list[str]:
+def row_groups(settings: Settings) -> list[str]:
     """All groups that rows name, in the order of the data sets."""
     found: dict[str, None] = {}
     for dataset in settings.datasets:

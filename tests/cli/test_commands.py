@@ -66,7 +66,7 @@ def test_the_module_runs(adapter: Path) -> None:
         ("pydantic", ["train", "CONFIG"], "flix-peft[cli]"),
         ("torch", ["train", "CONFIG"], "flix-peft[train]"),
         ("sacrebleu", ["train", "CONFIG"], "flix-peft[train]"),
-        ("transformers", ["plan", "CONFIG"], "flix-peft[transformers]"),
+        ("transformers", ["train", "CONFIG"], "flix-peft[train]"),
     ],
 )
 def test_a_missing_package_is_one_line(

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
+from flix.cli import counting
 from flix.cli.console import quiet, show, show_json, show_table
 from flix.cli.options import Json
 from flix.core import costs
 from flix.core.adapter.files import read_description
 from flix.core.config.config import FlixConfig
-from flix.core.costs import Layers, Plan
+from flix.core.costs import Layers, Plan, active_sets, feature_cost
 from flix.core.features.encoding import Row
 from flix.core.features.names import written
 from flix.core.strategy.decide import measured_on
@@ -43,7 +44,9 @@ def plan(
 ) -> None:
     """Show ranks, parameters and FLOPs beside the matched LoRAs."""
     batch = Batch(batch_size, length, device) if explain else None
-    settings, layers, rows, notes = _planned(config)
+    settings, layers, rows, notes = _planned(config, explain)
+    if rows is not None and not layers:
+        return _show_ranks(settings, rows, notes, as_json)
     result = costs.plan(settings, layers, rows)
     choices = explained(settings, layers, rows, batch) if batch is not None else []
     if as_json:
@@ -57,7 +60,7 @@ def plan(
         _show_choices(choices, batch)
 
 
-def _planned(path: Path) -> tuple[FlixConfig, Layers, list[Row] | None, list[str]]:
+def _planned(path: Path, explain: bool) -> tuple[FlixConfig, Layers, list[Row] | None, list[str]]:
     """Configuration, layers and datasets of a training YAML, an adapter's folder, or its JSON."""
     if path.is_dir() or path.suffix == ".json":
         config, layers = read_description(path)
@@ -65,6 +68,8 @@ def _planned(path: Path) -> tuple[FlixConfig, Layers, list[Row] | None, list[str
     from flix.training.reading import read_settings
 
     settings = read_settings(path)
+    if counting.lacking():
+        return counting.planned(settings, explain)
     quiet()
     from flix.tasks import locate, model_layers
     from flix.training.data import idle_notes, trained_rows
@@ -78,6 +83,22 @@ def _planned(path: Path) -> tuple[FlixConfig, Layers, list[Row] | None, list[str
         config.exclude_modules,
     )
     return config, shapes, list(trained_rows(data)), idle_notes(data, config.registry)
+
+
+def _show_ranks(config: FlixConfig, rows: list[Row], notes: list[str], as_json: bool) -> None:
+    """What is known without the model's layers: the ranks, and the most that is active in a row."""
+    ranks = {f: feature_cost(config, {}, f).rank for f in config.registry.live}
+    ids = {config.registry.id(*f): rank for f, rank in ranks.items()}
+    active = max(sum(ids[i] for i in row) for row in active_sets(config.registry, rows))
+    if as_json:
+        features = [{"group": f[0], "feature": f[1], "rank": rank} for f, rank in ranks.items()]
+        known = {"layers": None, "features": features, "mixture": {"rank": active}}
+        show_json({**known, "datasets_known": True, "notes": notes})
+        return
+    for note in notes:
+        show(f"note: {note}")
+    show_table(["feature", "rank"], [[written(f), rank] for f, rank in ranks.items()])
+    show(f"most active rank of {len(rows)} trained combinations: {active}")
 
 
 def _show(result: Plan, known: bool) -> None:
