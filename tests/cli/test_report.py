@@ -103,3 +103,20 @@ def test_no_framework_is_loaded_and_a_missing_library_is_named(made: Path) -> No
         assert result.returncode == 0, result.stderr
         if rc:
             assert gone[0] in result.stderr and 'pip install "flix-peft[report]"' in result.stderr
+
+
+def test_training_ends_with_a_page_which_can_be_left_out_and_loses_no_run(
+    config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config(training={"steps": 2})
+    page = path.parent / "run" / "report.html"
+    data = json.loads(run(app, ["train", str(path), "--no-report", "--json"]).stdout)
+    assert data["report"] is None and not page.exists()
+    data = json.loads(run(app, ["train", str(path), "--overwrite", "--json"]).stdout)
+    assert data["report"] == str(page) and "Worst cell: " in page.read_text()
+    result = run(app, ["train", str(path), "--overwrite"])
+    assert result.stdout.splitlines()[-1] == f"report: {page}"
+    page.write_text("notes of mine")
+    result = run(app, ["train", str(path), "--overwrite"])
+    assert result.exit_code == 0 and page.read_text() == "notes of mine"
+    assert "note: no report was written: --out: " in result.stdout
