@@ -17,6 +17,7 @@ from flix.cli.commands.init import init
 from flix.cli.commands.inspect import inspect
 from flix.cli.commands.merge import merge
 from flix.cli.commands.plan import plan
+from flix.cli.commands.predict import predict
 from flix.cli.commands.quickstart import quickstart
 from flix.cli.commands.report import report
 from flix.cli.commands.share import share
@@ -36,7 +37,8 @@ COMMANDS: tuple[tuple[Callable[..., Any], str], ...] = (
     (init, "flix init 'ner/{language}.train.jsonl.gz' topic --out africa.yaml"),
     (plan, "flix plan train.yaml --explain"),
     (train, "flix train train.yaml --resume"),
-    (evaluate, "flix evaluate train.yaml runs/adapter"),
+    (evaluate, "flix evaluate train.yaml runs/adapter --compose language=off"),
+    (predict, "flix predict runs/adapter rows.jsonl --features language=hau,task=ner"),
     (report, "flix report runs/flix runs/lora --out report.html"),
     (inspect, "flix inspect runs/adapter --layers"),
     (

@@ -16,7 +16,7 @@ import typer
 
 from flix.cli.streams import drop_output, flush, mistake, say
 from flix.core.errors import FlixError
-from flix.core.progress import Reporter, Silent, described
+from flix.core.progress import Reporter, Silent, described, of_tasks
 from flix.core.tables import Cell, cell_text, is_numeric, text_table
 
 P = ParamSpec("P")
@@ -173,18 +173,22 @@ class Lines(Reporter):
 
 
 class Bars(Reporter):
-    """A progress bar with the last loss beside it."""
+    """A live table: how far the work is and how long it takes yet, the last numbers, and the loss of each task."""
+
+    most = 12  # tasks that are shown
 
     def __init__(self) -> None:
         super().__init__()
-        self._bar: Any = None
+        self._live: Any = None
 
     def start(self, what: str, total: int, done: int = 0) -> None:
+        from rich.live import Live
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
             Progress,
             TextColumn,
+            TimeElapsedColumn,
             TimeRemainingColumn,
         )
 
@@ -194,24 +198,49 @@ class Bars(Reporter):
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
         )
-        self._task = self._bar.add_task(what, total=total, completed=done, numbers="")
-        self._bar.start()
+        self._task = self._bar.add_task(what, total=total, completed=done)
+        self._numbers: dict[str, str] = {}
+        self._losses: dict[str, list[float]] = {}
+        self._live = Live(self._view(), refresh_per_second=4)
+        self._live.start()
+
+    def _view(self) -> Any:
+        from rich.console import Group
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False)
+        for name in ("task", "loss", "before"):
+            table.add_column(name, justify="left" if name == "task" else "right")
+        for name, losses in list(self._losses.items())[: self.most]:
+            table.add_row(escape(name), *(f"{loss:.3f}" for loss in reversed(losses[-2:])))
+        if (more := len(self._losses) - self.most) > 0:
+            table.add_row(f"and {more} more")
+        lines = [escape(text) for text in self._numbers.values()]
+        return Group(self._bar, *lines, *([table] if self._losses else []))
 
     def advance(self, done: int) -> None:
-        if self._bar is not None:
+        if self._live is not None:
             self._bar.update(self._task, completed=done)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=described(values))
+        if self._live is None:
+            return
+        kind = "evaluation" if any(name.startswith("eval_") for name in values) else "training"
+        plain = {name: value for name, value in values.items() if name != "by_feature"}
+        self._numbers[kind] = f"step {step}  {described(plain)}"
+        for name, loss in of_tasks(values.get("by_feature", {})).items():
+            self._losses.setdefault(name, []).append(loss)
+        self._live.update(self._view())
 
     def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
 def quiet() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 
@@ -42,10 +43,21 @@ class Silent(Reporter):
         """Nothing."""
 
 
-def described(values: dict[str, Any]) -> str:
-    """Numbers as text: ``loss 2.13  lr 4.9e-03``."""
-    short = {"learning_rate": "lr"}
-    return "  ".join(
-        f"{short.get(name, name)} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in values.items()
-    )
+def described(values: Mapping[str, Any]) -> str:
+    """Numbers as text, and the losses of tasks: ``loss 2.13  lr 4.9e-03  ner 1.2  pos 3.1``."""
+    short = {"learning_rate": "lr", "grad_norm": "gradient"}
+    numbers = {
+        short.get(k, k.removeprefix("eval_")): v for k, v in values.items() if isinstance(v, float)
+    }
+    if any(name.startswith("eval_") for name in values):
+        numbers = {f"eval {name}": value for name, value in numbers.items()}
+    numbers.update(list(of_tasks(values.get("by_feature", {})).items())[:6])
+    return "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+
+
+def of_tasks(losses: Mapping[str, float]) -> dict[str, float]:
+    """The losses of the group ``task``, by name; of the first group, if there is none."""
+    groups = [name.partition("=")[0] for name in losses]
+    group = "task" if "task" in groups else next(iter(groups), "")
+    named = {name: loss for name, loss in losses.items() if name.startswith(f"{group}=")}
+    return {name.partition("=")[2]: loss for name, loss in named.items()}

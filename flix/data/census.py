@@ -182,7 +182,7 @@ def held_back(
                     f"eval_rows={wanted} and train on the rest"
                 )
             draws = rng.bits(
-                rng.key("evaluation rows", seed, str(table.source.name), names[cell]),
+                rng.key("evaluation rows", seed, names[cell]),
                 np.arange(len(mine), dtype=np.int64),
             )
             back[mine[np.argsort(draws, kind="stable")[:wanted]]] = True

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -148,17 +148,30 @@ def read_jsonl(file: Path) -> Iterator[Record]:
 
 def _json_lines(file: Path) -> Iterator[Record]:
     with _opened(file) as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{file}:{number}"
-            try:
-                record = json.loads(line, parse_constant=_no_constant)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not valid JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise DataError(f"{where}: a row is a JSON object, got {line.strip()[:60]}")
-            yield where, record
+        yield from json_records(lines, str(file))
+
+
+def json_records(lines: Iterable[str], name: str) -> Iterator[Record]:
+    """The records of lines of JSON; blank lines are passed over.
+
+    Args:
+        lines: the lines.
+        name: what messages call them.
+
+    Raises:
+        DataError: a line that is no JSON object; it is named.
+    """
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{name}:{number}"
+        try:
+            record = json.loads(line, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not valid JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: a row is a JSON object, got {line.strip()[:60]}")
+        yield where, record
 
 
 def _no_constant(name: str) -> None:

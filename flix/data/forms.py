@@ -36,8 +36,10 @@ def anything(value: Any, column: str, where: str) -> str:
     """Any value as text, for a prompt.
 
     Raises:
-        DataError: half of a surrogate pair.
+        DataError: nothing, or half of a surrogate pair.
     """
+    if value is None:
+        raise DataError(f"{where}: column {column!r} holds nothing")
     return text(value if isinstance(value, str) else str(value), column, where)
 
 

@@ -63,6 +63,11 @@ class Evaluator:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def keep(self, chosen: NDArray[np.bool_]) -> None:
+        """Go on with some of the rows."""
+        self.rows = [row for row, mine in zip(self.rows, chosen.tolist(), strict=True) if mine]
+        self.cells, self.ids = self.cells[chosen], self.ids[chosen]
+
     @property
     def of_seen(self) -> NDArray[np.bool_]:
         """Whether each row is of a cell that is trained on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from flix.core.adapter.composition import untrained, untrained_note
 from flix.core.adapter.files import load_adapter
 from flix.core.progress import Reporter
 from flix.tasks.evaluation import Evaluator
+from flix.training import compose as composing
 from flix.training.data import Data, read_data
 from flix.training.errors import DataError
 from flix.training.models import Built, build, need
@@ -35,18 +37,24 @@ def evaluator_of(settings: Settings, data: Data, built: Built) -> Evaluator:
 
 
 def evaluate(
-    settings: Settings, adapter: str | Path, *, reporter: Reporter | None = None
+    settings: Settings,
+    adapter: str | Path,
+    *,
+    compose: Sequence[str] = (),
+    reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Evaluate an adapter on the evaluation rows of a configuration.
 
     Args:
         settings: the configuration; what it trains on counts as seen, the rest as held out.
         adapter: the adapter's folder.
+        compose: other combinations in cells that were never trained: ``language=off``, ``language=0.5``,
+            ``language=parent:zul``, ``language=searched``.
         reporter: told of progress.
 
     Returns:
-        ``cells`` (each with its score, interval and other scores), ``seen`` and ``held_out`` (averages over cells), and
-        ``samples``.
+        ``cells`` (each with its score, interval and other scores), ``seen`` and ``held_out`` (averages over cells),
+        ``samples``, and ``searched`` (what cells activate whose weights were searched).
 
     Raises:
         FlixError: a mistake in settings, data, model or adapter; nothing to evaluate on.
@@ -54,6 +62,7 @@ def evaluate(
 
     reporter = reporter or Reporter()
     loaded = load_adapter(adapter)
+    asked = composing.parse(compose, loaded.config.registry)
     data = read_data(settings, loaded.config.registry)
     if not len(data.mixture.evaluation_rows()):
         raise DataError(
@@ -69,5 +78,7 @@ def evaluate(
         evaluator.rows, [evaluator.names[c] for c in evaluator.cells], refuse=False
     ):
         reporter.note(f"note: {text}")
+    searched = composing.apply(asked, evaluator, built.model)
     found = evaluator.answers(built.model, reporter)
-    return {**evaluator.scored(found), "samples": evaluator.samples(found)}
+    more = {"searched": searched} if searched else {}
+    return {**evaluator.scored(found), "samples": evaluator.samples(found), **more}

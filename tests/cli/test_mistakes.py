@@ -97,6 +97,7 @@ def test_paths_that_are_not_what_a_command_reads(place: Path, adapter: Path, pat
     for command in (
         ["plan", path], ["train", path], ["inspect", path], ["inspect", "--check", path],
         ["evaluate", path, adapter], ["evaluate", config, path],
+        ["predict", path, "data/ner.jsonl"], ["predict", adapter, path],
         ["combine", adapter, path, "--out", "o"], ["combine", path, adapter, "--out", "o"],
         ["share", path, "--features", "language=hau", "--out", "o"],
         ["import", f"ner={path}", "--group", "task", "--out", "o"],
@@ -170,6 +171,7 @@ def test_other_options(place: Path, adapter: Path) -> None:
         ["import", "a=b", "--group", "g", "--out", "o", "--from", "x"],
         ["plan", adapter, "--explain", "--device", "abacus"],
         ["evaluate", written(settings_of()), adapter, "--out", "full"],
+        ["predict", adapter, "data/ner.jsonl", "--batch-size", 0], ["predict", adapter, "data/ner.jsonl", "--output", "full"],
         ["evaluate", written(settings_of()), adapter, "--out", "text/x"],
         *(["import", text, "--group", "g", "--out", "o"] for text in ("a", "=b", "a=", "a\u200b=b", " a=b")),
         *(["import", f"a={adapter}", "--group", g, "--out", "o"] for g in ("", "a.b", " x", "x\u200b")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,14 @@ def test_rows_that_are_wrong_are_named(tmp_path: Path, row: dict[str, Any], mess
         assert message in str(caught.value)
 
 
+def test_a_prompt_does_not_say_nothing(tmp_path: Path) -> None:
+    written(tmp_path, [{"lang": "hau", "topic": None}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: column 'topic' holds nothing"):
+        load(tmp_path, reading({"topic": "shown"}))
+    with pytest.raises(DataError, match=r"the prompt needs 'tpic' \(did you mean 'topic'\?\); there is: lang, topic, task, language"):  # fmt: skip
+        load(tmp_path, reading({"tpic": "shown"}))
+
+
 def test_no_rows(tmp_path: Path) -> None:
     written(tmp_path, [])
     assert len(load(tmp_path, reading(COLUMNS))[0]) == 0
@@ -171,7 +180,16 @@ def test_rows_held_back_and_rows_of_evaluation() -> None:
     assert {row["text"] for row in mixture.stream()} == trained
     few = found.limited(2)
     assert len(few) == 8 and [row["text"][:3] for row in few.__getitems__([0, 1])] == ["hau", "hau"]
-    # Drawn by the seed.
+    # Drawn by the seed and the cell, whatever sources are called.
+    renamed = Mixture(
+        [replace(source, name=f"other {source.name}") for source in mixture.sources],
+        evaluation={
+            "b": (rows("hau", 90, 2), {"task": "ner"}),
+            "c": (rows("ibo", 90, 2), {"task": "ner"}),
+        },
+        held_out=[{"language": "yor"}],
+    )
+    assert [r["text"] for r in renamed.evaluation_rows()] == [r["text"] for r in found]
     again, other = made().evaluation_rows(), made(seed=1).evaluation_rows()
     assert [r["text"] for r in again] == [r["text"] for r in found] != [r["text"] for r in other]
 

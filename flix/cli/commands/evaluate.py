@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from flix.cli.console import make_reporter, quiet, show_json
+from flix.cli.console import make_reporter, quiet, show, show_json
 from flix.cli.options import AdapterFolder, ConfigFile, Json
 from flix.cli.scores import show_scores
 
@@ -19,9 +19,18 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Write the results as JSON too.")
     ] = None,
+    compose: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compose",
+            metavar="GROUP=HOW",
+            help="What combinations never trained activate: language=off, language=0.5, language=parent:zul, "
+            "language=searched.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate an adapter by generation, seen and held-out combinations apart."""
+    """Score an adapter's answers, seen and held-out combinations apart."""
     from flix.training.errors import RunError
     from flix.training.reading import read_settings
 
@@ -31,12 +40,25 @@ def evaluate(
     from flix.training import evaluation
 
     quiet()
-    result = evaluation.evaluate(settings, adapter, reporter=make_reporter(as_json))
+    result = evaluation.evaluate(
+        settings, adapter, compose=compose or (), reporter=make_reporter(as_json)
+    )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
         out.write_text(text, encoding="utf-8")
     if as_json:
         show_json({"adapter": str(adapter), **result})
-    else:
-        show_scores(result)
+        return
+    show_scores(result)
+    for cell, row in result.get("searched", {}).items():
+        show(f"searched for {cell}: {told(row)}")
+
+
+def told(row: dict[str, Any]) -> str:
+    """A composition in a line, its weights rounded."""
+    parts = []
+    for group, value in row.items():
+        weights = {value: 1.0} if isinstance(value, str) else value or {}
+        parts += [f"{weight:.2f} {group}={name}" for name, weight in weights.items() if abs(weight) >= 0.005]  # fmt: skip
+    return " + ".join(parts) or "nothing"

@@ -1,0 +1,141 @@
+"""Answers for rows that name their features, from an adapter's folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from flix.core.errors import AdapterError, listed, near
+from flix.core.features.cells import cell_of, read_cell
+from flix.core.features.encoding import Unknown
+from flix.data.errors import DataError
+from flix.data.files import Record
+from flix.tasks.answering import answers
+from flix.tasks.collating import TaskCollator
+from flix.tasks.columns import TASK, WHERE, names_in
+from flix.tasks.pretrained import load_pretrained, tasks_of, tokenizer_of
+from flix.tasks.recipe import read_recipe
+from flix.transformers import FlixCollator
+
+_AT_ONCE = 2048  # rows that are sorted by length
+
+
+class Predictor:
+    """An adapter that answers rows.
+
+    A row is a record with the columns of its task, and names its features in columns called as their groups, or as
+    the training data called them. Its feature of the group ``task`` says which task it is of, if there are several.
+
+    Args:
+        folder: the adapter's, with the ``recipe.json`` that ``flix train`` writes.
+        base: where the base is now; default: where the recipe says.
+        features: of rows that do not name theirs, by group.
+        unknown: what unknown features do; default: as in training.
+        batch_size: rows at a time.
+        max_new_tokens, num_beams: of written answers; default: as the recipe says.
+
+    Raises:
+        AdapterError: no adapter, one without a recipe, or another base.
+        ModelError: a base that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        base: str | None = None,
+        features: Mapping[str, Any] | None = None,
+        unknown: Unknown | None = None,
+        batch_size: int = 32,
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
+    ) -> None:
+        import torch
+
+        recipe = read_recipe(folder)
+        if recipe is None:
+            raise AdapterError(
+                f"{folder} holds no recipe.json, which flix train writes beside an adapter's files: what its rows are is not "
+                "known. Load it with flix.backends.torch.load"
+            )
+        tokenizer = tokenizer_of(folder, base=base)
+        self.recipe = recipe
+        self.tasks = tasks_of(folder, tokenizer)
+        self.model = load_pretrained(folder, base=base, dtype=recipe.get("dtype", "float32"))
+        if torch.accelerator.is_available():
+            self.model.to(torch.accelerator.current_accelerator())
+        self.features = dict(features or {})
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens or recipe.get("max_new_tokens", 64)
+        self.num_beams = num_beams or recipe.get("num_beams", 1)
+        collator = FlixCollator(
+            self.model.flix_config, TaskCollator(self.tasks, tokenizer), unknown=unknown
+        )
+        self.collator = collator.evaluation()
+        self.elsewhere = collator.evaluation(recipe.get("unseen_group_weights") or {})
+        self.seen = {frozenset(cell_of(read_cell(name))) for name in recipe.get("seen", ())}
+
+    def __call__(self, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+        """Each record with its answer in ``output``, and in ``right`` whether that is what it says is wanted.
+
+        Args:
+            records: pairs of where a record stands and the record; they may mix tasks and features.
+
+        Raises:
+            DataError: a row without what its task reads, or of no known task; its place is named.
+            FeatureError, RoutingError: features that do not exist, or none.
+        """
+        records = iter(records)
+        while block := list(islice(records, _AT_ONCE)):
+            rows = [self._row(where, record) for where, record in block]
+            found: dict[int, dict[str, Any]] = {}
+            seen = [self._is_seen(row) for row in rows]
+            for wanted, collator in ((True, self.collator), (False, self.elsewhere)):
+                places = [i for i, is_seen in enumerate(seen) if is_seen is wanted]
+                given = answers(
+                    self.model, self.tasks, [rows[i] for i in places], collator, batch_size=self.batch_size,
+                    max_new_tokens=self.max_new_tokens, num_beams=self.num_beams,
+                )  # fmt: skip
+                for i, answer in zip(places, given, strict=True):
+                    right = {} if answer.right is None else {"right": answer.right}
+                    found[i] = {**block[i][1], "output": answer.output, **right}
+            yield from (found[i] for i in range(len(block)))
+
+    def _row(self, where: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        number = self._task(where, record)
+        said = self.recipe["tasks"][number]
+        row = {**record, TASK: number, WHERE: where}
+        for column in names_in(said.get("prompt") or ""):
+            if column not in self.collator.columns and record.get(column, "") is None:
+                raise DataError(f"{where}: column {column!r} holds nothing")
+        given = {**said.get("features", {}), **self.features}
+        for group in self.collator.columns:
+            column = said.get("feature_columns", {}).get(group, group)
+            if group in record:
+                continue
+            if column in record:
+                row[group] = record[column]
+            elif group in given:
+                row[group] = given[group]
+        return row
+
+    def _task(self, where: str, record: Mapping[str, Any]) -> int:
+        names = [task.name for task in self.tasks]
+        if len(names) == 1:
+            return 0
+        name = record.get("task", self.features.get("task"))
+        if name in names:
+            return names.index(name)
+        if name is None:
+            raise DataError(
+                f"{where}: the row does not say its task; the tasks are: {listed(names)}"
+            )
+        raise DataError(
+            f"{where}: there is no task {str(name)!r}{near(str(name), names)}; the tasks are: {listed(names)}"
+        )
+
+    def _is_seen(self, row: Mapping[str, Any]) -> bool:
+        named = {group: row[group] for group in self.collator.columns if row.get(group) is not None}
+        return not self.seen or frozenset(cell_of(named)) in self.seen
