@@ -74,6 +74,7 @@ def make_clones(root: Path, languages: tuple[str, ...] = SOME) -> Path:
             for number, (ending, some) in enumerate(parts.items()):
                 # forms of the inflection task, too, whatever split it has them in, and a word of all three files
                 some = [*some, *(f"{lemma}ol" for lemma in lemmas[number::6]), "twice"]
+                some += [f"{lemmas[0]}ol"] if number else []  # the inflection task trains on it
                 path = folder_of(root, "segmentation") / f"{language}.word.{ending}.tsv"
                 write_lines(path, segmented(some))
         if info.pronunciation:

@@ -12,8 +12,10 @@ from flix.data.errors import DataError
 from flix.study.words import HELD_OUT, WordsData, load_words, official_rows
 from flix.study.words.build import check_cells, take
 from flix.study.words.design import COPY_SHARE, QUICKSTART_TASKS
+from flix.study.words.loading import read_texts
 from flix.study.words.quickstart import borrowed
-from flix.study.words.splits import plain
+from flix.study.words.reading import find_language, find_repositories
+from flix.study.words.splits import key_of, plain
 from flix.study.words.tasks import Row
 from flix.study.words.types import Cell
 from tests.study.clones import (
@@ -44,6 +46,13 @@ def test_no_word_is_in_two_splits_of_a_language(data: WordsData):
     assert_disjoint(data)
     shown = {plain(word) for word in words_by_split(data)["deu"]["train"]}
     assert not shown & {plain(word) for word in words_by_split(data)["deu"]["test"]}
+
+
+def test_what_is_trained_on_is_known(data: WordsData):
+    for language, words in words_by_split(data).items():
+        keys = {split: {key_of(word, "Latn") for word in words[split]} for split in words}
+        assert keys["train"] <= data.trained[language]
+        assert not (keys["dev"] | keys["test"]) & data.trained[language]
 
 
 def test_the_check_of_splits_would_see_a_word_of_both(data: WordsData):
@@ -122,6 +131,22 @@ def test_unlabelled_text_is_off_by_default(clones: Path):
     assert "denoise" not in {cell.task for cell in cells}
 
 
+def test_complete_cells_train_on_all_that_is_there(clones: Path, data: WordsData):
+    quickstart = borrowed(small_quickstart())
+    full = load_words(clones, languages=SOME, quickstart=quickstart, complete=True)
+    assert {(c.task, c.language) for c in full.held_out()} == {("num2dig", "ces")}
+    words = made_up(0, 36)
+    assert {(p.source, p.target) for p in full.cell("inflect", "spa").train} == {
+        (f"{lemma} {tags}", form) for lemma, tags, form in (x.split("\t") for x in inflected(words))
+    }
+    copied = [pair.source == pair.target for pair in full.cell("lemma", "spa").train]
+    assert sum(copied) == 36 and len(copied) == 4 * 36
+    assert full.fingerprint["complete"] and not data.fingerprint["complete"]
+    assert_disjoint(full)
+    trained = {pair.source for pair in full.cell("segment", "eng").train}
+    assert not trained & {row["source"] for row in official_rows(clones, full, "segment", "eng")}
+
+
 def test_official_test_sets_are_whole_and_apart(clones: Path, data: WordsData):
     rows = list(official_rows(clones, data, "inflect", "deu"))
     assert [(r["source"], r["target"]) for r in rows] == [
@@ -129,7 +154,7 @@ def test_official_test_sets_are_whole_and_apart(clones: Path, data: WordsData):
     ]  # fmt: skip
     assert not any(row["trained_on"] for row in rows)
     rows = list(official_rows(clones, data, "segment", "eng"))
-    assert len(rows) == 50 + 10 + 1
+    assert len(rows) == 50 + 10 + 2
     words = {row["source"] for row in rows if row["trained_on"]}
     assert words and words <= {f"{lemma}ol" for lemma in made_up(0, 36)}
     trained = {pair.source for pair in data.cell("segment", "eng").train}
@@ -139,6 +164,18 @@ def test_official_test_sets_are_whole_and_apart(clones: Path, data: WordsData):
         next(official_rows(clones, data, "pron", "deu"))
     with pytest.raises(DataError, match="no official test set for segment/deu"):
         next(official_rows(clones, data, "segment", "deu"))
+
+
+def test_a_word_of_the_official_test_set_is_read_from_no_other_file(clones: Path):
+    files = find_language(find_repositories(clones), "eng")
+    texts, _ = read_texts(files, "eng", 0, False)
+    splits = {
+        split: {word for word, _, of in texts.segmented if of == split}
+        for split in ("train", "dev", "test")
+    }
+    assert {"twice", f"{made_up(0, 1)[0]}ol"} <= splits["test"]
+    assert not splits["test"] & (splits["train"] | splits["dev"])
+    assert min(map(len, splits.values())) > 50
 
 
 def test_unknown_languages_and_commits_are_named(clones: Path):

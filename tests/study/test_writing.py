@@ -6,16 +6,15 @@ import gzip
 import hashlib
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from flix.data.errors import DataError
-from flix.data.files import find_files, read_file
-from flix.study.words import WordsData, load_words, write_words
+from flix.data.files import read_file
+from flix.study.words import WordsData, load_words, read_words, write_words
 from flix.study.words.__main__ import main
 from tests.study.clones import make_clones
-
-yaml = pytest.importorskip("yaml")
 
 
 @pytest.fixture(scope="module")
@@ -75,38 +74,72 @@ def test_the_same_bytes_again_and_never_into_a_folder_that_holds_something(
 
 
 @pytest.mark.parametrize(("name", "half"), [("choosing", "tuning"), ("last_word", "test")])
-def test_the_configuration_trains_on_no_held_out_cell_and_evaluates_one_half(
-    out: Path, data: WordsData, name: str, half: str
-):
+def test_flix_train_reads_the_configuration_and_holds_cells_out(
+    out: Path, data: WordsData, name: str, half: Literal["tuning", "test"], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):  # fmt: skip
     datasets = pytest.importorskip("datasets")
-    from flix.data import Mixture, Source
-
-    said = yaml.safe_load((out / f"{name}.yaml").read_text(encoding="utf-8"))
-    assert {(c["task"], c["language"]) for c in said["held_out"]} == {
-        (c.task, c.language) for c in data.held_out(half)
-    }  # type: ignore[arg-type]
-    sources, evaluation = [], []
-    for dataset in said["datasets"]:
-        for key, into in (("files", sources), ("eval_files", evaluation)):
-            for found in find_files(dataset[key], out):
-                rows = datasets.Dataset.from_list(rows_in(found.path)).select_columns(["source", "target"])  # fmt: skip
-                into.append(Source(rows, features={**dataset["features"], **found.features}))
-    implies = {tuple(k.split("=")): [tuple(v.split("=")) for v in of] for k, of in said["implies"].items()}  # fmt: skip
-    mixture = Mixture(sources, held_out=said["held_out"], evaluation=evaluation, implies=implies)
-    trained = [c for c in data.cells if c.held_out is None]
-    assert mixture.sizes == {f"language={c.language},task={c.task}": len(c.train) for c in trained}
-    assert len(mixture.held_out_cells) == len(data.held_out(half))  # type: ignore[arg-type]
-    registry = mixture.registry()
-    assert set(registry.groups) == {"language", "task", "family", "shared", "branch"}
-
-
-def test_flix_train_takes_the_configuration(out: Path):
     pytest.importorskip("pydantic")
-    from flix.training.settings import Settings
+    from flix.training.data import read_data
+    from flix.training.reading import read_settings
 
-    for name in ("choosing", "last_word"):
-        settings = Settings.model_validate(yaml.safe_load((out / f"{name}.yaml").read_text()))
-        assert settings.ranks.model_dump()["branch"] == 2
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    settings = read_settings(out / f"{name}.yaml")
+    mixture = read_data(settings).mixture
+    trained = [c for c in data.cells if c.held_out is None]
+    assert {tuple(sorted(cell.split(","))): size for cell, size in mixture.sizes.items()} == {
+        (f"language={c.language}", f"task={c.task}"): len(c.train) for c in trained
+    }
+    rows = mixture.evaluation_rows()
+    split: Literal["dev", "test"] = "dev" if half == "tuning" else "test"
+    assert len(rows) == sum(len(c.pairs(split)) for c in data.cells)
+    unseen = {rows.names[cell] for cell in rows.cells.tolist() if not rows.seen[cell]}
+    assert {tuple(sorted(cell.split(","))) for cell in unseen} == {
+        (f"language={c.language}", f"task={c.task}") for c in data.held_out(half)
+    }
+    assert set(mixture.registry().groups) == {"language", "task", "family", "shared", "branch"}
+    assert settings.ranks.model_dump()["branch"] == 2
+
+
+class TestReadingBack:
+    """What is read is what was written, or refused."""
+
+    def test_all_of_it(self, out: Path, data: WordsData):
+        found = read_words(out)
+        assert found.cells == data.cells and found.seed == data.seed
+        assert found.families == data.families and found.branches == data.branches
+        assert list(found.rows("train")) == list(data.rows("train"))
+        assert found.fingerprint["repositories"] == data.fingerprint["repositories"]
+
+    @pytest.fixture
+    def small(self, data: WordsData, tmp_path: Path) -> Path:
+        cell = data.cell("pron", "lat")
+        some = WordsData((cell,), data.families, data.branches, fingerprint=data.fingerprint)
+        return write_words(some, tmp_path / "small").parent
+
+    def test_a_changed_or_missing_file_is_named(self, small: Path):
+        path = small / "pron" / "lat.dev.jsonl.gz"
+        path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + b"{}\n"))
+        with pytest.raises(DataError, match=r"lat\.dev\.jsonl\.gz: not as it was written"):
+            read_words(small)
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(DataError, match=r"lat\.dev\.jsonl\.gz: cannot be read"):
+            read_words(small)
+        path.unlink()
+        with pytest.raises(DataError, match=r"lat\.dev\.jsonl\.gz: cannot be read"):
+            read_words(small)
+
+    def test_an_unfinished_folder_or_another_version_is_refused(self, small: Path):
+        path = small / "fingerprint.json"
+        said = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**said, "build": 0}), encoding="utf-8")
+        with pytest.raises(DataError, match="written by build 0"):
+            read_words(small)
+        path.write_text("[]")
+        with pytest.raises(DataError, match="no fingerprint"):
+            read_words(small)
+        path.unlink()
+        with pytest.raises(DataError, match=r"cannot be read .*python -m flix\.study\.words"):
+            read_words(small)
 
 
 def test_the_command_writes_and_says_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -77,6 +77,7 @@ def build_language(
     borrowed: Borrowed,
     *,
     denoise: bool = False,
+    complete: bool = False,
 ) -> Built:
     """The cells of a language.
 
@@ -86,12 +87,16 @@ def build_language(
         splits: of its words, as :func:`splits_of` makes them.
         borrowed: the quickstart's cells.
         denoise: whether there is a cell of unlabelled text.
+        complete: whether cells train on all rows that they have, copies and held-out cells included; those that the
+            quickstart holds out have none.
     """
     built = Built()
     for task in (task for task in TASKS if task != "denoise"):
         rows = rows_of(task, texts, accents=LANGUAGES[language].accents)
-        size = train_size(splits.seed, task, language)
-        _add(built, task, language, rows, size, HELD_OUT.get((task, language)), splits)
+        size, half = train_size(splits.seed, task, language), HELD_OUT.get((task, language))
+        if complete:
+            size, half = len(rows), None
+        _add(built, task, language, rows, size, half, splits, 1.0 if complete else COPY_SHARE)
     for (task, other), rows in borrowed.rows.items():
         if other == language:
             half = borrowed.held_out.get((task, language))
@@ -109,6 +114,7 @@ def _add(
     size: int,
     half: Half | None,
     splits: Splits,
+    copies: float = COPY_SHARE,
 ) -> None:
     """Add a cell of these rows, if there are any, or say that they are too few."""
     if not rows:
@@ -122,7 +128,7 @@ def _add(
                 parts[split].append((row, keys))
     wanted = _wanted(size, half)
     place = splits.seed, task, language
-    taken = {split: take(parts[split], wanted[split], place) for split in SPLITS}
+    taken = {split: take(parts[split], wanted[split], place, copies) for split in SPLITS}
     pairs = {s: tuple(row.pair for row, _ in taken[s]) for s in SPLITS}
     if _add_pairs(built, task, language, pairs, wanted, half):
         built.trained.update(*(keys for _, keys in taken["train"]))
@@ -163,13 +169,25 @@ def _fits(*texts: str) -> bool:
 
 
 def take(
-    rows: Sequence[tuple[Row, set[str]]], size: int, place: tuple[object, ...]
+    rows: Sequence[tuple[Row, set[str]]],
+    size: int,
+    place: tuple[object, ...],
+    share: float = COPY_SHARE,
 ) -> list[tuple[Row, set[str]]]:
-    """Rows drawn by the seed, of which at most a :data:`COPY_SHARE` may be copies."""
+    """Rows drawn by the seed.
+
+    Args:
+        rows: with their keys.
+        size: how many, if there are so many.
+        place: the seed and the cell, for what is drawn.
+        share: at most this share of them are copies; 1: however many are drawn.
+    """
     order = sorted(rows, key=lambda r: unit(*place, "order", r[0].source, r[0].target))
+    if share >= 1:
+        return order[:size]
     changed = [r for r in order if r[0].source != r[0].target][:size]
     # of c copies and n others, c is within the share while c <= n * share / (1 - share)
-    allowed = int(min(size * COPY_SHARE, len(changed) * COPY_SHARE / (1 - COPY_SHARE)))
+    allowed = int(min(size * share, len(changed) * share / (1 - share)))
     copies = [r for r in order if r[0].source == r[0].target][:allowed]
     kept = {id(r) for r in (*changed[: max(0, size - len(copies))], *copies)}
     # drawn anew: of many copies the few that are kept would all come first

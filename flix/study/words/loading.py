@@ -41,6 +41,7 @@ def load_words(
     seed: int = 0,
     languages: Sequence[str] | None = None,
     denoise: bool = False,
+    complete: bool = False,
     quickstart: Borrowed | bool = True,
     allow_missing: bool = False,
     commits: Mapping[str, str] | None = None,
@@ -57,6 +58,8 @@ def load_words(
         seed: of the splits that nobody publishes, of sizes and draws.
         languages: ISO 639-3; default: all of :data:`flix.study.words.LANGUAGES`.
         denoise: with a cell of unlabelled text in every language.
+        complete: train every cell on all rows that it has, held-out cells, too: for comparing with what others
+            published. Only what the quickstart holds out stays so.
         quickstart: the quickstart's numbers, dates and names: loaded (True), left out (False), or as given.
         allow_missing: leave out cells whose files are missing or too short. Without its training file, a segmentation
             is trained on a part of its development file.
@@ -88,9 +91,9 @@ def load_words(
     for done, language in enumerate(chosen):
         if progress is not None:
             progress(language, done, len(chosen))
-        texts, claims = _texts(files[language], language, seed)
+        texts, claims = read_texts(files[language], language, seed, complete)
         splits = splits_of(language, texts, taken, seed, claims)
-        built = build_language(language, texts, splits, taken, denoise=denoise)
+        built = build_language(language, texts, splits, taken, denoise=denoise, complete=complete)
         cells += built.cells
         short += built.short
         trained[language] = frozenset(built.trained)
@@ -102,6 +105,7 @@ def load_words(
         "seed": seed,
         "languages": list(chosen),
         "denoise": denoise,
+        "complete": complete,
         "repositories": {
             repository.folder: {
                 "address": repository.address,
@@ -199,17 +203,19 @@ def _commits(folder: Path, given: Mapping[str, str]) -> dict[str, str | None]:
     return found
 
 
-def _texts(files: Files, language: str, seed: int) -> tuple[Texts, Iterator[Claim]]:
+def read_texts(
+    files: Files, language: str, seed: int, complete: bool
+) -> tuple[Texts, Iterator[Claim]]:
     """What a language's files say, and the splits that the segmentation task puts its words in."""
     inflected: list[Inflected] = []
     if len(files.inflection) == len(SPLITS):
         inflected = [
             (*fields, split) for split in SPLITS for fields in read_inflection(files.inflection[split])
         ]  # fmt: skip
-    whole_task = "train" in files.segmentation
+    has_train = "train" in files.segmentation
 
     def official(split: Split) -> Split | None:
-        return split if whole_task or split == "test" else None
+        return split if has_train or split == "test" else None
 
     def claims() -> Iterator[Claim]:
         for name, path in files.segmentation.items():
@@ -218,13 +224,12 @@ def _texts(files: Files, language: str, seed: int) -> tuple[Texts, Iterator[Clai
                 yield from ((word, split) for word, _ in read_segmentation(path))
 
     segmented: list[Segmented] = []
-    tested: set[str] = (
-        set()
-    )  # some words are in several files; those of the test set are of it alone
+    # Some words are in several files; those of the test set are of it alone.
+    tested: set[str] = set()
     for split in reversed(SPLITS):
         if path := files.segmentation.get(split):
             found = (row for row in read_segmentation(path) if row[0] not in tested)
-            some = heapq.nsmallest(_MOST_SEGMENTED, found, key=lambda row: unit(seed, "read", language, row[0]))  # fmt: skip
+            some = found if complete else heapq.nsmallest(_MOST_SEGMENTED, found, key=lambda row: unit(seed, "read", language, row[0]))  # fmt: skip
             segmented += [(word, morphs, official(split)) for word, morphs in some]
             if split == "test":
                 tested = {word for word, _ in read_segmentation(path)}

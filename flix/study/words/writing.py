@@ -78,7 +78,13 @@ def write_words(
         }
         for cell in data.cells
     ]
-    fingerprint = {**data.fingerprint, "cells": cells, "files": written}
+    fingerprint = {
+        **data.fingerprint,
+        "families": data.families,
+        "branches": data.branches,
+        "cells": cells,
+        "files": written,
+    }
     text = json.dumps(fingerprint, ensure_ascii=False, indent=1) + "\n"
     write_file(out / FINGERPRINT, text.encode())
     for name, split in ((LAST_WORD, "test"), (CHOOSING, "dev")):
