@@ -256,13 +256,14 @@ def test_a_quickstart_of_other_tasks_is_refused():
         borrowed(SimpleNamespace(cells=[], family_of_task=other.family_of_task, sources={}))
 
 
-def test_the_quickstart_as_it_is(clones: Path):
+@pytest.mark.slow
+def test_the_quickstart_as_it_is(tmp_path: Path):
     """Its own data has the tasks and the form that the study takes."""
     for module in ("babel", "num2words", "simplemma", "wordfreq", "pyphen"):
         pytest.importorskip(module)
     from flix.quickstart.data import load_data
 
-    taken = borrowed(load_data())
+    taken = borrowed(load_data(tmp_path))
     assert {task for task, _ in taken.rows} == set(QUICKSTART_TASKS)
     assert len({language for _, language in taken.rows}) == 14
     assert set(taken.held_out.values()) == {"tuning", "test"}
