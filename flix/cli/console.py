@@ -17,7 +17,7 @@ import typer
 from flix.cli.streams import drop_output, flush, mistake, say
 from flix.core.errors import FlixError
 from flix.core.progress import Reporter, Silent, described, of_tasks
-from flix.core.tables import Cell, cell_text, is_numeric, text_table
+from flix.core.tables import LINE, Cell, blocks_of, cell_text, is_numeric, text_table
 
 P = ParamSpec("P")
 
@@ -109,21 +109,24 @@ def show(text: str) -> None:
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], title: str = "") -> None:
-    """A table; columns whose cells are numbers are set to the right."""
+    """A table; columns whose cells are numbers are set to the right, and what is too wide for a line stands beneath."""
     if not is_terminal():
-        say("\n".join([*([title] if title else []), text_table(columns, rows)]))
+        say("\n".join([*([title] if title else []), text_table(columns, rows, width=LINE)]))
         return
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left")
-    for i, name in enumerate(columns):
-        justify: Any = "right" if is_numeric(rows, i) else "left"
-        table.add_column(name, justify=justify, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(cell_text(cell)) for cell in row))
-    Console().print(table)
+    console = Console()
+    for block in blocks_of(columns, rows, console.width - 4, gap=3):
+        table = Table(title=title or None, title_justify="left")
+        for i in block:
+            justify: Any = "right" if is_numeric(rows, i) else "left"
+            table.add_column(columns[i], justify=justify, overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(cell_text(row[i])) for i in block))
+        console.print(table)
+        title = ""
 
 
 def make_reporter(as_json: bool) -> Reporter:

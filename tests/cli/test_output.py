@@ -12,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import flix
+from flix.cli.app import app
 from flix.core.adapter.adapter import LayerShape
+from tests.helpers.runs import similar_adapter
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="pipes as POSIX has them")
 
@@ -135,3 +138,18 @@ def test_warnings_are_one_line(large: Path, tmp_path: Path) -> None:
     result = flix_with("inspect", tmp_path / "two", out="")
     warned = "flix: warning: group 'language': 'eng' and 'Eng' differ only in case"
     assert result.stderr.startswith(warned) and result.stderr.count("\n") == 2
+
+
+def test_tables_fit_80_columns_and_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    languages = [f"language {i} of many" for i in range(12)]
+    adapter = similar_adapter(languages, ["ner", "pos"])
+    flix.save_adapter(adapter, "many")
+    for command in (["inspect", "--layers"], ["plan"], ["plan", "--explain"]):
+        shown = CliRunner().invoke(app, [command[0], "many", *command[1:]]).stdout
+        assert shown and max(map(len, shown.splitlines())) <= 80, command
+        if "--layers" in command:
+            assert all(f"language={name}" in shown for name in languages)
+            assert shown.count("encoder.block.1.v ") > 1
