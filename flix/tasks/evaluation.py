@@ -237,4 +237,6 @@ def average(cells: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _rounded(values: Sequence[float]) -> float:
-    return round(float(np.mean(values)), 2)
+    """The mean of the values that are there: a cell without any entity has no F1."""
+    there = [value for value in values if not np.isnan(value)]
+    return round(float(np.mean(there)), 2) if there else float("nan")

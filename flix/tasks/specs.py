@@ -38,6 +38,7 @@ class Spec:
         labels: of classification and tagging, ascending or as given.
         features: what all of its rows activate.
         feature_columns: groups whose feature stands in a column.
+        occurring: the labels of the training rows, and those of the evaluation rows.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Spec:
     labels: tuple[str, ...] | None
     features: Mapping[str, Any]
     feature_columns: Mapping[str, str]
+    occurring: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
 
 
 @dataclass
@@ -54,14 +56,16 @@ class Gathered:
     """The tasks and labels of data sets that are read one after the other."""
 
     found: list[dict[str, Any]] = field(default_factory=list)
-    labels: dict[str, set[str]] = field(default_factory=dict)
+    given: dict[str, set[str]] = field(default_factory=dict)
+    occurring: dict[tuple[str, bool], set[str]] = field(default_factory=dict)
 
-    def with_tasks(self, rows: Any, name: str, **said: Any) -> Any:
+    def with_tasks(self, rows: Any, name: str, evaluation: bool, **said: Any) -> Any:
         """The rows of a data set with the number of their task each, in the column ``flix_task``.
 
         Args:
             rows: a ``datasets.Dataset`` with the columns of features.
             name: the data set's; its task's, too, if rows have no feature of the group ``task``.
+            evaluation: whether the rows are for evaluation.
             said: what else a :class:`Spec` holds; labels may be None.
 
         Raises:
@@ -75,7 +79,7 @@ class Gathered:
         for place, task in enumerate(names.tolist()):
             numbers[place] = self._number({"name": task, **said})
             if said["kind"] in LABELS:
-                self._gather(rows, codes == place, {"name": task, **said}, name)
+                self._gather(rows, codes == place, {"name": task, **said}, name, evaluation)
         return rows.add_column(TASK, numbers[codes])
 
     def _number(self, spec: dict[str, Any]) -> int:
@@ -87,7 +91,9 @@ class Gathered:
             return len(known)
         return known.index(mine)
 
-    def _gather(self, rows: Any, mine: NDArray[np.bool_], spec: dict[str, Any], name: str) -> None:
+    def _gather(
+        self, rows: Any, mine: NDArray[np.bool_], spec: dict[str, Any], name: str, evaluation: bool
+    ) -> None:
         import pyarrow.compute as compute  # type: ignore[import-untyped]
 
         column, given = spec["columns"][LABELS[spec["kind"]]], spec["labels"]
@@ -100,7 +106,8 @@ class Gathered:
                 f"dataset {name!r}: {column!r} holds {other[0]!r}{near(other[0], given)}, which labels: does not name; it "
                 f"names: {listed(given)}"
             )
-        self.labels.setdefault(spec["name"], set()).update(given or occurring)
+        self.given.setdefault(spec["name"], set()).update(given or occurring)
+        self.occurring.setdefault((spec["name"], evaluation), set()).update(occurring)
 
     def specs(self) -> tuple[Spec, ...]:
         """The tasks, each with the labels that all data sets of its name have together."""
@@ -108,6 +115,10 @@ class Gathered:
         for spec in self.found:
             labels: Sequence[str] | None = spec["labels"]
             if labels is None and spec["kind"] in LABELS:
-                labels = sorted(self.labels[spec["name"]])
-            specs.append(Spec(**{**spec, "labels": None if labels is None else tuple(labels)}))
+                labels = sorted(self.given[spec["name"]])
+            halves = [
+                frozenset(self.occurring.get((spec["name"], half), ())) for half in (False, True)
+            ]
+            kept = None if labels is None else tuple(labels)
+            specs.append(Spec(**{**spec, "labels": kept, "occurring": (halves[0], halves[1])}))
         return tuple(specs)

@@ -170,6 +170,7 @@ def _loaded(
     return gathered.with_tasks(
         loaded,
         name,
+        half,
         kind=_kind(settings, dataset),
         columns=_columns(settings, dataset),
         prompt=dataset.prompt,

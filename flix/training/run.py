@@ -141,6 +141,7 @@ def made(settings: Settings, data: Data, config: FlixConfig) -> Built:
 def say(reporter: Reporter, data: Data, built: Built, evaluator: Evaluator) -> None:
     """What is about to be trained."""
     from flix.backends.torch import summary
+    from flix.tasks import label_notes
 
     counts, mixture = summary(built.model), data.mixture
     rows = mixture.evaluation_rows()
@@ -151,7 +152,12 @@ def say(reporter: Reporter, data: Data, built: Built, evaluator: Evaluator) -> N
     )
     first = mixture.training_rows().limited(50)
     names = [first.names[cell] for cell in first.cells]
-    for text in built.notes(first.__getitems__(range(len(first))), names, refuse=True):
+    notes = [
+        text
+        for t, s in zip(built.tasks, data.specs, strict=True)
+        for text in label_notes(t, *s.occurring)
+    ]
+    for text in (*notes, *built.notes(first.__getitems__(range(len(first))), names, refuse=True)):
         reporter.note(f"note: {text}")
 
 

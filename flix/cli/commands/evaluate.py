@@ -38,6 +38,7 @@ def evaluate(
     if out is not None and (out.is_dir() or (out.parent.exists() and not out.parent.is_dir())):
         raise RunError(f"--out: {str(out)!r} cannot be a file")
     from flix.training import evaluation
+    from flix.transformers.journal import plain
 
     quiet()
     result = evaluation.evaluate(
@@ -45,7 +46,7 @@ def evaluate(
     )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(plain(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         out.write_text(text, encoding="utf-8")
     if as_json:
         show_json({"adapter": str(adapter), **result})

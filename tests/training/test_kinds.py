@@ -1,0 +1,200 @@
+"""Several kinds of tasks over one encoder, from one configuration."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import flix
+from flix.cli.app import app
+from flix.cli.scores import show_scores
+from tests.helpers.training import ok, run
+
+LANGUAGES = ("hau", "swa", "yor")
+WORDS = {"hau": ["gida", "ruwa", "kogi"], "swa": ["nyumba", "maji", "mto"], "yor": ["ile", "omi", "odo"]}  # fmt: skip
+
+
+def rows_of(task: str, language: str, count: int) -> list[dict[str, Any]]:
+    words = WORDS[language]
+    found = []
+    for i in range(count):
+        text = [words[(i + j) % 3] for j in range(4)]
+        if task == "ner":
+            found.append({"tokens": text, "tags": ["B-LOC" if w == words[0] else "O" for w in text]})  # fmt: skip
+        elif task == "topic":
+            found.append({"text": " ".join(text), "label": f"t{i % 2}"})
+        elif task == "long":
+            found.append({"text": " ".join(text[: 1 + i % 4]), "value": 1 + i % 4})
+        else:
+            found.append({"text": " ".join(text)})
+    return found
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    import torch
+    import transformers as tf
+
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(w for ws in WORDS.values() for w in ws)]  # fmt: skip
+    folder = tmp_path / "encoder"
+    config = tf.BertConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    tf.BertForMaskedLM(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    tf.BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, encoder: Path) -> Path:
+    kinds = {"ner": "tagging", "topic": "classification", "long": "regression", "text": "masked"}
+    for task in kinds:
+        (tmp_path / task).mkdir()
+        for language in LANGUAGES:
+            for half, count in (("train", 12), ("test", 4)):
+                text = "".join(json.dumps(row) + "\n" for row in rows_of(task, language, count))
+                (tmp_path / task / f"{language}.{half}.jsonl").write_text(text)
+    columns = {
+        "ner": {}, "topic": {"source": "text", "target": "label"}, "long": {"source": "text", "target": "value"},
+        "text": {"source": "text"},
+    }  # fmt: skip
+    settings = {
+        "model": "encoder",
+        "output": "run",
+        "datasets": [
+            {
+                "files": f"{task}/{{language}}.train.jsonl", "eval_files": f"{task}/{{language}}.test.jsonl",
+                "kind": kind, "features": {"task": task}, **columns[task],
+            }
+            for task, kind in kinds.items()
+        ],
+        "held_out": [{"language": "yor", "task": "topic"}],
+        "implies": {"task=*": "shared=all"},
+        "ranks": {"rule": "by_group", "language": 1, "task": 2, "shared": 2},
+        "feature_dropout": {"per_group": {"language": 0.3}},
+        "training": {
+            "steps": 8, "batch_size": 8, "learning_rate": 0.01, "learning_rates": {"heads": 0.05}, "eval_every": 4,
+            "save_every": 2, "log_every": 2, "threads": 1, "max_source_tokens": 16,
+        },
+    }  # fmt: skip
+    path = tmp_path / "kinds.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def test_four_kinds_from_one_configuration(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    metrics = ok("train", config)
+    cells = {cell["cell"]: cell for cell in metrics["cells"]}
+    assert len(cells) == 12 and not cells["task=topic,language=yor"]["seen"]
+    kinds = {cell["task"]: (cell["kind"], cell["metric"]) for cell in cells.values()}
+    assert kinds == {
+        "ner": ("tagging", "entity_f1"), "topic": ("classification", "accuracy"), "long": ("regression", "pearson"),
+        "text": ("masked", "accuracy"),
+    }  # fmt: skip
+    assert {*metrics["seen"]["by_kind"]} == {"tagging", "classification", "regression", "masked"}
+    assert {*metrics["left_out"]} >= {"task=ner", "task=text", "language=yor", "shared=all"}
+    # Scores cost no more than losses here, and are followed.
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    evaluations = [entry["evaluation"] for entry in log if "evaluation" in entry]
+    assert len(evaluations) == 2 and all("score" in c for c in evaluations[0]["cells"].values())
+    # Heads belong to the adapter, and another process answers alike.
+    adapter = tmp_path / "run" / "adapter"
+    heads = flix.load_adapter(adapter).heads
+    assert any("ner" in name for name in heads) and any("topic" in name for name in heads)
+    again = ok("evaluate", config, adapter)
+    assert again["cells"] == metrics["cells"]
+    rows = [
+        {"text": "gida ruwa", "task": "topic", "language": "hau"},
+        {"tokens": ["maji", "mto"], "task": "ner", "language": "swa"},
+        {"text": "omi", "task": "long", "language": "yor"},
+    ]
+    given = "".join(json.dumps(row) + "\n" for row in rows)
+    result = run(app, ["predict", str(adapter), "-"], input=given)
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert found[0]["output"] in ("t0", "t1") and len(found[1]["output"].split()) == 2
+    float(found[2]["output"])
+    # A grid of languages and tasks, within 80 columns.
+    show_scores(again)
+    text = capsys.readouterr().out
+    assert "language \\ task" in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_a_cell_without_entities_has_no_score_and_breaks_no_average(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    text = json.dumps({"tokens": ["gida"], "tags": ["O"]})
+    (tmp_path / "ner" / "hau.test.jsonl").write_text(text)
+    settings = yaml.safe_load(config.read_text())
+    settings["training"].update(steps=2, best="score", eval_every=1, save_every=None)
+    config.write_text(yaml.safe_dump(settings))
+    metrics = ok("train", config)
+    none = next(c for c in metrics["cells"] if c["cell"] == "task=ner,language=hau")
+    assert none["score"] in (None, 0.0)  # 0 if an entity is told where there is none
+    assert metrics["seen"]["score"] is not None and metrics["training"]["best"]["value"] is not None
+    evaluated = run(app, ["evaluate", str(config), str(tmp_path / "run" / "adapter"), "--out", str(tmp_path / "o.json")])  # fmt: skip
+    assert evaluated.exit_code == 0 and "nan" not in evaluated.stdout
+    assert json.loads((tmp_path / "o.json").read_text(), parse_constant=pytest.fail)["cells"]
+    show_scores({"cells": [{**none, "score": math.nan, "interval": [math.nan] * 2}], "seen": None, "held_out": None})  # fmt: skip
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_averages_leave_out_cells_without_a_score() -> None:
+    from flix.tasks.evaluation import average
+
+    cells = [
+        {"kind": "tagging", "rows": 2, "metric": "entity_f1", "score": s, "scores": {"entity_f1": s, "accuracy": 50.0}}
+        for s in (math.nan, 30.0, 40.0)
+    ]  # fmt: skip
+    found = average(cells)
+    assert found is not None and found["score"] == 35.0 and found["cells"] == 3
+    assert found["by_kind"]["tagging"]["scores"] == {"entity_f1": 35.0, "accuracy": 50.0}
+    nothing = average(cells[:1])
+    assert nothing is not None and math.isnan(nothing["score"])
+
+
+def test_labels_that_no_training_row_has_are_named(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "topic" / "hau.test.jsonl").write_text('{"text": "gida", "label": "t9"}')
+    settings = yaml.safe_load(config.read_text())
+    settings["training"]["steps"] = 1
+    config.write_text(yaml.safe_dump(settings))
+    result = run(app, ["train", str(config)])
+    assert "task 'topic': no training row has the labels t9" in result.stdout
+
+
+def test_killed_and_resumed(config: Path, tmp_path: Path) -> None:
+    """Killed -9 after a checkpoint, and resumed to the same bytes as a run that was not, masked texts included."""
+    settings = yaml.safe_load(config.read_text())
+    settings["evaluation"] = {"left_out": False, "limit": 1}
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump({**settings, "output": "whole"}))
+    config.write_text(yaml.safe_dump(settings))
+    whole = ok("train", tmp_path / "whole.yaml")
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "flix.cli", "train", str(config)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    manifest = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "flix_checkpoint.json"
+    until = time.monotonic() + 120
+    while not manifest.exists() and killed.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "run" / "adapter").exists()
+    resumed = ok("train", config, "--resume")
+    one, two = (flix.load_adapter(tmp_path / name / "adapter") for name in ("run", "whole"))
+    assert {k: v.tobytes() for k, v in one.tensors.items()} == {k: v.tobytes() for k, v in two.tensors.items()}  # fmt: skip
+    assert {k: v.values.tobytes() for k, v in one.heads.items()} == {k: v.values.tobytes() for k, v in two.heads.items()}  # fmt: skip
+    assert resumed["cells"] == whole["cells"]
+    assert resumed["training"]["losses"] == whole["training"]["losses"]
