@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 from flix.core.errors import listed
 from flix.tasks.columns import TASK, Row
@@ -10,7 +11,7 @@ from flix.tasks.errors import DataError
 from flix.tasks.generative import Written
 from flix.tasks.headed import Headed, Tagging
 from flix.tasks.making import task_of
-from flix.tasks.task import Task
+from flix.tasks.task import Encoded, Task
 
 _LOOKED_AT = 50  # rows of a cell
 _MUCH = 0.1  # of a cell's pieces
@@ -38,6 +39,7 @@ def unknown_notes(
         if len(held := by_cell.setdefault(cell, [])) < _LOOKED_AT:
             held.append(row)
     notes: list[str] = []
+    lost: dict[int, dict[str, float]] = {}
     for cell, held in by_cell.items():
         of_task: dict[int, list[Row]] = {}
         for row in held:
@@ -47,8 +49,11 @@ def unknown_notes(
             if isinstance(task, Written):
                 notes += _targets(task, some, cell, refuse)
             elif isinstance(task, Headed):
-                notes += _sources(task, some, cell)
-    return notes
+                read = [task.prompt(row) for row in some]
+                notes += _sources(task, read, cell)
+                if isinstance(task, Tagging) and (part := _lost(read)):
+                    lost.setdefault(number, {})[cell] = part
+    return notes + [_cut(tasks[number], parts) for number, parts in lost.items()]
 
 
 def _targets(task: Written, rows: Sequence[Row], cell: str, refuse: bool) -> Iterator[str]:
@@ -71,26 +76,31 @@ def _targets(task: Written, rows: Sequence[Row], cell: str, refuse: bool) -> Ite
     )
 
 
-def _sources(task: Headed, rows: Sequence[Row], cell: str) -> Iterator[str]:
-    read = [task.prompt(row) for row in rows]
+def _sources(task: Task, read: Sequence[Encoded], cell: str) -> Iterator[str]:
     ids = [i for encoded in read for i in encoded["input_ids"]]
-    unknown = (
-        ids.count(task.tokenizer.unk_token_id) if task.tokenizer.unk_token_id is not None else 0
-    )
+    mark = task.tokenizer.unk_token_id
+    unknown = 0 if mark is None else ids.count(mark)
     if unknown >= _MUCH * len(ids):
         yield (
-            f"the tokenizer reads {unknown} of {len(ids)} pieces of {cell} as unknown, in {len(rows)} rows that were looked "
+            f"the tokenizer reads {unknown} of {len(ids)} pieces of {cell} as unknown, in {len(read)} rows that were looked "
             "at: the model sees little of these texts"
         )
-    if not isinstance(task, Tagging):
-        return
-    lost = [encoded["first"].count(None) for encoded in read]
-    if any(lost):
-        words = sum(len(encoded["first"]) for encoded in read)
-        yield (
-            f"{sum(lost)} of {words} words of {cell}, in {sum(map(bool, lost))} of {len(rows)} rows that were looked at, are "
-            f"beyond the {task.longest} tokens that are read, or nothing to the tokenizer: they get no tag and count as wrong"
-        )
+
+
+def _lost(read: Sequence[Encoded]) -> float:
+    """The part of the words that have no place."""
+    words = sum(len(encoded["first"]) for encoded in read)
+    lost: int = sum(encoded["first"].count(None) for encoded in read)
+    return lost / max(words, 1)
+
+
+def _cut(task: Any, parts: Mapping[str, float]) -> str:
+    worst = sorted(parts, key=parts.__getitem__, reverse=True)
+    said = listed((f"{cell} {100 * parts[cell]:.1f} %" for cell in worst), 5)
+    return (
+        f"task {task.name!r}: words beyond the {task.longest} tokens that are read, or that are nothing to the tokenizer, get "
+        f"no tag and count as wrong: of {said}"
+    )
 
 
 def label_notes(task: Task, training: Collection[str], evaluation: Collection[str]) -> list[str]:

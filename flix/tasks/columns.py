@@ -1,14 +1,11 @@
-"""What a row says in its columns: texts, words, numbers, conversations, and prompts made of them."""
+"""What a row says in its columns, and prompts made of them."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from typing import Any
 
-from flix.core.checks import is_number
 from flix.core.errors import listed, near, shown
 from flix.tasks.errors import DataError
 
@@ -28,17 +25,10 @@ def place(row: Row, task: str) -> str:
     """Where a row is, as well as it can be told."""
     if where := row.get(WHERE):
         return str(where)
+    # The first column alone: this is asked of every row that is read.
     for name, value in row.items():
-        if not name.startswith(
-            "flix_"
-        ):  # the first column: this is asked of every row that is read
-            some = (
-                value[:60]
-                if isinstance(value, str)
-                else value[:8]
-                if isinstance(value, list)
-                else value
-            )
+        if not name.startswith("flix_"):
+            some = value[:60] if isinstance(value, str | list) else value
             return f"task {task!r}, the row whose {name} is {shown(some, 60)}"
     return f"task {task!r}, an empty row"
 
@@ -57,94 +47,6 @@ def value_of(row: Row, column: str, where: str) -> Any:
     if row[column] is None:
         raise DataError(f"{where}: column {column!r} holds nothing")
     return row[column]
-
-
-def text(value: Any, column: str, where: str) -> str:
-    """A value as text; numbers are written out.
-
-    Raises:
-        DataError: neither text nor a finite number.
-    """
-    if isinstance(value, str):
-        if not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError:
-                raise DataError(
-                    f"{where}: column {column!r} holds half of a surrogate pair, which is no text: {shown(value, 60)}"
-                ) from None
-        return value
-    if is_number(value) and (isinstance(value, int) or math.isfinite(value)):
-        return str(value)
-    raise DataError(f"{where}: column {column!r} must hold text, got {shown(value)}")
-
-
-def texts(value: Any, column: str, where: str) -> list[str]:
-    """A value as a list of texts.
-
-    Raises:
-        DataError: no list, or an entry that is no text.
-    """
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise DataError(f"{where}: column {column!r} must hold a list of texts, got {shown(value)}")
-    return [text(entry, column, where) for entry in value]
-
-
-def number(value: Any, column: str, where: str) -> float:
-    """A value as a finite number; text that spells one is one.
-
-    Raises:
-        DataError: anything else.
-    """
-    found = math.nan
-    if is_number(value):
-        found = float(value)
-    elif isinstance(value, str):
-        with suppress(ValueError):
-            found = float(value)
-    if not math.isfinite(found):
-        raise DataError(f"{where}: column {column!r} must hold a finite number, got {shown(value)}")
-    return found
-
-
-def messages(value: Any, column: str, where: str) -> list[dict[str, str]]:
-    """A value as a conversation: ``[{"role": ..., "content": ...}, ...]``.
-
-    Raises:
-        DataError: no list of such messages, or an empty one.
-    """
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
-        raise DataError(
-            f'{where}: column {column!r} must hold a list of messages, {{"role": ..., "content": ...}}, '
-            f"got {shown(value)}"
-        )
-    found = []
-    for turn, message in enumerate(value):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= {*message}:
-            raise DataError(
-                f'{where}: column {column!r}, message {turn} must be {{"role": ..., "content": ...}}, got {shown(message)}'
-            )
-        what = f"{column}[{turn}]"
-        parts = {name: text(message[name], what, where) for name in ("role", "content")}
-        found.append({**message, **parts})
-    return found
-
-
-def names_in(template: str) -> list[str]:
-    """The columns and groups that a template names.
-
-    Raises:
-        DataError: a brace without its partner.
-    """
-    found: dict[str, None] = {}
-    for match in _FIELD.finditer(template):
-        if match[0] in ("{", "}"):
-            raise DataError(
-                f"prompt {template!r}: a single {match[0]!r}; write {match[0] * 2!r} for the brace itself"
-            )
-        if match[1] is not None:
-            found[match[1]] = None
-    return list(found)
 
 
 def fill(template: str, row: Row, where: str) -> str:
@@ -174,9 +76,21 @@ def fill(template: str, row: Row, where: str) -> str:
     return _FIELD.sub(put, template)
 
 
-def fields(template: str) -> list[str]:
-    """The names in a template."""
-    return [found for found in _FIELD.findall(template) if found]
+def names_in(template: str) -> list[str]:
+    """The columns and groups that a template names.
+
+    Raises:
+        DataError: a brace without its partner.
+    """
+    found: dict[str, None] = {}
+    for match in _FIELD.finditer(template):
+        if match[0] in ("{", "}"):
+            raise DataError(
+                f"prompt {template!r}: a single {match[0]!r}; write {match[0] * 2!r} for the brace itself"
+            )
+        if match[1] is not None:
+            found[match[1]] = None
+    return list(found)
 
 
 def _joined(value: Any) -> str:

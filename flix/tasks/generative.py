@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flix.core.errors import shown
+from flix.data import forms
 from flix.tasks import columns as reading
 from flix.tasks.columns import Row
 from flix.tasks.errors import DataError
@@ -162,7 +163,7 @@ class Chat(Causal):
 
     def _messages(self, row: Row) -> list[dict[str, str]]:
         column, where = self.columns["messages"], self.place(row)
-        return reading.messages(reading.value_of(row, column, where), column, where)
+        return forms.messages(reading.value_of(row, column, where), column, where)
 
     def _render(self, talk: list[dict[str, str]], where: str, opened: bool = False) -> str:
         try:

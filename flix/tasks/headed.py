@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from flix.core.errors import listed, near
+from flix.data import forms
 from flix.tasks import columns as reading
 from flix.tasks.columns import Row
 from flix.tasks.entities import is_entities
@@ -103,7 +104,7 @@ class Regression(Headed):
     def value(self, row: Row) -> float:
         """The number."""
         column, where = self.columns["target"], self.place(row)
-        return reading.number(reading.value_of(row, column, where), column, where)
+        return forms.number(reading.value_of(row, column, where), column, where)
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Tagging(Headed):
     def words(self, row: Row) -> list[str]:
         """The words."""
         column, where = self.columns["tokens"], self.place(row)
-        return reading.texts(reading.value_of(row, column, where), column, where)
+        return forms.texts(reading.value_of(row, column, where), column, where)
 
     def tags(self, row: Row) -> list[str]:
         """The tags, one a word."""
@@ -191,12 +192,12 @@ def labels_of(kind: str, row: Row, columns: Any, where: str) -> list[str]:
     """The labels that a row of classification or tagging names."""
     if kind == "tagging":
         column = columns["tags"]
-        return reading.texts(reading.value_of(row, column, where), column, where)
+        return forms.texts(reading.value_of(row, column, where), column, where)
     column = columns["target"]
     value = reading.value_of(row, column, where)
     if isinstance(value, bool):
         return [str(value).lower()]
-    return [reading.text(value, column, where)]
+    return [forms.text(value, column, where)]
 
 
 def _source_of(task: Headed, row: Row) -> str:

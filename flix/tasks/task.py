@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from flix.data import forms
 from flix.tasks import columns as reading
 from flix.tasks.columns import Row
 from flix.tasks.errors import DataError
@@ -55,7 +56,7 @@ class Task:
     @property
     def reads(self) -> tuple[str, ...]:
         """The columns that rows may need."""
-        return (*self.columns.values(), *reading.fields(self.template or ""))
+        return (*self.columns.values(), *reading.names_in(self.template or ""))
 
     def read(self, row: Row) -> Encoded:
         """A row with its answer, as the model is trained on it.
@@ -98,7 +99,7 @@ class Task:
     def text(self, row: Row, what: str) -> str:
         """The text of a column."""
         column, where = self.columns[what], self.place(row)
-        return reading.text(reading.value_of(row, column, where), column, where)
+        return forms.text(reading.value_of(row, column, where), column, where)
 
     def asked(self, row: Row) -> str:
         """The prompt's text: the template filled, or the source."""

@@ -226,8 +226,9 @@ def test_what_the_data_lack_is_said() -> None:
     assert "reads 2 of 4 pieces of amh as unknown, in 1 rows that were looked at" in note
     short = headed_tasks(piece_tokenizer(), max_source=5)
     (note,) = unknown_notes(short, rows[:1] + rows[6:], ["ner", "ner"])
-    assert (
-        "1 of 5 words of ner, in 1 of 2 rows that were looked at, are beyond the 5 tokens" in note
+    assert note == (
+        "task 'ner': words beyond the 5 tokens that are read, or that are nothing to the tokenizer, get no tag and count "
+        "as wrong: of ner 20.0 %"
     )
     # Labels that nobody can learn.
     notes = label_notes(NER, {"B-PER", "O"}, {"I-PER", "O"})
