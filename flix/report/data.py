@@ -94,7 +94,7 @@ def examples(run: Run, axes: Axes | None) -> dict[str, Any]:
     known = [e.right for e in kept if e.right is not None]
     return {
         "text": f"{len(kept):,} of {count:,} predictions; at most 20 right and 20 wrong ones of a cell, long texts cut. "
-        f"Of those shown, {sum(known)} are right and {len(known) - sum(known)} wrong: no measure of the run.",
+        f"Of those shown, {sum(known):,} are right and {len(known) - sum(known):,} wrong: no measure of the run.",
         "choices": choices,
         "data": {
             "cells": [[name, *places[name]] for name in names],

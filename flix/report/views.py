@@ -97,7 +97,7 @@ def _panels(view: View, curves: Curves, figures: Figures) -> list[Figure]:
             groups.setdefault(group, {})[name] = points
     return [
         Figure(
-            figures.panels(some),
+            figures.panels(dict(sorted(some.items()))),
             view.heading(f"Loss of {what} by {group}"),
             f"Loss in {what} by {group}, over the steps. Faint: the mean of all. In the corner: the last value.",
         )

@@ -176,7 +176,9 @@ def test_a_run_that_only_began(tmp_path: Path) -> None:
     (tmp_path / "run" / "config.yaml").write_text("model: x\n")
     found = write_report([tmp_path / "run"])
     assert len(found.missing) == 6 and found.short == []
-    Checked(found.out.read_text())
+    text = found.out.read_text()
+    Checked(text)
+    assert 'aria-label="In short"' not in text
 
 
 def test_a_run_of_one_group_and_one_feature(tmp_path: Path) -> None:
