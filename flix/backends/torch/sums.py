@@ -62,7 +62,9 @@ def _own(
     if blocks is None or len(blocks) > _MOST_BLOCKS:
         union = _union(parts, size, 1, dtype)
         return union.index_select(0, rows.reshape(-1)).view(*rows.shape, size)
-    own = [parts[i] if i >= 0 else parts[0].new_zeros(-i * size) for i in blocks]
+    # Rows that lack a feature fill up with as many zeros as another: made once, not for each of them.
+    zeros = {i: parts[0].new_zeros(-i * size) for i in {*blocks} if i < 0}
+    own = [parts[i] if i >= 0 else zeros[i] for i in blocks]
     return torch.cat(own).to(dtype).view(*rows.shape, size)
 
 
