@@ -13,6 +13,7 @@ from flix.core.progress import Reporter
 from flix.data.chosen import ChosenRows
 from flix.tasks import Answer, Task, interval, scores
 from flix.tasks.columns import TASK
+from flix.tasks.making import task_of
 
 if TYPE_CHECKING:
     from flix.transformers import FlixCollator
@@ -56,6 +57,7 @@ class Evaluator:
         self.cells, self.names, self.seen = chosen.cells, chosen.names, chosen.seen
         self.rows: list[dict[str, Any]] = chosen.__getitems__(range(len(chosen)))
         self.tasks = tuple(tasks)
+        self.lengths = np.array([length_of(tasks, row) for row in self.rows], np.float64)
         self.collator = collator.evaluation()
         self.elsewhere = collator.evaluation(unseen_group_weights or {})
         self.ids = self.collator.routing_of(self.rows).ids
@@ -97,6 +99,8 @@ class Evaluator:
         return np.asarray(trainer.summed(found))
 
     def _batches(self, places: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Batches of rows of similar length."""
+        places = places[np.argsort(self.lengths[places], kind="stable")]
         size = self.batch_size
         return [places[i : i + size] for i in range(0, len(places), size)]
 
@@ -192,6 +196,16 @@ class Evaluator:
                     }
                 )  # fmt: skip
         return found
+
+
+def length_of(tasks: Sequence[Task], row: Mapping[str, Any]) -> float:
+    """What a row costs, roughly: the bytes of its source, or those of its target one and a half times, if that is more.
+
+    A decoder's layer costs more than an encoder's, since it reads the encoder's output too.
+    """
+    source, target = task_of(tasks, row.get(TASK, 0)).example(row)
+    lengths = (len((text or "").encode("utf-8", "replace")) for text in (source, target))
+    return max(next(lengths), 1.5 * next(lengths))
 
 
 def names_of(value: Any) -> list[str]:

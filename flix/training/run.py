@@ -10,7 +10,8 @@ from typing import Any
 from flix.core.config.config import FlixConfig
 from flix.core.files import write_file
 from flix.core.progress import Reporter
-from flix.tasks.evaluation import Evaluator
+from flix.data.lengths import SimilarLengths
+from flix.tasks.evaluation import Evaluator, length_of
 from flix.training import folder
 from flix.training.data import Data, idle_notes, read_data
 from flix.training.evaluation import evaluator_of
@@ -169,7 +170,7 @@ def go(run: Run) -> Any:
         run.settings,
         run.built,
         folder=run.settings.output_folder / CHECKPOINTS,
-        rows=run.data.mixture.run(run.rows),
+        rows=dealt(run),
         evaluator=run.evaluator,
         journal=run.journal,
         reporter=run.reporter,
@@ -188,6 +189,15 @@ def go(run: Run) -> Any:
             f"interrupted at step {trainer.state.global_step}, which was saved; --resume goes on from there"
         )
     return trainer
+
+
+def dealt(run: Run) -> Any:
+    """The rows of the run in the order in which they are trained on."""
+    rows, t, tasks = run.data.mixture.run(run.rows), run.settings.training, run.built.tasks
+    if not t.similar_lengths:
+        return rows
+    batch = t.batch_size * folder.processes()
+    return SimilarLengths(rows, batch, lambda row: length_of(tasks, row), seed=run.settings.seed)
 
 
 def take(run: Run, trainer: Any) -> None:

@@ -209,6 +209,7 @@ class TrainingSettings(Form):
         learning_rates: rates of their own, by group of features and for ``heads``.
         learning_rate, schedule, warmup_steps, warmup_ratio, weight_decay, max_grad_norm: the optimizer's, AdamW.
         gradient_accumulation: micro-batches of a step.
+        similar_lengths: batches of rows of similar length, which saves padding; rows move by some steps at most.
         eval_every: steps between evaluations of the loss; default: only at the end.
         save_every: steps between checkpoints; default: only at the end.
         keep_checkpoints: how many to keep.
@@ -236,6 +237,7 @@ class TrainingSettings(Form):
     weight_decay: NotNegative = 0.0
     max_grad_norm: NotNegative = 1.0
     gradient_accumulation: Count = 1
+    similar_lengths: StrictBool = False
     eval_every: Count | None = None
     save_every: Count | None = None
     keep_checkpoints: Count = 2

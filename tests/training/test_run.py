@@ -96,12 +96,39 @@ def test_train_from_the_outside(
     assert not any("model" in name or "pytorch" in name for name in files)
 
 
+def test_rows_of_similar_length_come_together_and_are_the_same_rows(
+    config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flix.transformers import FlixCollator
+    from flix.transformers.numbering import NUMBER
+
+    drawn: dict[bool, list[list[str]]] = {True: [], False: []}
+    collate = FlixCollator.__call__
+    for chosen, batches in drawn.items():
+
+        def spy(self: Any, rows: Any, batches: list[list[str]] = batches) -> Any:
+            if NUMBER in rows[0]:
+                batches.append([row["source"] for row in rows])
+            return collate(self, rows)
+
+        monkeypatch.setattr(FlixCollator, "__call__", spy)
+        training = {"similar_lengths": chosen, "steps": 12}
+        ok("train", config("t5", training=training, evaluation={"at_end": False}), "--overwrite")
+    alike, plain = drawn[True], drawn[False]
+    assert alike != plain and list(map(len, alike)) == list(map(len, plain)) == [4] * 12
+    rows = [sorted(row for batch in batches for row in batch) for batches in (alike, plain)]
+    assert rows[0] == rows[1]
+    widths = [sum(max(map(len, batch)) for batch in batches) for batches in (alike, plain)]
+    assert widths[0] < widths[1]
+
+
 @pytest.mark.parametrize("model", ["t5", "llama"])
 def test_resume_is_bit_for_bit(config: Write, tmp_path: Path, model: str) -> None:
     """With the base's dropout (T5), feature dropout, accumulation, momentum, a schedule and evaluations."""
     training = {
         "steps": 8, "save_every": 3, "eval_every": 2, "gradient_accumulation": 2, "warmup_steps": 2,
         "weight_decay": 0.1, "log_every": 1, "batch_size": 3, "keep_checkpoints": 5,
+        "similar_lengths": model == "llama",
     }  # fmt: skip
     path = config(model, training=training, evaluation={"at_end": False})
     whole = ok("train", path)
