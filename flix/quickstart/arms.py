@@ -1,25 +1,26 @@
-"""The quickstart's arms: two FLix mixtures and the two LoRAs they are held against. Pure.
+"""The quickstart's arms: a FLix mixture and the two LoRAs it is held against, as configurations of ``flix train``.
 
 Ranks and policies follow what was found in trials: features that several datasets share (a task's family, one feature
 that all share) are what make the mixture work; the language feature is dropped in half of the training rows, so that
 tasks do without it; and where a language and a task were never trained together, the language's update is left out.
 
-Both LoRAs are one feature that every row activates, which is what a LoRA is; they run through the same code.
+Both LoRAs are one feature that every row activates, which is what a LoRA is: the other features have rank 0. So all
+arms run through the same code, on the same batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import flix
+from .data import QuickstartData
 
-from .data import Cell, QuickstartData
-
-#: Every linear layer except the head, as the prototype adapted them.
-TARGETS = "all-linear"
-SHARED = ("shared", "all")
+BASE = Path(__file__).parent / "base"
+#: Rows of a step.
+BATCH = 32
+LANGUAGE_DROPOUT = 0.5
 
 
 @dataclass(frozen=True)
@@ -27,101 +28,99 @@ class Arm:
     """One method of the comparison.
 
     Attributes:
-        name: short, for files and columns.
+        name: short, for files.
         title: for people.
-        groups: rank by feature group.
-        learning_rate: the peak, chosen on dev for each arm by itself.
-        language_dropout: rate at which a training row loses its language feature.
-        unseen_weights: factors by group for combinations never trained.
+        ranks: by feature group.
+        learning_rate: its peak, chosen on dev for each arm by itself.
     """
 
     name: str
     title: str
-    groups: Mapping[str, int]
+    ranks: Mapping[str, int]
     learning_rate: float
-    language_dropout: float = 0.0
-    unseen_weights: Mapping[str, float] = field(default_factory=dict)
 
-    def row(self, cell: Cell) -> dict[str, str]:
-        """What an example of a cell activates; the rest is implied."""
-        row = {"language": cell.language, "task": cell.task}
-        named = {group: name for group, name in row.items() if group in self.groups}
-        return named or {"shared": "all"}
+    def active(self) -> int:
+        """The rank that a row activates: each has one feature of every group."""
+        return sum(self.ranks.values())
+
+    def total(self, data: QuickstartData) -> int:
+        """The ranks of all features together."""
+        counts = {"language": len(data.languages), "task": len(data.tasks), "family": len(data.families), "shared": 1}  # fmt: skip
+        return sum(rank * counts[group] for group, rank in self.ranks.items())
 
 
 FLIX = Arm(
     "flix",
     "FLix, language + task + family + shared",
-    {"language": 1, "task": 2, "family": 4, "shared": 8},
+    {"language": 1, "task": 4, "family": 4, "shared": 4},
     learning_rate=5e-3,
-    language_dropout=0.5,
-    unseen_weights={"language": 0.0},
-)
-PLAIN = Arm(
-    "flix-plain",
-    "FLix, language + task",
-    {"language": 2, "task": 3},
-    learning_rate=5e-3,
-    language_dropout=0.5,
-    unseen_weights={"language": 0.0},
 )
 
 
 def lora(name: str, title: str, rank: int, learning_rate: float) -> Arm:
     """One LoRA for everything."""
-    return Arm(name, f"{title}, rank {rank}", {"shared": rank}, learning_rate)
-
-
-def registry(data: QuickstartData, groups: Sequence[str]) -> flix.FeatureRegistry:
-    """The features of an arm: a task implies its family, and whatever a row names implies the shared feature."""
-    names: dict[str, list[str]] = {
-        "language": list(data.languages),
-        "task": list(data.tasks),
-        "family": list(data.families),
-        "shared": ["all"],
-    }
-    implies: dict[Any, list[Any]] = {}
-    if "family" in groups:
-        for task, family in data.family_of_task.items():
-            implies[("task", task)] = [("family", family)]
-    if "shared" in groups:
-        for group in ("language", "family" if "family" in groups else "task"):
-            if group in groups:
-                implies[(group, "*")] = [SHARED]
-    return flix.FeatureRegistry({group: names[group] for group in groups}, implies=implies)
-
-
-def config(data: QuickstartData, arm: Arm, seed: int) -> flix.FlixConfig:
-    """The configuration of an arm."""
-    features = registry(data, list(arm.groups))
-    dropout = None
-    if arm.language_dropout and "language" in arm.groups:
-        dropout = flix.FeatureDropout(0.0, per_group={"language": arm.language_dropout})
-    return flix.FlixConfig(
-        registry=features,
-        ranks=flix.ranks.by_group(**arm.groups),
-        target_modules=TARGETS,
-        feature_dropout=dropout,
-        seed=seed,
-    )
-
-
-def budgets(data: QuickstartData, arm: Arm) -> tuple[int, int]:
-    """The largest sum of active ranks of any cell, and the sum of all ranks: what the two LoRAs match."""
-    settings = config(data, arm, seed=0)
-    routing = settings.registry.encode([arm.row(cell) for cell in data.cells])
-    ranks: Mapping[Any, int] = settings.ranks  # type: ignore[assignment]
-    by_id = [ranks[feature] for feature in settings.registry.features]
-    active = max(sum(by_id[i] for i in row if i >= 0) for row in routing.ids.tolist())
-    return active, sum(by_id)
+    ranks = {"language": 0, "task": 0, "family": 0, "shared": rank}
+    return Arm(name, f"{title}, rank {rank}", ranks, learning_rate)
 
 
 def arms(data: QuickstartData) -> tuple[Arm, ...]:
-    """All arms: the mixture, the plain mixture, and LoRAs matched to the first in compute and in parameters."""
-    compute, parameters = budgets(data, FLIX)
+    """All arms: the mixture, and LoRAs matched to it in parameters and in compute."""
     return (
         FLIX,
-        PLAIN,
-        lora("lora-compute", "LoRA, equal compute", compute, learning_rate=5e-3),
-        lora("lora-parameters", "LoRA, equal parameters", parameters, learning_rate=5e-3),
+        lora("lora-parameters", "LoRA, equal parameters", FLIX.total(data), 2.5e-3),
+        lora("lora-compute", "LoRA, equal compute", FLIX.active(), 5e-3),
     )
+
+
+def configuration(
+    data: QuickstartData, arm: Arm, *, seed: int, steps: int, limit: int | None, output: Path
+) -> dict[str, Any]:
+    """What ``flix train`` is given.
+
+    Args:
+        data: the quickstart's data.
+        arm: the method.
+        seed: of initial values, batches and feature dropout.
+        steps: optimizer steps.
+        limit: test examples of a cell; None for all.
+        output: the folder of the run.
+    """
+    rows = str(data.folder.resolve() / "{task}" / "{language}")
+    return {
+        "model": str(BASE),
+        "kind": "seq2seq",
+        "output": str(output.resolve()),
+        "datasets": [
+            {
+                "name": "quickstart",
+                "files": f"{rows}.train.jsonl",
+                "eval_files": f"{rows}.test.jsonl",
+            }
+        ],
+        "held_out": [{"language": c.language, "task": c.task} for c in data.zero_shot()],
+        # A task brings its family, and every family the feature that all share.
+        "implies": {
+            **{f"task={task}": f"family={family}" for task, family in data.family_of_task.items()},
+            "family=*": "shared=all",
+        },
+        "ranks": {"rule": "by_group", **arm.ranks},
+        "feature_dropout": {"per_group": {"language": LANGUAGE_DROPOUT}},
+        "temperature": 2.0,
+        "seed": seed,
+        "training": {
+            "steps": steps,
+            "batch_size": BATCH,
+            "learning_rate": arm.learning_rate,
+            "warmup_ratio": 0.05,
+            "similar_lengths": True,
+            "threads": 1,
+            "device": "cpu",
+        },
+        "evaluation": {
+            "batch_size": 256,
+            "max_new_tokens": 50,
+            "limit": limit,
+            "unseen_group_weights": {"language": 0.0},
+            "left_out": False,
+        },
+    }

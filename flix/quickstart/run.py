@@ -1,29 +1,30 @@
-"""``flix quickstart``: data, four arms two at a time, and the truth in tables."""
+"""``flix quickstart``: data, three arms side by side, and the truth in tables and on a page."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import statistics
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import report
-from .arms import arms, budgets, config
+import yaml
+
+from .arms import Arm, arms, configuration
 from .data import QuickstartData, load_data
 from .display import Display
 from .jobs import Job, JobError, run_jobs
-from .scores import COLUMNS, copies, differences, summary
+from .scores import COLUMNS, RANK_HEADINGS, by_cell, copies, name_of, rank_rows, score_rows, summary
 
-# One seed fits into minutes; a comparison over seeds is worth more steps.
-STEPS = 300
-STEPS_OF_SEVERAL = 400
-# Test items a pair in a run of one seed; all 60 with several.
-LIMIT = 40
+STEPS = 1500
 FAST_STEPS = 40
+#: Test items a pair in a run of one seed; all 60 with several.
+LIMIT = 40
+#: Sample predictions come from these languages first: several scripts, large and small.
+SHOWN = ("ka", "ru", "cy", "sw", "tr", "fi", "hu", "de")
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,12 @@ class Settings:
         seeds: how many seeds.
         steps: optimizer steps of an arm.
         limit: test examples a cell; None for all.
-        names: the arms to run.
         out: the folder for results.
     """
 
     seeds: int
     steps: int
     limit: int | None
-    names: tuple[str, ...]
     out: Path
 
 
@@ -57,44 +56,37 @@ def main(
 
     Args:
         seeds: train every arm with seeds 0 .. seeds - 1.
-        fast: few steps and examples, under a minute: does it run? The figures then mean nothing.
+        fast: few steps and examples, about a minute: does it run? The figures then mean nothing.
         as_json: print the results as JSON on standard output, and nothing else there.
         out: the folder for results; default ``quickstart-output``.
-        steps: optimizer steps of an arm; default 300, and 400 with several seeds.
+        steps: optimizer steps of an arm.
     """
     began = time.monotonic()
     folder = Path(out or "quickstart-output")
     folder.mkdir(parents=True, exist_ok=True)
     display = Display(to_stderr=as_json)
-    display.say("flix quickstart: one small model, 14 languages, 7 tasks, four ways to adapt it")
-    with display.building() as progress:
-        data = load_data(progress=progress)
-    all_arms = arms(data)
-    chosen = tuple(arm.name for arm in all_arms)
-    if fast:
-        chosen = tuple(name for name in chosen if name != "flix-plain")
+    display.say("flix quickstart: one small model, 14 languages, 7 tasks, three ways to adapt it")
+    data = load_data(progress=display.building)
     settings = Settings(
         seeds=seeds,
-        steps=steps or (FAST_STEPS if fast else STEPS if seeds == 1 else STEPS_OF_SEVERAL),
+        steps=steps or (FAST_STEPS if fast else STEPS),
         limit=2 if fast else LIMIT if seeds == 1 else None,
-        names=chosen,
         out=folder,
     )
     display.say(describe(data))
-    jobs = [
-        Job(name, seed, {"steps": settings.steps, "limit": settings.limit, "out": str(folder)})
-        for seed in range(seeds)
-        for name in settings.names
-    ]
     try:
-        with display.training(jobs, settings.steps) as follow:
-            run_jobs(jobs, follow)
+        jobs = trained(data, settings, display)
     except JobError as error:
         print(error, file=sys.stderr)
         return 1
     results = gather(data, settings, jobs)
+    page = report(settings, jobs)
     results["seconds"] = round(time.monotonic() - began, 1)
-    finish(data, settings, results, display)
+    (folder / "results.json").write_text(
+        json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    show(data, settings, results, jobs[0], display)
+    display.say(closing(folder, page))
     if as_json:
         json.dump(results, sys.stdout, indent=1, ensure_ascii=False)
         sys.stdout.write("\n")
@@ -112,73 +104,104 @@ def describe(data: QuickstartData) -> str:
     )
 
 
+def trained(data: QuickstartData, settings: Settings, display: Display) -> list[Job]:
+    """Every arm with every seed, each with its configuration and the folder of its run."""
+    jobs = []
+    for seed in range(settings.seeds):
+        for arm in arms(data):
+            job = Job(arm.name, seed, settings.out / f"{arm.name}-{seed}")
+            chosen = configuration(
+                data, arm, seed=seed, steps=settings.steps, limit=settings.limit, output=job.folder
+            )
+            text = yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
+            job.beside(".yaml").write_text(text, encoding="utf-8")
+            jobs.append(job)
+    # All arms of a seed at once, though there be fewer processors: one more than they are would wait for an end.
+    at_once = max(len(arms(data)), os.cpu_count() or 1)
+    with display.training(jobs, settings.steps) as follow:
+        run_jobs(jobs, follow, min(at_once, len(jobs)))
+    return jobs
+
+
 def gather(data: QuickstartData, settings: Settings, jobs: list[Job]) -> dict[str, Any]:
     """All results of a run, JSON-able."""
-    by_arm: dict[str, Any] = {}
-    runs: dict[str, list[Any]] = {}
-    for arm in arms(data):
-        if arm.name not in settings.names:
-            continue
-        own = [job.result for job in jobs if job.arm == arm.name]
-        runs[arm.name] = [result["cells"] for result in own]
-        active, total = budgets(data, arm)
-        by_arm[arm.name] = {
-            "title": arm.title,
-            "ranks": dict(arm.groups),
-            "active_rank": active,
-            "total_rank": total,
-            "learning_rate": arm.learning_rate,
-            "trainable": own[0]["figures"]["trainable"],
-            "seconds": sum(r["figures"]["seconds"] for r in own) / len(own),
-            "scores": summary(data, runs[arm.name]),
-            "cells": runs[arm.name],
-        }
     return {
         "steps": settings.steps,
         "seeds": settings.seeds,
-        "copy": copies(data, "test"),
+        "copy": copies(data),
         "sources": data.sources,
-        "arms": by_arm,
-        "difference": differences(data, runs["flix"], runs["lora-parameters"]),
+        "arms": {arm.name: of_arm(data, arm, jobs) for arm in arms(data)},
     }
 
 
-def finish(
-    data: QuickstartData, settings: Settings, results: dict[str, Any], display: Display
+def of_arm(data: QuickstartData, arm: Arm, jobs: list[Job]) -> dict[str, Any]:
+    """The results of one arm."""
+    found = [job.read("metrics.json") for job in jobs if job.arm == arm.name]
+    runs = [by_cell(metrics) for metrics in found]
+    training = [metrics["training"] for metrics in found]
+    return {
+        "title": arm.title,
+        "ranks": dict(arm.ranks),
+        "active_rank": arm.active(),
+        "total_rank": arm.total(data),
+        "learning_rate": arm.learning_rate,
+        "trainable": training[0]["trainable_parameters"],
+        "seconds": statistics.fmean(t["seconds"] for t in training),
+        "scores": summary(data, runs),
+        "cells": runs,
+    }
+
+
+def report(settings: Settings, jobs: list[Job]) -> Path:
+    """The page about the arms of the first seed; FLix stands beside the LoRAs."""
+    from flix.report import write_report
+
+    runs = [job.folder for job in jobs if job.seed == 0]
+    return Path(write_report(runs, settings.out / "report.html", force=True).out)
+
+
+def samples(data: QuickstartData, job: Job, count: int = 10) -> list[list[str]]:
+    """A few predictions of FLix in several scripts, right and wrong as they come, zero-shot ones among them."""
+    names = {cell["cell"]: name_of(cell) for cell in job.read("metrics.json")["cells"]}
+    answers: dict[str, list[list[str]]] = {}
+    for line in (job.folder / "predictions.jsonl").read_bytes().splitlines():
+        a = json.loads(line)
+        row = [names[a["cell"]], a["source"], a["output"], "=" if a["right"] else a["target"]]
+        answers.setdefault(row[0], []).append(row)
+    chosen: list[list[str]] = []
+    for turn, language in enumerate(SHOWN * 2):
+        cells = [n for task in data.tasks if (n := f"{language}/{task}") in answers]
+        if cells and len(chosen) < count:
+            rows = answers[cells[(3 * turn + 1) % len(cells)]]
+            chosen.append(rows[turn % len(rows)])
+    return chosen + [answers[c.name][0] for c in data.zero_shot("test") if c.name in answers][:2]
+
+
+def show(
+    data: QuickstartData, settings: Settings, results: dict[str, Any], first: Job, display: Display
 ) -> None:
-    """Save and show everything."""
-    out = settings.out
-    first = out / "flix-0"
-    shutil.rmtree(out / "adapter", ignore_errors=True)
-    shutil.copytree(first / "adapter", out / "adapter")
-    (out / "results.json").write_text(
-        json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    report.heat_map(
-        data,
-        results["difference"],
-        "FLix minus LoRA of equal parameters",
-        out / "heatmap.png",
-    )
-    headings = ["exact match, %", *COLUMNS]
-    display.table(headings, report.score_rows(results, "exact"))
-    display.table(["chrF", *COLUMNS], report.score_rows(results, "chrf"))
-    display.table(report.RANK_HEADINGS, report.rank_rows(results))
-    registry = config(data, arms(data)[0], 0).registry
-    display.say(f"FLix features: {registry}; every row activates four of them.")
-    rows = [
-        [
-            a["cell"],
-            a["source"],
-            a["predicted"],
-            "=" if a["predicted"] == a["target"] else a["target"],
-        ]
-        for a in report.samples(data, first)
-    ]
-    display.table(["language/task", "input", "FLix answers", "expected"], rows)
-    if settings.steps < STEPS:
+    """All figures, and what the first job, FLix's, answered."""
+    display.table(["exact match, %", *COLUMNS], score_rows(results, "exact"))
+    display.table(["chrF", *COLUMNS], score_rows(results, "chrf"))
+    display.table(RANK_HEADINGS, rank_rows(results))
+    display.table(["language/task", "input", "FLix answers", "expected"], samples(data, first))
+    if settings.steps < STEPS // 2:
         display.say(
             f"({settings.steps} steps only: the figures show that it runs, not how good it is)"
         )
     display.say(f"{results['seconds']:.0f} s in all, on {os.cpu_count()} processors.")
-    display.say(report.closing(out))
+
+
+def closing(out: Path, page: Path) -> str:
+    """Where everything is, and what to try next."""
+    run = out / "flix-0"
+    return (
+        f"report: {page}  (open it in a browser: scores by language and task, curves, what features share)\n"
+        f"The runs are in {out}; each arm's configuration lies beside its run. All figures: {out / 'results.json'}.\n"
+        "What to try next:\n"
+        f"  flix inspect {run / 'adapter'}\n"
+        f"  flix train {run}.yaml --overwrite\n"
+        "  flix quickstart --seeds 3          the same with three seeds (longer)\n"
+        "  flix train examples/train.yaml     your own model and data\n"
+        "  README.md                          the library in twenty lines"
+    )

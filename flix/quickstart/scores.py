@@ -1,4 +1,4 @@
-"""From scores by cell to the picture: seen, low-resource and zero-shot, by method, over seeds. Pure."""
+"""From the metrics of runs to the picture: seen, low-resource and zero-shot, by method, over seeds. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .data import Cell, QuickstartData
+from .data import Cell, QuickstartData, copy_baseline
 
 #: Column -> which cells it averages. The tuning half of the zero-shot cells guided choices; the test half did not.
 COLUMNS: dict[str, Callable[[Cell], bool]] = {
@@ -15,8 +15,22 @@ COLUMNS: dict[str, Callable[[Cell], bool]] = {
     "zero-shot": lambda cell: cell.held_out == "test",
     "zero-shot, tuning": lambda cell: cell.held_out == "tuning",
 }
-METRICS = ("exact", "chrf")
+#: Key in the results -> name of the score in ``metrics.json``.
+METRICS = {"exact": "exact_match", "chrf": "chrf"}
 By = Mapping[str, Mapping[str, float]]
+
+
+def name_of(cell: Mapping[str, Any]) -> str:
+    """``language/task`` of a cell in ``metrics.json``."""
+    return "/".join(cell["features"][group][0] for group in ("language", "task"))
+
+
+def by_cell(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Cell -> scores, from what a run's ``metrics.json`` holds."""
+    return {
+        name_of(cell): {key: cell["scores"][score] for key, score in METRICS.items()}
+        for cell in metrics["cells"]
+    }
 
 
 def average(data: QuickstartData, cells: By, column: str, metric: str) -> float:
@@ -41,23 +55,40 @@ def summary(data: QuickstartData, runs: Iterable[By]) -> dict[str, dict[str, dic
     return table
 
 
-def copies(data: QuickstartData, split: str) -> dict[str, float]:
-    """Exact match of answering with the input, by column."""
-    from .data import copy_baseline
-
-    result = {}
-    for column, holds in COLUMNS.items():
-        rates = [copy_baseline(getattr(c, split)) for c in data.cells if holds(c)]
-        result[column] = round(statistics.fmean(rates), 2)
-    return result
+def copies(data: QuickstartData) -> dict[str, float]:
+    """Exact match of answering the test rows with the input, by column."""
+    rates = {column: [copy_baseline(c.test) for c in data.cells if holds(c)] for column, holds in COLUMNS.items()}  # fmt: skip
+    return {column: round(statistics.fmean(found), 2) for column, found in rates.items()}
 
 
-def differences(data: QuickstartData, ours: Iterable[By], theirs: Iterable[By]) -> dict[str, float]:
-    """Cell -> exact match of one method minus another's, averaged over seeds."""
-    ours, theirs = list(ours), list(theirs)
-    return {
-        cell.name: statistics.fmean(run[cell.name]["exact"] for run in ours)
-        - statistics.fmean(run[cell.name]["exact"] for run in theirs)
-        for cell in data.cells
-        if all(cell.name in run for run in (*ours, *theirs))
-    }
+def score_rows(results: Mapping[str, Any], metric: str) -> list[list[str]]:
+    """The table of one metric as text: a row a method, a column a kind of cells."""
+    rows = []
+    for arm in results["arms"].values():
+        row = [arm["title"]]
+        for column in COLUMNS:
+            value = arm["scores"][column][metric]
+            spread = f" ±{value['sd']:.1f}" if value["sd"] is not None else ""
+            row.append(f"{value['mean']:.1f}{spread}")
+        rows.append(row)
+    if metric == "exact":
+        rows.append(["copying the input", *(f"{results['copy'][c]:.1f}" for c in COLUMNS)])
+    return rows
+
+
+RANK_HEADINGS = ["method", "ranks", "active", "total", "parameters", "training"]
+
+
+def rank_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """Ranks and parameters by method, as text."""
+    return [
+        [
+            arm["title"],
+            ", ".join(f"{group} {rank}" for group, rank in arm["ranks"].items() if rank),
+            str(arm["active_rank"]),
+            str(arm["total_rank"]),
+            f"{arm['trainable']:,}",
+            f"{arm['seconds']:.0f} s",
+        ]
+        for arm in results["arms"].values()
+    ]

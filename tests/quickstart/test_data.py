@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from flix.quickstart.data import (
     copy_baseline,
     default_cache_dir,
     load_data,
-    sampling_probabilities,
 )
 from flix.quickstart.data.build import build_cell
 from flix.quickstart.data.design import (
@@ -138,32 +138,53 @@ def test_deterministic_and_seeded(data: QuickstartData) -> None:
 def test_cache(
     data: QuickstartData, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    files = list(cache_dir.iterdir())
-    assert [file.suffix for file in files] == [".jsonl"]
+    folders = list(cache_dir.iterdir())
+    assert folders == [data.folder]
     calls: list[str] = []
     again = load_data(cache_dir, progress=lambda label, done, total: calls.append(label))
     assert again == data
     assert calls == []
-    whole = files[0].read_bytes()
-    damaged = tmp_path / files[0].name
+    monkeypatch.setattr(cache, "package_versions", lambda: {"simplemma": "0"})
+    assert cache.cache_folder(cache_dir, 0) != folders[0]
+
+
+def test_a_cell_is_a_file_of_rows_for_each_split(data: QuickstartData) -> None:
+    cell = data.cell("de", "num2dig")
+    for split in SPLITS:
+        lines = cache.file_of(data.folder, "num2dig", "de", split).read_bytes().splitlines()
+        rows = [Example(**json.loads(line)) for line in lines]
+        assert rows == getattr(cell, split)
+    held_out = next(data.zero_shot())
+    assert not cache.file_of(data.folder, held_out.task, held_out.language, "train").exists()
+
+
+@pytest.mark.parametrize("file", ["index.json", "lemma/ka.train.jsonl"])
+def test_a_damaged_cache_is_built_again(data: QuickstartData, tmp_path: Path, file: str) -> None:
+    kept = [cell for cell in data.cells if cell.language == "ka"]
+    folder = tmp_path / "kept"
+    cache.write_cells(folder, kept)
+    assert cache.read_cells(folder) == kept
+    damaged = folder / file
+    whole = damaged.read_bytes()
     for content in (whole[: len(whole) // 2], whole.rsplit(b"\n", 2)[0], b"", b"[]\n", b"\xff"):
         damaged.write_bytes(content)
-        assert cache.read_cells(damaged) is None
-    assert cache.read_cells(tmp_path / "absent.jsonl") is None
-    monkeypatch.setattr(cache, "package_versions", lambda: {"simplemma": "0"})
-    assert cache.cache_file(cache_dir, 0) != files[0]
+        assert cache.read_cells(folder) is None
+    damaged.unlink()
+    assert cache.read_cells(folder) is None
+    cache.write_cells(folder, kept)
+    assert cache.read_cells(folder) == kept
 
 
 def test_cache_is_written_whole_or_not_at_all(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    data: QuickstartData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(cache.os, "replace", fail)
+    monkeypatch.setattr(cache, "_write", fail)
     with pytest.raises(OSError, match="disk full"):
-        cache.write_cells(tmp_path / "x.jsonl", [])
-    assert list(tmp_path.iterdir()) == []
+        cache.write_cells(tmp_path / "x", list(data.cells[:1]))
+    assert not (tmp_path / "x").exists()
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -173,15 +194,6 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cache.sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / "flix"
-
-
-def test_sampling_probabilities() -> None:
-    assert sampling_probabilities([100, 400, 0]) == pytest.approx([1 / 3, 2 / 3, 0])
-    assert sampling_probabilities([1, 3], exponent=1.0) == pytest.approx([0.25, 0.75])
-    assert sampling_probabilities([1, 3, 0], exponent=0.0) == pytest.approx([0.5, 0.5, 0])
-    for wrong in ([], [0, 0], [-1, 2], [float("nan")]):
-        with pytest.raises(ValueError, match="sizes"):
-            sampling_probabilities(wrong)
 
 
 def test_unknown_cell_is_named(data: QuickstartData) -> None:

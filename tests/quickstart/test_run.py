@@ -12,6 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("simplemma")
 pytest.importorskip("sacrebleu")
+from flix.quickstart.jobs import Job, JobError, run_jobs
 
 
 @pytest.mark.slow
@@ -30,16 +31,27 @@ def test_fast_quickstart_prints_json_and_leaves_its_results(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(done.stdout)
-    assert list(results["arms"]) == ["flix", "lora-compute", "lora-parameters"]
+    assert list(results["arms"]) == ["flix", "lora-parameters", "lora-compute"]
     for arm in results["arms"].values():
         assert 0.0 <= arm["scores"]["seen"]["exact"]["mean"] <= 100.0
         assert arm["trainable"] > 0 and len(arm["cells"]) == 1
     assert results["arms"]["flix"]["active_rank"] == results["arms"]["lora-compute"]["total_rank"]
-    assert (out / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+    assert results["arms"]["flix"]["trainable"] == results["arms"]["lora-parameters"]["trainable"]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert f"report: {out / 'report.html'}" in done.stderr and "num2dig" in page
+    shown = done.stderr.partition("FLix answers")[2]
+    assert shown.count("/date2") + shown.count("/num2") + shown.count("/lemma") >= 5
     assert "What to try next" in done.stderr
     import flix
 
-    adapter = flix.load_adapter(out / "adapter")
+    adapter = flix.load_adapter(out / "flix-0" / "adapter")
     assert set(adapter.config.registry.groups) == {"language", "task", "family", "shared"}
     trained = [name for name in adapter.tensors if ".B." in name and adapter.tensors[name].any()]
     assert len(trained) > len(adapter.tensors) / 4
+
+
+def test_a_job_that_fails_ends_with_what_it_wrote(tmp_path):
+    job = Job("flix", 0, tmp_path / "flix-0")
+    job.beside(".yaml").write_text("model: 3\n")
+    with pytest.raises(JobError, match=r"flix, seed 0 failed:(.|\n)*SettingsError"):
+        run_jobs([job], lambda job, event: None, parallel=1)

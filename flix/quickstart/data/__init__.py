@@ -7,15 +7,11 @@ for cell in data.trained():
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
-from flix.core.sampling.schedule import shares
-
 from .build import Progress, build_cells
-from .cache import cache_file, default_cache_dir, package_versions, read_cells, write_cells
+from .cache import cache_folder, default_cache_dir, package_versions, read_cells, write_cells
 from .design import LANGUAGES, TASKS
 from .types import Cell, Example, QuickstartData
 
@@ -27,7 +23,6 @@ __all__ = [
     "copy_baseline",
     "default_cache_dir",
     "load_data",
-    "sampling_probabilities",
 ]
 
 
@@ -39,30 +34,21 @@ def load_data(
     ``cache_dir`` defaults to ``$FLIX_CACHE`` or the platform's cache folder. ``progress`` is called
     with ``(label, done, total)`` as cells are built, and not at all when they come from the cache.
     """
-    folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    path = cache_file(folder, seed)
-    cells = read_cells(path)
+    cache = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    folder = cache_folder(cache, seed)
+    cells = read_cells(folder)
     if cells is None:
         cells = build_cells(seed, progress)
-        write_cells(path, cells)
+        write_cells(folder, cells)
     return QuickstartData(
         languages=tuple(LANGUAGES),
         tasks=tuple(TASKS),
         family_of_task={name: task.family for name, task in TASKS.items()},
         cells=tuple(cells),
+        folder=folder,
         seed=seed,
         sources=package_versions(),
     )
-
-
-def sampling_probabilities(sizes: Sequence[int], exponent: float = 0.5) -> np.ndarray:
-    """Probabilities proportional to ``size ** exponent``; empty datasets are never drawn."""
-    counts = np.asarray(sizes, dtype=np.float64)
-    if counts.ndim != 1 or counts.size == 0:
-        raise ValueError("sizes must be a non-empty list of numbers")
-    if not np.isfinite(counts).all() or (counts < 0).any() or not counts.any():
-        raise ValueError("sizes must be finite, not negative, and not all zero")
-    return shares(counts, exponent)
 
 
 def copy_baseline(examples: Iterable[Example]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 HeldOut = Literal["tuning", "test"]
@@ -47,12 +48,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class QuickstartData:
-    """All cells, with the axes they lie on."""
+    """All cells, with the axes they lie on; their rows are files in ``folder``, too."""
 
     languages: tuple[str, ...]
     tasks: tuple[str, ...]
     family_of_task: dict[str, str]
     cells: tuple[Cell, ...]
+    folder: Path = Path()
     seed: int = 0
     sources: dict[str, str] = field(default_factory=dict)
 

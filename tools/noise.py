@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .tokens import BYTE_OFFSET, EOS, FIRST_SENTINEL
+from tools.tokens import BYTE_OFFSET, EOS, FIRST_SENTINEL
 
 MAX_LINE_BYTES = 60
 _TAG_LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flix.quickstart import tokens
+from tools import tokens
 
 TEXTS = ["", "num: zwölf", "ქართული", "Ełk 北", "a" * 30]
 

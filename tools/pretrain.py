@@ -1,9 +1,9 @@
 """Train the quickstart's base: a small byte-level T5, by denoising words of many languages.
 
-    python -m flix.quickstart.pretrain --out DIR --seed 0 --steps 3000
+    python -m tools.pretrain --out DIR --seed 0 --steps 3000
 
 None of the tasks it is later adapted to appears here: words are never paired with lemmas, digits,
-hyphens, dates or translations. See :mod:`flix.quickstart.noise` for what it does learn.
+hyphens, dates or translations. See :mod:`tools.noise` for what it does learn.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from .noise import LineSampler, denoising_pair
-from .tokens import EOS, IGNORED, PAD, VOCABULARY, pad
-from .words import FORMS_ONLY, words
+from flix.quickstart.words import FORMS_ONLY, words
+from tools.noise import LineSampler, denoising_pair
+from tools.tokens import EOS, IGNORED, PAD, VOCABULARY, pad
 
 #: Languages of the base. The first row is what the quickstart adapts to.
 LANGUAGES = (
@@ -222,7 +222,7 @@ def _save(model: Any, out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m flix.quickstart.pretrain", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.pretrain", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3000)

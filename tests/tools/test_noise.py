@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flix.quickstart import noise, tokens
+from tools import noise, tokens
 
 LISTS = {"de": ["Haus", "über", "grün", "lesen"], "ka": ["დედა", "სახლი"]}
 

@@ -11,7 +11,7 @@ LISTS = {"de": ["Haus", "über", "grün", "lesen"], "ka": ["დედა", "ს�
 
 
 def test_learning_rate() -> None:
-    pretrain = pytest.importorskip("flix.quickstart.pretrain")
+    pretrain = pytest.importorskip("tools.pretrain")
     rates = [pretrain.learning_rate(step, 100, 1.0, 10) for step in range(100)]
     assert rates.index(max(rates)) in (9, 10)
     assert rates[0] == pytest.approx(0.1)
@@ -21,7 +21,7 @@ def test_learning_rate() -> None:
 def test_the_script_trains_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from flix.quickstart import pretrain
+    from tools import pretrain
 
     monkeypatch.setattr(pretrain, "word_lists", lambda: LISTS)
     pretrain.main(["--out", str(tmp_path), "--steps", "3", "--batch", "4"])

@@ -1,0 +1,1 @@
+"""What makes parts of the repository and is not shipped."""
