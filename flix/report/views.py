@@ -11,7 +11,7 @@ from flix.report.grid import Axes, decimal, difference_grid, metric_name, score_
 from flix.report.records import Curves, Point, Scored
 from flix.report.runs import Run
 from flix.report.sharing import features, shared
-from flix.report.updates import compare
+from flix.report.updates import MOST, compare
 from flix.report.view import Figure, Table, View
 
 
@@ -95,14 +95,15 @@ def _panels(view: View, curves: Curves, figures: Figures) -> list[Figure]:
         group, _, name = feature.partition("=")
         if points:
             groups.setdefault(group, {})[name] = points
-    return [
-        Figure(
-            figures.panels(dict(sorted(some.items()))),
-            view.heading(f"Loss of {what} by {group}"),
-            f"Loss in {what} by {group}, over the steps. Faint: the mean of all. In the corner: the last value.",
-        )
-        for group, some in groups.items()
-    ]
+    found = []
+    for group, some in groups.items():
+        highest = sorted(some, key=lambda name: -some[name][-1][1])[:MOST]
+        text = f"Loss in {what} by {group}, over the steps. Faint: the mean of all. In the corner: the last value."
+        if left := len(some) - len(highest):
+            text += f" The {left} lowest are left out, and not in the mean."
+        drawn = figures.panels({name: some[name] for name in sorted(highest)})
+        found.append(Figure(drawn, view.heading(f"Loss of {what} by {group}"), text))
+    return found
 
 
 def _put_origin(view: View) -> None:

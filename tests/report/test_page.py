@@ -188,6 +188,18 @@ def test_a_run_of_one_group_and_one_feature(tmp_path: Path) -> None:
     assert "There are no two features to compare." in written(single)
 
 
+def test_of_many_features_the_worst_have_panels(tmp_path: Path) -> None:
+    names = [f"l{i:02d}" for i in range(64)]
+    made = make_run(tmp_path / "run", names, ["ner"], held_out=(), steps=50)
+    text = written(made)
+    assert "The 4 lowest are left out, and not in the mean." in text
+    lines = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
+    last = lines[-1]["evaluation"]["by_feature"]
+    worst = max(names, key=lambda name: last[f"language={name}"])
+    drawn = text[text.index("Loss of evaluation by language") :].partition("</figure>")[0]
+    assert f">{worst}</text>" in drawn and drawn.count("</text>") == 120
+
+
 def test_names_of_runs_with_one_folder_name_tell_them_apart(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name / "run") for name in "ab"]
     assert "a/run is compared with b/run" in written(*runs)
