@@ -18,6 +18,7 @@ METRICS, MIXTURE, LOG, PREDICTIONS, RUN, CONFIG = (
 )  # fmt: skip
 _KNOWN = (METRICS, MIXTURE, LOG, PREDICTIONS, RUN, CONFIG)
 _Read = TypeVar("_Read")
+_CHECKPOINT, _COMPLETE = "checkpoint-", "flix_checkpoint.json"  # which is written last
 
 
 @dataclass
@@ -122,10 +123,20 @@ def _of_lines(
 def _adapter(run: Run) -> Adapter | None:
     folder = run.folder / "adapter"
     if not any((folder / name).exists() for name in (TENSOR_FILE, CONFIG_FILE)):
+        steps = [
+            (int(path.name.removeprefix(_CHECKPOINT)), path)
+            for path in (run.folder / "checkpoints").glob(f"{_CHECKPOINT}*")
+            if path.name.removeprefix(_CHECKPOINT).isdigit() and (path / _COMPLETE).is_file()
+        ]
+        if not steps:
+            run.missing.append(
+                "Ranks, parameters and what features share: there is no adapter; none was saved yet."
+            )
+            return None
+        step, folder = max(steps)
         run.missing.append(
-            "Ranks, parameters and what features share: there is no adapter; none was saved yet."
+            f"The finished adapter: ranks, parameters and what features share are of the checkpoint at step {step}."
         )
-        return None
     try:
         return load_adapter(folder)
     except AdapterError as error:

@@ -43,6 +43,23 @@ def test_what_is_missing_is_said(made: Path, gone: str, said: str) -> None:
     assert read_run(made).missing == [said]
 
 
+def test_an_unfinished_run_shows_the_adapter_of_its_last_whole_checkpoint(made: Path) -> None:
+    from flix.transformers.checkpoints import MANIFEST
+
+    assert MANIFEST == "flix_checkpoint.json"
+    checkpoints = made / "checkpoints"
+    for step in (9, 100, 200):
+        shutil.copytree(made / "adapter", checkpoints / f"checkpoint-{step}")
+        (checkpoints / f"checkpoint-{step}" / "flix_checkpoint.json").write_text("{}")
+    (checkpoints / "checkpoint-200" / "flix_checkpoint.json").unlink()
+    (checkpoints / "checkpoint-200" / "flix.safetensors").write_bytes(b"half")
+    assert read_run(made).missing == []
+    shutil.rmtree(made / "adapter")
+    run = read_run(made)
+    assert run.adapter is not None and len(run.missing) == 1
+    assert run.missing[0].endswith("are of the checkpoint at step 100.")
+
+
 def test_no_held_out_cell_and_no_left_out_features_are_said(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run", held_out=())
     metrics = json.loads((made / "metrics.json").read_text())
