@@ -32,6 +32,7 @@ _STYLE = {
     "xtick.color": _INK,
     "ytick.color": _INK,
     "axes.grid": True,
+    "axes.formatter.useoffset": False,
     "grid.color": _FAINT,
     "grid.alpha": 0.35,
     "grid.linewidth": 0.5,
@@ -89,6 +90,7 @@ class Figures:
                         x, y, style, color=colour, label=label, lw=1.6, alpha=alpha, marker=mark
                     )
             axes.set_xlabel("step")
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_ylabel(what)
             if sum(map(len, by_run.values())) > 1:
                 axes.legend()
@@ -155,6 +157,7 @@ class Figures:
                           marker="o" if len(values) < 40 else None, ms=3)  # fmt: skip
             axes.axhline(0, color=_FAINT, lw=0.8)
             axes.set_xlabel("layer")
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_ylabel(what)
             axes.legend()
 

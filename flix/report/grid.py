@@ -47,7 +47,8 @@ def choose_axes(runs: Sequence[Run], rows: str | None, columns: str | None) -> A
 
     Args:
         runs: the runs.
-        rows: the group of rows; default: of the two groups that most cells name, the one with more features.
+        rows: the group of rows; default: of the two groups that most cells name, the one with more features, unless
+            each column has one metric the other way round alone.
         columns: the group of columns; default: the other one.
 
     Returns:
@@ -78,10 +79,21 @@ def choose_axes(runs: Sequence[Run], rows: str | None, columns: str | None) -> A
     best = [group for group in best if group not in (rows, columns)]
     if rows is None and columns is None:
         best[:2] = sorted(best[:2], key=lambda g: (-len(names[g]), g != "language"))
+        if len(best) > 1 and _mixed(runs, best[1]) and not _mixed(runs, best[0]):
+            best[:2] = best[1::-1]
     if rows is None and not best:  # no group, or one alone that was asked for as the columns
         return Axes(columns, None) if columns is not None else None
     rows = rows if rows is not None else best.pop(0)
     return Axes(rows, columns if columns is not None or not best else best[0])
+
+
+def _mixed(runs: Sequence[Run], group: str) -> bool:
+    """Whether some feature of a group has cells of several metrics."""
+    metrics: dict[tuple[str, ...], set[str]] = {}
+    for cell in (c for run in runs if run.metrics for c in run.metrics.cells):
+        names = dict(cell.features).get(group, ())
+        metrics.setdefault(names, set()).add(cell.metric)
+    return any(len(found) > 1 for found in metrics.values())
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,19 @@ def test_the_two_groups_that_most_cells_name_are_taken_the_larger_one_for_rows()
     assert choose_axes(of(*square), None, None) == AXES
 
 
+def test_columns_of_one_metric_come_before_many_rows() -> None:
+    cells = [
+        scored(cell(task=t, language=a), 1.0, metric=m)
+        for t, m in (("ner", "entity_f1"), ("mt", "chrf"), ("topic", "accuracy"))
+        for a in ("hau", "swa")
+    ]
+    runs = [Run(Path("x"), "x", metrics=Metrics(tuple(cells), ()))]
+    assert choose_axes(runs, None, None) == AXES
+    alike = [scored(c.features, 1.0) for c in cells]
+    runs = [Run(Path("x"), "x", metrics=Metrics(tuple(alike), ()))]
+    assert choose_axes(runs, None, None) == Axes("task", "language")
+
+
 def test_one_group_has_no_columns_and_no_cell_no_axes() -> None:
     cells = [cell(language="hau"), cell(language="swa")]
     assert choose_axes(of(*cells), None, None) == Axes("language", None)
