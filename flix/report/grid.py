@@ -259,7 +259,8 @@ def decimal(value: float | None, signed: bool = False) -> str:
     """A score with one decimal; a dash where there is none."""
     if value is None:
         return "–"
-    return f"{value:+.1f}".replace("-", "−") if signed else f"{value:.1f}".replace("-", "−")
+    text = f"{value:{'+' if signed else ''}.1f}"
+    return "0.0" if text.strip("+-") == "0.0" else text.replace("-", "−")
 
 
 _SPELT = {"chrf": "chrF", "entity_f1": "entity F1", "macro_f1": "macro-F1", "rmse": "RMSE"}

@@ -8,7 +8,7 @@ import pytest
 
 from flix.core.features.cells import cell_name
 from flix.report import ReportError
-from flix.report.grid import Axes, choose_axes, difference_grid, row_grid, score_grid
+from flix.report.grid import Axes, choose_axes, decimal, difference_grid, row_grid, score_grid
 from flix.report.records import Drawn, Metrics, Scored
 from flix.report.runs import Run
 
@@ -90,6 +90,12 @@ def test_scores_have_their_places_colours_and_means() -> None:
     assert grid.squares[0][1].title == "language=hau,task=pos: 50.0 chrF (95 %: 45.0 to 55.0), 10 rows"  # fmt: skip
     assert grid.row_means == ("30.0", "–", "30.0") and grid.column_means == ("10.0", "40.0")
     assert grid.notes == ("chrF", "accuracy or chrF") and (grid.low, grid.high) == (10.0, 50.0)
+
+
+def test_a_difference_of_nothing_has_no_sign() -> None:
+    found = [decimal(v, signed=True) for v in (0.0, -0.04, 0.04, 0.06, -1.0, None)]
+    assert found == ["0.0", "0.0", "0.0", "+0.1", "−1.0", "–"]
+    assert decimal(-0.01) == "0.0" and decimal(-2.5) == "−2.5"
 
 
 def test_cells_of_a_third_group_show_their_mean() -> None:

@@ -200,6 +200,17 @@ def test_of_many_features_the_worst_have_panels(tmp_path: Path) -> None:
     assert f">{worst}</text>" in drawn and drawn.count("</text>") == 120
 
 
+def test_many_files_are_folded(made: Path) -> None:
+    facts = json.loads((made / "run.json").read_text())
+    file = facts["data"][0]["files"][0]
+    facts["data"][0]["files"] = [{**file, "name": f"ner/{i}.jsonl"} for i in range(13)]
+    assert "Fingerprints of the data: 13 files</summary>" not in written(made)
+    write_json(made, "run.json", facts)
+    text = written(made)
+    Checked(text)
+    assert "Fingerprints of the data: 13 files</summary>" in text and "ner/12.jsonl" in text
+
+
 def test_names_of_runs_with_one_folder_name_tell_them_apart(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name / "run") for name in "ab"]
     assert "a/run is compared with b/run" in written(*runs)
