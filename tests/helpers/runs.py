@@ -117,6 +117,17 @@ def make_run(
     return folder
 
 
+_LANGUAGES = "hau swa yor zul xho ibo amh orm som tir pcm eng fra por ara heb kin lug wol twi ewe fon bam mos nya sna tsn ven run lin"
+_TASKS = "ner1 ner2 topic1 topic2 mt1 mt2 pos lemma gec sentiment xnli qa"
+
+
+def make_large(folder: Path) -> Path:
+    """A run of 30 languages and 12 tasks, with 48 layers and 20 examples of a cell."""
+    languages, tasks = _LANGUAGES.split(), _TASKS.split()
+    held_out = [*(("lin", task) for task in tasks[:6]), ("ven", "qa"), ("hau", "mt1")]
+    return make_run(folder, languages, tasks, held_out=held_out, layers=48, size=64, samples=20, steps=3000)  # fmt: skip
+
+
 def _write_scores(
     folder: Path, names: Sequence[str], rows: Sequence[Any], held: Sequence[bool],
     kinds: Sequence[tuple[str, str]], features: Sequence[str], lift: float, rng: np.random.Generator,
