@@ -7,9 +7,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from flix.core.errors import AdapterError, listed, near
+from flix.core.errors import AdapterError, FlixError, listed, near
 from flix.core.features.cells import cell_of, read_cell
 from flix.core.features.encoding import Unknown
+from flix.core.sampling.batching import implied_groups
 from flix.data.errors import DataError
 from flix.data.files import Record
 from flix.tasks.answering import answers
@@ -74,6 +75,8 @@ class Predictor:
             self.model.flix_config, TaskCollator(self.tasks, tokenizer), unknown=unknown
         )
         self.collator = collator.evaluation()
+        self._implied = {*implied_groups(collator.registry)}
+        self._checked: set[str] = set()
         self.elsewhere = collator.evaluation(recipe.get("unseen_group_weights") or {})
         self.seen = {frozenset(cell_of(read_cell(name))) for name in recipe.get("seen", ())}
 
@@ -119,7 +122,32 @@ class Predictor:
                 row[group] = record[column]
             elif group in given:
                 row[group] = given[group]
+        self._check(where, record, row)
         return row
+
+    def _check(self, where: str, record: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+        """Refuse a row whose features cannot be routed, with its place.
+
+        Raises:
+            DataError: a group that the row does not name, or features that do not exist.
+        """
+        named = {group: row[group] for group in self.collator.columns if group in row}
+        key = repr(sorted(named.items()))
+        if key in self._checked:
+            return
+        for group in self.collator.columns:
+            if group not in named and group not in self._implied:
+                raise DataError(
+                    f"{where}: the row does not name its {group}{near(group, record)}; its columns are: {listed(record)}. Name "
+                    f"it (null for none), or say it of all rows: --features {group}=..."
+                )
+        try:
+            self.collator.routing_of([named])
+        except FlixError as error:
+            reason = str(error).removeprefix("row 0: ").partition(". To serve")[0]
+            more = "; to answer without it: --unknown skip, or mean" if self.collator.unknown == "error" else ""  # fmt: skip
+            raise DataError(f"{where}: {reason}{more}") from None
+        self._checked.add(key)
 
     def _task(self, where: str, record: Mapping[str, Any]) -> int:
         names = [task.name for task in self.tasks]

@@ -83,8 +83,14 @@ def test_mistakes_in_rows_and_options(made: tuple[Path, Path], tmp_path: Path, a
     assert "in.jsonl:1: the row does not say its task; the tasks are: ner, pos, rev" in refused('{"source": "a"}')  # fmt: skip
     assert "no task 'nerr' (did you mean 'ner'?)" in refused(whole.replace("ner", "nerr"))
     assert "needs 'source' (did you mean 'sorce'?)" in refused(whole.replace("source", "sorce"))
-    assert "no feature column 'language'" in refused('{"source": "a", "task": "ner"}')
-    assert "'hua'" in refused(whole.replace("hau", "hua"))
+    assert refused('{"source": "a", "task": "ner"}').endswith(
+        "in.jsonl:1: the row does not name its language; its columns are: source, task. Name it (null for none), or say it of "
+        "all rows: --features language=...\n"
+    )
+    said = refused(whole + "\n" + whole.replace("hau", "hua"))
+    assert "in.jsonl:2: " in said and "'hua' (did you mean 'hau'?)" in said and "--unknown skip, or mean" in said  # fmt: skip
+    assert "flix_" not in said
+    assert "in.jsonl:1: " in refused(whole.replace('"hau"', "3"))
     assert "not valid JSON" in refused("{")
     assert "no file matches" in str(run(app, ["predict", str(mine), "none.jsonl"]).stderr)
     assert "cannot be a file" in refused(whole, "--output", str(tmp_path))
