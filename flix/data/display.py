@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from flix.core.tables import Cell, text_table
+
+if TYPE_CHECKING:
+    from flix.data.mixture import Mixture
 
 
 def table_of(
@@ -25,3 +31,29 @@ def table_of(
     total = sum(k for *_, k in rows)
     text = text_table(["cell", "rows", "counted", "p", "an epoch"], lines, left=1)
     return f"{text}\n{len(rows)} cells, {total:,} rows an epoch, temperature {temperature:g}"
+
+
+def described(mixture: Mixture, rows: int) -> dict[str, Any]:
+    """A mixture as JSON has it, with how many of a run's first rows it draws of each cell.
+
+    Args:
+        mixture: the mixture.
+        rows: of the run.
+    """
+    chosen, drawn = mixture.evaluation_rows(), mixture.drawn(rows)
+    counts = np.bincount(chosen.cells, minlength=len(chosen.names)).tolist()
+    evaluation = dict(zip(chosen.names, counts, strict=True))
+    cells = [
+        {
+            "cell": name,
+            "features": {group: list(names) for group, names in cell},
+            "rows": size,
+            "counted": mixture.counted.get(name, 0),
+            "probability": mixture.probabilities.get(name, 0.0),
+            "drawn": drawn.get(name, 0),
+            "held_out": name in mixture.held_out_cells,
+            "evaluation_rows": evaluation.get(name, 0),
+        }
+        for name, cell, size in mixture.all_cells()
+    ]
+    return {"temperature": mixture.temperature, "epoch_size": mixture.epoch_size, "cells": cells}

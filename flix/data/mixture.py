@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flix.core import rng
 from flix.core.checks import whole
-from flix.core.errors import MissingFrameworkError, listed
+from flix.core.errors import listed
 from flix.core.features.cells import Cell, HeldOut, MixtureError, cell_name, features_of
 from flix.core.features.names import Feature
 from flix.core.features.registry import FeatureRegistry
@@ -22,6 +22,7 @@ from flix.data.census import check_names, held_back, registry_of, take_census, w
 from flix.data.chosen import ChosenRows
 from flix.data.columns import Table, check_columns, feature_columns, kept_features, read_table
 from flix.data.display import table_of
+from flix.data.errors import missing_extra
 from flix.data.joining import joined
 from flix.data.rows import TrainRows
 from flix.data.sources import Source, as_sources, is_streamed, stream_size
@@ -105,11 +106,9 @@ class Mixture:
         if not self._opaque:
             self.excluded.check_matched(self._cells, self._given)
         held = np.asarray(self.excluded.among(self._cells, self._given).any(axis=0), bool)
-        self._held = held
         self._back = held_back(self._tables, self._cell_of_row, held, self._names, self.seed)
         self._held_rows: NDArray[np.bool_] = held[self._cell_of_row]
-        taken = np.bincount(self._cell_of_row[self._back], minlength=len(held))
-        self._sizes: NDArray[np.int64] = census.sizes - taken
+        self._sizes: NDArray[np.int64] = census.sizes - np.bincount(self._cell_of_row[self._back], minlength=len(held))  # fmt: skip
         held = held | (census.sizes == 0)  # a cell of evaluation alone
         trained = np.flatnonzero(~held)
         if not len(trained):
@@ -236,7 +235,7 @@ class Mixture:
         )
 
     def callback(self) -> TrainerCallback:
-        """A callback that tells :attr:`train` the epoch of a ``transformers.Trainer``, resumed ones too.
+        """A callback that tells :attr:`train` the epoch of a ``transformers.Trainer``.
 
         Raises:
             MissingFrameworkError: transformers is not installed.
@@ -244,10 +243,7 @@ class Mixture:
         try:
             from flix.data.callback import TellEpoch
         except ImportError as error:
-            raise MissingFrameworkError(
-                "a mixture's callback needs transformers, which is not installed; "
-                'install it with: pip install "flix-peft[transformers]"'
-            ) from error
+            raise missing_extra("a mixture's callback", "transformers", error) from error
         return TellEpoch(self.train)
 
     def epoch(self, epoch: int) -> Dataset:
@@ -290,8 +286,8 @@ class Mixture:
         rows = np.flatnonzero(mine)
         numbers = np.concatenate([rows, len(self._cell_of_row) + np.arange(len(cells))])
         seen = np.isin(np.arange(len(self._cells)), self._trained)
-        cells = np.concatenate([self._cell_of_row[rows], cells])
-        return ChosenRows([*self._tables, *others], numbers, cells, self._names, seen)
+        of = np.concatenate([self._cell_of_row[rows], cells])
+        return ChosenRows([*self._tables, *others], numbers, of, self._names, seen)
 
     def stream(
         self,

@@ -11,8 +11,8 @@ import numpy as np
 from flix.core.adapter.composition import untrained, untrained_note
 from flix.core.adapter.files import load_adapter
 from flix.core.progress import Reporter
+from flix.tasks import composing
 from flix.tasks.evaluation import Evaluator
-from flix.training import compose as composing
 from flix.training.data import Data, read_data
 from flix.training.errors import DataError
 from flix.training.models import Built, build, need

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
-import sys
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from flix._version import __version__
 from flix.core.features.names import written
 from flix.core.files import write_file
+from flix.core.machine import command, machine, versions
 from flix.tasks import locate
 from flix.tasks.recipe import RECIPE, recipe_of
 from flix.training.data import Data
@@ -178,28 +173,6 @@ def write_recipe(output: Path, settings: Settings, data: Data, built: Built) -> 
     write_json(output / ADAPTER / RECIPE, recipe)
 
 
-def mixture_json(settings: Settings, data: Data, rows: int) -> dict[str, Any]:
-    """``mixture.json``: the cells, and how many rows a run of so many rows drew of each."""
-    mixture, chosen = data.mixture, data.mixture.evaluation_rows()
-    evaluation = dict(zip(chosen.names, np.bincount(chosen.cells, minlength=len(chosen.names)).tolist(), strict=True))  # fmt: skip
-    drawn = mixture.drawn(rows)
-    cells = []
-    for name, cell, size in mixture.all_cells():
-        cells.append(
-            {
-                "cell": name,
-                "features": {group: list(names) for group, names in cell},
-                "rows": size,
-                "counted": mixture.counted.get(name, 0),
-                "probability": mixture.probabilities.get(name, 0.0),
-                "drawn": drawn.get(name, 0),
-                "held_out": name in mixture.held_out_cells,
-                "evaluation_rows": evaluation.get(name, 0),
-            }
-        )
-    return {"temperature": settings.temperature, "cap": settings.cap, "epoch_size": mixture.epoch_size, "cells": cells}  # fmt: skip
-
-
 def run_json(settings: Settings, data: Data, built: Built, cost: Mapping[str, Any], **more: Any) -> dict[str, Any]:  # fmt: skip
     """``run.json``: what it takes to repeat the run, and what it cost.
 
@@ -216,18 +189,11 @@ def run_json(settings: Settings, data: Data, built: Built, cost: Mapping[str, An
     bank = built.model.flix_bank
     by_feature = {written(bank.features[i]): p.numel() for i, p in bank.held().items()}
     return {
-        "command": [
-            "flix" if Path(sys.argv[0]).name in ("flix", "__main__.py") else sys.argv[0],
-            *sys.argv[1:],
-        ],
+        "command": command(),
         **more,
         "seed": settings.seed,
-        "versions": _versions(),
-        "machine": {
-            "system": platform.platform(),
-            "processors": os.cpu_count(),
-            "device": str(next(built.model.parameters()).device),
-        },
+        "versions": versions("torch", "transformers", "accelerate", "datasets", "numpy"),
+        "machine": machine(str(next(built.model.parameters()).device)),
         "data": data.files,
         "parameters": {
             "base": counts.total - counts.trainable,
@@ -236,27 +202,3 @@ def run_json(settings: Settings, data: Data, built: Built, cost: Mapping[str, An
         },
         "cost": dict(cost),
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"flix": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "accelerate", "datasets", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def peak_memory() -> int:
-    """The most memory that was held, in bytes: of the accelerator if one is used, else of the process."""
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return int(torch.cuda.max_memory_allocated())
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

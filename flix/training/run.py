@@ -9,7 +9,9 @@ from typing import Any
 
 from flix.core.config.config import FlixConfig
 from flix.core.files import write_file
+from flix.core.machine import peak_memory
 from flix.core.progress import Reporter
+from flix.data.display import described
 from flix.data.lengths import SimilarLengths
 from flix.tasks.evaluation import Evaluator, length_of
 from flix.training import folder
@@ -229,17 +231,25 @@ def finish(run: Run, trainer: Any) -> dict[str, Any]:
     metrics = {**evaluated(run, trainer), "training": training(run, trainer, seconds)}
     folder.write_json(output / folder.METRICS, metrics)
     a_step = steps * settings.training.batch_size * settings.training.gradient_accumulation
-    folder.write_json(output / folder.MIXTURE, folder.mixture_json(settings, run.data, a_step * folder.processes()))  # fmt: skip
+    drawn = described(run.data.mixture, a_step * folder.processes())
+    folder.write_json(output / folder.MIXTURE, {"cap": settings.cap, **drawn})
     cost = {
         "seconds_a_step": round(seconds / max(steps, 1), 4),
         "tokens": int(trainer.state.num_input_tokens_seen) or None,
-        "peak_memory_bytes": folder.peak_memory(),
+        "peak_memory_bytes": _peak(trainer.args.device),
     }
     said = folder.run_json(settings, run.data, run.built, cost, started=run.started, seconds=seconds, steps=steps)  # fmt: skip
     folder.write_json(output / folder.RUN, said)
     text = yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True)
     write_file(output / folder.RESOLVED, text.encode("utf-8"))
     return metrics
+
+
+def _peak(device: Any) -> int:
+    """The most memory that was held, in bytes: of the accelerator if one is used, else of the process."""
+    import torch
+
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
 
 
 def evaluated(run: Run, trainer: Any) -> dict[str, Any]:

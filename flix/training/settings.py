@@ -183,6 +183,7 @@ class ByGroupRanks(BaseModel):
     rule: Literal["by_group"]
 
 
+RULES = (UniformRanks, ByGroupRanks, ExplicitRanks, ProportionalRanks, ComputeMatchedRanks, ParameterMatchedRanks)  # fmt: skip
 Ranks = Annotated[
     Union[
         UniformRanks, ByGroupRanks, ExplicitRanks, ProportionalRanks, ComputeMatchedRanks, ParameterMatchedRanks,

@@ -49,7 +49,10 @@ def test_resolved_settings_read_the_same() -> None:
         ("training:\n  steps: 3\n  stesp: 3\n", "c.yaml:8: unknown key 'stesp' in training"),
         ("ranks: {rule: unifrom, rank: 3}\n", "no rank rule 'unifrom' (did you mean 'uniform'?)"),
         ("ranks: {rule: uniform, rnk: 3}\n", "unknown key 'rnk' in ranks (did you mean 'rank'?)"),
-        ("ranks: {rank: 3}\n", "ranks need a rule"),
+        (
+            "ranks: {rank: 3}\n",
+            "ranks: needs a rule: uniform, by_group, explicit, proportional, compute_matched or parameter_matched",
+        ),
         ("ranks: {rule: by_group, task: -1}\n", "ranks.task"),
         ("training: {steps: 0}\n", "training.steps: should be greater than or equal to 1, got 0"),
         ("training: {warmup_steps: 1, warmup_ratio: 0.1}\n", "not both"),

@@ -1,4 +1,4 @@
-"""``flix evaluate --compose``: other combinations of features in cells that were never trained."""
+"""Other combinations of features in cells that were never trained, as ``flix evaluate --compose`` takes them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from flix.core.errors import near
+from flix.core.errors import SettingsError, near
 from flix.core.features.registry import FeatureRegistry
 from flix.tasks.evaluation import Evaluator
-from flix.training.errors import SettingsError
 
 _EXAMPLES = 32  # rows of a cell that a search may see
 
