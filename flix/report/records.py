@@ -215,7 +215,6 @@ class Curves:
             step = line.get("step").needed().whole()
             assert step is not None
             found = evaluated if line.get("evaluation").value is not None else trained
-            found.pop(step, None)
             for later in [s for s in reversed(found) if s > step]:
                 del found[later]  # written before the run was set back to an earlier step
             found[step] = line

@@ -59,6 +59,8 @@ def test_targets_features_of_evaluation_and_rows_held_back_count(
     )
     settings["datasets"][0]["eval_files"] = "zul.jsonl"
     settings["datasets"][1]["limit"] = 20
+    settings["datasets"][2]["eval_rows"] = 11
+    settings["ranks"] = {"rule": "proportional", "budget": 200, "temperature": 1}
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     whole = ok("plan", path)
     alone(monkeypatch)

@@ -235,6 +235,11 @@ def test_figures_of_one_program_are_alike() -> None:
     assert draw() == draw()
 
 
+def test_names_in_figures_are_no_formulas() -> None:
+    drawn = Figures().panels({"$x^2$": [(0.0, 1.0), (1.0, 2.0)], "a_b": [(0.0, 1.0)]})
+    assert ">$x^2$</text>" in drawn and ">a_b</text>" in drawn
+
+
 def test_curves_are_thinned_by_means() -> None:
     points = [(float(i), float(i % 2)) for i in range(1000)]
     kept = thinned(points, 100)
