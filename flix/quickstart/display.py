@@ -1,10 +1,10 @@
-"""Progress bars on a terminal, plain lines elsewhere; tables in both."""
+"""One line of progress on a terminal, plain lines elsewhere; tables in both."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from flix.core.tables import text_table
@@ -35,33 +35,9 @@ class Display:
         if done == 1:
             self.say(f"building the data ({total} parts, once; then cached)")
 
-    @contextmanager
-    def training(self, jobs: Sequence[Job], steps: int) -> Iterator[Follow]:
-        """Progress of the arms."""
-        if not self._stream.isatty():
-            yield self._plainly(steps)
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = [
-            TextColumn("{task.description:<28}"),
-            BarColumn(),
-            TextColumn("{task.completed:>4.0f}/{task.total:.0f}"),
-            TextColumn("loss {task.fields[loss]}"),
-            TimeRemainingColumn(),
-        ]
-        with Progress(*columns, console=Console(file=self._stream)) as bars:
-            tasks = {job.name: bars.add_task(job.name, total=steps, loss="  -  ") for job in jobs}
-
-            def follow(job: Job, event: dict[str, Any]) -> None:
-                task = tasks[job.name]
-                if event["event"] == "step":
-                    bars.update(task, completed=event["step"], loss=f"{event['loss']:5.2f}")
-                else:
-                    bars.update(task, description=f"{job.name}: {event['event']}")
-
-            yield follow
+    def follow(self, jobs: Sequence[Job], steps: int) -> Follow:
+        """What shows the progress of jobs."""
+        return self._on_one_line(jobs, steps) if self._stream.isatty() else self._plainly(steps)
 
     def _plainly(self, steps: int) -> Follow:
         def follow(job: Job, event: dict[str, Any]) -> None:
@@ -69,5 +45,21 @@ class Display:
                 self.say(f"{job.name}: step {event['step']}/{steps}, loss {event['loss']:.3f}")
             elif event["event"] == "evaluating":
                 self.say(f"{job.name}: testing")
+
+        return follow
+
+    def _on_one_line(self, jobs: Sequence[Job], steps: int) -> Follow:
+        began, done = time.monotonic(), dict.fromkeys(jobs, 0)
+
+        def follow(job: Job, event: dict[str, Any]) -> None:
+            done[job] = event.get("step", done[job])
+            share = sum(done.values()) / (steps * len(jobs))
+            left = (time.monotonic() - began) * (1 / share - 1) if share else 0.0
+            if share == 1:
+                said = "testing" if event["event"] != "done" else f"{job.name}: done"
+            else:
+                said = "  ".join(f"{j.arm} {n}/{steps}" for j, n in done.items() if 0 < n < steps)
+                said += f"  about {left / 60:.0f} min left"
+            print(f"\r\x1b[K{said[:78]}", end="", file=self._stream, flush=True)
 
         return follow

@@ -7,11 +7,12 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from flix.report import write_report
 
 from .arms import Arm, arms, configuration
 from .data import QuickstartData, load_data
@@ -25,23 +26,6 @@ FAST_STEPS = 40
 LIMIT = 40
 #: Sample predictions come from these languages first: several scripts, large and small.
 SHOWN = ("ka", "ru", "cy", "sw", "tr", "fi", "hu", "de")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run does.
-
-    Attributes:
-        seeds: how many seeds.
-        steps: optimizer steps of an arm.
-        limit: test examples a cell; None for all.
-        out: the folder for results.
-    """
-
-    seeds: int
-    steps: int
-    limit: int | None
-    out: Path
 
 
 def main(
@@ -64,32 +48,36 @@ def main(
     began = time.monotonic()
     folder = Path(out or "quickstart-output")
     folder.mkdir(parents=True, exist_ok=True)
+    steps = steps or (FAST_STEPS if fast else STEPS)
     display = Display(to_stderr=as_json)
     display.say("flix quickstart: one small model, 14 languages, 7 tasks, three ways to adapt it")
     data = load_data(progress=display.building)
-    settings = Settings(
-        seeds=seeds,
-        steps=steps or (FAST_STEPS if fast else STEPS),
-        limit=2 if fast else LIMIT if seeds == 1 else None,
-        out=folder,
-    )
     display.say(describe(data))
+    jobs = prepared(data, folder, seeds, steps, 2 if fast else LIMIT if seeds == 1 else None)
+    # All arms of a seed at once, even on fewer processors: one that came after them would run alone.
+    at_once = min(len(jobs), max(len(arms(data)), os.cpu_count() or 1))
     try:
-        jobs = trained(data, settings, display)
+        run_jobs(jobs, display.follow(jobs, steps), at_once)
     except JobError as error:
         print(error, file=sys.stderr)
         return 1
-    results = gather(data, settings, jobs)
-    page = report(settings, jobs)
-    results["seconds"] = round(time.monotonic() - began, 1)
-    (folder / "results.json").write_text(
-        json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    page = write_report(
+        [job.folder for job in jobs if job.seed == 0], folder / "report.html", force=True
     )
-    show(data, settings, results, jobs[0], display)
-    display.say(closing(folder, page))
+    results = {
+        "steps": steps,
+        "seeds": seeds,
+        "copy": copies(data),
+        "sources": data.sources,
+        "arms": {arm.name: of_arm(data, arm, jobs) for arm in arms(data)},
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    (folder / "results.json").write_text(text, encoding="utf-8")
+    show(data, results, jobs[0], display)
+    display.say(closing(folder, page.out))
     if as_json:
-        json.dump(results, sys.stdout, indent=1, ensure_ascii=False)
-        sys.stdout.write("\n")
+        sys.stdout.write(text)
     return 0
 
 
@@ -104,60 +92,36 @@ def describe(data: QuickstartData) -> str:
     )
 
 
-def trained(data: QuickstartData, settings: Settings, display: Display) -> list[Job]:
-    """Every arm with every seed, each with its configuration and the folder of its run."""
+def prepared(
+    data: QuickstartData, folder: Path, seeds: int, steps: int, limit: int | None
+) -> list[Job]:
+    """Every arm with every seed; its configuration is written beside the folder of its run."""
     jobs = []
-    for seed in range(settings.seeds):
+    for seed in range(seeds):
         for arm in arms(data):
-            job = Job(arm.name, seed, settings.out / f"{arm.name}-{seed}")
-            chosen = configuration(
-                data, arm, seed=seed, steps=settings.steps, limit=settings.limit, output=job.folder
-            )
+            job = Job(arm.name, seed, folder / f"{arm.name}-{seed}")
+            chosen = configuration(data, arm, seed=seed, steps=steps, limit=limit, output=job.folder)  # fmt: skip
             text = yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
             job.beside(".yaml").write_text(text, encoding="utf-8")
             jobs.append(job)
-    # All arms of a seed at once, though there be fewer processors: one more than they are would wait for an end.
-    at_once = max(len(arms(data)), os.cpu_count() or 1)
-    with display.training(jobs, settings.steps) as follow:
-        run_jobs(jobs, follow, min(at_once, len(jobs)))
     return jobs
-
-
-def gather(data: QuickstartData, settings: Settings, jobs: list[Job]) -> dict[str, Any]:
-    """All results of a run, JSON-able."""
-    return {
-        "steps": settings.steps,
-        "seeds": settings.seeds,
-        "copy": copies(data),
-        "sources": data.sources,
-        "arms": {arm.name: of_arm(data, arm, jobs) for arm in arms(data)},
-    }
 
 
 def of_arm(data: QuickstartData, arm: Arm, jobs: list[Job]) -> dict[str, Any]:
     """The results of one arm."""
     found = [job.read("metrics.json") for job in jobs if job.arm == arm.name]
     runs = [by_cell(metrics) for metrics in found]
-    training = [metrics["training"] for metrics in found]
     return {
         "title": arm.title,
         "ranks": dict(arm.ranks),
         "active_rank": arm.active(),
         "total_rank": arm.total(data),
         "learning_rate": arm.learning_rate,
-        "trainable": training[0]["trainable_parameters"],
-        "seconds": statistics.fmean(t["seconds"] for t in training),
+        "trainable": found[0]["training"]["trainable_parameters"],
+        "seconds": statistics.fmean(metrics["training"]["seconds"] for metrics in found),
         "scores": summary(data, runs),
         "cells": runs,
     }
-
-
-def report(settings: Settings, jobs: list[Job]) -> Path:
-    """The page about the arms of the first seed; FLix stands beside the LoRAs."""
-    from flix.report import write_report
-
-    runs = [job.folder for job in jobs if job.seed == 0]
-    return Path(write_report(runs, settings.out / "report.html", force=True).out)
 
 
 def samples(data: QuickstartData, job: Job, count: int = 10) -> list[list[str]]:
@@ -177,18 +141,17 @@ def samples(data: QuickstartData, job: Job, count: int = 10) -> list[list[str]]:
     return chosen + [answers[c.name][0] for c in data.zero_shot("test") if c.name in answers][:2]
 
 
-def show(
-    data: QuickstartData, settings: Settings, results: dict[str, Any], first: Job, display: Display
-) -> None:
+def show(data: QuickstartData, results: dict[str, Any], first: Job, display: Display) -> None:
     """All figures, and what the first job, FLix's, answered."""
     display.table(["exact match, %", *COLUMNS], score_rows(results, "exact"))
     display.table(["chrF", *COLUMNS], score_rows(results, "chrf"))
     display.table(RANK_HEADINGS, rank_rows(results))
     display.table(["language/task", "input", "FLix answers", "expected"], samples(data, first))
-    if settings.steps < STEPS // 2:
-        display.say(
-            f"({settings.steps} steps only: the figures show that it runs, not how good it is)"
+    if results["steps"] < STEPS // 2:
+        steps = (
+            f"({results['steps']} steps only: the figures show that it runs, not how good it is)"
         )
+        display.say(steps)
     display.say(f"{results['seconds']:.0f} s in all, on {os.cpu_count()} processors.")
 
 
@@ -197,7 +160,7 @@ def closing(out: Path, page: Path) -> str:
     run = out / "flix-0"
     return (
         f"report: {page}  (open it in a browser: scores by language and task, curves, what features share)\n"
-        f"The runs are in {out}; each arm's configuration lies beside its run. All figures: {out / 'results.json'}.\n"
+        f"The runs are in {out}, each arm's configuration beside its run. All figures: {out / 'results.json'}.\n"
         "What to try next:\n"
         f"  flix inspect {run / 'adapter'}\n"
         f"  flix train {run}.yaml --overwrite\n"

@@ -28,7 +28,7 @@ def test_fast_quickstart_prints_json_and_leaves_its_results(tmp_path):
         "--out",
         str(out),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(done.stdout)
     assert list(results["arms"]) == ["flix", "lora-parameters", "lora-compute"]
