@@ -104,6 +104,8 @@ class Counted:
         MixtureError: an entry of ``held_out`` that matches no cell, or nothing is left to train on.
     """
 
+    opaque = ()  # nothing streams here: all rows are counted
+
     def __init__(
         self,
         cells: Mapping[Cell, int],

@@ -40,7 +40,8 @@ def described(mixture: Mixture, rows: int) -> dict[str, Any]:
         mixture: the mixture.
         rows: of the run.
     """
-    chosen, drawn = mixture.evaluation_rows(), mixture.drawn(rows)
+    chosen = mixture.evaluation_rows()
+    drawn = None if mixture.streamed else mixture.drawn(rows)
     counts = np.bincount(chosen.cells, minlength=len(chosen.names)).tolist()
     evaluation = dict(zip(chosen.names, counts, strict=True))
     cells = [
@@ -50,7 +51,7 @@ def described(mixture: Mixture, rows: int) -> dict[str, Any]:
             "rows": size,
             "counted": mixture.counted.get(name, 0),
             "probability": mixture.probabilities.get(name, 0.0),
-            "drawn": drawn.get(name, 0),
+            "drawn": None if drawn is None else drawn.get(name, 0),
             "held_out": name in mixture.held_out_cells,
             "evaluation_rows": evaluation.get(name, 0),
         }

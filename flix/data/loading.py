@@ -108,6 +108,49 @@ def load_hub(name: str, subset: str | None, split: str, reading: Reading) -> Any
     return _kept(_hub_rows, {"loaded": loaded, "name": f"{name} [{split}]", "reading": reading}, reading)  # fmt: skip
 
 
+def stream_files(files: Sequence[Found], reading: Reading, **more: Any) -> Any:
+    """The records of files as a ``datasets.IterableDataset``, read anew each time; columns of features are columns.
+
+    Args:
+        files: the files.
+        reading: what is kept of a record.
+        more: columns that all rows have.
+    """
+    described = tuple((str(f.path), (), "") for f in files)
+    return _streamed(_file_rows, {"files": described, "reading": reading}, more)
+
+
+def stream_hub(name: str, subset: str | None, split: str, reading: Reading, **more: Any) -> Any:
+    """A split of a dataset of a hub, in the same form as :func:`stream_files`, and how many rows it says that it has.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    library = _library("a dataset of a hub")
+    try:
+        loaded = library.load_dataset(name, name=subset, split=split, streaming=True)
+    except Exception as error:  # as in load_hub
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"dataset {name!r} (split {split!r}) cannot be loaded: {reason}") from error
+    known = (loaded.info.splits or {}).get(split)
+    arguments = {"loaded": loaded, "name": f"{name} [{split}]", "reading": reading}
+    return _streamed(_hub_rows, arguments, more), None if known is None else known.num_examples
+
+
+def _streamed(rows: Callable[..., Iterator[Any]], arguments: dict[str, Any], more: dict[str, Any]) -> Any:  # fmt: skip
+    given = {"rows": rows, "arguments": arguments, "more": more}
+    return _library("streaming rows").IterableDataset.from_generator(_unpacked, gen_kwargs=given)
+
+
+def _unpacked(
+    rows: Callable[..., Iterator[Any]], arguments: dict[str, Any], more: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    columns = arguments["reading"].feature_columns
+    for row in rows(**arguments):
+        activates = json.loads(row.pop(ACTIVATES))
+        yield {**row, **{group: activates[group] for group in columns}, **more}
+
+
 def digest(file: Path) -> str:
     """The SHA-256 of a file's bytes.
 

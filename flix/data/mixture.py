@@ -103,7 +103,7 @@ class Mixture:
         self._cells, self._names, self._cell_of_row = census.cells, census.names, census.of_rows
         self._census, self._cell_of_stream = census, census.of_streams
         self._settle_names(implies)
-        if not self._opaque:
+        if not self.opaque:
             self.excluded.check_matched(self._cells, self._given)
         held = np.asarray(self.excluded.among(self._cells, self._given).any(axis=0), bool)
         self._back = held_back(self._tables, self._cell_of_row, held, self._names, self.seed)
@@ -139,7 +139,12 @@ class Mixture:
         )
 
     @property
-    def _opaque(self) -> list[Source]:
+    def streamed(self) -> bool:
+        """Whether rows have to be read by :meth:`stream`."""
+        return bool(self._streams)
+
+    @property
+    def opaque(self) -> list[Source]:
         """Streamed sources whose rows' cells are not known before they are read."""
         return [s for s in self._streams if set(s.features) != set(self.columns)]
 
@@ -169,10 +174,8 @@ class Mixture:
         return registry_of(self._cells, self.columns)
 
     def _need_known(self, what: str) -> None:
-        for source in self._opaque:
-            raise MixtureError(
-                f"{source.label} is streamed: what its rows activate is not known before they are read; {what}"
-            )
+        for source in self.opaque:
+            raise MixtureError(f"{source.label} is streamed: what its rows activate is not known before they are read; {what}")  # fmt: skip
 
     def feature_sizes(self) -> dict[Feature, int]:
         """The training rows of every feature, for ``flix.ranks.proportional(sizes=...)``; implied ones counted.
@@ -180,10 +183,8 @@ class Mixture:
         Raises:
             MixtureError: as :meth:`registry`; or the rows of a streamed source activate what is not known.
         """
-        for source in self._opaque:
-            raise MixtureError(
-                f"{source.label} is streamed: how many rows its features have is not known"
-            )
+        for source in self.opaque:
+            raise MixtureError(f"{source.label} is streamed: how many rows its features have is not known")  # fmt: skip
         registry = self.registry()
         totals = dict.fromkeys(registry.live, 0)
         for i in self._trained.tolist():
@@ -354,7 +355,7 @@ class Mixture:
             streams.append(self._held_joined().to_iterable_dataset())
         for source, place in zip(self._streams, self._cell_of_stream, strict=True):
             stream = streaming.with_features(source)
-            if source in self._opaque:
+            if source in self.opaque:
                 keep = streaming.KeepHeldOut(*self._rule(source.label))
                 streams.append(stream.filter(keep, input_columns=list(self.columns)))
             elif place not in self._trained:

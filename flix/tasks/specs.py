@@ -82,6 +82,13 @@ class Gathered:
                 self._gather(rows, codes == place, {"name": task, **said}, name, evaluation)
         return rows.add_column(TASK, numbers[codes])
 
+    def declared(self, spec: dict[str, Any]) -> int:
+        """The number of a task whose rows are streamed; its labels, if it has any, are given."""
+        if spec["labels"] is not None:
+            self.given.setdefault(spec["name"], set()).update(spec["labels"])
+            self.occurring.setdefault((spec["name"], False), set()).update(spec["labels"])
+        return self._number(spec)
+
     def _number(self, spec: dict[str, Any]) -> int:
         told = ("name", "kind", "columns", "prompt", "labels")
         known = [[held[key] for key in told] for held in self.found]

@@ -14,9 +14,17 @@ from flix.core.features.registry import FeatureRegistry
 from flix.data import Mixture, Source
 from flix.data.columns import kept_value
 from flix.data.files import Found, find_files, groups_of
-from flix.data.loading import Reading, digest, load_files, load_hub, with_features
-from flix.tasks.columns import names_in
-from flix.tasks.specs import FORMS, Gathered, Spec
+from flix.data.loading import (
+    Reading,
+    digest,
+    load_files,
+    load_hub,
+    stream_files,
+    stream_hub,
+    with_features,
+)
+from flix.tasks.columns import TASK, names_in
+from flix.tasks.specs import FORMS, LABELS, Gathered, Spec
 from flix.training.errors import DataError, SettingsError
 from flix.training.settings import DatasetSettings, Settings, listed_of
 
@@ -58,6 +66,9 @@ def read_data(settings: Settings, registry: FeatureRegistry | None = None) -> Da
     for dataset in settings.datasets:
         name = _unique(dataset_name(dataset), names)
         for half, sources in ((False, training), (True, evaluation)):
+            if dataset.stream and not half:
+                sources.append(_stream(settings, dataset, name, groups, gathered, files))
+                continue
             loaded = _loaded(settings, dataset, name, half, gathered, files)
             if loaded is not None:
                 absent = dict.fromkeys(g for g in groups if g not in loaded.column_names)
@@ -153,9 +164,7 @@ def _loaded(
     split = dataset.eval_split if half else dataset.split
     patterns = listed_of(dataset.eval_files if half else dataset.files)
     if dataset.hub is not None and split is not None:
-        place = settings.base_folder / os.path.expanduser(dataset.hub)
-        where = str(place) if place.exists() else os.path.expanduser(dataset.hub)
-        loaded = load_hub(where, dataset.subset, split, reading)
+        loaded = load_hub(_hub(settings, dataset), dataset.subset, split, reading)
         said = [{"name": f"{dataset.hub} [{split}]", "bytes": None, "sha256": None}]
     elif patterns:
         found = _found(dataset, name, patterns, settings.base_folder)
@@ -178,6 +187,42 @@ def _loaded(
         features=reading.features,
         feature_columns=dataset.feature_columns,
     )
+
+
+def _stream(
+    settings: Settings, dataset: DatasetSettings, name: str, groups: Sequence[str], gathered: Gathered, files: list[Any]
+) -> Source:  # fmt: skip
+    """The training rows of a data set that is streamed."""
+    reading = _reading(settings, dataset, name)
+    kind, columns = _kind(settings, dataset), _columns(settings, dataset)
+    if kind in LABELS and dataset.labels is None:
+        raise DataError(
+            f"dataset {name!r}: the labels of a stream are not known before it is read; give labels:"
+        )
+    task = reading.features.get("task", name)
+    spec = {"name": task if isinstance(task, str) else "+".join(task), "kind": kind, "columns": columns, "prompt": dataset.prompt}  # fmt: skip
+    number = gathered.declared({**spec, "labels": dataset.labels, "features": reading.features, "feature_columns": dataset.feature_columns})  # fmt: skip
+    size = dataset.rows
+    if dataset.hub is not None:
+        where = _hub(settings, dataset)
+        made, said = stream_hub(where, dataset.subset, dataset.split, reading, **{TASK: number})
+        size = size or said
+        files.append({"name": name, "files": [{"name": f"{dataset.hub} [{dataset.split}]", "bytes": None, "sha256": None}], "rows": size, "evaluation": False})  # fmt: skip
+    else:
+        found = _found(dataset, name, listed_of(dataset.files), settings.base_folder)
+        made = stream_files(found, reading, **{TASK: number})
+        described = [{"name": str(f.path), "bytes": f.path.stat().st_size, "sha256": None} for f in found]  # fmt: skip
+        files.append({"name": name, "files": described, "rows": size, "evaluation": False})
+    told = {*reading.features, *dataset.feature_columns}
+    absent = dict.fromkeys(group for group in groups if group not in told)
+    return Source(made, {**reading.features, **absent}, name, size)
+
+
+def _hub(settings: Settings, dataset: DatasetSettings) -> str:
+    """Where a hub's dataset is: a folder beside the configuration, or the hub."""
+    given = os.path.expanduser(str(dataset.hub))
+    place = settings.base_folder / given
+    return str(place) if place.exists() else given
 
 
 def _found(
@@ -236,6 +281,8 @@ def _kind(settings: Settings, dataset: DatasetSettings) -> str:
 
 def sizes(data: Data, registry: FeatureRegistry) -> dict[Feature, int]:
     """The training rows of every feature that the registry has."""
+    if data.mixture.opaque:  # streams whose rows say what they activate are not counted
+        return {}
     known = data.mixture.feature_sizes()
     return {feature: known.get(feature, 0) for feature in registry.features}
 

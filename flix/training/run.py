@@ -195,7 +195,10 @@ def go(run: Run) -> Any:
 
 def dealt(run: Run) -> Any:
     """The rows of the run in the order in which they are trained on."""
-    rows, t, tasks = run.data.mixture.run(run.rows), run.settings.training, run.built.tasks
+    t, tasks, mixture = run.settings.training, run.built.tasks, run.data.mixture
+    if mixture.streamed:
+        return mixture.stream()
+    rows = mixture.run(run.rows)
     if not t.similar_lengths:
         return rows
     batch = t.batch_size * folder.processes()

@@ -91,6 +91,8 @@ class DatasetSettings(Form):
         eval_files, eval_split: rows to evaluate on, never trained on.
         eval_rows: rows of every seen combination held back from training for evaluation.
         limit: use at most this many rows, the first.
+        stream: read the training rows while training, without keeping them.
+        rows: how many training rows a streamed data set has, which its share follows; a hub may say so itself.
     """
 
     name: Name | None = None
@@ -112,6 +114,24 @@ class DatasetSettings(Form):
     eval_split: Name | None = None
     eval_rows: CountOr0 = 0
     limit: Count | None = None
+    stream: StrictBool = False
+    rows: Count | None = None
+
+    @model_validator(mode="after")
+    def _streamed(self) -> DatasetSettings:
+        if self.rows is not None and not self.stream:
+            raise ValueError("rows: goes with stream: true; what is not streamed is counted")
+        if self.stream and self.eval_rows:
+            raise ValueError(
+                "rows cannot be held back from a stream; leave out eval_rows: and give eval_files:"
+            )
+        if self.stream and self.files is not None and self.rows is None:
+            raise ValueError(
+                "files that are streamed are not counted; say how many rows they have: rows:"
+            )
+        if self.stream and (told := [*self.file_groups, *({"task"} & {*self.feature_columns})]):
+            raise ValueError(f"of a stream, features: must say the {told[0]} of all rows")
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> DatasetSettings:
@@ -359,6 +379,10 @@ class Settings(Form):
     @model_validator(mode="after")
     def _kinds(self) -> Settings:
         for number, dataset in enumerate(self.datasets):
+            if dataset.stream and self.training.similar_lengths:
+                raise ValueError(
+                    f"training.similar_lengths looks ahead, which no stream lets it, and datasets[{number}] streams"
+                )
             if dataset.kind is None and self.kind is None:
                 raise ValueError(
                     f"datasets[{number}] has no kind:, and the configuration has none for all; the kinds are: "

@@ -171,7 +171,7 @@ def test_other_options(place: Path, adapter: Path) -> None:
         ["import", "a=b", "--group", "g", "--out", "o", "--from", "x"],
         ["plan", adapter, "--explain", "--device", "abacus"],
         ["evaluate", written(settings_of()), adapter, "--out", "full"],
-        ["predict", adapter, "data/ner.jsonl", "--batch-size", 0], ["predict", adapter, "data/ner.jsonl", "--output", "full"],
+        ["predict", adapter, "data/ner.jsonl", "--output", "full"],
         ["evaluate", written(settings_of()), adapter, "--out", "text/x"],
         *(["import", text, "--group", "g", "--out", "o"] for text in ("a", "=b", "a=", "a\u200b=b", " a=b")),
         *(["import", f"a={adapter}", "--group", g, "--out", "o"] for g in ("", "a.b", " x", "x\u200b")),
