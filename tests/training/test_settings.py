@@ -83,6 +83,7 @@ def test_resolved_settings_read_the_same() -> None:
             "training.learning_rates.language: should be greater",
         ),
         ("evaluation: {left_out: 3}\n", "evaluation.left_out"),
+        ("training: {similar_lengths: 3}\n", "training.similar_lengths: "),
         ("scaling: big\n", "'lora' or 'rslora'"),
     ],
 )
