@@ -69,6 +69,27 @@ def _cross_entropies(logits: Tensor, labels: Tensor, shifted: bool) -> tuple[Ten
     return losses, counts
 
 
+def by_items(loss: Tensor, losses: Tensor, counts: Tensor, items: Any, processes: int) -> Tensor:
+    """A training loss as the Trainer takes it: divided by the labels of the whole step, times the processes.
+
+    The Trainer tells models how many labels a step has, and takes every forward with ``**kwargs`` for one that divides
+    by them. Some (T5's) return their micro-batch's mean: with accumulation, or several processes, its steps would be as
+    many times too large, and rows of short answers would count for more than they do in one batch.
+
+    Args:
+        loss: the model's, times ``processes``.
+        losses, counts: as :func:`unreduced` gives them.
+        items: the labels of the step, over all micro-batches and processes.
+        processes: over how many the Trainer averages.
+    """
+    with torch.no_grad():
+        total = counts.sum()
+        mean = torch.where(counts > 0, losses * counts, 0.0).sum() / total.clamp(min=1.0)
+        plain = (loss.detach() / processes - mean).abs() <= 0.01 * mean.abs()
+        factor = torch.where(plain, total / items, 1.0)
+    return loss * factor.to(loss.dtype)
+
+
 class FeatureLosses:
     """Sums of losses and counts by feature, kept on the device until they are asked for.
 

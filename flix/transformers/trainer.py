@@ -22,7 +22,7 @@ from flix.data.callback import TellEpoch
 from flix.transformers import checkpoints
 from flix.transformers.checkpoints import last_checkpoint
 from flix.transformers.collator import FlixCollator
-from flix.transformers.losses import FeatureLosses, unreduced
+from flix.transformers.losses import FeatureLosses, by_items, unreduced
 from flix.transformers.numbering import NumberedRows, NumberedStream, number_prepared
 from flix.transformers.processes import ProcessesMixin, check_arguments, deepspeed_error
 from flix.transformers.rates import RatesMixin
@@ -316,12 +316,14 @@ class FlixTrainerMixin(ProcessesMixin, RatesMixin):
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        ids = whole.get("flix_features")
-        if self.loss_by_feature and isinstance(ids, Tensor):
+        if self.loss_by_feature and isinstance(ids := whole.get("flix_features"), Tensor):
             with torch.no_grad():
                 parts = self.row_losses(whole, outputs)
             if parts is not None:
                 self._count(*parts, ids, whole.get("flix_weights"), model.training)
+                if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
+                    several = self.args.average_tokens_across_devices
+                    loss = by_items(loss, *parts, num_items_in_batch, self.accelerator.num_processes if several else 1)  # fmt: skip
         return (loss, outputs) if return_outputs else loss
 
     def _count(

@@ -447,6 +447,33 @@ def test_trackers_that_are_not_installed_are_named(config: Write, monkeypatch: p
     assert result.exit_code == 2 and "training.report_to: mlflow is not installed" in result.stderr
 
 
+@pytest.mark.parametrize("model", ["t5", "llama"])
+def test_accumulation_changes_nothing(config: Write, tmp_path: Path, models: dict[str, Path], data: Path, model: str) -> None:  # fmt: skip
+    """Steps of micro-batches are those of whole batches, of models that divide by a step's labels and of those that do
+    not (T5)."""
+    shutil.copytree(models[model], tmp_path / "model")
+    said = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**said, "dropout_rate": 0.0}))
+    rows = [
+        {"source": "a", "target": "b" * (1 + 7 * (i % 3))} for i in range(16)
+    ]  # of unlike lengths
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry = {"files": "rows.jsonl", "features": {"task": "ner", "language": "hau"}}
+    logs = []
+    for batch_size, micro in ((8, 1), (2, 4)):
+        training = {
+            "steps": 3, "batch_size": batch_size, "gradient_accumulation": micro, "log_every": 1, "max_grad_norm": 0,
+        }  # fmt: skip
+        path = config(str(tmp_path / "model"), kind={"t5": "seq2seq"}.get(model, "causal"), datasets=[entry], held_out=[], feature_dropout=None, training=training)  # fmt: skip
+        ok("train", path, "--overwrite")
+        log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+        logs.append([e for e in map(json.loads, log) if "loss" in e])
+    for whole, parts in zip(*logs, strict=True):
+        assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-3)
+        assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-2)
+        assert parts["by_feature"]["task=ner"] == pytest.approx(whole["loss"], rel=1e-3)
+
+
 def streamed(data: Path, **changes: Any) -> list[dict[str, Any]]:
     """The tests' data sets, each a language of one task, with the held-out one left out; one of them not streamed."""
     return [
@@ -524,5 +551,7 @@ def test_two_processes_train_and_one_writes(config: Write, tmp_path: Path) -> No
     pairs = zip(both["training"]["evaluation_losses"], alone["training"]["evaluation_losses"], strict=True)  # fmt: skip
     for mine, its in pairs:
         assert mine["step"] == its["step"] and mine["seen"] == pytest.approx(its["seen"], rel=1e-4)
+    for mine, its in zip(both["training"]["losses"], alone["training"]["losses"], strict=True):
+        assert mine == {"step": its["step"], "loss": pytest.approx(its["loss"], rel=1e-3)}
     result = run(app, ["train", str(path), "--resume"])
     assert result.exit_code == 2 and "began in 2 processes and would go on in 1" in result.stderr
