@@ -39,6 +39,10 @@ class TrainingError(FlixError, RuntimeError):
     """A training that cannot go on."""
 
 
+class RunError(FlixError, ValueError):
+    """An output folder that does not fit what is asked of it."""
+
+
 class SettingsError(FlixError, ValueError):
     """A configuration file that cannot be read, or that breaks a rule."""
 

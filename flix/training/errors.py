@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from flix.core.errors import FlixError, SettingsError
+from flix.core.errors import RunError, SettingsError
 from flix.data.errors import DataError, missing_extra
 from flix.tasks.errors import ModelError
 
 __all__ = ["DataError", "ModelError", "RunError", "SettingsError", "missing_extra"]
-
-
-class RunError(FlixError, ValueError):
-    """An output folder that does not fit what is asked of it."""

@@ -2,158 +2,39 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flix.core.features.names import written
-from flix.core.files import write_file
 from flix.core.machine import command, machine, versions
 from flix.tasks import locate
 from flix.tasks.recipe import RECIPE, recipe_of
 from flix.training.data import Data
-from flix.training.errors import RunError
 from flix.training.models import Built
 from flix.training.settings import Settings
-from flix.transformers.checkpoints import last_checkpoint
-from flix.transformers.journal import line_of, plain
-
-ADAPTER, METRICS, RESOLVED, CHECKPOINTS = "adapter", "metrics.json", "config.yaml", "checkpoints"
-LOG, MIXTURE, PREDICTIONS, RUN = "log.jsonl", "mixture.json", "predictions.jsonl", "run.json"
-FORMAT = 2
-"""Of what ``checkpoints/run.json`` says a run goes by: 1 drew its rows in another order."""
+from flix.transformers.folders import ADAPTER, FORMAT, processes, write_json
 
 # What may differ between the start of a run and its continuation.
-_FREE = {"output", "evaluation"}
-_FREE_TRAINING = {
-    "steps", "eval_every", "save_every", "keep_checkpoints", "log_every", "threads", "device", "best", "patience", "report_to",
-}  # fmt: skip
-
-
-def is_main() -> bool:
-    """Whether this process writes: the first of several that ``torchrun`` or ``accelerate launch`` started."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def processes() -> int:
-    """How many processes share the run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def write_json(path: Path, data: Any) -> None:
-    """A JSON file, whole or not at all."""
-    text = json.dumps(plain(data), indent=1, ensure_ascii=False, allow_nan=False)
-    write_file(path, (text + "\n").encode("utf-8"))
-
-
-def write_lines(path: Path, entries: Iterable[Any]) -> None:
-    """A JSONL file, whole or not at all."""
-    write_file(path, "".join(map(line_of, entries)).encode("utf-8", "surrogatepass"))
-
-
-def claim(output: Path, resume: bool, overwrite: bool) -> tuple[Path | None, list[Path]]:
-    """Make sure that the output folder is ours to write.
-
-    Returns:
-        The checkpoint to go on from, and what an earlier run left that is to be discarded.
-
-    Raises:
-        RunError: it is not, or there is nothing to resume.
-    """
-    if output.exists() and not output.is_dir():
-        raise RunError(f"output: {str(output)!r} is a file")
-    if resume and overwrite:
-        raise RunError("resume and overwrite exclude each other")
-    if resume:
-        found = last_checkpoint(output / CHECKPOINTS)
-        if found is None:
-            raise RunError(f"nothing to resume: {str(output)!r} holds no complete checkpoint")
-        return found, []
-    if not is_main():
-        return None, []
-    left = (ADAPTER, METRICS, CHECKPOINTS, LOG, MIXTURE, PREDICTIONS, RUN)
-    used = [output / name for name in left if (output / name).exists()]
-    if used and not overwrite:
-        raise RunError(
-            f"{str(output)!r} holds a run already; --resume continues it, --overwrite discards it"
-        )
-    return None, used
-
-
-def begin(output: Path, earlier: Iterable[Path], goes_by: Mapping[str, Any] | None) -> None:
-    """Make the folder; what an earlier run left is discarded.
-
-    Args:
-        output: the folder.
-        earlier: what is discarded.
-        goes_by: what the run goes by, to be checked when it is resumed; None for one that is resumed.
-    """
-    for path in earlier:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    if goes_by is not None:
-        write_json(output / CHECKPOINTS / RUN, goes_by)
+_TRAINING = (
+    "best",
+    "device",
+    "eval_every",
+    "keep_checkpoints",
+    "log_every",
+    "patience",
+    "report_to",
+    "save_every",
+    "steps",
+    "threads",
+)
+FREE = frozenset({"output", "evaluation", *(f"training.{key}" for key in _TRAINING)})
 
 
 def goes_by(settings: Settings, data: Data) -> dict[str, Any]:
     """What a run goes by: its settings, its data and how many processes share its rows."""
     digests = [file["sha256"] for part in data.files if not part["evaluation"] for file in part["files"]]  # fmt: skip
     return {"format": FORMAT, "settings": settings.to_dict(), "data": digests, "processes": processes()}  # fmt: skip
-
-
-def check_same(checkpoint: Path, now: Mapping[str, Any]) -> None:
-    """Refuse to continue a run under what changes what its steps mean.
-
-    Raises:
-        RunError: it would; the first difference is named.
-    """
-    file = checkpoint.parent / RUN
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{file}: cannot be read: {error}") from None
-    if isinstance(said, dict) and "datasets" in said:
-        raise RunError(
-            "cannot resume: the run was begun by an earlier flix, which drew its rows in another order and dropped other "
-            "features; --overwrite begins it anew, and its checkpoint is an adapter that can be loaded"
-        )
-    before = said.get("settings") if isinstance(said, dict) else None
-    if not isinstance(before, dict) or not isinstance(before.get("training"), dict):
-        raise RunError(f"{file}: holds no settings of a run")
-    if said.get("format") != FORMAT:
-        raise RunError(f"cannot resume: {file} is of format {said.get('format')!r}, not {FORMAT}")
-    for key, was, is_now in _pairs(before, now["settings"]):
-        if was != is_now:
-            raise RunError(f"cannot resume: {key} was {was!r} and is {is_now!r} now")
-    if said.get("data") != now["data"]:
-        raise RunError(
-            "cannot resume: the files of training rows are not those that the run began with"
-        )
-    if said.get("processes") != now["processes"]:
-        raise RunError(
-            f"cannot resume: the run began in {said.get('processes')} processes and would go on in {now['processes']}"
-        )
-
-
-def seconds_before(output: Path, step: int) -> float:
-    """How long a run had trained when it was done with a step, as far as it says so."""
-    try:
-        said = json.loads((output / RUN).read_text(encoding="utf-8"))
-        return float(said["seconds"]) if 0 < said["steps"] <= step else 0.0
-    except (OSError, ValueError, TypeError, KeyError):
-        return 0.0
-
-
-def _pairs(before: dict[str, Any], now: dict[str, Any]) -> Iterable[tuple[str, Any, Any]]:
-    for key in now:
-        if key not in _FREE | {"training"}:
-            yield key, before.get(key), now[key]
-    for key in now["training"]:
-        if key not in _FREE_TRAINING:
-            yield f"training.{key}", before["training"].get(key), now["training"][key]
 
 
 def write_recipe(output: Path, settings: Settings, data: Data, built: Built) -> None:

@@ -17,9 +17,9 @@ from flix.tasks.evaluation import Evaluator, length_of
 from flix.training import folder
 from flix.training.data import Data, idle_notes, read_data
 from flix.training.evaluation import evaluator_of
-from flix.training.folder import ADAPTER, CHECKPOINTS
 from flix.training.models import Built, build, build_config, need
 from flix.training.settings import Settings, listed_of
+from flix.transformers import folders
 from flix.transformers.checkpoints import checkpoint_step
 from flix.transformers.journal import Journal
 
@@ -62,7 +62,7 @@ class Run:
     def rows(self) -> int:
         """The rows that the whole run draws, over all processes."""
         t = self.settings.training
-        return t.steps * t.batch_size * t.gradient_accumulation * folder.processes()
+        return t.steps * t.batch_size * t.gradient_accumulation * folders.processes()
 
 
 def prepare(settings: Settings) -> tuple[Data, FlixConfig]:
@@ -97,14 +97,14 @@ def train(
         InterruptedRun: Ctrl-C was pressed; a checkpoint was saved.
     """
     run, earlier = start(settings, resume, overwrite, reporter or Reporter())
-    if folder.is_main():
+    if folders.is_main():
         now = None if run.checkpoint else folder.goes_by(settings, run.data)
-        folder.begin(settings.output_folder, earlier, now)
+        folders.begin(settings.output_folder, earlier, now)
     trainer = go(run)
     metrics: dict[str, Any] = {}
-    if folder.is_main():
+    if folders.is_main():
         metrics = finish(run, trainer)
-    return TrainResult(settings.output_folder, settings.output_folder / ADAPTER, metrics, run.built.model)  # fmt: skip
+    return TrainResult(settings.output_folder, settings.output_folder / folders.ADAPTER, metrics, run.built.model)  # fmt: skip
 
 
 def start(
@@ -112,19 +112,19 @@ def start(
 ) -> tuple[Run, list[Path]]:
     """All that can be found wrong before anything is written, and what an earlier run left to discard."""
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    checkpoint, earlier = folder.claim(settings.output_folder, resume, overwrite)
+    checkpoint, earlier = folders.claim(settings.output_folder, resume, overwrite)
     need("training", listed_of(settings.training.report_to))
     data, config = prepare(settings)
     for text in idle_notes(data, config.registry):
         reporter.note(f"note: {text}")
     if checkpoint is not None:
-        folder.check_same(checkpoint, folder.goes_by(settings, data))
+        folders.check_same(checkpoint, folder.goes_by(settings, data), folder.FREE)
     built = made(settings, data, config)
     evaluator = evaluator_of(settings, data, built)
     say(reporter, data, built, evaluator)
     step = checkpoint_step(checkpoint) if checkpoint is not None else 0
-    log = settings.output_folder / folder.LOG if folder.is_main() else None
-    journal = Journal(log, step, folder.seconds_before(settings.output_folder, step))
+    log = settings.output_folder / folders.LOG if folders.is_main() else None
+    journal = Journal(log, step, folders.seconds_before(settings.output_folder, step))
     return Run(settings, reporter, checkpoint, data, built, evaluator, journal, started), earlier
 
 
@@ -171,7 +171,7 @@ def go(run: Run) -> Any:
     trainer, watch = make_trainer(
         run.settings,
         run.built,
-        folder=run.settings.output_folder / CHECKPOINTS,
+        folder=run.settings.output_folder / folders.CHECKPOINTS,
         rows=dealt(run),
         evaluator=run.evaluator,
         journal=run.journal,
@@ -201,7 +201,7 @@ def dealt(run: Run) -> Any:
     rows = mixture.run(run.rows)
     if not t.similar_lengths:
         return rows
-    batch = t.batch_size * folder.processes()
+    batch = t.batch_size * folders.processes()
     return SimilarLengths(rows, batch, lambda row: length_of(tasks, row), seed=run.settings.seed)
 
 
@@ -229,22 +229,22 @@ def finish(run: Run, trainer: Any) -> dict[str, Any]:
     output, settings = run.settings.output_folder, run.settings
     seconds, steps = run.journal.seconds, trainer.state.global_step
     run.built.model.eval()
-    save(run.built.model, output / ADAPTER)
+    save(run.built.model, output / folders.ADAPTER)
     folder.write_recipe(output, settings, run.data, run.built)
     metrics = {**evaluated(run, trainer), "training": training(run, trainer, seconds)}
-    folder.write_json(output / folder.METRICS, metrics)
+    folders.write_json(output / folders.METRICS, metrics)
     a_step = steps * settings.training.batch_size * settings.training.gradient_accumulation
-    drawn = described(run.data.mixture, a_step * folder.processes())
-    folder.write_json(output / folder.MIXTURE, {"cap": settings.cap, **drawn})
+    drawn = described(run.data.mixture, a_step * folders.processes())
+    folders.write_json(output / folders.MIXTURE, {"cap": settings.cap, **drawn})
     cost = {
         "seconds_a_step": round(seconds / max(steps, 1), 4),
         "tokens": int(trainer.state.num_input_tokens_seen) or None,
         "peak_memory_bytes": _peak(trainer.args.device),
     }
     said = folder.run_json(settings, run.data, run.built, cost, started=run.started, seconds=seconds, steps=steps)  # fmt: skip
-    folder.write_json(output / folder.RUN, said)
+    folders.write_json(output / folders.RUN, said)
     text = yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True)
-    write_file(output / folder.RESOLVED, text.encode("utf-8"))
+    write_file(output / folders.RESOLVED, text.encode("utf-8"))
     return metrics
 
 
@@ -261,7 +261,7 @@ def evaluated(run: Run, trainer: Any) -> dict[str, Any]:
     if not run.settings.evaluation.at_end or not len(run.evaluator):
         return nothing
     found = run.evaluator.answers(run.built.model, run.reporter)
-    folder.write_lines(run.settings.output_folder / folder.PREDICTIONS, run.evaluator.samples(found))  # fmt: skip
+    folders.write_lines(run.settings.output_folder / folders.PREDICTIONS, run.evaluator.samples(found))  # fmt: skip
     alone = trainer.args.world_size == 1 and run.settings.evaluation.left_out
     left_out = run.evaluator.left_out(trainer) if alone else None
     return {**nothing, **run.evaluator.scored(found), "left_out": left_out}

@@ -10,51 +10,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictStr,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from flix.core.checks import is_number, is_whole
+from flix.core.strictfields import (
+    Count,
+    CountOr0,
+    FeatureValue,
+    Finite,
+    Name,
+    Names,
+    NotNegative,
+    Number,
+    Positive,
+    Rank,
+    Rate,
+)
 from flix.data.files import groups_of
 
-
-def _no_bool(value: Any) -> Any:
-    """A number; YAML reads on, yes and their like as truth values, which count as 0 and 1 in Python."""
-    if isinstance(value, bool):
-        raise PydanticCustomError("bool_as_number", "must be a number")
-    return value
-
-
-def _of_text(value: str) -> str:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("holds half of a surrogate pair, which is no text") from None
-    if "\0" in value:
-        raise ValueError("holds a NUL character, which is in no name and no path")
-    return value
-
-
-# Bounds are far above all use: they keep a slip of the keyboard from taking all memory.
-Number = BeforeValidator(_no_bool)
-Name = Annotated[StrictStr, Field(min_length=1), AfterValidator(_of_text)]
-Count = Annotated[int, Number, Field(ge=1, le=10**9)]
-CountOr0 = Annotated[int, Number, Field(ge=0, le=10**9)]
-Rank = Annotated[int, Number, Field(ge=0, le=10**6)]
-Names = Union[Name, list[Name]]
-Finite = Annotated[float, Number, Field(allow_inf_nan=False)]
-FeatureValue = Union[Name, list[Name], dict[Name, Finite]]
-Rate = Annotated[float, Number, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Number, Field(gt=0.0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Number, Field(ge=0.0, allow_inf_nan=False)]
 ByFeature = dict[Name, Union[Rank, dict[Name, Rank]]]
 Kind = Literal["seq2seq", "causal", "classification", "regression", "tagging", "masked"]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
