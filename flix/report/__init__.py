@@ -3,7 +3,7 @@
 It reads runs' folders alone (JSON, and adapters through :mod:`flix.core`) and needs no framework; extra ``report``.
 """
 
-from flix.report.page import Written, write_report
+from flix.report.page import Written, remove_report, write_report
 from flix.report.reading import ReportError
 
-__all__ = ["ReportError", "Written", "write_report"]
+__all__ = ["ReportError", "Written", "remove_report", "write_report"]

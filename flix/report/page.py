@@ -75,6 +75,16 @@ def write_report(
     return Written(out, len(data), short, missing)
 
 
+def remove_report(run: Path) -> None:
+    """Remove the page in a run's folder, where the run has gone on without a new one; other files called so stay.
+
+    Raises:
+        OSError: it cannot be read or removed.
+    """
+    if (out := run / "report.html").is_file() and _is_report(out):
+        out.unlink()
+
+
 def page(
     runs: Sequence[Run], rows: str | None = None, columns: str | None = None
 ) -> tuple[str, list[str], list[str]]:
@@ -323,12 +333,15 @@ def _subtitle(runs: Sequence[Run]) -> str:
 def _check_out(out: Path, force: bool) -> None:
     if out.is_dir():
         raise ReportError(f"--out must be a file, but {str(out)!r} is a folder")
-    if out.exists() and not force:
-        with open(out, "rb") as file:
-            if _MARK.encode() not in file.read(2000):
-                raise ReportError(
-                    f"--out: {str(out)!r} is no report of flix; --force writes over it all the same"
-                )
+    if out.exists() and not force and not _is_report(out):
+        raise ReportError(
+            f"--out: {str(out)!r} is no report of flix; --force writes over it all the same"
+        )
+
+
+def _is_report(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return _MARK.encode() in file.read(2000)
 
 
 def _template() -> Any:

@@ -16,6 +16,7 @@ from flix.transformers.journal import line_of, plain
 
 ADAPTER, METRICS, RESOLVED, CHECKPOINTS = "adapter", "metrics.json", "config.yaml", "checkpoints"
 LOG, MIXTURE, PREDICTIONS, RUN = "log.jsonl", "mixture.json", "predictions.jsonl", "run.json"
+REPORT = "report.html"
 FORMAT = 2
 """Of what ``checkpoints/run.json`` says a run goes by: 1 drew its rows in another order."""
 
@@ -67,7 +68,14 @@ def claim(output: Path, resume: bool, overwrite: bool) -> tuple[Path | None, lis
         raise RunError(
             f"{str(output)!r} holds a run already; --resume continues it, --overwrite discards it"
         )
-    return None, used
+    if not used and (output / RESOLVED).exists():
+        raise RunError(
+            f"{str(output / RESOLVED)!r} is no run's, and a run would write over it; give another output:"
+        )
+    return None, [
+        *used,
+        *(output / n for n in (RESOLVED, REPORT) if used and (output / n).exists()),
+    ]
 
 
 def begin(output: Path, earlier: Iterable[Path], goes_by: Mapping[str, Any] | None) -> None:

@@ -178,6 +178,34 @@ def test_resume_and_overwrite_mistakes(config: Write, tmp_path: Path) -> None:
     ok("train", config(**small), "--overwrite")
 
 
+def test_nothing_of_an_earlier_run_is_left(config: Write, tmp_path: Path) -> None:
+    small = {"training": {"steps": 1}, "evaluation": {"at_end": False}}
+    ok("train", config(**small))
+    page, resolved = tmp_path / "run" / "report.html", tmp_path / "run" / "config.yaml"
+    assert page.is_file() and resolved.is_file()
+    first = page.read_bytes()
+    ok("train", config(**{**small, "training": {"steps": 2}}), "--resume", "--no-report")
+    assert not page.exists()
+    ok("train", config(**{**small, "training": {"steps": 2}}), "--resume")
+    assert page.read_bytes() != first
+    # A run that ends in its middle has neither the page nor the settings of the one that it discarded.
+    broken = {"learning_rate": 1e30, "max_grad_norm": 0, "schedule": "constant", "log_every": 1}
+    result = run(app, ["train", str(config(training=broken)), "--overwrite"])
+    assert result.exit_code == 2 and not page.exists() and not resolved.exists()
+    ok("train", config(**small), "--overwrite", "--no-report")
+    page.write_text("<p>mine</p>")
+    ok("train", config(**{**small, "training": {"steps": 2}}), "--resume", "--no-report")
+    assert page.read_text() == "<p>mine</p>"
+
+
+def test_a_run_writes_over_no_configuration(config: Write, tmp_path: Path) -> None:
+    path = config(name="config.yaml", output=".", training={"steps": 1})
+    before = path.read_bytes()
+    result = run(app, ["train", str(path)])
+    assert result.exit_code == 2 and "is no run's" in result.stderr and "output:" in result.stderr
+    assert path.read_bytes() == before and not (tmp_path / "adapter").exists()
+
+
 def test_diverging_runs_stop(config: Write) -> None:
     training = {"learning_rate": 1e30, "max_grad_norm": 0, "log_every": 1, "schedule": "constant"}
     result = run(app, ["train", str(config(training=training))])
