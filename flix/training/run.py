@@ -13,6 +13,7 @@ from flix.core.machine import peak_memory
 from flix.core.progress import Reporter
 from flix.data.display import described
 from flix.data.lengths import SimilarLengths
+from flix.report import remove_report
 from flix.tasks.evaluation import Evaluator, length_of
 from flix.training import folder
 from flix.training.data import Data, idle_notes, read_data
@@ -100,6 +101,7 @@ def train(
     if folders.is_main():
         now = None if run.checkpoint else folder.goes_by(settings, run.data)
         folders.begin(settings.output_folder, earlier, now)
+        remove_report(settings.output_folder)  # it tells of what the folder held before
     trainer = go(run)
     metrics: dict[str, Any] = {}
     if folders.is_main():

@@ -16,7 +16,6 @@ from flix.transformers.journal import line_of, plain
 
 ADAPTER, METRICS, RESOLVED, CHECKPOINTS = "adapter", "metrics.json", "config.yaml", "checkpoints"
 LOG, MIXTURE, PREDICTIONS, RUN = "log.jsonl", "mixture.json", "predictions.jsonl", "run.json"
-REPORT = "report.html"
 FORMAT = 2
 """Of what ``checkpoints/run.json`` says a run goes by: 1 drew its rows in another order."""
 
@@ -72,10 +71,8 @@ def claim(output: Path, resume: bool, overwrite: bool) -> tuple[Path | None, lis
         raise RunError(
             f"{str(output / RESOLVED)!r} is no run's, and a run would write over it; give another output:"
         )
-    return None, [
-        *used,
-        *(output / n for n in (RESOLVED, REPORT) if used and (output / n).exists()),
-    ]
+    settings = output / RESOLVED
+    return None, [*used, settings] if used and settings.exists() else used
 
 
 def begin(output: Path, earlier: Iterable[Path], goes_by: Mapping[str, Any] | None) -> None:

@@ -38,7 +38,7 @@ def train(
     result = run.train(settings, resume=resume, overwrite=overwrite, reporter=reporter)
     if not result.metrics:  # another process writes
         return
-    page = _page(result.output, reporter, report)
+    page = _page(result.output, reporter) if report else None
     if as_json:
         places = {"output": result.output, "adapter": result.adapter, "report": page}
         show_json({**{name: p and str(p) for name, p in places.items()}, **result.metrics})
@@ -53,13 +53,12 @@ def train(
         show(f"report: {page}")
 
 
-def _page(folder: Path, reporter: Reporter, wanted: bool) -> Path | None:
+def _page(folder: Path, reporter: Reporter) -> Path | None:
     """The page about a run. That it cannot be written is said, and no error: the run is there."""
-    from flix.report import remove_report, write_report
+    from flix.report import write_report
 
     try:
-        remove_report(folder)  # an earlier page would tell of an earlier run
-        return write_report([folder]).out if wanted else None
+        return write_report([folder]).out
     except (FlixError, OSError) as error:
         reporter.note(f"note: no report was written: {error}")
         return None
