@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from flix.tasks.errors import DataError, ModelError, missing_extra
     from flix.tasks.heads import HeadedModel, HeadedOutput
     from flix.tasks.making import GENERATIVE, KINDS, collect_labels, make_task
-    from flix.tasks.packing import packed
+    from flix.tasks.packing import PackingCollator, packed
     from flix.tasks.pretrained import load_pretrained, tasks_of, tokenizer_of
     from flix.tasks.scoring import interval, scores
     from flix.tasks.task import Task
@@ -57,7 +57,7 @@ _HOMES = {
     "errors": ("DataError", "ModelError", "missing_extra"),
     "heads": ("HeadedModel", "HeadedOutput"),
     "making": ("GENERATIVE", "KINDS", "collect_labels", "make_task"),
-    "packing": ("packed",),
+    "packing": ("PackingCollator", "packed"),
     "pretrained": ("load_pretrained", "tasks_of", "tokenizer_of"),
     "scoring": ("interval", "scores"),
     "task": ("Task",),
@@ -74,6 +74,7 @@ __all__ = [
     "HeadedModel",
     "HeadedOutput",
     "ModelError",
+    "PackingCollator",
     "Task",
     "TaskCollator",
     "answers",

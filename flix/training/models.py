@@ -101,6 +101,7 @@ def build(
 
     from flix.backends.torch import adapt, load_into
     from flix.tasks import TaskCollator
+    from flix.tasks.packing import PackingCollator
     from flix.transformers import FlixCollator
 
     t = settings.training
@@ -116,7 +117,12 @@ def build(
         model.to(torch.accelerator.current_accelerator())
     inner = TaskCollator(tasks, tokenizer, seed=settings.seed)
     columns = {group: group for group in data.groups}
-    collator = FlixCollator(config, inner, columns, unknown=settings.unknown, seed=settings.seed)
+    given: Any = {"unknown": settings.unknown, "seed": settings.seed}
+    collator = (
+        FlixCollator(config, inner, columns, **given)
+        if t.packing is None
+        else PackingCollator(config, inner, columns, length=t.packing, **given)
+    )
     return Built(model, tuple(tasks), collator, tokenizer)
 
 

@@ -204,6 +204,7 @@ class TrainingSettings(Form):
         learning_rate, schedule, warmup_steps, warmup_ratio, weight_decay, max_grad_norm: the optimizer's, AdamW.
         gradient_accumulation: micro-batches of a step.
         similar_lengths: batches of rows of similar length, which saves padding; rows move by some steps at most.
+        packing: tokens of the rows that a batch of a causal model is packed into, without padding between texts.
         eval_every: steps between evaluations of the loss; default: only at the end.
         save_every: steps between checkpoints; default: only at the end.
         keep_checkpoints: how many to keep.
@@ -232,6 +233,7 @@ class TrainingSettings(Form):
     max_grad_norm: NotNegative = 1.0
     gradient_accumulation: Count = 1
     similar_lengths: StrictBool = False
+    packing: Count | None = None
     eval_every: Count | None = None
     save_every: Count | None = None
     keep_checkpoints: Count = 2
@@ -258,6 +260,12 @@ class TrainingSettings(Form):
         if self.best is not None and self.save_every not in (None, self.eval_every):
             raise ValueError(
                 "with best:, a checkpoint is saved at each evaluation; leave out save_every:"
+            )
+        longest = self.max_source_tokens + self.max_target_tokens
+        if self.packing is not None and self.packing < longest:
+            raise ValueError(
+                f"packing: {self.packing} tokens do not hold the longest row, max_source_tokens + max_target_tokens = "
+                f"{longest}"
             )
         return self
 
@@ -360,6 +368,10 @@ class Settings(Form):
                 raise ValueError(
                     f"datasets[{number}] has no kind:, and the configuration has none for all; the kinds are: "
                     f"{', '.join(get_args(Kind))}"
+                )
+            if self.training.packing and (kind := dataset.kind or self.kind) != "causal":
+                raise ValueError(
+                    f"training.packing is for causal tasks, and datasets[{number}] is {kind}"
                 )
         return self
 

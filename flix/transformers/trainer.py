@@ -20,6 +20,7 @@ from flix.backends.torch import FlixLinear, RoutedModel, load, save, verbs
 from flix.core.errors import ConfigError
 from flix.data.callback import TellEpoch
 from flix.transformers import checkpoints
+from flix.transformers.boundaries import BoundaryCheck
 from flix.transformers.checkpoints import last_checkpoint
 from flix.transformers.collator import FlixCollator
 from flix.transformers.losses import FeatureLosses, by_items, unreduced
@@ -97,6 +98,7 @@ class FlixTrainerMixin(ProcessesMixin, RatesMixin):
             settings.use_cache = False  # with a cache, models take a packed row for one example
         if hasattr(self.train_dataset, "set_epoch"):
             self.add_callback(TellEpoch(self.train_dataset))
+        self._boundaries = BoundaryCheck()
         self._losses = FeatureLosses(self.model.flix_config.registry)
         self._evaluation_losses = FeatureLosses(self.model.flix_config.registry)
 
@@ -185,8 +187,6 @@ class FlixTrainerMixin(ProcessesMixin, RatesMixin):
             return 1
         return int(self.accelerator.num_processes)
 
-    # Optimizer
-
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Names of the parameters that weight decay acts on: the Trainer's choice, and every feature's."""
         adapted: Any = self.model if isinstance(self.model, RoutedModel) else model
@@ -273,8 +273,6 @@ class FlixTrainerMixin(ProcessesMixin, RatesMixin):
         logger.info("loading the best adapter, %s (score %s)", best, self.state.best_metric)
         load(self.model, best)
 
-    # Losses by feature
-
     def row_losses(self, inputs: Any, outputs: Any) -> tuple[Tensor, Tensor] | None:
         """The losses that make up a batch's, before any mean; override it for a model whose loss is of another kind.
 
@@ -309,6 +307,8 @@ class FlixTrainerMixin(ProcessesMixin, RatesMixin):
     ) -> Any:
         """The loss, as the Trainer computes it; its parts are counted for their features on the way."""
         whole = {**inputs}  # the Trainer may take the labels out
+        if getattr(self.data_collator, "per_token", False):
+            self._boundaries(self.model, inputs)
         told = isinstance(whole.get("labels"), Tensor) or type(self).row_losses is not FlixTrainerMixin.row_losses  # fmt: skip
         if not return_outputs and not (self.loss_by_feature and told):
             # Trainers that have no logits at hand make them for this.

@@ -122,7 +122,45 @@ def test_rows_of_similar_length_come_together_and_are_the_same_rows(
     assert widths[0] < widths[1]
 
 
-@pytest.mark.parametrize("model", ["t5", "llama"])
+def test_packed_batches_train_as_padded_ones(
+    config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flix.core.adapter.files import load_adapter
+    from flix.tasks.packing import PackingCollator
+
+    shapes = []
+    collate = PackingCollator.__call__
+
+    def spy(self: Any, rows: Any, **given: Any) -> Any:
+        batch = collate(self, rows, **given)
+        if self.length is not None:
+            shapes.append(
+                (len(rows), tuple(batch["input_ids"].shape), batch["flix_features"].dim())
+            )
+        return batch
+
+    monkeypatch.setattr(PackingCollator, "__call__", spy)
+    lengths = {"max_source_tokens": 40, "max_target_tokens": 24, "steps": 3, "batch_size": 6}
+    scores = {}
+    for packing in (None, 64):
+        training = {**lengths, "packing": packing}
+        plain = {"feature_dropout": None, "output": f"run-{packing}"}
+        scores[packing] = ok("train", config("llama", training=training, **plain))
+    assert len(shapes) == 3 and all(rows == 6 and dim == 3 for rows, _, dim in shapes)
+    assert all(shape[0] < 6 and shape[1] == 64 for _, shape, _ in shapes)
+    found = [load_adapter(tmp_path / f"run-{packing}" / "adapter") for packing in (None, 64)]
+    for path in found[0].layers:
+        for feature in found[0].config.registry.features:
+            for one, other in zip(*(a.pair(path, feature) for a in found), strict=True):
+                np.testing.assert_allclose(one, other, rtol=0, atol=2e-4)
+    losses = [scores[p]["training"]["losses"] for p in (None, 64)]
+    assert [x["loss"] for x in losses[0]] == pytest.approx([x["loss"] for x in losses[1]], abs=1e-4)
+    # Evaluation and what is predicted are those of rows alone.
+    cells = [[(c["cell"], c["score"]) for c in scores[p]["cells"]] for p in (None, 64)]
+    assert cells[0] == cells[1]
+
+
+@pytest.mark.parametrize("model", ["t5", "llama", "llama, packed"])
 def test_resume_is_bit_for_bit(config: Write, tmp_path: Path, model: str) -> None:
     """With the base's dropout (T5), feature dropout, accumulation, momentum, a schedule and evaluations."""
     training = {
@@ -130,7 +168,9 @@ def test_resume_is_bit_for_bit(config: Write, tmp_path: Path, model: str) -> Non
         "weight_decay": 0.1, "log_every": 1, "batch_size": 3, "keep_checkpoints": 5,
         "similar_lengths": model == "llama",
     }  # fmt: skip
-    path = config(model, training=training, evaluation={"at_end": False})
+    if model == "llama, packed":
+        training |= {"packing": 64, "max_source_tokens": 40, "max_target_tokens": 24}
+    path = config(model.split(",")[0], training=training, evaluation={"at_end": False})
     whole = ok("train", path)
     output = tmp_path / "run"
     weights = weights_of(output)

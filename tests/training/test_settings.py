@@ -84,6 +84,9 @@ def test_resolved_settings_read_the_same() -> None:
         ),
         ("evaluation: {left_out: 3}\n", "evaluation.left_out"),
         ("training: {similar_lengths: 3}\n", "training.similar_lengths: "),
+        ("training: {packing: 1024}\n", "training.packing is for causal tasks, and datasets[0] is"),
+        ("training: {packing: 700}\n", "packing: 700 tokens do not hold the longest row"),
+        ("training: {packing: true}\n", "training.packing: must be a number"),
         ("scaling: big\n", "'lora' or 'rslora'"),
     ],
 )
