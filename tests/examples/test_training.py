@@ -26,4 +26,9 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "train.yaml").write_text(text)
     result = run(app, ["train", str(tmp_path / "train.yaml")])
     assert result.exit_code == 0, result.output
-    assert "2 cells" in last_row(result.stdout, "average, held out")
+    assert last_row(result.stdout, "average, held out").split()[3:6] == [
+        "seq2seq",
+        "2",
+        "exact_match",
+    ]
+    assert (tmp_path / "tiny" / "run" / "report.html").is_file()
