@@ -53,7 +53,7 @@ FLIX = Arm(
     "flix",
     "FLix, language + task + family + shared",
     {"language": 1, "task": 4, "family": 4, "shared": 4},
-    learning_rate=5e-3,
+    learning_rate=4e-3,
 )
 
 
