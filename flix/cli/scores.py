@@ -26,7 +26,7 @@ def show_scores(result: dict[str, Any]) -> None:
     for name, key in (("seen", "seen"), ("held out", "held_out")):
         for kind, mean in ((result[key] or {}).get("by_kind") or {}).items():
             others = "  ".join(f"{k} {_number(v)}" for k, v in list(mean["scores"].items())[1:2])
-            rows.append([f"average, {name}", kind, mean["cells"], mean["metric"], _number(mean["score"]), others])  # fmt: skip
+            rows.append([f"average, {name}", kind.partition(",")[0], mean["cells"], mean["metric"], _number(mean["score"]), others])  # fmt: skip
     show_table(["", "kind", "cells", "metric", "score", "beside it"], rows)
 
 

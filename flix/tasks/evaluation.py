@@ -223,12 +223,21 @@ def _mean(sums: Sums) -> float | None:
 
 
 def average(cells: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The mean over cells, each counting once, in all and by kind of task; None where there are none."""
+    """The mean over cells, each counting once, in all and by kind of task; None where there are none.
+
+    Tasks of one kind that have other main scores (tags of entities, and tags that are none) are apart: ``"tagging,
+    entity_f1"``.
+    """
     if not cells:
         return None
+    metrics: dict[str, set[str]] = {}
+    for cell in cells:
+        metrics.setdefault(cell["kind"], set()).add(cell["metric"])
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
-        by_kind.setdefault(cell["kind"], []).append(cell)
+        kind = cell["kind"]
+        name = kind if len(metrics[kind]) == 1 else f"{kind}, {cell['metric']}"
+        by_kind.setdefault(name, []).append(cell)
     return {
         "cells": len(cells),
         "rows": sum(cell["rows"] for cell in cells),

@@ -159,6 +159,12 @@ def test_averages_leave_out_cells_without_a_score() -> None:
     found = average(cells)
     assert found is not None and found["score"] == 35.0 and found["cells"] == 3
     assert found["by_kind"]["tagging"]["scores"] == {"entity_f1": 35.0, "accuracy": 50.0}
+    tags = {"kind": "tagging", "rows": 2, "metric": "accuracy", "score": 90.0, "scores": {"accuracy": 90.0}}  # fmt: skip
+    both = average([*cells, tags])  # F1 and accuracy have no mean
+    assert both is not None and {k: v["score"] for k, v in both["by_kind"].items()} == {
+        "tagging, entity_f1": 35.0,
+        "tagging, accuracy": 90.0,
+    }
     nothing = average(cells[:1])
     assert nothing is not None and math.isnan(nothing["score"])
 
