@@ -261,6 +261,8 @@ def evaluated(run: Run, trainer: Any) -> dict[str, Any]:
     """Scores by cell and what leaving features out costs; the answers that are kept are written."""
     nothing: dict[str, Any] = {"cells": [], "seen": None, "held_out": None, "left_out": None}
     if not run.settings.evaluation.at_end or not len(run.evaluator):
+        # What a shorter run answered, which this one went on from, is not this one's.
+        (run.settings.output_folder / folders.PREDICTIONS).unlink(missing_ok=True)
         return nothing
     found = run.evaluator.answers(run.built.model, run.reporter)
     folders.write_lines(run.settings.output_folder / folders.PREDICTIONS, run.evaluator.samples(found))  # fmt: skip

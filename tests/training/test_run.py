@@ -224,8 +224,10 @@ def test_nothing_of_an_earlier_run_is_left(config: Write, tmp_path: Path) -> Non
     page, resolved = tmp_path / "run" / "report.html", tmp_path / "run" / "config.yaml"
     assert page.is_file() and resolved.is_file()
     first = page.read_bytes()
+    answers = tmp_path / "run" / "predictions.jsonl"
+    answers.write_text("{}\n")  # of the shorter run
     ok("train", config(**{**small, "training": {"steps": 2}}), "--resume", "--no-report")
-    assert not page.exists()
+    assert not page.exists() and not answers.exists()
     ok("train", config(**{**small, "training": {"steps": 2}}), "--resume")
     assert page.read_bytes() != first
     # A run that ends in its middle has neither the page nor the settings of the one that it discarded.

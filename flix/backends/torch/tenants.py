@@ -172,14 +172,13 @@ class Tenants:
 
         Args:
             features: the batch's routing.
-            rows: the most rows of a part; a tenant with more has one of its own, for its mean is over all of them.
+            rows: the most rows of a part; a tenant with more has one of its own.
 
         Returns:
-            The places of each part's rows, ascending; together every row of the batch once.
+            The places of each part's rows, ascending; together every row once.
 
         Raises:
-            RoutingError: another thing than routing, or a row of two tenants.
-            ConfigError: rows below 1.
+            RoutingError, ConfigError: a row of two tenants; rows below 1.
         """
         owners = owners_of(features, self.group, self._state.config.registry)
         return [part.tolist() for part in owner_parts(owners, rows)]
