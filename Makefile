@@ -12,7 +12,7 @@ WORKERS ?= auto
 KIT := $(PYTEST) --pyargs flix_conformance
 OURS := --flix-backend torch --flix-backend jax --flix-backend tensorflow
 
-.PHONY: quickstart test test-all lint conformance conformance-nightly torture torture-smoke bench bench-smoke gpu format clean
+.PHONY: quickstart test test-all lint conformance conformance-nightly torture torture-smoke bench bench-smoke gpu docs format clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -81,9 +81,15 @@ bench-smoke: $(VENV)/.dev
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU)
 
+# A minute or two; the site is docs/_build/index.html. A warning, a dead link, or a public name without its place is an error.
+docs: $(VENV)/.dev
+	rm -rf docs/_build
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+	$(BIN)/python -m tests.site.built docs/_build
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

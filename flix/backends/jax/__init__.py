@@ -1,10 +1,12 @@
-"""The JAX backend: pure functions for any JAX program, ``adapt`` for flax.nnx models (docs/specification.md §5.3)::
+"""The JAX backend: pure functions for any JAX program, ``adapt`` for flax.nnx models (docs/specification.md §5.3).
 
-bank = init(config, {"layers.0.q": (768, 768)})
-y = linear(x, kernel, bank["layers.0.q"], ids, weights)
+::
 
-model = adapt(nnx_model, config)
-y = model(x, flix_features=ids)
+    bank = init(config, {"layers.0.q": (768, 768)})
+    y = linear(x, kernel, bank["layers.0.q"], ids, weights)
+
+    model = adapt(nnx_model, config)
+    y = model(x, flix_features=ids)
 """
 
 from flix.backends import missing as _missing

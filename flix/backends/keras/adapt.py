@@ -33,7 +33,11 @@ def _by_state(name: str) -> Any:
     def put(model: Any, function: Any) -> None:
         vars(model).setdefault("flix_functions", {})[name, _off(model)] = function
 
-    return property(get, put)
+    return property(
+        get,
+        put,
+        doc=f"Keras's ``{name}``: None until it is compiled; one of its own while the model is off.",
+    )
 
 
 def _off(model: Any) -> bool:

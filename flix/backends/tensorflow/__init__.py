@@ -1,9 +1,11 @@
-"""The TensorFlow backend: Keras 3 on TensorFlow (docs/specification.md §5.4)::
+"""The TensorFlow backend: Keras 3 on TensorFlow (docs/specification.md §5.4).
 
-from flix.backends.tensorflow import adapt
-model = adapt(keras_model, config)
-model.compile(optimizer, loss)
-model.fit({"inputs": x, "flix_features": ids}, y)
+::
+
+    from flix.backends.tensorflow import adapt
+    model = adapt(keras_model, config)
+    model.compile(optimizer, loss)
+    model.fit({"inputs": x, "flix_features": ids}, y)
 """
 
 from flix.backends import missing as _missing

@@ -1,8 +1,10 @@
-"""The PyTorch backend (docs/specification.md §5.2)::
+"""The PyTorch backend (docs/specification.md §5.2).
 
-from flix.backends.torch import adapt
-model = adapt(model, config)
-loss = model(**batch, flix_features=ids).loss
+::
+
+    from flix.backends.torch import adapt
+    model = adapt(model, config)
+    loss = model(**batch, flix_features=ids).loss
 """
 
 from flix.backends import missing as _missing

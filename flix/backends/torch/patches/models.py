@@ -34,13 +34,13 @@ class RoutedModel:
 
     Attributes:
         flix_state: what the model carries.
-        flix_config: the configuration.
     """
 
     flix_state: FlixState
 
     @property
     def flix_config(self) -> FlixConfig:
+        """The configuration."""
         return self.flix_state.config
 
     def print_trainable_parameters(self) -> None:
@@ -51,6 +51,7 @@ class RoutedModel:
 
     @property
     def peft_config(self) -> Any:
+        """PEFT's mark of its models, which adapted ones lack; PEFT setting it is refused with a ``TargetError``."""
         raise AttributeError("peft_config")
 
     @peft_config.setter
