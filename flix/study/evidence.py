@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from flix.core.errors import FlixError, listed, near
 from flix.report.reading import Part, read_json
 
 SCORES = "scores.json"
-GROUPS = ("seen", "choosing", "last_word")
+GROUPS = ("seen", "choosing", "last_word", "unseen")
 #: What people call a group -> the group.
 NAMES = {**{group: group for group in GROUPS}, "zero_shot": "last_word"}
 
@@ -30,7 +30,7 @@ class CellScore:
 
     Attributes:
         features: by group, ``{"language": "deu", "task": "inflect"}``.
-        group: ``"seen"``, ``"choosing"`` or ``"last_word"``.
+        group: ``"seen"``, ``"choosing"``, ``"last_word"``, or ``"unseen"``: not trained on, for another reason.
         trained: rows of it that the arms were trained on.
         rows: rows that it was evaluated on.
         metric: the main metric's name.
@@ -144,17 +144,33 @@ def read_scores(path: Path) -> Study:
     if part is None:
         raise EvidenceError(f"there is no {str(file)!r}; flix study writes it after its first run")
     seeds = tuple(seed for entry in part.get("seeds").parts() if (seed := entry.whole()) is not None)  # fmt: skip
-    arms = {name: _arm(name, said) for name, said in part.get("arms").needed().items()}
+    shared = {name: dict(said.items()) for name, said in part.get("cells").items()}
+    arms = {name: _arm(name, said, shared) for name, said in part.get("arms").needed().items()}
     planned = {
         name: (said.value if isinstance(said.value, str) else name, seeds)
         for name, said in part.get("planned").items()
     }
     if not planned:
         planned = {name: (arm.title, seeds or tuple(arm.runs)) for name, arm in arms.items()}
+    for entry in part.get("missing").parts():
+        name, _, number = str(entry.text()).rpartition(", seed ")
+        if number.isdigit():  # whatever else the file says: what is missing is missing
+            title, known = planned.get(name, (name, ()))
+            planned[name] = (title, tuple(sorted({*known, int(number)})))
     for name in arms:
         if name not in planned:
             raise EvidenceError(f"{part.where}: arms: {name!r} is not among the planned")
-    keys = ("command", "commit", "machine", "date", "versions", "data", "steps", "missing")
+    keys = (
+        "command",
+        "commit",
+        "machine",
+        "date",
+        "versions",
+        "data",
+        "steps",
+        "missing",
+        "relatives",
+    )
     return Study(
         name=part.get("study").text() or file.parent.name,
         file=file,
@@ -166,12 +182,16 @@ def read_scores(path: Path) -> Study:
     )
 
 
-def _arm(name: str, said: Part) -> ArmScores:
+def _arm(name: str, said: Part, shared: Mapping[str, Mapping[str, Part]]) -> ArmScores:
     runs: dict[int, RunScores] = {}
     for seed, run in said.get("seeds").needed().items():
         if not seed.isdigit():
             raise EvidenceError(f"{run.where}: a seed must be a whole number, got {seed!r}")
-        cells = {cell: _cell(entry) for cell, entry in run.get("cells").needed().items()}
+        cells = {}
+        for cell, entry in run.get("cells").needed().items():
+            own = {key: part.value for key, part in entry.items()}
+            more = {key: part.value for key, part in shared.get(cell, {}).items()}
+            cells[cell] = _cell(Part({**more, **own}, entry.where))
         runs[int(seed)] = RunScores(cells, run.get("seconds").number(), run.get("steps").whole())
     return ArmScores(
         name=name,
@@ -219,7 +239,7 @@ def _feature(part: Part) -> str:
 def _right(part: Part) -> NDArray[np.int8] | None:
     """From a list of 0 and 1, or the same as a text of digits; None where any row has no right or wrong."""
     given = part.value
-    if given is None or (isinstance(given, list) and None in given):
+    if given is None or given == [] or (isinstance(given, list) and None in given):
         return None
     values = list(given) if isinstance(given, str) else [entry.value for entry in part.parts()]
     found = [_BITS.get(value) if isinstance(value, str | int) else None for value in values]

@@ -43,7 +43,10 @@ def test_answers_may_be_a_text_of_digits(tmp_path: Path) -> None:
         (lambda cell: cell.update(right=[0, 2]), "right must hold 0 and 1 alone"),
         (lambda cell: cell.update(right=[0, 1]), "20 rows, but right says of 2"),
         (lambda cell: cell.update(right="01x"), "right must hold 0 and 1 alone"),
-        (lambda cell: cell.update(group="other"), "group must be one of seen, choosing, last_word"),
+        (
+            lambda cell: cell.update(group="other"),
+            "group must be one of seen, choosing, last_word, unseen",
+        ),
         (lambda cell: cell.pop("group"), "group is missing"),
         (lambda cell: cell.update(score="high"), "score must be a number"),
     ],

@@ -1,0 +1,291 @@
+"""``python -m flix.study.results STUDY ...``: the results page, its pictures, and the scores that both are made from.
+
+::
+
+    python -m flix.study.results study-words study-african --docs docs/results.md
+
+keeps each study's scores as JSON in ``docs/results`` (answers as digits), and from what is kept there draws the
+pictures beside it and fills the page's blocks, ``<!-- results: words main -->`` to ``<!-- end -->``. Without a folder,
+page and pictures are made anew from what is kept. A block whose runs are missing says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flix.core.errors import FlixError, listed
+from flix.core.files import make_folder, write_file
+from flix.study import pictures, published, tables
+from flix.study.claims import DRAWS, claimed_arms
+from flix.study.curves import Curve, headings, read_curves, rows_of
+from flix.study.evidence import SCORES, EvidenceError, Study, read_scores
+from flix.study.plots import Plots
+
+UNSEEN, OFFICIAL = "unseen.json", "official.json"
+#: A number of studies that differ in their languages alone are kept as languages-2, languages-10 and so on.
+MANY = "languages"
+_BLOCK = re.compile(r"(<!-- results: (?P<study>[\w.-]+) (?P<what>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What ``docs/results`` holds.
+
+    Attributes:
+        folder: the folder.
+        draws: of the bootstraps.
+        plots: draws.
+    """
+
+    folder: Path
+    draws: int
+    plots: Plots
+
+    def study(self, name: str) -> Study:
+        """A study that is kept.
+
+        Raises:
+            EvidenceError: it is not.
+        """
+        file = self.folder / f"{name}.json"
+        if not file.is_file():
+            raise EvidenceError(f"no run yet: {command_of(name)}")
+        return read_scores(file)
+
+    def raw(self, name: str) -> dict[str, Any]:
+        """The JSON of a file that is kept.
+
+        Raises:
+            EvidenceError: it is not.
+        """
+        file = self.folder / f"{name}.json"
+        if not file.is_file():
+            raise EvidenceError(f"no run yet: {command_of(name)}")
+        said: dict[str, Any] = json.loads(file.read_bytes())
+        return said
+
+    def many(self) -> list[Study]:
+        """The studies of different numbers of languages."""
+        return [read_scores(file) for file in sorted(self.folder.glob(f"{MANY}-*.json"))]
+
+
+def command_of(name: str) -> str:
+    """How to run a study."""
+    after = {"unseen": " and `python -m flix.study.unseen study-unseen`"}
+    if name == "official":
+        return "`python -m flix.study.official`"
+    return f"`flix study {name}`{after.get(name, '')}"
+
+
+def keep(folder: Path, out: Path) -> list[str]:
+    """Keep a study's scores; returns the names of what was kept.
+
+    Raises:
+        EvidenceError: there are no scores, or a run has no curve that should have one.
+    """
+    kept = []
+    said = json.loads((folder / SCORES).read_bytes()) if (folder / SCORES).is_file() else None
+    served = folder / UNSEEN
+    if said is not None and not served.is_file():
+        study = read_scores(folder)
+        name = study.name
+        if name == MANY:
+            name = f"{MANY}-{tables.languages_of(study):02d}"
+        said["study"] = name
+        if name == "settle":
+            found = read_curves(folder, {arm.name: arm.title for arm in study.whole()})
+            said["curves"] = [curve.to_json() for curve in found]
+        _put(out / f"{name}.json", compact(said))
+        kept.append(name)
+    if served.is_file():
+        _put(out / UNSEEN, compact(json.loads(served.read_bytes())))
+        kept.append("unseen")
+    if (folder / OFFICIAL).is_file():
+        _put(out / OFFICIAL, json.loads((folder / OFFICIAL).read_bytes()))
+        kept.append("official")
+    if not kept:
+        raise EvidenceError(
+            f"{str(folder)!r} holds none of {SCORES}, {UNSEEN}, {OFFICIAL}; give the folder that flix study writes"
+        )
+    return kept
+
+
+def _put(file: Path, said: Mapping[str, Any]) -> None:
+    make_folder(file.parent)
+    text = json.dumps(said, ensure_ascii=False, separators=(",", ":"))
+    text = re.sub(
+        r'(,?)("[^"\n]*":\{"(?:metric|score|rows|right))', r"\1\n\2", text
+    )  # a line a cell: diffs are read
+    write_file(file, (text + "\n").encode())
+
+
+def compact(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The same scores with answers as digits, and what all runs say of a cell once."""
+    shared: dict[str, dict[str, Any]] = {}
+    arms: dict[str, Any] = {}
+    for name, arm in said["arms"].items():
+        runs: dict[str, Any] = {}
+        for seed, run in arm["seeds"].items():
+            cells: dict[str, Any] = {}
+            for cell, entry in run["cells"].items():
+                right = entry.get("right")
+                if isinstance(right, list):
+                    entry = {**entry, "right": None if None in right else "".join(str(int(r)) for r in right)}  # fmt: skip
+                once = {key: entry[key] for key in ("features", "group", "train", "rows") if key in entry}  # fmt: skip
+                first = shared.setdefault(cell, once)
+                cells[cell] = {k: v for k, v in entry.items() if k not in first or first[k] != v}
+            runs[seed] = {**run, "cells": cells}
+        arms[name] = {**arm, "seeds": runs}
+    return {**said, "arms": arms, "cells": shared}
+
+
+def source_line(made: Mapping[str, Any], name: str) -> str:
+    """Commit, machine, command and date of what a table stands on."""
+    machine, given = made.get("machine") or {}, made.get("command")
+    told = [
+        f"`{' '.join(given) if isinstance(given, list) else given}`" if given else "",
+        f"commit {str(made['commit'])[:10]}" if made.get("commit") else "",
+        f"{machine.get('system', '')}, {machine.get('processors')} processors, {machine.get('device', '')}" if machine else "",
+        str(made.get("date") or "")[:10],
+        f"[raw scores](results/{name}.json)",
+    ]  # fmt: skip
+    return f"<sub>{' · '.join(filter(None, told))}</sub>"
+
+
+Block = Callable[[Kept, str], list[str]]
+
+
+def _table(make: Callable[[Study, Kept], tables.Table], draw: Callable[[Study, Plots], str] | None = None) -> Block:  # fmt: skip
+    def block(kept: Kept, where: str) -> list[str]:
+        name, _, what = where.partition(" ")
+        study = kept.study(name)
+        parts = [make(study, kept).markdown()]
+        if draw is not None:
+            parts.insert(0, _picture(kept, f"{name}-{what}", draw(study, kept.plots)))
+        return [*parts, source_line(study.made, name)]
+
+    return block
+
+
+def _picture(kept: Kept, name: str, svg: str) -> str:
+    write_file(kept.folder / f"{name}.svg", svg.encode())
+    label = re.search(r"<title>(.*?)</title>", svg)
+    return f"![{html.unescape(label[1]) if label else name}](results/{name}.svg)"
+
+
+def _languages(kept: Kept, _: str) -> list[str]:
+    studies = kept.many()
+    if not studies:
+        raise EvidenceError(f"no run yet: {command_of(MANY)}")
+    table = tables.by_languages(studies)
+    parts = [_picture(kept, MANY, pictures.languages(studies, kept.plots)), table.markdown()]
+    return [*parts, *(source_line(study.made, study.name) for study in studies)]
+
+
+def _speed(kept: Kept, _: str) -> list[str]:
+    study, said = kept.study("settle"), kept.raw("settle")
+    curves = [Curve.of_json(curve) for curve in said.get("curves", [])]
+    if not curves:
+        raise EvidenceError("no curve yet: `flix study settle`")
+    missing = [arm for arm in claimed_arms(study) if arm not in [curve.arm for curve in curves]]
+    note = f"Not finished, and left out: {listed(missing)}." if missing else ""
+    table = tables.Table(headings(), rows_of(curves), note)
+    parts = [_picture(kept, "settle-speed", pictures.speed(curves, kept.plots)), table.markdown()]
+    return [*parts, source_line(study.made, "settle")]
+
+
+def _published(kept: Kept, where: str) -> list[str]:
+    said = kept.raw("official")
+    make = published.segmentation if where.endswith("segmentation") else published.inflection
+    return [make(said).markdown(), source_line(said, "official")]
+
+
+BLOCKS: dict[str, Block] = {
+    "main": _table(lambda study, _: tables.main_table(study), pictures.main),
+    "claims": _table(lambda study, kept: tables.claims_table(study, kept.draws)),
+    "tasks": _table(lambda study, _: tables.by_task(study), pictures.tasks),
+    "zero-shot-tasks": _table(lambda study, _: tables.by_task(study, "last_word")),
+    "sizes": _table(lambda study, _: tables.by_size(study), pictures.sizes),
+    "zero-shot": _table(lambda study, _: tables.by_cell(study), pictures.zero_shot),
+    "ablations": _table(lambda study, _: tables.ablations(study), pictures.ablations),
+    "cost": _table(lambda study, _: tables.cost(study), pictures.cost),
+    "served": _table(lambda study, _: tables.unseen(study), pictures.unseen),
+    "many": _languages,
+    "speed": _speed,
+    "segmentation": _published,
+    "inflection": _published,
+}
+
+
+def write_results(
+    folders: Sequence[Path], *, docs: Path, out: Path | None = None, draws: int = DRAWS
+) -> dict[str, str]:
+    """Keep the scores of some studies, draw all pictures anew and fill the page.
+
+    Args:
+        folders: of studies; what is kept already is used, too.
+        docs: the page; its blocks say what stands where.
+        out: where JSON and pictures are kept; default: ``results`` beside the page.
+        draws: of the bootstraps.
+
+    Returns:
+        Of each block that is left out, why.
+
+    Raises:
+        EvidenceError: a folder without scores, or a block that nothing fills.
+        ReportError: damaged scores.
+        MissingFrameworkError: matplotlib is not installed.
+        OSError: the page cannot be read or written.
+    """
+    folder = out or docs.parent / "results"
+    for given in folders:
+        keep(given, folder)
+    kept, missing = Kept(folder, draws, Plots()), dict[str, str]()
+    make_folder(folder)
+
+    def filled(block: re.Match[str]) -> str:
+        where = f"{block['study']} {block['what']}"
+        if block["what"] not in BLOCKS:
+            raise EvidenceError(f"{docs}: nothing fills the block {where!r}; there are: {listed(BLOCKS, 30)}")  # fmt: skip
+        try:
+            parts = BLOCKS[block["what"]](kept, where)
+        except EvidenceError as error:
+            missing[where] = str(error)
+            parts = [f"*Left out: {error}.*"]
+        return block[1] + "\n\n".join(parts) + "\n" + block[4]
+
+    text = docs.read_text(encoding="utf-8")
+    write_file(docs, _BLOCK.sub(filled, text).encode())
+    return missing
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0, or 2 with one line on standard error for a mistake that can be mended."""
+    parser = argparse.ArgumentParser("python -m flix.study.results", description=(__doc__ or "").partition("::")[0])  # fmt: skip
+    add = parser.add_argument
+    add("studies", nargs="*", type=Path, help="folders that flix study wrote")
+    add("--docs", type=Path, default=Path("docs/results.md"), help="the page (%(default)s)")
+    add("--out", type=Path, help="where JSON and pictures are kept (results, beside the page)")
+    add("--draws", type=int, default=DRAWS, help="of the bootstraps (%(default)s)")
+    given = parser.parse_args(arguments)
+    try:
+        missing = write_results(given.studies, docs=given.docs, out=given.out, draws=given.draws)
+    except (FlixError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for where, why in missing.items():
+        print(f"left out: {where}: {why}")
+    print(f"results: {given.docs}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

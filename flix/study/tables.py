@@ -1,0 +1,324 @@
+"""A study's tables. An arm that is not finished stands in none; scores of different metrics are never averaged."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flix.core.errors import listed
+from flix.study.claims import by_metric, claimed_arms, differences, findings
+from flix.study.evidence import ArmScores, EvidenceError, Study
+
+LABELS = {"seen": "seen", "last_word": "zero-shot", "choosing": "tuning", "unseen": "unseen"}
+MINUS = "−"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text, and a line under it."""
+
+    headings: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """As GitHub reads it: the first column to the left, the others to the right."""
+        lines = ["| " + " | ".join(self.headings) + " |"]
+        lines.append("|---" + "|---:" * (len(self.headings) - 1) + "|")
+        lines += ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in self.rows]
+        return "\n".join(lines) + (f"\n\n{self.note}" if self.note else "")
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def signed(value: float) -> str:
+    """A difference: +3.1, −2.0."""
+    return f"{MINUS if value < 0 else '+'}{abs(value):.1f}"
+
+
+def count(value: int | None) -> str:
+    """A number with commas; a dash for none."""
+    return "–" if value is None else f"{value:,}"
+
+
+def p_text(value: float, draws: int) -> str:
+    """A p value; one that no draw can be below is written as a bound."""
+    return f"< {2 / (draws + 1):.4f}" if value <= 1.5 / (draws + 1) else f"{value:.4f}"
+
+
+def means(arm: ArmScores, cells: Sequence[str]) -> list[float]:
+    """Of each seed the mean over some cells, each counting once."""
+    return [float(np.mean([run.cells[name].score for name in cells])) for _, run in sorted(arm.runs.items())]  # fmt: skip
+
+
+def mean_sd(values: Sequence[float]) -> str:
+    """The mean over seeds, and their standard deviation where there are several."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
+
+
+def metric_text(metric: str) -> str:
+    """``exact_match`` as people write it."""
+    return metric.replace("_", " ")
+
+
+def columns_of(study: Study, groups: Sequence[str] = ("seen", "last_word")) -> list[tuple[str, str, str]]:  # fmt: skip
+    """The groups of cells and their metrics, as (heading, group, metric), of those that the finished arms have."""
+    found: dict[tuple[str, str], None] = {}
+    for arm in study.whole():
+        for group in groups:
+            try:
+                found.update(dict.fromkeys((group, metric) for metric in by_metric(arm, group)))
+            except EvidenceError:
+                continue
+    several = len({metric for _, metric in found}) > 1
+    return [(f"{LABELS[g]}, {metric_text(m)}" if several else LABELS[g], g, m) for g, m in found]
+
+
+def cells_of(arm: ArmScores, group: str, metric: str) -> list[str]:
+    """The arm's cells of a group that are scored by a metric; none where it has none."""
+    try:
+        return by_metric(arm, group).get(metric, [])
+    except EvidenceError:
+        return []
+
+
+def main_arms(study: Study) -> list[ArmScores]:
+    """The arms that the study's claims are about, if they are finished; without claims, all that are."""
+    names = claimed_arms(study) or list(study.planned)
+    return [arm for arm in study.whole() if arm.name in names]
+
+
+def unfinished(study: Study) -> str:
+    """What the tables leave out, as a sentence; nothing if all is there."""
+    lacking = study.lacking(list(study.planned))
+    return f"Not finished, and left out with all runs of the method: {listed(lacking, 30)}." if lacking else ""  # fmt: skip
+
+
+def main_table(study: Study) -> Table:
+    """Every finished arm: what a row activates, what is trained, and its means over seen and zero-shot cells."""
+    columns = columns_of(study)
+    rows = []
+    for arm in study.whole():
+        scores = [
+            mean_sd(means(arm, cells)) if (cells := cells_of(arm, group, metric)) else "–"
+            for _, group, metric in columns
+        ]
+        rows.append((arm.title, count(arm.active_rank), count(arm.trainable), *scores))
+    _need(rows, study)
+    first = study.whole()[0]
+    told = ", ".join(f"{len(cells_of(first, g, m))} {heading}" for heading, g, m in columns)
+    seeds = len(first.runs)
+    note = f"Means over cells ({told}) and {seeds} seed{'s' * (seeds != 1)}{', ± standard deviation over seeds' * (seeds > 1)}."  # fmt: skip
+    return Table(("method", "active rank", "parameters", *(c[0] for c in columns)), rows, _joined(note, unfinished(study)))  # fmt: skip
+
+
+def claims_table(study: Study, draws: int) -> Table:
+    """The study's claims, each with what was found, its interval and its p value."""
+    rows: list[tuple[str, ...]] = []
+    for found in findings(study, draws=draws):
+        d = found.difference
+        verdict = {True: "yes", False: "**no**", None: "–"}[found.holds]
+        rows.append(
+            (
+                study.arms[found.arm].title, study.arms[found.against].title,
+                f"{LABELS.get(found.group, found.group.replace('_', '-'))}, {metric_text(d.metric)}", signed(d.value),
+                f"{signed(d.low)} to {signed(d.high)}", p_text(d.p, draws),
+                "–" if found.at_least is None else f"{found.at_least:g} or more", verdict,
+            )
+        )  # fmt: skip
+    _need(rows, study)
+    headings = ("method", "against", "cells", "ahead by", "95 % interval", "p", "claimed", "holds")
+    note = (
+        f"Paired bootstrap over cells, items and seeds, {draws:,} draws. A claim holds if the difference is as large as "
+        "claimed and p is below 0.01."
+    )
+    return Table(headings, rows, note)
+
+
+def grouped(
+    study: Study, group: str, key: Callable[[str], str], heading: str, order: Sequence[str] = ()
+) -> Table:
+    """The main arms over parts of a group's cells.
+
+    Args:
+        study: the scores.
+        group: of cells.
+        key: of a cell's name, the part that it is in.
+        heading: of the column of parts.
+        order: of the parts; default: as they come.
+    """
+    arms = main_arms(study)
+    rows = []
+    for _, of, metric in columns_of(study, [group]):
+        parts: dict[str, list[str]] = {name: [] for name in order}
+        for name in cells_of(arms[0], of, metric) if arms else []:
+            parts.setdefault(key(name), []).append(name)
+        for part, names in parts.items():
+            if names:
+                rows.append((part, str(len(names)), *(mean_sd(means(arm, names)) for arm in arms)))
+    _need(rows, study)
+    return Table((heading, "cells", *(arm.title for arm in arms)), rows, unfinished(study))
+
+
+def by_task(study: Study, group: str = "seen") -> Table:
+    """The main arms task by task."""
+    first = study.whole()[0].runs if study.whole() else {}
+    cells = first[min(first)].cells if first else {}
+    return grouped(study, group, lambda name: cells[name].features.get("task", "–"), "task")
+
+
+def size_parts(study: Study, parts: int = 4) -> dict[str, list[str]]:
+    """The seen cells in so many parts of like number, by the rows that they are trained on."""
+    arms = main_arms(study)
+    if not arms:
+        return {}
+    cells = arms[0].runs[min(arms[0].runs)].cells
+    seen = sorted((n for n, cell in cells.items() if cell.group == "seen"), key=lambda n: (cells[n].trained, n))  # fmt: skip
+    found = {}
+    for some in np.array_split(np.array(seen, object), parts):
+        if len(some):
+            low, high = cells[some[0]].trained, cells[some[-1]].trained
+            found[f"{low:,} to {high:,}"] = [str(name) for name in some]
+    return found
+
+
+def by_size(study: Study) -> Table:
+    """The main arms on seen cells, from those with the fewest training rows to those with the most."""
+    parts = size_parts(study)
+    part_of = {name: part for part, names in parts.items() for name in names}
+    return grouped(study, "seen", part_of.__getitem__, "training rows", list(parts))
+
+
+def by_cell(study: Study, group: str = "last_word") -> Table:
+    """The main arms cell by cell."""
+    return grouped(study, group, cell_title, "cell")
+
+
+def cell_title(name: str) -> str:
+    """``language=deu,task=pron`` as people read it: ``deu pron``."""
+    return " ".join(part.partition("=")[2] for part in name.split(","))
+
+
+def ablations(study: Study, draws: int = 2_000) -> Table:
+    """How far every other arm is from the first, on seen and on zero-shot cells, with intervals."""
+    whole = study.whole()
+    first, rows = whole[0] if whole else None, []
+    columns = columns_of(study)
+    for arm in whole[1:]:
+        told = []
+        for _, group, metric in columns:
+            mine = cells_of(arm, group, metric)
+            assert first is not None
+            found = [d for d in differences(study, arm.name, first.name, group, draws=draws) if d.metric == metric] if mine else []  # fmt: skip
+            told.append(f"{signed(found[0].value)} ({signed(found[0].low)} to {signed(found[0].high)})" if found else "–")  # fmt: skip
+        rows.append((arm.title, count(arm.trainable), *told))
+    _need(rows, study)
+    assert first is not None
+    note = f"Points against {first.title}, with 95 % intervals. {unfinished(study)}".strip()
+    return Table(("method", "parameters", *(c[0] for c in columns)), rows, note)
+
+
+def cost(study: Study) -> Table:
+    """What each finished arm costs beside what it scores."""
+    columns, rows = columns_of(study), []
+    for arm in study.whole():
+        seconds = [run.seconds for run in arm.runs.values() if run.seconds is not None]
+        steps = [run.steps for run in arm.runs.values() if run.steps is not None]
+        a_step = f"{sum(seconds) / sum(steps):.2f}" if seconds and sum(steps) else "–"
+        scores = [mean_sd(means(arm, c)) if (c := cells_of(arm, g, m)) else "–" for _, g, m in columns]  # fmt: skip
+        time = f"{statistics.fmean(seconds):,.0f}" if seconds else "–"
+        rows.append((arm.title, count(arm.trainable), count(arm.active_rank), time, a_step, *scores))  # fmt: skip
+    _need(rows, study)
+    headings = ("method", "parameters", "active rank", "seconds a run", "seconds a step", *(c[0] for c in columns))  # fmt: skip
+    return Table(headings, rows, _joined("Runs shared the machine's processors: seconds compare methods, not machines.", unfinished(study)))  # fmt: skip
+
+
+def unseen(study: Study) -> Table:
+    """Languages that were never trained on, in any task, by how they are served."""
+    relatives = study.made.get("relatives") or {}
+    rows = []
+    for arm in study.whole():
+        cells = arm.runs[min(arm.runs)].cells
+        for metric in by_metric(arm, "last_word"):
+            names = cells_of(arm, "last_word", metric)
+            near = [n for n in names if relatives.get(cells[n].features.get("language", ""))]
+            far = [n for n in names if n not in near]
+            told = [mean_sd(means(arm, some)) if some else "–" for some in (names, near, far)]
+            rows.append((arm.title, *told))
+    _need(rows, study)
+    known = ", ".join(f"{lang} ({', '.join(of) if of else 'none'})" for lang, of in relatives.items())  # fmt: skip
+    note = f"Languages and their relatives among the trained ones: {known}." if known else ""
+    return Table(("served by", "all", "with relatives", "without"), rows, _joined(note, unfinished(study)))  # fmt: skip
+
+
+def languages_of(study: Study) -> int:
+    """How many languages a study's arms are trained on."""
+    arm = study.whole()[0]
+    cells = arm.runs[min(arm.runs)].cells.values()
+    return len({cell.features.get("language") for cell in cells if cell.group == "seen"})
+
+
+def common_cells(studies: Sequence[Study]) -> list[str]:
+    """The seen cells that all of some studies have, in the order of the first's."""
+    sets = []
+    for study in studies:
+        arm = study.whole()[0]
+        cells = arm.runs[min(arm.runs)].cells
+        sets.append([name for name, cell in cells.items() if cell.group == "seen"])
+    return [name for name in sets[0] if all(name in some for some in sets[1:])]
+
+
+def by_languages(studies: Sequence[Study]) -> Table:
+    """The same arms over mixtures of more and more languages, on all seen cells and on those that all have."""
+    studies = sorted((s for s in studies if s.whole()), key=languages_of)
+    if not studies:
+        raise EvidenceError("no study of a number of languages has a finished arm")
+    common = common_cells(studies)
+    arms = [arm.name for arm in main_arms(studies[0])]
+    rows = []
+    for study in studies:
+        told = []
+        for name in arms:
+            if study.lacking([name]) or name not in study.planned:
+                told += ["–"] * 3
+                continue
+            arm = study.arm(name)
+            for cells in (common, of_one_metric(arm, "seen"), of_one_metric(arm, "last_word")):
+                told.append(mean_sd(means(arm, cells)) if cells else "–")
+        rows.append((str(languages_of(study)), *told))
+    titles = [studies[0].arms[name].title for name in arms]
+    headings = ["languages", *(f"{title}: {what}" for title in titles for what in ("common", "seen", "zero-shot"))]  # fmt: skip
+    note = f"Common: the {len(common)} cells of the languages that all mixtures have. {' '.join(filter(None, map(unfinished, studies)))}"  # fmt: skip
+    return Table(tuple(headings), rows, note.strip())
+
+
+def of_one_metric(arm: ArmScores, group: str) -> list[str]:
+    """An arm's cells of a group, all scored by one metric; none where it has none.
+
+    Raises:
+        EvidenceError: they have several metrics.
+    """
+    found = {name: cell.metric for name, cell in arm.runs[min(arm.runs)].cells.items() if cell.group == group}  # fmt: skip
+    if len(several := sorted(set(found.values()))) > 1:
+        raise EvidenceError(
+            f"the {group} cells of the arm {arm.name!r} have several metrics: {listed(several)}"
+        )
+    return list(found)
+
+
+def _joined(*sentences: str) -> str:
+    return " ".join(filter(None, sentences))
+
+
+def _need(rows: Sequence[object], study: Study) -> None:
+    if not rows:
+        missing = study.lacking(list(study.planned))
+        raise EvidenceError(
+            f"the study {study.name!r} has nothing for this table; it lacks {listed(missing, 5) if missing else 'such cells'}"
+        )

@@ -1,0 +1,201 @@
+"""The results page: its blocks, what is kept of the scores, the pictures, and what is left out."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as Xml
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flix.study import results
+from flix.study.evidence import EvidenceError, read_scores
+from flix.study.plots import Dot, Line, Plots, apart, large
+from flix.study.results import compact, keep, main, write_results
+from tests.study import made
+from tests.study.test_curves import evaluation, log
+
+
+def page(folder: Path, *blocks: str) -> Path:
+    """A page with blocks, and prose around them."""
+    file = folder / "docs" / "results.md"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(f"Before {b}.\n\n<!-- results: {b} -->\nold\n<!-- end -->\n\n" for b in blocks)
+    file.write_text(f"# Results\n\n{text}After.\n", encoding="utf-8")
+    return file
+
+
+def study(folder: Path, name: str, **more: Any) -> Path:
+    return made.write(folder / f"study-{name}", made.scores(study=name, **more))
+
+
+def block(file: Path, name: str) -> str:
+    found = re.search(rf"<!-- results: {re.escape(name)} -->\n(.*?)<!-- end -->", file.read_text(), re.DOTALL)  # fmt: skip
+    assert found
+    return found[1]
+
+
+WORDS = ("main", "claims", "tasks", "zero-shot-tasks", "sizes", "zero-shot", "ablations", "cost")
+
+
+def test_every_block_of_a_study_is_filled(tmp_path: Path) -> None:
+    file = page(tmp_path, *(f"words {what}" for what in WORDS))
+    assert write_results([study(tmp_path, "words")], docs=file, draws=100) == {}
+    text = file.read_text()
+    assert "-->\nold" not in text and text.startswith("# Results\n\nBefore words main.") and text.endswith("After.\n")  # fmt: skip
+    for what in WORDS:
+        told = block(file, f"words {what}")
+        assert "| flix" in told or "| lora" in told or "| task" in told or "| training rows" in told or "| cell" in told  # fmt: skip
+        for wanted in ("`flix study made.yaml`", "commit 0123abc", "2 processors", "2026-11-27", "results/words.json"):  # fmt: skip
+            assert wanted in told, (what, wanted)
+    pictures = sorted(p.name for p in (file.parent / "results").glob("*.svg"))
+    assert pictures == [f"words-{what}.svg" for what in ("ablations", "cost", "main", "sizes", "tasks", "zero-shot")]  # fmt: skip
+    for name in pictures:
+        assert f"](results/{name})" in text
+
+
+def test_the_same_scores_give_the_same_page_and_pictures_and_need_no_folder(tmp_path: Path) -> None:
+    file = page(tmp_path, "words main", "words claims")
+    write_results([study(tmp_path, "words")], docs=file, draws=100)
+    before = {p.name: p.read_bytes() for p in (*file.parent.glob("*.md"), *(file.parent / "results").iterdir())}  # fmt: skip
+    write_results([], docs=file, draws=100)
+    after = {p.name: p.read_bytes() for p in (*file.parent.glob("*.md"), *(file.parent / "results").iterdir())}  # fmt: skip
+    assert before == after
+
+
+def test_what_is_missing_is_said_and_nothing_else_is_lost(tmp_path: Path, capsys: Any) -> None:
+    file = page(tmp_path, "words main", "african main", "languages many", "unseen served", "settle speed", "official segmentation")  # fmt: skip
+    assert main([str(study(tmp_path, "words")), "--docs", str(file), "--draws", "50"]) == 0
+    said = capsys.readouterr().out
+    for name in ("african", "languages", "settle"):
+        assert f"no run yet: `flix study {name}`" in said
+    assert block(file, "african main") == "*Left out: no run yet: `flix study african`.*\n"
+    assert "`python -m flix.study.unseen study-unseen`" in block(file, "unseen served")
+    assert "| flix" in block(file, "words main")
+
+
+def test_a_study_without_a_finished_arm_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    file = page(tmp_path, *(f"words {what}" for what in WORDS))
+    folder = study(tmp_path, "words", leave_out=[(arm, 1) for arm in made.RATES])
+    missing = write_results([folder], docs=file, draws=50)
+    assert sorted(missing) == sorted(f"words {what}" for what in WORDS)
+    assert "lacks flix, seed 1" in block(file, "words main")
+    claims = page(tmp_path, "words claims")
+    write_results([study(tmp_path, "words", leave_out=[("lora-compute", 0)])], docs=claims, draws=50)  # fmt: skip
+    assert "not finished: it lacks lora-compute, seed 0" in block(claims, "words claims")
+
+
+def test_what_is_kept_reads_as_what_was_written(tmp_path: Path) -> None:
+    said = made.scores(rows=30)
+    said["arms"]["flix"]["seeds"]["0"]["cells"]["language=deu,task=inflect"]["train"] = (
+        7  # another than the rest's
+    )
+    folder = made.write(tmp_path / "study", said)
+    (tmp_path / "kept.json").write_text(json.dumps(compact(said)))
+    first, second = read_scores(folder), read_scores(tmp_path / "kept.json")
+    assert first.arms.keys() == second.arms.keys() and first.made == second.made
+    for name, arm in first.arms.items():
+        for seed, run in arm.runs.items():
+            for cell, mine in run.cells.items():
+                theirs = second.arms[name].runs[seed].cells[cell]
+                assert np.array_equal(mine.right, theirs.right)  # type: ignore[arg-type]
+                assert {**mine.__dict__, "right": 0} == {**theirs.__dict__, "right": 0}
+    assert len(json.dumps(compact(said))) < 0.6 * len(json.dumps(said))
+
+
+def test_kept_json_is_whole_and_has_a_line_for_each_cell(tmp_path: Path) -> None:
+    keep(study(tmp_path, "words"), tmp_path / "kept")
+    text = (tmp_path / "kept" / "words.json").read_text()
+    assert json.loads(text) == json.loads(json.dumps({**compact(made.scores(study="words"))}))
+    assert len(text.splitlines()) > 3 * 2 * 12
+
+
+def test_studies_of_some_languages_are_kept_by_their_number(tmp_path: Path) -> None:
+    def only(*languages: str) -> dict[str, Any]:
+        said = made.scores(study="languages")
+        for arm in said["arms"].values():
+            for run in arm["seeds"].values():
+                run["cells"] = {k: v for k, v in run["cells"].items() if v["features"]["language"][0] in languages}  # fmt: skip
+        return said
+
+    folders = [
+        made.write(tmp_path / "a", only("deu", "fin", "kat", "swa")),
+        made.write(tmp_path / "b", only("deu", "fin")),
+    ]
+    file = page(tmp_path, "languages many")
+    assert write_results(folders, docs=file, draws=50) == {}
+    kept = sorted(p.name for p in (file.parent / "results").iterdir())
+    assert kept == ["languages-02.json", "languages-04.json", "languages.svg"]
+    assert "| 2 |" in block(file, "languages many") and "| 4 |" in block(file, "languages many")
+
+
+def test_curves_are_kept_with_the_scores(tmp_path: Path) -> None:
+    folder = study(tmp_path, "settle", seeds=[0])
+    for arm in made.RATES:
+        log(folder / "runs" / f"{arm}-0", evaluation(10, 1.0, 20.0), evaluation(20, 2.0, 40.0))
+    file = page(tmp_path, "settle speed")
+    assert write_results([folder], docs=file) == {}
+    assert "| flix | 40.0 | 20 |" in block(file, "settle speed")
+    assert (file.parent / "results" / "settle-speed.svg").is_file()
+
+
+def test_official_test_sets_stand_beside_what_was_published(tmp_path: Path) -> None:
+    said = {
+        "title": "FLix", "runs": ["flix-0"], "limit": None, "command": ["python"], "commit": None,
+        "tasks": {
+            "segment": {"ces": {"rows": 4000, "rows_new": 3000, "trained": 500, "runs": [{"f1": 91.234, "exact": 80.0}]}},
+            "inflect": {"spa": {"rows": 1000, "rows_new": 0, "trained": 0, "runs": [{"exact": 30.0, "exact_new": None}]}},
+        },
+    }  # fmt: skip
+    folder = tmp_path / "study-official"
+    folder.mkdir()
+    (folder / "official.json").write_text(json.dumps(said))
+    file = page(tmp_path, "official segmentation", "official inflection")
+    assert write_results([folder], docs=file) == {}
+    assert "| ces | 4,000 | 500 | trained | 91.2 | 20.4 | 23.7 | 29.4 | 93.4 | 93.8 | 93.8 |" in block(file, "official segmentation")  # fmt: skip
+    assert "| spa | 1,000 | 0 | zero-shot | 30.0 | – | 0 |" in block(file, "official inflection")
+
+
+def test_blocks_that_nothing_fills_and_folders_that_are_none_are_refused(tmp_path: Path, capsys: Any) -> None:  # fmt: skip
+    file = page(tmp_path, "words mean")
+    with pytest.raises(EvidenceError, match="nothing fills the block 'words mean'"):
+        write_results([], docs=file)
+    with pytest.raises(EvidenceError, match=r"holds none of scores.json, unseen.json, official.json"):  # fmt: skip
+        write_results([tmp_path], docs=file)
+    assert main(["--docs", str(tmp_path / "none.md")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_pictures_are_svg_with_a_title_and_both_schemes(tmp_path: Path) -> None:
+    plots = Plots()
+    dots = plots.dots("A <title>", ["a", "b"], {"x": [{"": Dot(1, 0, 2)}, {"": Dot(2)}]}, "points", numbers=True)  # fmt: skip
+    lines = plots.lines("L", {"": [Line("one", [0, 1], [2, 3], [(1, 3), (2, 4)])]}, {"": "x"}, "y")
+    scatter = plots.scatter("S", {"a": (10.0, Dot(1, 0, 2)), "base": (0.0, Dot(0.5))}, "x", "y")
+    for svg in (dots, lines, scatter):
+        root = Xml.fromstring(svg)
+        assert root.tag.endswith("svg") and root.get("role") == "img"
+        assert "prefers-color-scheme: dark" in svg and "currentColor" in svg
+    assert Xml.fromstring(dots).get("aria-label") == "A <title>"
+    texts = {"".join(t.itertext()).strip() for t in Xml.fromstring(dots).iter() if t.tag.endswith("text")}  # fmt: skip
+    assert {"a", "b", "1.0", "2.0", "points"} <= texts
+
+
+def test_names_at_lines_do_not_touch_and_keep_their_order() -> None:
+    found = apart([10.0, 10.1, 30.0, 9.9], 2.0)
+    assert sorted(range(4), key=found.__getitem__) == [3, 0, 1, 2]
+    assert min(np.diff(sorted(found))) >= 2.0 - 1e-9
+    assert found[2] == 30.0 and found[0] == pytest.approx(10.0)
+
+
+def test_large_numbers_are_short() -> None:
+    assert [large(v) for v in (200, 2e5, 1e6, 0)] == ["200", "200 k", "1 M", "0"]
+
+
+def test_the_page_that_is_shipped_has_blocks_that_exist() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    found = re.findall(r"<!-- results: ([\w.-]+) ([\w-]+) -->", text)
+    assert len(found) == text.count("<!-- end -->") > 10
+    assert {what for _, what in found} == set(results.BLOCKS)
