@@ -21,6 +21,7 @@ from flix.cli.commands.predict import predict
 from flix.cli.commands.quickstart import quickstart
 from flix.cli.commands.report import report
 from flix.cli.commands.share import share
+from flix.cli.commands.study import study
 from flix.cli.commands.train import train
 from flix.cli.console import guarded
 
@@ -40,6 +41,7 @@ COMMANDS: tuple[tuple[Callable[..., Any], str], ...] = (
     (evaluate, "flix evaluate train.yaml runs/adapter --compose language=off"),
     (predict, "flix predict runs/adapter rows.jsonl --features language=hau,task=ner"),
     (report, "flix report runs/flix runs/lora --out report.html"),
+    (study, "flix study study.yaml --only flix --list"),
     (inspect, "flix inspect runs/adapter --layers"),
     (
         merge,

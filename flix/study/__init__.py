@@ -1,1 +1,1 @@
-"""Studies: public data made into mixtures, and what trains and compares on them."""
+"""Studies: arms and seeds under one budget, by ``flix study`` (``docs/study.md``), and the data of `words`."""

@@ -1,0 +1,75 @@
+"""What each arm's runs on the choosing cells say: its best choice, and the best factors for held-out cells. Pure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from flix.core.features.cells import HeldOut
+from flix.core.features.registry import FeatureRegistry
+from flix.study.working import SEARCHED
+
+SEEN, CHOOSING, LAST_WORD = "seen", "choosing", "last_word"
+
+
+def group_of(cell: Mapping[str, Any], choosing: HeldOut, registry: FeatureRegistry | None) -> str:
+    """What a cell is for: it is trained on, choices are made by it, or it is for the last word.
+
+    Args:
+        cell: as ``metrics.json`` has it.
+        choosing: the cells that choices are made by.
+        registry: of the features, if it has all of them.
+    """
+    if cell.get("seen"):
+        return SEEN
+    return CHOOSING if choosing.covers(cell["features"], registry) else LAST_WORD
+
+
+def means(cells: Iterable[Mapping[str, Any]], group: Callable[[Mapping[str, Any]], str]) -> dict[str, float | None]:  # fmt: skip
+    """The mean score of the seen cells, of those for choosing, and of both; every cell counts alike."""
+    found: dict[str, list[float]] = {SEEN: [], CHOOSING: []}
+    for cell in cells:
+        score = cell["score"]
+        if score is not None and not math.isnan(score) and group(cell) in found:
+            found[group(cell)].append(score)
+    each = {name: _mean(scores) for name, scores in found.items()}
+    both = [value for value in each.values() if value is not None]
+    return {**each, "both": _mean(both) if len(both) == 2 else None}
+
+
+def _mean(scores: Sequence[float]) -> float | None:
+    return round(statistics.fmean(scores), 3) if scores else None
+
+
+def best(table: Sequence[Mapping[str, Any]], by: str) -> int | None:
+    """The place of the best entry, the first of equals; None where none has a score."""
+    scored = [(entry[by], -place) for place, entry in enumerate(table) if entry.get(by) is not None]
+    return -max(scored)[1] if scored else None
+
+
+def edges(choice: Mapping[str, str], grid: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The settings whose chosen number is the least or greatest of the grid: a better one may lie beyond."""
+    found = []
+    for key, name in choice.items():
+        values = list(grid[key].values())
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+        if numbers and len(values) > 1 and grid[key][name] in (min(values), max(values)):
+            found.append(key)
+    return found
+
+
+def best_weights(found: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The best factors for groups, and the table: the mean score of the cells for each.
+
+    Weights that were searched on a cell's own rows have seen what the others have not: they are in the table, and are
+    not chosen.
+    """
+    table = [
+        {"weights": entry["weights"], CHOOSING: means(entry["cells"].values(), lambda cell: CHOOSING)[CHOOSING]}
+        for entry in found
+    ]  # fmt: skip
+    fair = [entry for entry in table if SEARCHED not in entry["weights"].values()]
+    place = best(fair, CHOOSING)
+    return (dict(fair[place]["weights"]) if place is not None else {}), table

@@ -1,0 +1,183 @@
+"""What an arm's data and ranks come to, before anything is trained: cells, held-out ones, ranks of matched LoRAs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from flix.core.errors import SettingsError, listed
+from flix.core.features.cells import Cell, HeldOut, cell_name, features_of
+from flix.core.features.names import Feature
+from flix.core.features.registry import FeatureRegistry
+from flix.study.reading import Raw
+from flix.study.settings import LoraSettings
+from flix.training.run import prepare
+from flix.training.settings import Settings, listed_of
+
+CELL = "cell"
+LORA = "lora"
+
+
+@dataclass(frozen=True)
+class Counted:
+    """An arm's data and ranks.
+
+    Attributes:
+        registry: its features.
+        ranks: of each.
+        trained: the cells that it trains on.
+        cells: all cells.
+        files: name, SHA-256 and the like of what is read.
+        known: the registry, if it has every feature of every cell; None where unknown ones are allowed.
+    """
+
+    registry: FeatureRegistry
+    ranks: Mapping[Feature, int]
+    trained: Sequence[Cell]
+    cells: Sequence[Cell]
+    files: list[dict[str, Any]]
+    known: FeatureRegistry | None
+
+    @cached_property
+    def active(self) -> int:
+        """The largest rank that a row of a trained cell activates."""
+        return max(
+            sum(self.ranks[f] for f in features_of(cell, self.registry)) for cell in self.trained
+        )
+
+    @property
+    def total(self) -> int:
+        """The ranks of all features together."""
+        return sum(self.ranks.values())
+
+    @property
+    def by_group(self) -> dict[str, Any]:
+        """Ranks by group; by feature, where they differ within one. Groups without rank are left out."""
+        found: dict[str, Any] = {}
+        for group in self.registry.groups:
+            mine = {name: self.ranks[group, name] for name in self.registry.names(group)}
+            if any(mine.values()):
+                found[group] = mine if len({*mine.values()}) > 1 else next(iter(mine.values()))
+        return found
+
+
+def count(settings: Settings) -> Counted:
+    """Read the data of some settings, and apply their rank rule; loads no framework.
+
+    Raises:
+        FlixError: a mistake in settings or data.
+    """
+    data, config = prepare(settings)
+    cells = [cell for _, cell, _ in data.mixture.all_cells()]
+    ranks = {feature: int(config.ranks[feature]) for feature in config.registry.live}  # type: ignore[index]
+    known = config.registry if settings.unknown == "error" else None
+    return Counted(config.registry, ranks, data.mixture.trained_cells(), cells, data.files, known)
+
+
+def check_held_out(counted: Counted, where: str, held: Mapping[str, HeldOut]) -> None:
+    """Refuse an arm that trains on a cell that the study holds out.
+
+    Args:
+        counted: the arm's data.
+        where: the arm, for the message.
+        held: by what the cells are for, the cells.
+
+    Raises:
+        SettingsError: it does; the cells are named.
+    """
+    for what, cells in held.items():
+        matched = cells.among(counted.trained, counted.known).any(axis=0)
+        wrong = [cell_name(counted.trained[i]) for i in np.flatnonzero(matched).tolist()]
+        if wrong:
+            raise SettingsError(
+                f"{where} trains on {listed(wrong)}, held out for {what}; no arm may, in any phase: put it into held_out: "
+                "of the common settings"
+            )
+
+
+def check_apart(counted: Iterable[Counted], choosing: HeldOut, last_word: HeldOut) -> None:
+    """Refuse cells that choices are made by and that are the last word's, too.
+
+    Raises:
+        SettingsError: there are some; they are named.
+    """
+    both: dict[str, None] = {}
+    for one in counted:
+        first, second = (h.among(one.cells, one.known).any(axis=0) for h in (choosing, last_word))
+        both |= {cell_name(one.cells[i]): None for i in np.flatnonzero(first & second).tolist()}
+    if both:
+        raise SettingsError(
+            f"held_out: {listed(both)} {'is' if len(both) == 1 else 'are'} both for choosing and for the last word; "
+            "say which by held_out: {choosing: [...], last_word: [...]}"
+        )
+
+
+def as_lora(raw: Raw, lora: LoraSettings, own: Counted, reference: Counted | None) -> Raw:
+    """Settings of an arm that is a LoRA: its ranks, and none of what is for features.
+
+    Args:
+        raw: the common settings.
+        lora: what is asked for.
+        own: data of the settings as they are.
+        reference: the arm that it shall be equal to.
+    """
+    found = {**raw, "feature_dropout": None}
+    evaluation = {k: v for k, v in (raw.get("evaluation") or {}).items() if k != "unseen_group_weights"}  # fmt: skip
+    found["evaluation"] = evaluation
+    zero: dict[str, Any] = dict.fromkeys(own.registry.groups, 0)
+    if lora.each is None:
+        found = _everywhere(found, own)
+        found["ranks"] = {"rule": "explicit", "ranks": {**zero, LORA: _rank(lora, reference, 1)}}
+        return found
+    if lora.each not in own.registry.groups:
+        raise SettingsError(
+            f"lora.each: there is no group {lora.each!r}; the groups are: {listed(own.registry.groups)}, and cell"
+        )
+    trained = {name for cell in own.trained for group, name in features_of(cell, own.registry) if group == lora.each}  # fmt: skip
+    names = own.registry.names(lora.each)
+    rank = _rank(lora, reference, len(trained))
+    found["ranks"] = {
+        "rule": "explicit",
+        "ranks": {**zero, lora.each: {name: rank if name in trained else 0 for name in names}},
+    }
+    return found
+
+
+def _rank(lora: LoraSettings, reference: Counted | None, several: int) -> int:
+    if lora.rank is not None:
+        return lora.rank
+    assert reference is not None
+    return reference.active if lora.equal_compute else max(1, round(reference.total / several))
+
+
+def _everywhere(raw: Raw, own: Counted) -> Raw:
+    """Settings in which every row has one more feature, ``lora=all``."""
+    if LORA in own.registry.groups:
+        raise SettingsError(
+            f"lora: the data has a group {LORA!r} already, and the LoRA's is called so; rename the data's"
+        )
+    named = [{group for group, _ in cell} for cell in own.cells]
+    common = set.intersection(*named) if named else set()
+    if not common:
+        raise SettingsError(
+            "lora: a LoRA for all rows needs a group that all rows name, and there is none"
+        )
+    group = "task" if "task" in common else sorted(common)[0]
+    implies = dict(raw.get("implies") or {})
+    implies[f"{group}=*"] = [*listed_of(implies.get(f"{group}=*")), f"{LORA}=all"]
+    found = {**raw, "implies": implies}
+    if raw.get("registry"):
+        found["registry"] = {**raw["registry"], LORA: ["all"]}
+    return found
+
+
+def data_key(raw: Raw) -> str:
+    """What of settings decides what :func:`count` finds."""
+    training = raw.get("training") or {}
+    kept = {k: v for k, v in raw.items() if k not in ("training", "evaluation", "output", "seed")}
+    return json.dumps([kept, training.get("similar_lengths")], sort_keys=True, ensure_ascii=False)

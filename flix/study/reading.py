@@ -1,0 +1,242 @@
+"""Reading a study's configuration, and the settings of ``flix train`` that it stands on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flix.core.errors import SettingsError, listed, near
+from flix.core.strictforms import Reading
+from flix.core.strictyaml import read_text
+from flix.study.settings import ArmSettings, Layers, StudySettings
+from flix.training.errors import missing_extra
+from flix.training.reading import parse_settings, read_settings
+from flix.training.settings import RULES, Settings
+
+CONFIGS = Path(__file__).parent / "configs"
+_FORM = Reading(StudySettings, (), "rule", RULES, "rank rule")
+Raw = dict[str, Any]
+"""Settings of ``flix train`` as a mapping, not checked yet."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's configuration, with what it stands on.
+
+    Attributes:
+        name: of the configuration's file, for messages.
+        title: what the study is called.
+        settings: the form.
+        output: the folder that it writes.
+        common: what all arms have in the last runs; paths in it are absolute.
+        choosing: the same for the runs that choices are made by; None without them.
+    """
+
+    name: str
+    title: str
+    settings: StudySettings
+    output: Path
+    common: Raw
+    choosing: Raw | None
+
+
+def read_study(
+    config: str | Path,
+    *,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    small: bool = False,
+) -> Study:
+    """Read and check a study's configuration.
+
+    Args:
+        config: a YAML file, or the name of a study that is shipped.
+        data: what relative paths in it are relative to; default: its folder.
+        out: the folder to write, in place of ``output``.
+        small: read the small form.
+
+    Raises:
+        SettingsError: no such file, no YAML, an unknown key or a value that breaks a rule, in it or in a file that it
+            names; a small form that it does not have.
+        MissingFrameworkError: pydantic or PyYAML is not installed.
+    """
+    try:
+        import yaml  # noqa: F401 - asked for here, so that its lack is one line
+    except ImportError as error:
+        raise missing_extra("reading a study", "cli", error) from None
+    file, shipped = _file(config)
+    name = str(file)
+    text = read_text(file)
+    form: StudySettings = _FORM.read(text, name)
+    if small:
+        form = _small(form, text, name)
+    folder = Path(data) if data is not None else Path() if shipped else file.parent
+    home = Path() if shipped else file.parent
+    common = _layered(form.common, folder, f"{name}: common")
+    choosing = None
+    if form.choosing is not None:
+        own = form.choosing.common
+        choosing = common if own is None else _layered(own, folder, f"{name}: choosing.common")
+    given = Path(out) if out is not None else home / os.path.expanduser(form.output)
+    if small and out is None:
+        given = given.with_name(f"{given.name}-small")
+    return Study(name, file.stem, form, given.resolve(), common, choosing)
+
+
+def _file(config: str | Path) -> tuple[Path, bool]:
+    """The file of a configuration, and whether it is one that is shipped."""
+    file = Path(config)
+    shipped = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    if str(config) in shipped and not file.is_file():
+        return CONFIGS / f"{config}.yaml", True
+    if not file.suffix and not file.exists():
+        raise SettingsError(
+            f"{file}: there is no such file, and no study of this name{near(str(config), shipped)}; shipped are: "
+            f"{listed(shipped)}"
+        )
+    return file, False
+
+
+def _small(form: StudySettings, text: str, name: str) -> StudySettings:
+    """The small form: what ``small:`` says, over the rest."""
+    import yaml
+
+    if not form.small:
+        raise SettingsError(f"{name}: it has no small form (small:)")
+    raw, over = yaml.safe_load(text), dict(form.small)
+    del raw["small"]
+    wanted = over.pop("arms", None)
+    if wanted is not None:
+        if not isinstance(wanted, list) or not all(isinstance(arm, str) for arm in wanted):
+            raise SettingsError(f"{name}: small.arms: must be a list of arms' names")
+        for arm in wanted:
+            if arm not in raw["arms"]:
+                raise SettingsError(
+                    f"{name}: small.arms: there is no arm {arm!r}{near(arm, raw['arms'])}; the arms are: "
+                    f"{listed(raw['arms'], 40)}"
+                )
+        raw["arms"] = {arm: raw["arms"][arm] for arm in wanted}
+        raw["claims"] = [c for c in raw.get("claims", []) if {c["arm"], *c["against"]} <= {*wanted}]
+    for key, place in (("common", raw), ("common", raw.get("choosing") or {})):
+        more = over.pop(key, None) if place is raw else (over.get("choosing") or {}).pop(key, None)
+        if more is not None:
+            before = place.get(key, [])
+            place[key] = [*(before if isinstance(before, list) else [before]), more]
+    raw = merged(raw, over)
+    small: StudySettings = _FORM.read(json.dumps(raw, ensure_ascii=False), f"{name}, small")
+    return small
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Raw:
+    """One mapping over another, key by key at every depth."""
+    found = dict(base)
+    for key, value in over.items():
+        below = found.get(key)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        found[key] = merged(below, value) if both else value  # type: ignore[arg-type]
+    return found
+
+
+def over_settings(base: Mapping[str, Any], over: Mapping[str, Any]) -> Raw:
+    """Settings over others: merged key by key, but ranks are one rule and replace the other."""
+    found = merged(base, over)
+    if "ranks" in over:
+        found["ranks"] = over["ranks"]
+    return found
+
+
+def _layered(layers: Layers, folder: Path, where: str) -> Raw:
+    """Settings and files of settings, each over the one before."""
+    found: Raw = {}
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if isinstance(layer, str):
+            file = folder / os.path.expanduser(layer)
+            if not file.is_file():
+                raise SettingsError(
+                    f"{where}: there is no file {str(file)!r}, which it names; relative paths are relative to "
+                    f"{str(folder)!r}"
+                )
+            given, home = (
+                read_settings(file).model_dump(mode="json", exclude_unset=True),
+                file.parent,
+            )
+        else:
+            given, home = layer, folder
+        found = over_settings(found, placed(given, home))
+    return found
+
+
+def placed(raw: Mapping[str, Any], folder: Path) -> Raw:
+    """Settings whose paths are absolute: what they were relative to may be elsewhere than what is written of them."""
+    found = dict(raw)
+    for key in ("model", "tokenizer"):
+        if isinstance(name := found.get(key), str) and (path := _at(folder, name)).exists():
+            found[key] = str(path)
+    if isinstance(found.get("datasets"), list):
+        found["datasets"] = [
+            _dataset(d, folder) if isinstance(d, Mapping) else d for d in found["datasets"]
+        ]
+    return found
+
+
+def _dataset(dataset: Mapping[str, Any], folder: Path) -> Raw:
+    found = dict(dataset)
+    for key in ("files", "eval_files"):
+        names = found.get(key)
+        if isinstance(names, str):
+            found[key] = str(_at(folder, names))
+        elif isinstance(names, list):
+            found[key] = [str(_at(folder, name)) for name in names]
+    hub = found.get("hub")
+    if isinstance(hub, str) and _at(folder, hub).exists():
+        found["hub"] = str(_at(folder, hub))
+    return found
+
+
+def _at(folder: Path, name: str) -> Path:
+    return Path(os.path.abspath(folder / os.path.expanduser(name)))
+
+
+def checked(raw: Raw, where: str) -> Settings:
+    """Settings of ``flix train``, checked.
+
+    Raises:
+        SettingsError: an unknown key or a value that breaks a rule.
+    """
+    try:
+        return parse_settings(json.dumps(raw, ensure_ascii=False), where)
+    except SettingsError as error:  # the line is of a text that nobody wrote
+        raise SettingsError(
+            re.sub(rf"^{re.escape(where)}:\d+: ", f"{where}: ", str(error))
+        ) from None
+
+
+def arm_title(name: str, arm: ArmSettings) -> str:
+    """What people call an arm."""
+    return arm.title or name
+
+
+def without(raw: Raw, cells: Any) -> Raw:
+    """Settings without the data sets all of whose rows have one of these features, and without what these imply."""
+    from flix.core.features.cells import HeldOut
+
+    if not cells:
+        return raw
+    left = HeldOut(cells)
+    kept = [d for d in raw.get("datasets", []) if not left.covers(d.get("features") or {})]
+    if len(kept) == len(raw.get("datasets", [])):
+        raise SettingsError(
+            f"leave_out: no data set has all its rows of {listed(map(_written, left.cells))}"
+        )
+    gone = {f"{group}={name}" for cell in left.cells for group, name in cell.items() if len(cell) == 1}  # fmt: skip
+    implies = {k: v for k, v in (raw.get("implies") or {}).items() if k not in gone}
+    return {**raw, "datasets": kept, "implies": implies}
+
+
+def _written(cell: Mapping[str, str]) -> str:
+    return ",".join(f"{group}={name}" for group, name in cell.items())

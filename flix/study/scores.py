@@ -1,0 +1,103 @@
+"""``scores.json``: what every finished run of a study answered, cell by cell, and what is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flix.core.machine import command, machine, versions
+from flix.study.working import WEIGHTS
+from flix.transformers import folders
+
+Group = Callable[[Mapping[str, Any]], str]
+"""What a cell of ``metrics.json`` is for."""
+
+
+def of_run(output: Path, group: Group) -> dict[str, Any]:
+    """What a finished run answered.
+
+    Args:
+        output: its folder.
+        group: what each cell is for.
+    """
+    metrics = json.loads((output / folders.METRICS).read_bytes())
+    right: dict[str, list[int | None]] = {}
+    for line in (output / folders.PREDICTIONS).read_bytes().splitlines():
+        answer = json.loads(line)
+        right.setdefault(answer["cell"], []).append(
+            None if answer["right"] is None else int(answer["right"])
+        )
+    cells = {
+        cell["cell"]: {
+            "features": cell["features"],
+            "group": group(cell),
+            "rows": cell["rows"],
+            "metric": cell["metric"],
+            "score": cell["score"],
+            "scores": cell["scores"],
+            "right": right.get(cell["cell"], []),
+        }
+        for cell in metrics["cells"]
+    }
+    training = metrics["training"]
+    found = {"seconds": training["seconds"], "steps": training["steps"], "cells": cells}
+    if (output / WEIGHTS).is_file():
+        weights = json.loads((output / WEIGHTS).read_bytes())
+        for entry in weights:
+            for cell in entry["cells"].values():
+                cell["group"] = group(cell)
+        found["weights"] = weights
+    return found
+
+
+def trainable(output: Path) -> int:
+    """The parameters that a finished run trained."""
+    metrics = json.loads((output / folders.METRICS).read_bytes())
+    return int(metrics["training"]["trainable_parameters"])
+
+
+def write_scores(
+    path: Path, title: str, data: Mapping[str, Any], arms: Mapping[str, Any], missing: Iterable[str]
+) -> dict[str, Any]:  # fmt: skip
+    """Write ``scores.json`` whole.
+
+    Args:
+        path: the file.
+        title: the study's.
+        data: the SHA-256 of each file that was read; names are written without the folder that all are in.
+        arms: by name: title, ranks, choice and so on, and ``seeds``.
+        missing: the runs that are not finished.
+    """
+    inside = [str(Path(name).parent) for name in data if Path(name).is_absolute()]
+    folder = os.path.commonpath(inside) + os.sep if inside else ""
+    said = {
+        "study": title,
+        "command": command(),
+        "commit": commit(),
+        "machine": machine("cpu"),
+        "versions": versions("torch", "transformers", "accelerate", "datasets", "numpy"),
+        "data": {name.removeprefix(folder): digest for name, digest in data.items()},
+        "arms": dict(arms),
+        "missing": list(missing),
+    }
+    folders.write_json(path, said)
+    return said
+
+
+def commit() -> str | None:
+    """The commit of the sources that run, with ``+`` if they differ from it; None where there is no repository."""
+    folder = str(Path(__file__).parent)
+    try:
+        found = [
+            subprocess.run(
+                ["git", "-C", folder, *what], capture_output=True, text=True, timeout=20, check=True
+            ).stdout.strip()
+            for what in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", folder])
+        ]  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found[0] + ("+" if found[1] else "")

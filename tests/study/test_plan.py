@@ -1,0 +1,240 @@
+"""What a study's configuration comes to, and what is refused before anything is trained."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+pytest.importorskip("datasets")
+pytest.importorskip("pydantic")
+from typer.testing import CliRunner
+
+from flix.cli.app import app
+from flix.core.errors import FlixError, SettingsError
+from flix.study.choosing import best, best_weights, edges, means
+from flix.study.counting import count
+from flix.study.plan import CHOOSING, LAST, Plan, choice_name, named
+from flix.study.reading import read_study
+from flix.study.summary import rows
+from tests.helpers.training import one_thread
+from tests.study.toys import make_data, write_study
+
+__all__ = ["one_thread"]
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toys")
+    make_data(folder, folder / "model")
+    return folder
+
+
+@pytest.fixture
+def plan(tmp_path, toys):
+    def make(**changes):
+        return Plan(read_study(write_study(tmp_path, toys, **changes)), count)
+
+    return make
+
+
+def arm(**settings):
+    return {"flix": {"title": "FLix"}, "other": settings}
+
+
+def test_loras_have_the_ranks_that_they_are_equal_to(plan):
+    made = plan()
+    made.check()
+    flix, compute, parameters = (made.counted(name, LAST) for name in made.arms)
+    assert (flix.active, flix.total) == (1 + 2 + 3, 3 * 1 + 3 * 2 + 3)
+    assert compute.by_group == {"lora": 6} and compute.active == compute.total == 6
+    assert parameters.by_group == {"lora": 12}
+    settings = made.run("lora-compute", LAST, 0, {"training.learning_rate": "0.02"}).settings
+    assert settings.feature_dropout is None
+    assert settings.evaluation.unseen_group_weights == {}
+    assert settings.training.learning_rate == 0.02
+
+
+@pytest.mark.parametrize(
+    "lora, ranks",
+    [
+        ({"each": "task", "equal_compute": "flix"}, {"task": 6}),
+        ({"each": "language", "equal_parameters": "flix"}, {"language": 4}),
+        ({"each": "language", "rank": 3}, {"language": 3}),
+        ({"rank": 5}, {"lora": 5}),
+    ],
+)
+def test_one_lora_a_task_or_a_language(plan, lora, ranks):
+    made = plan(arms=arm(lora=lora))
+    made.check()
+    assert made.counted("other", LAST).by_group == ranks
+
+
+def test_phases_have_their_own_rows_and_all_arms_the_same_steps(plan):
+    made = plan()
+    choosing = made.run("flix", CHOOSING, 0, {"training.learning_rate": "0.01"})
+    last = made.run("flix", LAST, 1, {"training.learning_rate": "0.01"}, {"language": 0.5})
+    assert (choosing.settings.training.steps, last.settings.training.steps) == (2, 6)
+    assert "rev/{language}.dev" in choosing.settings.datasets[2].eval_files
+    assert "rev/{language}.test" in last.settings.datasets[2].eval_files
+    assert last.settings.seed == 1 and last.settings.evaluation.samples >= 10**6
+    assert last.settings.evaluation.unseen_group_weights == {"language": 0.5}
+    assert choosing.folder.parts[-3:] == ("choosing", "flix", "learning_rate=0.01")
+    assert last.folder.parts[-2:] == ("runs", "flix-1")
+    assert last.settings.training.threads == 1 and last.settings.evaluation.limit is None
+
+
+def test_an_arm_has_settings_prompts_and_data_of_its_own(plan):
+    prompts = {"plain": "{source}", "tagged": "{language} {task}: {source}"}
+    ranks = {"rule": "by_group", "language": 4, "task": 5, "shared": 0}
+    made = plan(
+        arms=arm(
+            settings={"ranks": ranks, "feature_dropout": {"per_group": {"task": 0.1}}},
+            choices={"prompt": prompts},
+            leave_out=[{"task": "ner"}],
+        )
+    )
+    made.check()
+    assert len(made.choices("other")) == 4 and len(made.choices("flix")) == 2
+    run = made.run("other", CHOOSING, 0, made.choices("other")[3])
+    assert [d.prompt for d in run.settings.datasets] == [prompts["tagged"]] * 2
+    assert run.settings.feature_dropout.per_group == {"language": 0.5, "task": 0.1}
+    assert made.counted("other", LAST).by_group == {"language": 4, "task": 5}
+    assert run.folder.name == "learning_rate=0.02,prompt=tagged"
+
+
+def test_names_of_choices_are_those_of_folders():
+    assert named([1e-3, 0.002, "a b", "cosine", 8]) == {
+        "0.001": 1e-3, "0.002": 0.002, "number-3": "a b", "cosine": "cosine", "8": 8,
+    }  # fmt: skip
+    assert choice_name({}) == "as-it-is"
+    with pytest.raises(SettingsError, match="the name of a value is that of a folder"):
+        named({"a/b": 1})
+
+
+TRAINED = [{"language": "swa", "task": "pos"}]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"arm": {}}, r"toy.yaml:\d+: unknown key 'arm' \(did you mean 'arms'\?\)"),
+        ({"arms": {"flix": {"setting": {}}}}, r"unknown key 'setting' in arms.flix \(did you mean 'settings'\?\)"),
+        ({"arms": arm(settings={"training": {"step": 1}})}, r"arm 'other' in the phase 'choosing': unknown key 'step' in training"),
+        ({"arms": arm(settings={"training": {"steps": 1}})}, r"arms.other.settings.training.steps: is the same for all arms, got 1"),
+        ({"arms": arm(settings={"seed": 1})}, r"arms.other.settings.seed: is the same for all arms"),
+        ({"arms": {"a b": {}}}, "an arm's name is that of a folder.* got 'a b'"),
+        ({"arms": arm(lora={})}, "needs one of equal_compute:, equal_parameters: and rank:"),
+        ({"arms": arm(lora={"equal_compute": "flux"})}, r"arms.other.lora: there is no arm 'flux' \(did you mean 'flix'\?\)"),
+        ({"arms": arm(lora={"equal_compute": "other"})}, "'other' has no ranks of its own to be equal to"),
+        ({"arms": arm(lora={"rank": 2}, settings={"ranks": 3})}, "lora: computes the ranks; leave out settings.ranks"),
+        ({"arms": arm(lora={"rank": 2, "each": "tasks"})}, "lora.each: there is no group 'tasks'"),
+        ({"arms": arm(adapt=False, lora={"rank": 2})}, "adapt: false is the base as it is"),
+        ({"arms": arm(leave_out=["task=nerr"])}, "leave_out: no data set has all its rows of task=nerr"),
+        ({"common": "gone.yaml"}, "toy.yaml: common: there is no file '.*gone.yaml'"),
+        ({"claims": [{"arm": "x", "against": ["flix"], "cells": "seen", "at_least": 1}]}, r"claims\[0\]: there is no arm 'x'"),
+        ({"choosing": None, "weights": {"language": [1]}}, "weights: are chosen on the cells of choosing:"),
+        ({"seeds": [1, 1]}, "seeds: one is given twice"),
+        ({"seeds": 0}, "seeds"),
+        ({"choosing": {"choices": {"training.steps": [1, 2]}}}, "choices: training.steps is the same for all arms"),
+        ({"choosing": {"by": "test"}}, "choosing.by"),
+        ({"held_out": {"choosing": TRAINED}}, "arm 'flix' in the phase 'choosing' trains on task=pos,language=swa, held out for choosing; no arm may"),
+        ({"held_out": {"last_word": TRAINED}}, "trains on task=pos,language=swa, held out for the last word"),
+        ({"choosing": {}}, "task=pos,language=hau is both for choosing and for the last word"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_refused_by_name(plan, changes, message):
+    with pytest.raises(FlixError, match=message):
+        plan(**changes).check()
+
+
+def test_an_arm_that_trains_on_a_held_out_cell_is_refused(plan, toys):
+    rows = str(toys / "{task}" / "{language}")
+    own = [{"files": f"{rows}.train.jsonl"}, {"files": str(toys / "rev" / "yor.dev.jsonl"), "features": {"language": "yor", "task": "rev"}}]  # fmt: skip
+    held = {"choosing": [{"language": "yor", "task": "rev"}]}
+    made = plan(arms=arm(settings={"datasets": own, "implies": {}, "ranks": 2}), choosing=None, held_out=held)  # fmt: skip
+    made.study.common["held_out"] = []
+    with pytest.raises(SettingsError, match=r"arm 'other' .* trains on task=rev,language=yor, held out for choosing"):  # fmt: skip
+        made.check()
+
+
+def test_rows_that_seeds_draw_are_refused(plan, toys):
+    common = [str(toys / "last_word.yaml"), {"datasets": [{"files": str(toys / "{task}" / "{language}.train.jsonl"), "eval_rows": 2}]}]  # fmt: skip
+    with pytest.raises(SettingsError, match=r"datasets\[0\].eval_rows draws other rows with every seed"):  # fmt: skip
+        plan(common=[common[0], {**common[1], "held_out": []}], choosing=None).run("flix", LAST, 0, {})  # fmt: skip
+
+
+def test_the_small_form_is_over_the_rest(tmp_path, toys):
+    small = {
+        "seeds": 1, "arms": ["flix"], "common": {"training": {"steps": 3}},
+        "choosing": {"choices": {"training.learning_rate": [0.03]}},
+    }  # fmt: skip
+    path = write_study(tmp_path, toys, seeds=3, small=small)
+    whole, read = read_study(path), read_study(path, small=True)
+    assert list(read.settings.arms) == ["flix"] and read.settings.all_seeds == [0]
+    assert read.common["training"]["steps"] == 3 and whole.common["training"]["steps"] == 6
+    assert read.settings.choosing.choices == {"training.learning_rate": [0.03]}
+    assert read.output.name == "study-small"
+    path = write_study(tmp_path, toys, small={"arms": ["flux"]})
+    with pytest.raises(SettingsError, match=r"small.arms: there is no arm 'flux' \(did you mean"):
+        read_study(path, small=True)
+    with pytest.raises(SettingsError, match="it has no small form"):
+        read_study(write_study(tmp_path, toys), small=True)
+
+
+def test_the_command_says_what_is_wrong_in_a_line(tmp_path, toys):
+    result = CliRunner().invoke(app, ["study", str(tmp_path / "gone.yaml")])
+    assert result.exit_code == 2 and "gone.yaml: cannot be read" in result.stderr
+    result = CliRunner().invoke(app, ["study", "wordz"])
+    assert result.exit_code == 2 and "no study of this name" in result.stderr
+    path = write_study(tmp_path, toys)
+    result = CliRunner().invoke(app, ["study", str(path), "--only", "flux"])
+    assert result.exit_code == 2 and "--only: there is no arm 'flux'" in result.stderr
+    result = CliRunner().invoke(app, ["study", str(path), "--list"])
+    assert result.exit_code == 0 and "0 of 9 runs are finished" in result.stdout
+
+
+def test_the_best_choice_is_by_one_named_figure():
+    group = lambda cell: cell["group"]  # noqa: E731
+    cells = [
+        {"group": "seen", "score": 10.0}, {"group": "seen", "score": 20.0}, {"group": "choosing", "score": 4.0},
+        {"group": "last_word", "score": 100.0},
+    ]  # fmt: skip
+    assert means(cells, group) == {"seen": 15.0, "choosing": 4.0, "both": 9.5}
+    assert means(cells[:2], group) == {"seen": 15.0, "choosing": None, "both": None}
+    table = [{"seen": 1.0, "both": 3.0}, {"seen": 2.0, "both": 3.0}, {"seen": None, "both": None}]
+    assert best(table, "seen") == 1 and best(table, "both") == 0 and best(table[2:], "seen") is None
+    grid = {"rate": {"1": 1, "2": 2, "3": 3}, "prompt": {"a": "x", "b": "y"}}
+    assert edges({"rate": "3", "prompt": "a"}, grid) == ["rate"]
+    assert edges({"rate": "2", "prompt": "a"}, grid) == []
+
+
+def test_searched_weights_are_shown_and_never_chosen():
+    found = [
+        {"weights": {"language": how}, "cells": {"a": {"score": score}}}
+        for how, score in ((1, 5.0), (0, 7.0), ("searched", 9.0))
+    ]
+    weights, table = best_weights(found)
+    assert weights == {"language": 0} and [entry["choosing"] for entry in table] == [5.0, 7.0, 9.0]
+
+
+def test_an_arm_that_is_not_whole_has_no_figures():
+    cells = {"a": {"group": "seen", "score": 50.0}, "b": {"group": "last_word", "score": 10.0}}
+    said = {"title": "t", "active_rank": 1, "total_rank": 2, "trainable": 3}
+    scores = {
+        "arms": {
+            "flix": {**said, "seeds": {"0": {"cells": cells}, "1": {"cells": cells}}},
+            "lora": {**said, "seeds": {"0": {"cells": cells}}},
+        },
+        "missing": ["lora, seed 1"],
+    }
+    whole, part = rows(scores)
+    assert whole[1:4] == ["50.0 ±0.0", "-", "10.0 ±0.0"] and whole[-1] == "2"
+    assert part[1:4] == ["not whole"] * 3 and part[-1] == "1 of 2"
+
+
+def test_the_resolved_configuration_reads_again(plan):
+    from flix.study.run import resolved
+
+    made = plan()
+    text = resolved(made.study)
+    assert yaml.safe_load(text)["common"]["datasets"][0]["files"].startswith("/")
