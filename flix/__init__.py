@@ -1,7 +1,7 @@
-"""flix: featurized low-rank mixtures, one pretrained model adapted to many tasks in many languages.
+"""flix: featurized low-rank mixtures. Adapt one pretrained model to many tasks in many languages.
 
-The core needs numpy and safetensors only; backends live in ``flix.backends.<framework>`` and are imported when
-asked for. The method is that of Lin et al., arXiv 2402.17934.
+The core needs only numpy and safetensors. Backends are in ``flix.backends.<framework>`` and are imported on demand.
+The method is that of Lin et al., arXiv 2402.17934.
 """
 
 from flix import backends, ranks

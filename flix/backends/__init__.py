@@ -1,4 +1,4 @@
-"""Backends by name. They are found by entry point (group ``flix.backends``) and imported when asked for.
+"""Backends by name. They are found by entry point (group ``flix.backends``) and imported on demand.
 
 An entry point names the backend's module, whose ``primitives`` are the seam (:mod:`flix.backends.protocol`).
 """

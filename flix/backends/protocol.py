@@ -1,13 +1,14 @@
-"""The seam between flix and a framework (docs/specification.md §5.1): what a backend gives. The rest is made from it.
+"""The seam between flix and a framework (docs/specification.md §5.1): what a backend provides.
 
 A backend's entry point (group ``flix.backends``) names a module. Its attribute ``primitives``, a module or an object,
 has every member of :class:`Backend`, and those of the ``Supports...`` protocols that its framework can offer. The verbs
-that users call (``add_feature``, ``save``, ``merge``, ...) are :class:`flix.backends.verbs.Verbs` over them. Rules that
-hold in every framework are decided in ``flix.core`` and in the verbs; a primitive executes, and decides nothing.
+that users call (``add_feature``, ``save``, ``merge``, ...) are :class:`flix.backends.verbs.Verbs` over them.
+``flix.core`` and the verbs decide the rules that hold in every framework; a primitive executes and makes no
+decisions.
 
-What a model is, is the framework's: a torch module, a Keras model, an nnx module or a pair ``(config, bank)``. Where a
-primitive returns a model, that is the one it was given if it changes models in place. Values are numpy arrays:
-A ``[r, d_in]`` and B ``[d_out, r]``, whatever the framework's own kernels look like (``E`` experts: with E in front).
+A model is whatever the framework calls one: a torch module, a Keras model, an nnx module or a pair ``(config,
+bank)``. A primitive that changes models in place returns the model that it was given. Values are numpy arrays: A
+``[r, d_in]`` and B ``[d_out, r]``, whatever the framework's own kernels look like (``E`` experts: with E in front).
 """
 
 from __future__ import annotations

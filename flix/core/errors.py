@@ -56,7 +56,7 @@ class TargetError(ConfigError):
 
 
 class AdapterError(FlixError, ValueError):
-    """An adapter file that is damaged, or that does not fit the model at hand."""
+    """An adapter file that is damaged, or that does not fit the model."""
 
 
 class MissingFrameworkError(FlixError, ImportError):

@@ -7,7 +7,7 @@
     print(mixture)
     trainer = Trainer(..., train_dataset=mixture.train, callbacks=[mixture.callback()])
 
-Built on Hugging Face's ``datasets``, which is imported when a mixture is made.
+It is built on Hugging Face's ``datasets``, which is imported when you make a mixture.
 """
 
 from flix.core.features.cells import HeldOut, HeldOutError, MixtureError

@@ -6,7 +6,7 @@ from flix.core.errors import FlixError, MissingFrameworkError
 
 
 class DataError(FlixError, ValueError):
-    """Data that is missing or not of the form that was said."""
+    """Data that is missing, or that does not have the form that was declared."""
 
 
 def missing_extra(what: str, extra: str, error: ImportError) -> MissingFrameworkError:

@@ -35,30 +35,30 @@ Stopping = Literal["all_exhausted", "first_exhausted", "all_exhausted_without_re
 
 
 class Mixture:
-    """Datasets mixed by cell, a cell being all rows that name the same features.
+    """Datasets mixed by cell, where a cell is all rows that name the same features.
 
-    Cells are drawn with p ∝ min(rows, cap)^(1/temperature). An epoch takes from each its share of rows, and the next
-    epoch goes on where it stopped, so every row of a cell is seen before any is seen again. What an epoch takes
-    depends on the seed and the epoch alone.
+    Cells are drawn with p ∝ min(rows, cap)^(1/temperature). An epoch takes its share of rows from each cell, and the
+    next epoch continues where it stopped, so every row of a cell is seen before any is repeated. The rows of an epoch
+    depend only on the seed and the epoch.
 
     Args:
         sources: a list, or a mapping by name, of ``datasets.Dataset`` or ``IterableDataset``, each alone (its columns
-            then say what its rows activate), as a pair ``(dataset, {"language": "hau"})`` of what all its rows
-            activate, or as a :class:`Source`. Or a single one.
+            then say what its rows activate), as a pair ``(dataset, {"language": "hau"})`` with what all its rows
+            activate, or as a :class:`Source`. A single one is also accepted.
         columns: the feature columns; default: the registry's groups that some source has, else what the sources
-            declare together with the columns ``language`` and ``task`` where one has them.
-        temperature: 1 draws by size, larger values level the cells out, ``math.inf`` draws all alike.
+            declare, together with the columns ``language`` and ``task`` if a source has them.
+        temperature: 1 draws by size, larger values level the cells out, ``math.inf`` draws all cells equally often.
         cap: the most rows that a cell counts for: a number for all, or ``{group: number}``,
-            ``{group: {name: number}}``, ``{(group, name): number}`` or ``{cell's name: number}``; the least that
+            ``{group: {name: number}}``, ``{(group, name): number}`` or ``{cell's name: number}``; the lowest cap that
             applies counts.
-        held_out: cells never trained on, as ``{group: name}``; one that names some groups only holds out all cells
-            that match. A row of several features in a group is held out if one of its combinations is.
-        seed: of the order of rows.
-        epoch_size: rows of an epoch; default: as many as the trained cells count for.
-        registry: the features; default: what occurs. What its features imply counts in ``held_out``, too.
-        implies: without a registry, what features bring along, as :class:`flix.FeatureRegistry` takes it.
-        evaluation: sources that are for evaluation alone, in any of the forms. A cell that occurs only there is never
-            trained on, and may be named in ``held_out``.
+        held_out: cells that are never trained on, as ``{group: name}``; an entry that names only some groups holds
+            out all cells that match. A row of several features in a group is held out if one of its combinations is.
+        seed: the seed of the order of rows.
+        epoch_size: the number of rows in an epoch; default: what the trained cells count for.
+        registry: the features; default: those that occur. The features that they imply also count in ``held_out``.
+        implies: without a registry, what features imply, as for :class:`flix.FeatureRegistry`.
+        evaluation: sources that are only for evaluation, in any of these forms. A cell that occurs only there is
+            never trained on, and may be named in ``held_out``.
 
     Raises:
         MixtureError: a source, column, cap, temperature or size that breaks its rule; a row without a feature; a
@@ -140,7 +140,7 @@ class Mixture:
 
     @property
     def streamed(self) -> bool:
-        """Whether rows have to be read by :meth:`stream`."""
+        """Whether rows must be read with :meth:`stream`."""
         return bool(self._streams)
 
     @property
@@ -163,7 +163,7 @@ class Mixture:
             check_names(self._given, tables, self._streams, self.excluded)
 
     def registry(self) -> FeatureRegistry:
-        """The registry given, or one of what occurs, held-out cells included, in the order of the sources.
+        """The given registry, or one of all features that occur, in the order of the sources.
 
         Raises:
             MixtureError: a streamed source's rows say what they activate, and no registry was given.
@@ -181,7 +181,7 @@ class Mixture:
         """The training rows of every feature, for ``flix.ranks.proportional(sizes=...)``; implied ones counted.
 
         Raises:
-            MixtureError: as :meth:`registry`; or the rows of a streamed source activate what is not known.
+            MixtureError: as for :meth:`registry`, or it is unknown what the rows of a streamed source activate.
         """
         for source in self.opaque:
             raise MixtureError(f"{source.label} is streamed: how many rows its features have is not known")  # fmt: skip
@@ -197,11 +197,11 @@ class Mixture:
         return [self._cells[i] for i in self._trained.tolist()]
 
     def all_cells(self) -> list[tuple[str, Cell, int]]:
-        """Every cell's name, features and rows in the training sources, rows held back not counted."""
+        """Every cell's name, features and rows in the training sources, without the rows kept for evaluation."""
         return list(zip(self._names, self._cells, self._sizes.tolist(), strict=True))
 
     def run(self, rows: int) -> TrainRows:
-        """The rows of a whole run, epoch after epoch, as one map-style dataset of this length.
+        """The rows of a complete run, epoch after epoch, as one map-style dataset of this length.
 
         Raises:
             MixtureError: a source is streamed, or a length below 1.
@@ -236,7 +236,7 @@ class Mixture:
         )
 
     def callback(self) -> TrainerCallback:
-        """A callback that tells :attr:`train` the epoch of a ``transformers.Trainer``.
+        """A callback for a ``transformers.Trainer`` that tells :attr:`train` the epoch.
 
         Raises:
             MissingFrameworkError: transformers is not installed.
@@ -248,7 +248,7 @@ class Mixture:
         return TellEpoch(self.train)
 
     def epoch(self, epoch: int) -> Dataset:
-        """An epoch's rows in their order as a ``datasets.Dataset``, by index: no row is copied.
+        """The rows of an epoch, in order, as a ``datasets.Dataset``. It uses indices, so no row is copied.
 
         Raises:
             MixtureError: a source is streamed, or the sources' columns have different types.
@@ -270,15 +270,15 @@ class Mixture:
         return self._joined.select(np.flatnonzero(self._held_rows))
 
     def evaluation_rows(self) -> ChosenRows:
-        """The rows to evaluate on: those of the evaluation sources, those held back, and, of the held-out cells that
-        the evaluation sources do not cover, the rows that training left out."""
+        """The rows to evaluate on: those of the evaluation sources, those kept for evaluation, and the rows of
+        held-out cells that the evaluation sources do not cover."""
         covered = np.zeros(len(self._cells), bool)
         covered[self._census.of_evaluation] = True
         left = self._back | (self._held_rows & ~covered[self._cell_of_row])
         return self._numbered(left, self._others, self._census.of_evaluation)
 
     def training_rows(self) -> ChosenRows:
-        """The rows that are trained on, each once, in the order of the sources; streams aside."""
+        """The rows that are trained on, each once, in the order of the sources; without streams."""
         return self._numbered(~self._held_rows & ~self._back, [], np.zeros(0, np.int64))
 
     def _numbered(
@@ -297,14 +297,14 @@ class Mixture:
         shuffle_buffer: int = 0,
         stopping_strategy: Stopping = "all_exhausted",
     ) -> IterableDataset:
-        """The training rows as a ``datasets.IterableDataset``: cells and streamed sources, interleaved by probability.
+        """The training rows as a ``datasets.IterableDataset``: cells and streams, interleaved by probability.
 
         Cells whose rows have numbers are shuffled by (seed, epoch); a streamed source keeps its order. Resuming by
         ``state_dict`` is exact without a shuffle buffer (``datasets`` does not keep the buffer's rows).
 
         Args:
             epoch: another epoch draws in another order.
-            shuffle_buffer: rows of a buffer that shuffles what is drawn; 0: none.
+            shuffle_buffer: the size of a buffer that shuffles what is drawn; 0 for none.
             stopping_strategy: of ``datasets.interleave_datasets``; by default the stream ends when all rows were
                 seen, those of small cells several times.
 
@@ -344,8 +344,8 @@ class Mixture:
         return mixed.filter(guard, input_columns=list(self.columns))
 
     def stream_held_out(self) -> IterableDataset:
-        """The held-out rows as a ``datasets.IterableDataset``, source after source; streams whose rows say
-        what they activate are read through.
+        """The held-out rows as a ``datasets.IterableDataset``, source after source. Streams whose rows say what they
+        activate are read to their end.
 
         Raises:
             MixtureError: columns of different types.

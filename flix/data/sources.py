@@ -22,13 +22,14 @@ class Source:
     """One dataset of a mixture.
 
     Attributes:
-        dataset: a ``datasets.Dataset``, or an ``IterableDataset`` (then the mixture can be streamed only).
-        features: what all of its rows activate, by column: a name, a list of names, ``{name: weight}``, or None where
+        dataset: a ``datasets.Dataset``, or an ``IterableDataset`` (then the mixture can only be streamed).
+        features: what all of its rows activate, by column: a name, a list of names, ``{name: weight}``, or None if
             they activate nothing of that group. Feature columns that are not named here are read from the rows.
-        name: what messages call it; default: its key or number.
+        name: its name in messages; default: its key or number.
         size: the rows of an ``IterableDataset``, which its share of the mixture follows; default: what the dataset's
             own information says.
-        eval_rows: rows of each trained cell that are held back from training, for ``mixture.evaluation_rows()``.
+        eval_rows: the number of rows of each trained cell that are kept for ``mixture.evaluation_rows()`` and not
+            trained on.
     """
 
     dataset: AnyDataset
@@ -39,7 +40,7 @@ class Source:
 
     @property
     def label(self) -> str:
-        """How messages begin."""
+        """How messages start."""
         return f"source {self.name!r}"
 
     @property

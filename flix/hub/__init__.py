@@ -1,7 +1,7 @@
-"""Adapters on a hub (extra ``hub``): fetched by name into the hub's cache, and pushed with a card.
+"""Adapters on a hub (extra ``hub``): fetch them by name into the hub's cache, and push them with a card.
 
-``load(model, "org/name")`` fetches by itself. A revision is one commit, so that what is read is of one version; what
-is in the cache is found without a network (``HF_HUB_OFFLINE=1``).
+``load(model, "org/name")`` fetches by itself. A revision is one commit, so all files that are read are of one
+version. Adapters in the cache need no network (``HF_HUB_OFFLINE=1``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FILES = (
 
 
 def is_name(given: Path_) -> bool:
-    """Whether this is a name on a hub, ``org/name``, and no folder here; a folder ``org`` makes it a path."""
+    """Whether this is a name on a hub, ``org/name``, and not a local path (there is no folder ``org``)."""
     return (
         isinstance(given, str)
         and _NAME.fullmatch(given) is not None
@@ -38,14 +38,14 @@ def is_name(given: Path_) -> bool:
 
 
 def place(given: Path_, revision: str | None = None) -> Path_:
-    """An adapter's folder: the one given, or that of the cache, for a name on a hub.
+    """An adapter's folder: the given one, or, for a name on a hub, the folder in the cache.
 
     Args:
         given: a folder, or ``org/name``.
         revision: a branch, tag or commit of the hub.
 
     Raises:
-        AdapterError: the hub cannot give it; a revision of what is a folder.
+        AdapterError: the hub cannot provide it, or a revision is given for a folder.
         MissingFrameworkError: ``huggingface_hub`` is needed and not installed.
     """
     if is_name(given):
@@ -58,7 +58,7 @@ def place(given: Path_, revision: str | None = None) -> Path_:
 
 
 def fetch(name: str, revision: str | None = None) -> Path:
-    """The folder, in the hub's cache, of an adapter that a hub has.
+    """Fetch an adapter from a hub, and return its folder in the hub's cache.
 
     Args:
         name: ``org/name``.
@@ -89,21 +89,21 @@ def push(
     message: str = "",
     run: Mapping[str, Any] | None = None,
 ) -> str:
-    """Put an adapter's folder onto a hub, with a card, as one commit; the repository is made if there is none.
+    """Push an adapter's folder to a hub, with a card, as one commit. The repository is created if it does not exist.
 
     Args:
-        folder: the adapter's.
+        folder: the adapter's folder.
         name: ``org/name``.
-        private: whether a new repository is private; default: as the organisation has it.
+        private: whether a new repository is private; default: the organisation's setting.
         revision: the branch; default: the main one.
-        message: the commit's.
-        run: what a run measured, as ``metrics.json`` holds it; the card shows its scores.
+        message: the commit message.
+        run: what a run measured, as in ``metrics.json``; the card shows its scores.
 
     Returns:
-        The commit's address.
+        The address of the commit.
 
     Raises:
-        AdapterError: no adapter there, an ill-formed name, or the hub refuses.
+        AdapterError: there is no adapter, the name is ill-formed, or the hub refuses.
         MissingFrameworkError: ``huggingface_hub`` is not installed.
     """
     if not _NAME.fullmatch(name):

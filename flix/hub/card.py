@@ -24,14 +24,14 @@ def card(
     base: Base | None = None,
     run: Mapping[str, Any] | None = None,
 ) -> str:
-    """Markdown with the header that hubs read.
+    """The card, as Markdown with the header that hubs read.
 
     Args:
         name: ``org/name``.
         config: the adapter's configuration.
         layers: the layers that it adapts.
-        base: what is known of the base.
-        run: what a run measured, as ``metrics.json`` holds it.
+        base: what is known about the base.
+        run: what a run measured, as in ``metrics.json``.
     """
     live, known = config.registry.live, base.name if base is not None and base.name else None
     on = f"`{known}`" if known else "a base that it does not name"

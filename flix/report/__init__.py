@@ -1,6 +1,7 @@
 """One page about training runs: scores, curves, what features share, the mixture, cost, examples, origin.
 
-It reads runs' folders alone (JSON, and adapters through :mod:`flix.core`) and needs no framework; extra ``report``.
+It reads only the folders of runs (JSON, and adapters through :mod:`flix.core`) and needs no framework; extra
+``report``.
 """
 
 from flix.report.page import Written, remove_report, write_report

@@ -32,8 +32,8 @@ class Written:
     Attributes:
         out: the page.
         size: its bytes.
-        short: the sentences on top of it, as texts.
-        missing: what it cannot show, and why.
+        short: the sentences at its top.
+        missing: what the page cannot show, and why.
     """
 
     out: Path
@@ -50,18 +50,18 @@ def write_report(
     columns: str | None = None,
     force: bool = False,
 ) -> Written:
-    """Write one page about some runs; the first is compared with each of the others.
+    """Write one page about one or several runs. The first run is compared with each of the others.
 
     Args:
         runs: folders that ``flix train`` or ``flix quickstart`` wrote.
         out: the page; default: ``report.html`` in the first run's folder.
-        rows: the group whose features are the rows of the grids; default: chosen by the cells.
+        rows: the group whose features are the rows of the grids; default: chosen from the cells.
         columns: the group of the columns.
-        force: write over a file that is no report.
+        force: overwrite a file that is not a report.
 
     Raises:
-        ReportError: what :func:`read_runs` refuses, a group that no cell names, an ``out`` that is a folder, or a file
-            that is no report.
+        ReportError: runs that :func:`read_runs` refuses, a group that no cell names, an ``out`` that is a folder, or
+            a file that is not a report.
         MissingFrameworkError: jinja2 or matplotlib is not installed.
         OSError: a file cannot be read or written.
     """
@@ -76,7 +76,7 @@ def write_report(
 
 
 def remove_report(run: Path) -> None:
-    """Remove the page in a run's folder, where the run has gone on without a new one; other files called so stay.
+    """Remove the old page of a run that has continued; a file of its name that is not a report stays.
 
     Raises:
         OSError: it cannot be read or removed.

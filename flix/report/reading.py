@@ -15,7 +15,7 @@ from flix.core.strictjson import parsed
 
 
 class ReportError(FlixError, ValueError):
-    """Runs that no report can be made of, or an option that does not fit them."""
+    """Runs from which no report can be made, or an option that does not fit them."""
 
 
 @dataclass(frozen=True)

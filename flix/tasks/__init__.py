@@ -8,7 +8,7 @@
     found = answers(model, [task], rows, collator)
     scores(task.kind, found)
 
-Each name is imported when it is asked for, and torch with those that need it.
+Each name is imported on demand, and torch only with the names that need it.
 """
 
 from __future__ import annotations

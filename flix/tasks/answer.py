@@ -11,10 +11,10 @@ class Answer:
     """One row's answer.
 
     Attributes:
-        source: what was asked, as a person reads it.
-        target: what was wanted; None where the row does not say.
-        output: what the model answers.
-        right: whether that is what was wanted; None where the row does not say, and where there is no right and wrong.
+        source: the question, as a person reads it.
+        target: the expected answer; None if the row has none.
+        output: the model's answer.
+        right: whether the answer is the expected one; None if the row has none, or if there is no right and wrong.
         detail: by kind, see ``docs/tasks.md``; :func:`flix.tasks.scores` reads it.
     """
 

@@ -30,21 +30,21 @@ def answers(
     num_beams: int = 1,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """The model's answers, in the order of the rows; computed in batches of similar length, whatever their features.
+    """The model's answers in the order of the rows, computed in mixed batches of similar length.
 
     Args:
         model: an adapted model.
         tasks: the tasks.
         rows: with the column ``flix_task``, their tasks' columns and their feature columns; columns of answers may be
             missing.
-        collator: a FlixCollator around a :class:`TaskCollator`; features are not dropped here.
+        collator: a FlixCollator around a :class:`TaskCollator`; no features are dropped here.
         batch_size: rows at a time.
-        max_new_tokens: the longest written answer.
+        max_new_tokens: the most tokens of a generated answer.
         num_beams: 1 is greedy.
-        on_progress: told how many rows are done.
+        on_progress: called with the number of rows that are done.
 
     Raises:
-        ConfigError: another collator, or one of other tasks.
+        ConfigError: another kind of collator, or one for other tasks.
         DataError: a row that its task cannot read.
     """
     inner = getattr(collator, "collator", None)

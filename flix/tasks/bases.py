@@ -21,10 +21,10 @@ _AUTO = {"seq2seq": "AutoModelForSeq2SeqLM", "causal": "AutoModelForCausalLM"}
 
 
 def locate(name: str, folder: Path = Path(".")) -> str:
-    """A model's folder, if there is one of this name beside the configuration, or else its hub name.
+    """A model's folder, if there is one of this name next to the configuration; otherwise its hub name.
 
     Raises:
-        ModelError: a name that can only be a folder, and there is none.
+        ModelError: the name can only be a folder, and there is no such folder.
     """
     place = folder / os.path.expanduser(name)
     if place.is_dir():
@@ -40,7 +40,7 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a folder or hub name.
 
     Raises:
-        ModelError: none can be loaded.
+        ModelError: no tokenizer can be loaded.
     """
     transformers = _transformers()
     return _loaded(
@@ -55,13 +55,13 @@ def load_base(
 
     Args:
         name: folder or hub name, as :func:`locate` gives it.
-        tasks: what it is to do.
-        dtype: of the parameters; ``"auto"`` keeps that of the file.
+        tasks: what the model will do.
+        dtype: the dtype of the parameters; ``"auto"`` keeps that of the file.
         revision: a commit of the hub.
 
     Raises:
-        ConfigError: tasks that do not go together.
-        ModelError: it cannot be loaded, or cannot do the tasks.
+        ConfigError: tasks that cannot be combined.
+        ModelError: the model cannot be loaded, or cannot do the tasks.
     """
     check_together(tasks)
     if tasks[0].generates:
@@ -123,16 +123,16 @@ def _reads_last(config: Any) -> bool:
 def load_model(
     name: str, kind: str | None = None, dtype: str = "float32", *, revision: str | None = None
 ) -> Any:
-    """A model as its class loads it.
+    """Load a model, without changing its head.
 
     Args:
         name: folder or hub name.
         kind: ``"seq2seq"``, ``"causal"``, or None for the class that the model's configuration names.
-        dtype: of the parameters; ``"auto"`` keeps that of the file.
+        dtype: the dtype of the parameters; ``"auto"`` keeps that of the file.
         revision: a commit of the hub.
 
     Raises:
-        ModelError: it cannot be loaded, or is of the other kind.
+        ModelError: the model cannot be loaded, or is of the other kind.
     """
     at = {} if revision is None else {"revision": revision}
     return load_class(name, _maker(name, kind), dtype, **at)[0]
@@ -160,7 +160,7 @@ def load_class(
 def model_layers(
     name: str, kind: str | None, targets: Patterns, excluded: Patterns
 ) -> dict[str, LayerShape]:
-    """The layers of a model that would be adapted; built without weights from its configuration alone.
+    """The layers of a model that would be adapted. The model is built without weights, from its configuration alone.
 
     Args:
         name: folder or hub name.
@@ -191,7 +191,7 @@ def model_layers(
 
 
 def enable_checkpointing(model: nn.Module) -> None:
-    """Switch on activation checkpointing, by either of the names that transformers gave it.
+    """Switch on activation checkpointing, under either name that transformers has used for it.
 
     Raises:
         ModelError: the model does not support it.
@@ -253,9 +253,9 @@ def _first_line(error: Exception) -> str:
 
 
 def train_heads(model: Any) -> Any:
-    """Let an adapted model's heads train, as they begin at random; a model that writes its answers has none.
+    """Let the heads of an adapted model train, because they start at random. A generative model has none.
 
-    The base's own head, which fills masks, stays as it is, but for parameters that the base's files lack.
+    The base's own head, which fills masks, stays frozen, except for parameters that the base's files lack.
 
     Returns:
         The model.

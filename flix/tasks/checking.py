@@ -20,19 +20,19 @@ _MUCH = 0.1  # of a cell's pieces
 def unknown_notes(
     tasks: Sequence[Task], rows: Sequence[Row], cells: Sequence[str], *, refuse: bool = True
 ) -> list[str]:
-    """What to say of texts that the tokenizer has no tokens for, and of words that are cut off.
+    """Notes on texts for which the tokenizer has no tokens, and on words that are cut off.
 
-    A model cannot write a target that becomes unknown tokens, and learns little of a source that does. A word that is
+    A model cannot write a target that turns into unknown tokens, and learns little from such a source. A word that is
     cut off gets no tag.
 
     Args:
         tasks: the tasks.
-        rows: the rows; the first ones of each cell are looked at.
+        rows: the rows; only the first ones of each cell are checked.
         cells: the name of each row's cell.
-        refuse: whether a cell whose targets are nothing but unknown tokens is an error.
+        refuse: whether a cell whose targets consist only of unknown tokens is an error.
 
     Raises:
-        DataError: a cell's targets are nothing but unknown tokens.
+        DataError: the targets of a cell consist only of unknown tokens.
     """
     by_cell: dict[str, list[Row]] = {}
     for row, cell in zip(rows, cells, strict=True):
@@ -104,7 +104,7 @@ def _cut(task: Any, parts: Mapping[str, float]) -> str:
 
 
 def label_notes(task: Task, training: Collection[str], evaluation: Collection[str]) -> list[str]:
-    """What to say of labels that no training row has: a head cannot learn them.
+    """Notes on labels that no training row has, because a head cannot learn them.
 
     Args:
         task: the task.

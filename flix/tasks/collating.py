@@ -25,21 +25,22 @@ _OWN = ("input_ids", "labels", "value", "maskable", "position_ids")
 
 
 class TaskCollator:
-    """Rows to a batch: ``input_ids``, ``attention_mask`` and ``labels``, int64 ``[batch, length]``.
+    """Turns rows into a batch: ``input_ids``, ``attention_mask`` and ``labels``, int64 ``[batch, length]``.
 
-    A row's column ``flix_task`` says which of the tasks it is of; the number of its head, where there are heads,
-    is ``head`` ``[batch]``, numbers to be told are ``values``, float32 ``[batch]``, NaN in other rows. Rows that hold
-    ``input_ids`` are taken as :meth:`Task.read` gave them; packed rows (with ``position_ids``) get no attention mask,
-    so that models read the boundaries from the positions. Texts are masked by the seed and the row's number in the run,
-    which FlixCollator sees to, so that a resumed run masks alike; in evaluation by the text itself.
+    A row's column ``flix_task`` says to which task it belongs. If there are heads, ``head`` ``[batch]`` is the number
+    of each row's head. ``values``, float32 ``[batch]``, are the numbers for regression, and NaN in other rows. Rows
+    with ``input_ids`` are used as :meth:`Task.read` returned them. Packed rows (with ``position_ids``) get no
+    attention mask, so that models read the boundaries from the positions. Masks depend on the seed and on the row's
+    number in the run, which FlixCollator provides, so that a resumed run masks the same tokens; in evaluation they
+    depend on the text itself.
 
     Args:
         tasks: the tasks; together they must fit one model.
-        tokenizer: a transformers tokenizer; it is saved with checkpoints.
-        seed: of what is masked.
+        tokenizer: a transformers tokenizer, which is saved with checkpoints.
+        seed: the seed of the masks.
 
     Raises:
-        ConfigError: tasks that do not go together.
+        ConfigError: tasks that cannot be combined.
     """
 
     whole_rows = True  # FlixCollator hands on feature columns, too: prompts are made of them
@@ -66,19 +67,19 @@ class TaskCollator:
         )
 
     def evaluation(self) -> TaskCollator:
-        """A collator like this one that masks a text alike wherever it comes."""
+        """A collator like this one, which masks a text in the same way wherever it occurs."""
         other = copy.copy(self)
         other.trains = False
         return other
 
     def prompts(self) -> TaskCollator:
-        """A collator like this one that leaves out the answers; a causal model's prompts are padded on the left."""
+        """A collator like this one that leaves out the answers, with causal prompts padded on the left."""
         other = self.evaluation()
         other.asks = True
         return other
 
     def encoded(self, row: Row) -> Encoded:
-        """A row as its task reads it, and masked if it is to be."""
+        """A row as its task reads it, with masks if the task needs them."""
         task = task_of(self.tasks, row.get(TASK, 0))
         if READ in row:
             found: Encoded = row[READ]

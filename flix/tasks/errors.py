@@ -9,4 +9,4 @@ __all__ = ["DataError", "ModelError", "missing_extra"]
 
 
 class ModelError(FlixError, ValueError):
-    """A base model or tokenizer that cannot be loaded, or that cannot do what is asked of it."""
+    """A base model or tokenizer that cannot be loaded, or that cannot do what it is asked to do."""

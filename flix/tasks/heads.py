@@ -22,15 +22,15 @@ from flix.tasks.task import IGNORED, Task
 
 @dataclass
 class HeadedOutput(ModelOutput):  # type: ignore[misc]
-    """What a headed model gives.
+    """The output of a headed model.
 
     Attributes:
         loss: the mean of the rows' losses, over rows that have labels; None without labels.
-        row_losses: ``[batch]``, each row's loss: the mean over its labels; 0 without any.
+        row_losses: ``[batch]``, the loss of each row, which is the mean over its labels; 0 without labels.
         row_counts: ``[batch]``, 1 for rows with labels, else 0.
-        logits: float32 ``[batch, length, labels]``, of the task's own labels first, then the lowest number there is;
-            classification and regression answer at the first position. Rows of masked texts have none.
-        predicted: int64 ``[batch, length]``, the likeliest token where a masked text has a label, else -100.
+        logits: float32 ``[batch, length, labels]``: first the task's own labels, then the lowest possible number.
+            Classification and regression answer at the first position. Rows of masked texts have no logits.
+        predicted: int64 ``[batch, length]``, the most likely token at each label of a masked text, else -100.
     """
 
     loss: Tensor | None = None
@@ -52,15 +52,15 @@ _ENCODERS = frozenset(
 class HeadedModel(nn.Module):
     """An encoder, or a decoder without its output head, with a head for each task.
 
-    A head is linear, over a dropout of the rate that the encoder's configuration gives classifiers. Tagging reads every
-    position; classification and regression the mean over a row's positions or, of a decoder, its last one. Masked texts
-    are answered by the base's own head, which is not among ``classifier``.
+    A head is linear, after a dropout at the rate that the encoder's configuration gives classifiers. Tagging reads
+    every position. Classification and regression read the mean over a row's positions or, for a decoder, the last
+    position. The base's own head, which is not in ``classifier``, answers masked texts.
 
     Args:
         encoder: gives ``last_hidden_state`` ``[batch, length, size]``.
-        tasks: the tasks, those of one name with one head; heads begin at random, by torch's generator.
+        tasks: the tasks; tasks of the same name share a head. Heads start at random, from torch's generator.
         last: whether rows are read at their last position.
-        lm: for masked texts: a model with the encoder inside and the head that says tokens.
+        lm: for masked texts, a model with the encoder inside and the head that predicts tokens.
 
     Attributes:
         classifier: the heads by task; ``adapt`` leaves them out of ``"all-linear"``.
@@ -122,8 +122,8 @@ class HeadedModel(nn.Module):
             input_ids: ``[batch, length]``.
             attention_mask: of that shape; default: all ones.
             head: ``[batch]``, the number of each row's head, in the order of the tasks; default: the first.
-            labels: ``[batch, length]``, -100 where there is none; a row's one label stands at the first position.
-            values: ``[batch]``, of regression; NaN where there is none.
+            labels: ``[batch, length]``, -100 where there is none; a row's single label is at the first position.
+            values: ``[batch]``, for regression; NaN in other rows.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)

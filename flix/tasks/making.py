@@ -50,16 +50,17 @@ def make_task(
     Args:
         kind: one of :data:`KINDS`.
         tokenizer: a transformers tokenizer.
-        name: what it is called.
-        columns: the rows' columns by what they hold: ``source`` and ``target``, of tagging ``tokens`` and ``tags``; by
-            default they are called so. Conversations need ``messages``.
-        prompt: template of the source, with columns and groups of features in braces; ``{{`` is a brace.
-        labels: those of classification and tagging, in the head's order; :func:`collect_labels` finds them.
+        name: its name.
+        columns: the rows' columns by what they hold: ``source`` and ``target``, or for tagging ``tokens`` and
+            ``tags``; these are also the default names. Conversations need ``messages``.
+        prompt: a template for the source, with columns and groups of features in braces; ``{{`` stands for a brace.
+        labels: the labels of classification and tagging, in the order of the head; :func:`collect_labels` finds them.
         max_source, max_target: longer texts are cut, in tokens.
-        vocabulary: rows of the model's embedding; a text with a larger id is refused.
+        vocabulary: the number of rows of the model's embedding; a text with a larger id is refused.
 
     Raises:
-        ConfigError: an unknown kind, a column that the kind does not have, or labels that it does not have or lacks.
+        ConfigError: an unknown kind, a column that the kind does not have, labels for a kind without labels, or
+            missing labels.
         ModelError: a tokenizer that cannot do what the kind needs.
     """
     if kind not in _CLASSES:
@@ -156,11 +157,11 @@ def collect_labels(
 
     Args:
         kind: the task's.
-        rows: the rows, of training and of evaluation.
+        rows: the rows, for training and for evaluation.
         columns: as for :func:`make_task`.
 
     Raises:
-        DataError: a row without labels, or with other things in their column.
+        DataError: a row without labels, or with something else in their column.
     """
     if kind not in _LABELLED:
         return ()

@@ -21,16 +21,16 @@ from flix.transformers.numbering import NUMBER
 class PackingCollator(FlixCollator):
     """A :class:`FlixCollator` around a :class:`TaskCollator` that packs each batch of a causal model.
 
-    A batch is put into as few rows of ``length`` tokens as it fits in, each text under its own features, so
-    that what a step sees, and where a run is resumed, do not change. Feature dropout draws once for each packed row, by
-    the place in the run of its first text. Evaluation and prompts are not packed.
+    A batch is put into as few rows of ``length`` tokens as possible, each text with its own features. So a step sees
+    the same texts as without packing, and a run resumes at the same place. Feature dropout draws once for each packed
+    row, by the place of its first text in the run. Evaluation and prompts are not packed.
 
     Args:
         config, collator, columns, unknown, seed: as for :class:`FlixCollator`.
-        length: tokens of a packed row.
+        length: the number of tokens in a packed row.
 
     Raises:
-        ConfigError: tasks of another kind than causal.
+        ConfigError: tasks that are not causal.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ def packed(
         tasks: the tasks.
         rows: with ``flix_task``, their tasks' columns and the feature columns.
         groups: the feature columns.
-        length: tokens of a packed row.
+        length: the number of tokens in a packed row.
 
     Raises:
-        ConfigError: a task of another kind; encoder-decoders and encoders do not read where rows begin.
+        ConfigError: a task that is not causal; encoder-decoders and encoders do not read where rows start.
         DataError: a row of more than ``length`` tokens.
     """
     _check_causal(tasks)

@@ -32,27 +32,27 @@ def load_pretrained(
     strategy: str = "auto",
     **settings: Any,
 ) -> Any:
-    """The model that an adapter was trained on, with the adapter in it, to answer with.
+    """The model that an adapter was trained on, with the adapter, ready to answer.
 
-    The base is the one that the adapter's files name, at the commit that they name. Where ``flix train`` left a recipe
-    beside them (``recipe.json``), the model is of the class that its tasks need, with their heads; else of the class
-    that the base's own configuration names, or of ``model_class``.
+    The base is the one that the adapter's files name, at the commit that they name. If ``flix train`` left a
+    ``recipe.json`` next to them, the model has the class that its tasks need, with their heads. Otherwise it has the
+    class that the base's own configuration names, or ``model_class``.
 
     Args:
         adapter: the adapter's folder, or its name on a hub, ``org/name``.
         base: where the base is now, a folder or a name on a hub; default: where the files say.
         model_class: a class with ``from_pretrained``, such as ``AutoModelForSequenceClassification``.
         revision: a branch, tag or commit of the adapter on its hub.
-        dtype: of the base's parameters; ``"auto"`` keeps that of its file.
+        dtype: the dtype of the base's parameters; ``"auto"`` keeps that of its file.
         strategy: as for ``adapt``.
-        settings: for ``model_class.from_pretrained``, such as ``num_labels``.
+        settings: arguments for ``model_class.from_pretrained``, such as ``num_labels``.
 
     Returns:
         The adapted model, in evaluation mode.
 
     Raises:
-        AdapterError: no adapter there, or a damaged one; files that name no base; a base of another architecture, or
-            with other values in its kernels; parameters that neither the base's files hold nor the adapter's.
+        AdapterError: no adapter, or a damaged one; files that name no base; a base of another architecture, or with
+            other values in its kernels; parameters that are neither in the base's files nor in the adapter's.
         ModelError: the base is not there, or cannot be loaded.
     """
     from flix.backends.torch import verbs
@@ -85,7 +85,7 @@ def load_pretrained(
 
 
 def tokenizer_of(adapter: Path_, *, base: Path_ | None = None, revision: str | None = None) -> Any:
-    """The tokenizer that an adapter was trained with: beside its files, named by its recipe, or the base's.
+    """The tokenizer of an adapter: the one in its folder, the one that its recipe names, or the base's.
 
     Args:
         adapter: as for :func:`load_pretrained`.
@@ -93,7 +93,7 @@ def tokenizer_of(adapter: Path_, *, base: Path_ | None = None, revision: str | N
         revision: of the adapter on its hub.
 
     Raises:
-        AdapterError: no adapter there; files that name no base.
+        AdapterError: no adapter, or files that name no base.
         ModelError: there is no tokenizer.
     """
     folder = Path(hub.place(adapter, revision))
@@ -114,7 +114,7 @@ def tasks_of(adapter: Path_, tokenizer: Any, *, revision: str | None = None) -> 
         revision: of the adapter on its hub.
 
     Raises:
-        AdapterError: no recipe beside its files, or a damaged one.
+        AdapterError: no recipe next to its files, or a damaged one.
     """
     folder = Path(hub.place(adapter, revision))
     if (recipe := read_recipe(folder)) is None:

@@ -26,14 +26,15 @@ def scores(kind: str, found: Sequence[Answer]) -> dict[str, float]:
 
     Args:
         kind: the task's.
-        found: answers of rows that say what was wanted.
+        found: answers to rows that have an expected answer.
 
     Returns:
-        In percent where they are parts of a whole; NaN where there is nothing to measure, as F1 without an entity.
+        The scores by name, in percent if they are parts of a whole; NaN if there is nothing to measure, such as F1
+        without an entity.
 
     Raises:
         ConfigError: an unknown kind.
-        DataError: no answers, or one whose row does not say what was wanted.
+        DataError: no answers, or an answer whose row has no expected answer.
         MissingFrameworkError: a package that a score needs is not installed.
     """
     _check(kind, found)
@@ -43,13 +44,13 @@ def scores(kind: str, found: Sequence[Answer]) -> dict[str, float]:
 
 
 def interval(kind: str, found: Sequence[Answer], seed: int = 0) -> tuple[float, float]:
-    """Where the main score lies with 95 percent, by a bootstrap over rows: of 1,000 draws of as many rows.
+    """The 95 percent interval of the main score, from a bootstrap over rows with 1,000 draws of as many rows.
 
-    Draws without a score, as of rows without an entity, are left out.
+    Draws without a score, for example because no row has an entity, are left out.
 
     Args:
         kind: the task's.
-        found: the answers that the score is of.
+        found: the answers behind the score.
         seed: of the draws.
 
     Raises:

@@ -23,13 +23,14 @@ class Task:
     """A kind of task with its columns, labels and lengths; :func:`flix.tasks.make_task` makes one.
 
     Attributes:
-        name: what it is called; a head has the task's name.
+        name: its name, which is also the name of its head.
         tokenizer: a transformers tokenizer.
         columns: the rows' columns, by what they hold.
-        template: of the prompt, with columns and groups of features in braces; None: the source alone.
-        labels: of classification and tagging, in the head's order.
+        template: the template of the prompt, with columns and groups of features in braces; None for the source
+            alone.
+        labels: the labels of classification and tagging, in the order of the head.
         max_source, max_target: longer texts are cut.
-        vocabulary: rows of the model's embedding; larger ids are refused.
+        vocabulary: the number of rows of the model's embedding; larger ids are refused.
     """
 
     kind: ClassVar[str]
@@ -50,7 +51,7 @@ class Task:
 
     @property
     def answer_column(self) -> str:
-        """The column that holds what is wanted."""
+        """The column with the expected answer."""
         return self.columns["target"]
 
     @property
@@ -59,10 +60,10 @@ class Task:
         return (*self.columns.values(), *reading.names_in(self.template or ""))
 
     def read(self, row: Row) -> Encoded:
-        """A row with its answer, as the model is trained on it.
+        """A row with its answer, as the model sees it in training.
 
         Raises:
-            DataError: columns that are missing or hold other things; tokens that the model does not have.
+            DataError: columns that are missing or have unexpected contents; tokens that the model does not have.
         """
         raise NotImplementedError
 
@@ -71,15 +72,15 @@ class Task:
         raise NotImplementedError
 
     def example(self, row: Row) -> tuple[str, str | None]:
-        """The source and the wanted answer, as a person reads them; the answer is None in rows that have none."""
+        """The source and the expected answer, as a person reads them; the answer is None if the row has none."""
         raise NotImplementedError
 
     def answered(self, row: Row) -> bool:
-        """Whether a row says what is wanted."""
+        """Whether a row has an expected answer."""
         return row.get(self.answer_column) is not None
 
     def described(self) -> dict[str, Any]:
-        """What :func:`flix.tasks.make_task` needs beside the tokenizer; JSON can hold it."""
+        """The arguments of :func:`flix.tasks.make_task` other than the tokenizer, in a form for JSON."""
         return {
             "kind": self.kind,
             "name": self.name,
@@ -93,7 +94,7 @@ class Task:
     # For the kinds
 
     def place(self, row: Row) -> str:
-        """Where a row is, for messages."""
+        """Where a row comes from, for messages."""
         return reading.place(row, self.name)
 
     def text(self, row: Row, what: str) -> str:
@@ -108,10 +109,10 @@ class Task:
         return reading.fill(self.template, row, self.place(row))
 
     def known(self, ids: list[int], text: str) -> list[int]:
-        """Ids that the model's embedding has.
+        """Check that the model's embedding has these ids.
 
         Raises:
-            DataError: one that it does not have.
+            DataError: an id that it does not have.
         """
         if self.vocabulary is not None and ids and max(ids) >= self.vocabulary:
             raise DataError(
@@ -128,6 +129,6 @@ class Task:
 
     @property
     def pad(self) -> int:
-        """What fills up rows: the tokenizer's padding, else its end mark, else 0."""
+        """The token that fills up rows: the tokenizer's padding, else its end mark, else 0."""
         found = self.tokenizer.pad_token_id
         return int(found) if found is not None else self.end if self.end is not None else 0

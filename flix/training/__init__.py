@@ -6,7 +6,7 @@
     settings = read_settings("train.yaml")
     result = train(settings)
 
-Importing this package loads no framework; what needs one is imported when it runs.
+Importing this package loads no framework; code that needs one imports it when it runs.
 """
 
 from __future__ import annotations

@@ -46,15 +46,15 @@ def evaluate(
     """Evaluate an adapter on the evaluation rows of a configuration.
 
     Args:
-        settings: the configuration; what it trains on counts as seen, the rest as held out.
+        settings: the configuration; cells that it trains on count as seen, the others as held out.
         adapter: the adapter's folder.
-        compose: other combinations in cells that were never trained: ``language=off``, ``language=0.5``,
+        compose: what cells that were never trained activate instead: ``language=off``, ``language=0.5``,
             ``language=parent:zul``, ``language=searched``.
-        reporter: told of progress.
+        reporter: gets messages about progress.
 
     Returns:
         ``cells`` (each with its score, interval and other scores), ``seen`` and ``held_out`` (averages over cells),
-        ``samples``, and ``searched`` (what cells activate whose weights were searched).
+        ``samples``, and ``searched`` (the combinations that a search found).
 
     Raises:
         FlixError: a mistake in settings, data, model or adapter; nothing to evaluate on.

@@ -19,8 +19,9 @@ def read_settings(path: str | Path) -> Settings:
         path: a YAML file; relative paths in it are relative to its folder.
 
     Raises:
-        SettingsError: no such file, no YAML, a key given twice or unknown (with near matches), a value that breaks a
-            rule, or one that YAML reads as another thing than it looks; file and line are named.
+        SettingsError: no such file, invalid YAML, a key that is given twice or unknown (similar keys are suggested),
+            a value that breaks a rule, or a value that YAML reads as something else than it looks like. The error
+            gives the file and the line.
         MissingFrameworkError: pydantic or PyYAML is not installed.
     """
     file = Path(path)

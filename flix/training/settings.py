@@ -299,22 +299,22 @@ class Settings(Form):
 
     Attributes:
         model: the base model's folder, relative to the configuration file, or its hub name.
-        kind: of the data sets' tasks; a data set may say its own.
+        kind: the kind of the data sets' tasks; a data set may have its own.
         tokenizer: folder or hub name; default: the model's.
         output: the folder that a run writes, relative to the configuration file.
         datasets: sources of rows.
-        held_out: combinations never trained on; a row is held out if it has all the features of one.
+        held_out: combinations that are never trained on; a row is held out if it has all features of one of them.
         registry: the features by group; default: as the datasets name them.
-        implies: features that others bring along, ``{"task=ner": ["family=word"], "task=*": ["shared=all"]}``.
+        implies: features that others imply, ``{"task=ner": ["family=word"], "task=*": ["shared=all"]}``.
         ranks: a rule with its arguments, or one rank for all.
         alpha, scaling, target_modules, exclude_modules, rank_pattern, alpha_pattern: as for ``FlixConfig``.
         feature_dropout: rates, or one rate for all groups.
         lora_dropout: as for ``FlixConfig``.
-        unknown: what an unknown feature does when evaluating.
+        unknown: what to do with an unknown feature in evaluation.
         temperature: combinations are drawn with p ∝ n^(1/temperature).
         cap: the most rows that a combination counts for, as for :class:`flix.data.Mixture`.
         init: as for ``FlixConfig``.
-        seed: of initial values, sampling, dropout and training.
+        seed: the seed of initial values, sampling, dropout and training.
         training, evaluation: see there.
         base_folder: what relative paths are relative to; set by the reader.
     """
@@ -381,5 +381,5 @@ class Settings(Form):
         return self.base_folder / os.path.expanduser(self.output)
 
     def to_dict(self) -> dict[str, Any]:
-        """A form that YAML and JSON can hold; read again from the same folder it gives equal settings."""
+        """A form for YAML and JSON; reading it again from the same folder gives equal settings."""
         return self.model_dump(mode="json")

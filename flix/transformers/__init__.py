@@ -7,7 +7,7 @@
     trainer = FlixTrainer(model=adapt(model, config), args=args, data_collator=collator, train_dataset=rows)
     trainer.train()
 
-``docs/trainer.md`` is the guide. Each name is imported when it is asked for.
+``docs/trainer.md`` is the guide. Each name is imported on demand.
 """
 
 from __future__ import annotations

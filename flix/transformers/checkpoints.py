@@ -28,7 +28,7 @@ STATE = "trainer_state.json"
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     """The latest complete checkpoint in a Trainer's output folder, or None.
 
-    One that a killed run left half written, or that another run half overwrote, is passed over.
+    A checkpoint that a killed run left half written, or that another run half overwrote, is skipped.
     """
     found = [
         path

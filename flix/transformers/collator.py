@@ -35,31 +35,32 @@ Row = Mapping[str, Any]
 
 
 class FlixCollator:
-    """Takes the feature columns out of a batch's rows and adds their routing to what another collator makes.
+    """Turns the feature columns of rows into routing, and adds it to the batch that another collator makes.
 
     A batch gets ``flix_features``, int64 ``[batch, width]``, and ``flix_weights``, float32 of that shape. A row's
-    column holds what ``FeatureRegistry.encode`` takes: a name, several, ``{name: weight}``, or None, which leaves the
-    group out. Columns that ``datasets`` made structs of may hold None for names that a row does not have.
+    column holds what ``FeatureRegistry.encode`` takes: a name, several names, ``{name: weight}``, or None, which
+    leaves out the group. ``datasets`` may turn a column into structs; these may hold None for names that a row does
+    not have.
 
     Feature dropout is keyed by (seed, micro-step, row), as :class:`flix.FeatureDropout` defines it. The collator does
-    not count: rows carry their place in the run (``FlixTrainer`` and :func:`numbered` see to that), or the loop gives
-    the step. So masks are the same with workers, with several processes and after resuming. Rows that carry no number
-    are an error unless :meth:`evaluation` says that no features are dropped.
+    not count steps. Either rows carry their place in the run (``FlixTrainer`` and :func:`numbered` provide it), or
+    the loop passes the step. So masks are the same with workers, with several processes and after resuming. Rows
+    without a number are an error, unless :meth:`evaluation` says that no features are dropped.
 
     Args:
         config: a configuration, or a registry alone.
-        collator: makes the rest of the batch; default: transformers' ``default_data_collator``. One with an attribute
-            ``whole_rows`` that is true gets the rows with their feature columns, and one with ``needs_numbers`` their
-            place in the run.
-        columns: the column of each group that rows name: ``{"language": "lang"}``; default: a column of the group's
-            own name for each group. Groups whose every feature others imply may then be left out by rows.
-        unknown: what unknown features do; default: the configuration's rule.
-        width: entries of a row; default: as many as a row activates that names one feature of each group, with what
-            they imply. A batch that needs more gets a multiple of it.
-        per_token: rows hold several segments, as :func:`pack` makes them: their columns are lists with one entry a
-            segment, and ``flix_features`` is ``[batch, length, width]``. The segments' lengths are read from a
+        collator: makes the rest of the batch; default: transformers' ``default_data_collator``. If it has a true
+            attribute ``whole_rows``, it gets the rows with their feature columns; with ``needs_numbers`` it gets
+            their place in the run.
+        columns: the column of each group that rows name: ``{"language": "lang"}``; default: one column for each
+            group, with the group's name. Rows may then leave out groups whose features are all implied by others.
+        unknown: what to do with unknown features; default: the configuration's rule.
+        width: the number of entries of a row; default: the number that a row activates if it names one feature of
+            each group, including implied ones. A batch that needs more gets a multiple of it.
+        per_token: rows hold several segments, as :func:`pack` makes them. Their columns are lists with one entry for
+            each segment, and ``flix_features`` is ``[batch, length, width]``. The segments' lengths are read from a
             column ``segments``, or else from where ``position_ids`` start again; a row with neither is one segment.
-        seed: of feature dropout.
+        seed: the seed of feature dropout.
         feature_dropout: default: the configuration's; None switches it off.
 
     Raises:
@@ -114,21 +115,21 @@ class FlixCollator:
 
     @property
     def tokenizer(self) -> Any:
-        """The other collator's, or None."""
+        """The tokenizer of the other collator, or None."""
         return getattr(self.collator, "tokenizer", None)
 
     @property
     def own_columns(self) -> tuple[str, ...]:
-        """The columns that rows must keep for this collator, and for the other one if it says which."""
+        """The columns that rows must keep for this collator, and for the other one if it names them."""
         others = getattr(self.collator, "own_columns", ())
         return (*self.columns.values(), NUMBER, *((SEGMENTS,) if self.per_token else ()), *others)
 
     def evaluation(self, group_weights: Mapping[str, float] | None = None) -> FlixCollator:
-        """A collator like this one that drops no features, around the other one's ``evaluation()`` if it has one.
+        """A collator like this one without dropout, around the other collator's ``evaluation()`` if it has one.
 
         Args:
-            group_weights: a factor for every feature of a group, ``{"language": 0.0}`` to leave languages out; default:
-                as this one has them.
+            group_weights: a factor for every feature of a group, for example ``{"language": 0.0}`` to leave out
+                languages; default: as in this collator.
         """
         other = copy.copy(self)
         other.feature_dropout = None
@@ -141,7 +142,7 @@ class FlixCollator:
 
     @property
     def needs_numbers(self) -> bool:
-        """Whether training rows must carry their place in the run: features are dropped, or the other collator asks."""
+        """Whether training rows must carry their place in the run, for dropout or for the other collator."""
         asked = getattr(self.collator, "needs_numbers", False)
         return self.feature_dropout is not None or bool(asked)
 
@@ -242,7 +243,7 @@ class FlixCollator:
         return "feature dropout is" if self.feature_dropout is not None else "what is masked is"
 
     def routing_of(self, rows: Sequence[Row]) -> Routing:
-        """The routing of rows, one composition a row, without dropout."""
+        """The routing of rows, with one composition for each row, without dropout."""
         return self._encode(rows)[0]
 
     def _encode(self, rows: Sequence[Row]) -> tuple[Routing, list[list[int]] | None]:

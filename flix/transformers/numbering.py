@@ -160,21 +160,22 @@ def _numbered(row: Any, step: int, number: int) -> dict[str, Any]:
 
 
 def numbered(loader: DataLoader[Any], *, processes: int = 1, seed: int = 0) -> DataLoader[Any]:
-    """The same loader with rows that carry their numbers, for a loop of one's own with feature dropout.
+    """The same loader, with rows that carry their numbers, for a loop of your own with feature dropout.
 
     Give it a plain ``DataLoader``, before ``Accelerator.prepare``::
 
         loader = numbered(DataLoader(rows, batch_size=8, shuffle=True, collate_fn=collator), processes=n)
 
-    The numbers go on over epochs if the loop says which one it is in: ``loader.sampler.set_epoch(epoch)``; a loader
-    that accelerate prepared does so itself. They survive workers, fetching ahead, ``skip_first_batches`` and the split
-    over processes.
+    The numbers continue over epochs if the loop calls ``loader.sampler.set_epoch(epoch)``; a loader that accelerate
+    prepared does this itself. Workers, fetching ahead, ``skip_first_batches`` and the split over processes do not
+    change them.
 
     Args:
         loader: made with ``batch_size`` (and ``shuffle`` or ``sampler``), or of an iterable dataset.
-        processes: among how many accelerate will split the batches: ``accelerator.num_processes``.
-        seed: of the order under ``shuffle=True``, which is drawn anew in each epoch, the same in every process and
-            every resumed run.
+        processes: the number of processes among which accelerate will split the batches,
+            ``accelerator.num_processes``.
+        seed: the seed of the order under ``shuffle=True``. Each epoch has a new order, which is the same in every
+            process and in every resumed run.
 
     Raises:
         ConfigError: a loader with a batch sampler of its own, or without batches.

@@ -32,30 +32,31 @@ logger = logging.getLogger(__name__)
 
 
 class FlixTrainerMixin(ProcessesMixin, RatesMixin):
-    """What a Trainer does differently for an adapted model; it stands before a Trainer class among the bases.
+    """What a Trainer does differently for an adapted model. Put it before a Trainer class in the list of bases.
 
-    - Checkpoints and ``save_model`` hold the adapter's folder and the heads that were unfrozen, not the base, beside
-      the Trainer's own files (optimizer, schedule, generators, state) and the tokenizer. Resuming and
-      ``load_best_model_at_end`` read them. ``train(resume_from_checkpoint=True)`` takes the latest complete one.
+    - Checkpoints and ``save_model`` hold the adapter's folder and the heads that were unfrozen, but not the base.
+      Checkpoints also have the Trainer's own files (optimizer, schedule, generators, state) and the tokenizer.
+      Resuming and ``load_best_model_at_end`` read them. ``train(resume_from_checkpoint=True)`` takes the latest
+      complete one.
     - With a :class:`FlixCollator`, the feature columns survive ``remove_unused_columns``, and the training rows (not
       those of evaluation) get their feature dropout, keyed by micro-step and row.
-    - A training dataset with ``set_epoch``, as a :class:`flix.data.Mixture`'s, is told every epoch, also the one in
-      which a run is resumed, and under a shuffling sampler in several processes, where accelerate's loaders do not.
-    - All features share one weight decay, whatever they are called.
+    - A training dataset with ``set_epoch``, such as that of a :class:`flix.data.Mixture`, is told every epoch.
+      accelerate's loaders do not do this in a resumed epoch, or for shuffling samplers in several processes.
+    - All features have the same weight decay, whatever their names are.
     - Logs hold ``loss/<group>=<feature>``: the mean loss, since the last log, of the labels in rows in which the
-      feature acted; in evaluation ``eval_loss/...``. It comes from the logits of the same forward, and is left out for
-      models whose loss is not the usual one for their outputs (override :meth:`row_losses`).
+      feature acted; in evaluation ``eval_loss/...``. It is computed from the logits of the same forward. It is left
+      out for models whose loss is not the usual one for their outputs (override :meth:`row_losses`).
     - In several processes (torchrun, ``accelerate launch``) the gradients of the features in use are averaged, and no
       others are sent (:func:`flix.backends.torch.distributed.reduce_features`). DDP wraps the model for the heads that
-      train, if any do; ``find_unused_parameters`` is on unless the arguments say otherwise. Several GPUs in one process
-      are not used: start one process a GPU.
-    - Under FSDP2 (``fsdp="full_shard"``) accelerate shards the base, and the features are sharded beside it
+      train, if any do; ``find_unused_parameters`` is on unless the arguments say otherwise. Several GPUs in one
+      process are not used; start one process for each GPU.
+    - Under FSDP2 (``fsdp="full_shard"``) accelerate shards the base, and the features are sharded too
       (:func:`flix.backends.torch.shard_features`).
 
     Args:
         loss_by_feature: whether losses by feature are computed and logged.
-        learning_rates: learning rates by group of features, and of trained heads as ``"heads"``; what is not named has
-            the arguments' ``learning_rate``.
+        learning_rates: learning rates by group of features, and for trained heads as ``"heads"``; anything that is
+            not named has the arguments' ``learning_rate``.
 
     Raises:
         TargetError: the model is not adapted.
@@ -103,7 +104,7 @@ class FlixTrainerMixin(ProcessesMixin, RatesMixin):
         self._evaluation_losses = FeatureLosses(self.model.flix_config.registry)
 
     def call_model_init(self, trial: Any = None) -> Any:
-        """The model of ``model_init``, which must be adapted."""
+        """The model from ``model_init``, which must be adapted."""
         model = super().call_model_init(trial)
         verbs.config_of(type(self).__name__, model)
         return model
@@ -188,7 +189,7 @@ class FlixTrainerMixin(ProcessesMixin, RatesMixin):
         return int(self.accelerator.num_processes)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """Names of the parameters that weight decay acts on: the Trainer's choice, and every feature's."""
+        """The names of the parameters with weight decay: those that the Trainer chooses, and all features."""
         adapted: Any = self.model if isinstance(self.model, RoutedModel) else model
         pairs = {id(parameter) for parameter in adapted.flix_bank.parameters()}
         usual = {*super().get_decay_parameter_names(model)}
@@ -200,12 +201,12 @@ class FlixTrainerMixin(ProcessesMixin, RatesMixin):
         """Train; see transformers' Trainer.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, or True for the latest complete one in the output folder:
-                one that a killed run left half written is passed over.
-            args, kwargs: as the Trainer's.
+            resume_from_checkpoint: a checkpoint's folder, or True for the latest complete one in the output folder. A
+                checkpoint that a killed run left half written is skipped.
+            args, kwargs: as for the Trainer.
 
         Raises:
-            ConfigError: True, and there is none; a checkpoint that is not complete.
+            ConfigError: True without a complete checkpoint, or a checkpoint that is not complete.
         """
         if resume_from_checkpoint is True:
             found = last_checkpoint(self.args.output_dir)
@@ -274,15 +275,15 @@ class FlixTrainerMixin(ProcessesMixin, RatesMixin):
         load(self.model, best)
 
     def row_losses(self, inputs: Any, outputs: Any) -> tuple[Tensor, Tensor] | None:
-        """The losses that make up a batch's, before any mean; override it for a model whose loss is of another kind.
+        """The losses that make up a batch's loss, before any mean. Override it for a model with another kind of loss.
 
         Args:
             inputs: the batch, with its labels.
             outputs: the model's.
 
         Returns:
-            The losses, and how much each counts, both ``[batch]`` or ``[batch, length]``; None if they cannot be told.
-            A model that gives ``row_losses`` and ``row_counts``, both ``[batch]``, is taken by its word.
+            The losses, and how much each counts, both ``[batch]`` or ``[batch, length]``; None if they are unknown.
+            If a model returns ``row_losses`` and ``row_counts``, both ``[batch]``, these are used.
         """
         if not hasattr(outputs, "get") or not isinstance(inputs.get("labels"), Tensor):
             return None
@@ -305,7 +306,7 @@ class FlixTrainerMixin(ProcessesMixin, RatesMixin):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss, as the Trainer computes it; its parts are counted for their features on the way."""
+        """The loss, as the Trainer computes it; on the way, its parts are counted for their features."""
         whole = {**inputs}  # the Trainer may take the labels out
         if getattr(self.data_collator, "per_token", False):
             self._boundaries(self.model, inputs)
@@ -347,7 +348,7 @@ class FlixTrainerMixin(ProcessesMixin, RatesMixin):
         return losses.take(self.args.device, reduce)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the losses by feature beside the training loss."""
+        """Log, with the losses by feature in addition to the training loss."""
         if self.loss_by_feature and "loss" in logs:
             found = self._taken(self._losses)
             logs.update({f"loss/{feature}": value for feature, value in found.items()})
@@ -361,7 +362,7 @@ class FlixTrainerMixin(ProcessesMixin, RatesMixin):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Evaluate or predict; the metrics get the losses by feature."""
+        """Evaluate or predict; the metrics include the losses by feature."""
         self._evaluation_losses.take("cpu")
         with self._whole_features():
             output = super().evaluation_loop(

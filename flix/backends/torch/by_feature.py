@@ -26,24 +26,24 @@ def losses_by_feature(
     counts: Tensor | None = None,
     registry: FeatureTable | None = None,
 ) -> dict[str, Tensor]:
-    """The mean loss of each feature of a group, over its own rows: what each would have as its loss alone::
+    """The mean loss of each feature of a group over its own rows, which is the loss that it would have alone::
 
         tokens = F.cross_entropy(logits.mT, labels, reduction="none")  # [batch, length], 0 at labels of -100
         means = losses_by_feature(tokens, routing, "tenant", counts=labels != -100)
         sum(means.values()).backward()
 
-    The gradient of a row goes to its own feature, at one over that feature's count: how many rows others have in the
-    batch changes nothing. Losses that are not finite stay with their feature.
+    The gradient of a row goes to its own feature, divided by that feature's count, so the number of rows that others
+    have in the batch changes nothing. Losses that are not finite stay with their feature.
 
     Args:
         losses: ``[batch]`` or ``[batch, length]``, before any mean.
         features: a :class:`flix.Routing`, or ids ``[batch, width]`` or ``[batch, length, width]``.
-        group: the group; each row names one of its features, or none and then counts for nobody.
+        group: the group; each row names one of its features, or none, in which case it counts for nobody.
         counts: how much each loss counts, of the shape of ``losses``; default: 1 each.
-        registry: whose the ids are, where ``features`` is not a Routing.
+        registry: the registry of the ids, if ``features`` is not a Routing.
 
     Returns:
-        A scalar by feature's name, in the order of ids; without those for which nothing counts.
+        A scalar for each feature's name, in the order of ids. Features for which nothing counts are left out.
 
     Raises:
         FeatureError: no such group.
@@ -104,10 +104,10 @@ def clip_grad_norm_by_feature_(
     *,
     error_if_nonfinite: bool = False,
 ) -> dict[Feature, Tensor]:
-    """Clip the gradient of each feature by its own norm, in place: ``torch.nn.utils.clip_grad_norm_`` for each.
+    """Clip the gradient of each feature by its own norm, in place.
 
-    One feature's large gradient, or one that is not finite, changes no other's. Parameters of the base are left as
-    they are.
+    A gradient that is large or not finite changes no other feature's gradient. Parameters of the base stay as they
+    are.
 
     Args:
         model: an adapted model, after the backward.
@@ -117,12 +117,12 @@ def clip_grad_norm_by_feature_(
         error_if_nonfinite: raise an error if a norm is not finite; nothing is clipped then.
 
     Returns:
-        The norms before clipping, as scalars on the gradients' devices, by feature; of those that have a gradient.
+        The norms before clipping by feature, as scalars on the gradients' devices, for features that have a gradient.
 
     Raises:
         TargetError: the model is not adapted.
         ConfigError: an unknown feature or group, or a norm that is not positive.
-        RuntimeError: norms that are not finite, if asked for; the features are named.
+        RuntimeError: norms are not finite, if you asked for this error; it names the features.
     """
     if not isinstance(model, RoutedModel):
         raise messages.not_adapted("clip_grad_norm_by_feature_", model)

@@ -41,7 +41,7 @@ class FlixLinear(FlixLayer, nn.Linear):
         out_features: d_out.
         bias: whether there is a bias.
         config: the configuration; its ranks and seed are used.
-        name: the layer's path, which ranks, initial values and messages go by.
+        name: the layer's path, which determines ranks and initial values, and which messages use.
         strategy: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
         device, dtype: of the frozen kernel.
 
@@ -84,7 +84,7 @@ class FlixLinear(FlixLayer, nn.Linear):
 
         Raises:
             RoutingError: no routing in training, or routing that does not fit x.
-            ConfigError: ``"single"`` for rows that differ; ``"fused"`` where it cannot run.
+            ConfigError: ``"single"`` with rows that differ; ``"fused"`` where it cannot run.
         """
         rate = self._dropped()
         if not (
@@ -251,7 +251,7 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
         _hold_bank(self, config, name, strategy)
 
     def forward(self, x: Tensor, flix_features: Any = None, flix_weights: Any = None) -> Tensor:  # type: ignore[override]
-        """The adapted lookup: token ids ``[B, ...]`` to ``[B, ..., d_out]``; otherwise as FlixLinear's."""
+        """The adapted lookup, from token ids ``[B, ...]`` to ``[B, ..., d_out]``; otherwise as in FlixLinear."""
         routing = self._routing(flix_features, flix_weights)
         if routing is None:
             return self._scaled(nn.Embedding.forward(self, x))

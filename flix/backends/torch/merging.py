@@ -189,8 +189,8 @@ def _untie(settings: Any) -> None:
 def share_base(model: Torch) -> Torch:
     """A plain model over the same base: every base parameter and buffer is the other model's own, not a copy.
 
-    Heads that train with the features are copied, and ``load`` gives a model heads of its own. Adapted anew,
-    it stands beside the first; two adapters then cost one base in memory::
+    Heads that train with the features are copied, and ``load`` gives a model heads of its own. Adapt it, and you have
+    two adapters that cost one base in memory::
 
         other = load(share_base(model), "another adapter")
 

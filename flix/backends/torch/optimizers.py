@@ -23,21 +23,21 @@ def parameter_groups(
     *,
     weight_decay: float | Mapping[str, float] = 0.0,
 ) -> list[dict[str, Any]]:
-    """An optimizer's groups of parameters, one for each group of features::
+    """Parameter groups for an optimizer, one for each group of features::
 
         groups = parameter_groups(model, lr={"language": 2e-3, "task": 5e-3}, weight_decay=0.01)
         optimizer = torch.optim.AdamW(groups)
 
-    Parameters of the base that train, such as a classifier head, are a group of their own, named ``"heads"``. Frozen
-    features are left out, and groups without anything to train.
+    Parameters of the base that train, such as a classifier head, form a group named ``"heads"``. Frozen features are
+    left out, and so are groups with nothing to train.
 
     Args:
         model: an adapted model.
-        lr: a learning rate for all, or one for every group that trains.
-        weight_decay: the same for weight decay; groups that a mapping leaves out have none.
+        lr: one learning rate for all, or one for each group that trains.
+        weight_decay: the same for weight decay; groups that a mapping leaves out have no decay.
 
     Returns:
-        Dictionaries with ``params``, ``lr``, ``weight_decay`` and ``name``, the group's.
+        Dictionaries with ``params``, ``lr``, ``weight_decay`` and the group's ``name``.
 
     Raises:
         TargetError: the model is not adapted.

@@ -40,14 +40,14 @@ class _Page:
 
 
 class Pager:
-    """What keeps a model's features in use on the device; made by :func:`page`.
+    """Keeps the features in use on the device; made by :func:`page`.
 
     Attributes:
         device: where the model runs.
         budget: the most bytes of features that stay there.
-        resident: bytes of features that are there.
-        peak: the most that were.
-        copied: bytes copied to the device in all.
+        resident: bytes of features that are there now.
+        peak: the most bytes that were there at once.
+        copied: bytes copied to the device so far.
     """
 
     def __init__(self, bank: Bank, device: torch.device, budget: int) -> None:
@@ -59,7 +59,7 @@ class Pager:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def prefetch(self, features: Any) -> None:
-        """Start copying a coming batch's features to the device; the step that uses them then need not wait.
+        """Start copying the features of a later batch to the device, so that the step that uses them need not wait.
 
         Args:
             features: the batch's ids, or its :class:`flix.Routing`.
@@ -126,7 +126,7 @@ class Pager:
             self.resident = 0
 
     def after_step(self) -> None:
-        """An optimizer has stepped: what has a gradient may have moved, and fused optimizers leave no other trace."""
+        """After an optimizer's step: what has a gradient may have moved (fused optimizers leave no trace)."""
         for i, found in list(self._pages.items()):
             parameter = self._bank.parameter(i)
             if parameter is None or parameter.grad is not None:
@@ -145,12 +145,12 @@ class Pager:
 def page(model: nn.Module, budget: int, *, device: Any = None) -> Pager:
     """Keep an adapted model's features in host memory, and those in use on the device, within a budget.
 
-    Give the optimizer its parameters after this call. ``save``, ``merge``, ``add_feature`` and the rest work as ever;
-    ``model.to(...)`` afterwards would move the features, too.
+    Give the optimizer its parameters after this call. ``save``, ``merge``, ``add_feature`` and the other verbs work
+    as usual. ``model.to(...)`` afterwards would also move the features.
 
     Args:
         model: an adapted model; its base stays where it is.
-        budget: the most bytes that features take on the device; each batch's must fit.
+        budget: the most bytes that features may take on the device; the features of each batch must fit.
         device: where the base runs; default: where it is.
 
     Returns:
@@ -175,7 +175,7 @@ def page(model: nn.Module, budget: int, *, device: Any = None) -> Pager:
 
 
 def unpage(model: nn.Module) -> None:
-    """Bring all features back to where the base is, and let go of the pager.
+    """Move all features back to where the base is, and remove the pager.
 
     Raises:
         TargetError: the model is not adapted.

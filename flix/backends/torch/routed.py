@@ -20,18 +20,18 @@ from flix.core.features.routing import Routing, unpacked
 
 @contextmanager
 def routed(model: nn.Module, features: Row | Routing) -> Iterator[None]:
-    """Run a model's calls that give no ``flix_features`` under one composition for all rows.
+    """Run a model's calls without ``flix_features`` under one composition for all rows.
 
-    For code that calls the model itself, such as transformers' pipelines::
+    Use it with code that calls the model itself, such as transformers' pipelines::
 
         with routed(model, {"language": "hau", "task": "ner"}):
             found = pipe(texts)
 
-    Batches may have any size, and ``generate()`` may use beams; parts of the model may be called by themselves. A call
-    that does give ``flix_features`` runs under those; of nested blocks the inner one counts. A block holds for the
-    thread or asyncio task that entered it, and what it starts with ``asyncio.to_thread`` or as tasks; and for this
-    model (or the adapted models inside it, for a wrapper such as DDP or a compiled model), not copies of it. Results
-    must be made inside the block: iterators that call the model later run without it.
+    Batches may have any size, ``generate()`` may use beams, and parts of the model may be called alone. A call with
+    ``flix_features`` uses those; if blocks are nested, the inner one counts. A block applies to the thread or asyncio
+    task that entered it, and to what it starts with ``asyncio.to_thread`` or as tasks. It applies to this model (or,
+    for a wrapper such as DDP or a compiled model, to the adapted models inside it), but not to copies. Make results
+    inside the block, because iterators that call the model later run without it.
 
     Args:
         model: an adapted model, or a module that holds one.
@@ -41,7 +41,7 @@ def routed(model: nn.Module, features: Row | Routing) -> Iterator[None]:
     Raises:
         FeatureError, RoutingError: a row that cannot be encoded, routing of several rows, or a model that is merged in
             place.
-        TargetError: no adapted model.
+        TargetError: there is no adapted model.
     """
     members = list(routed_models(model))
     if not members:

@@ -35,7 +35,7 @@ Schedules = Callable[[torch.optim.Optimizer], Any]
 
 
 class Tenants:
-    """The features of a group as tenants: they train in mixed batches, and each ends where it would have ended alone::
+    """The features of a group as tenants: they share batches, and each ends where it would have ended alone::
 
         tenants = Tenants(model, "tenant", torch.optim.AdamW, lr={"ann": 1e-3, "ben": 3e-4}, steps={"ann": 500})
         while tenants.active:
@@ -46,29 +46,29 @@ class Tenants:
             sum(losses.values()).backward()
             tenants.step()
 
-    Every tenant has an optimizer of its own, so any will do that needs no closure. A step is taken by those that had
-    rows: the others keep their values, their optimizer's state and their schedule's place. What couples rows, and so
-    tenants, is refused: rows of two tenants, batch norm in training, several processes. Random numbers are not those
-    of a run alone: with dropout a tenant's run is another one, as good as alone.
+    Every tenant has its own optimizer, so any optimizer works that needs no closure. Only tenants that had rows take
+    a step. The others keep their values, their optimizer's state and the position in their schedule. Whatever couples
+    rows, and so tenants, is refused: rows with two tenants, batch norm in training, several processes. Random numbers
+    are not those of a run alone: with dropout, a tenant's run is a different one, as good as a run alone.
 
     Args:
-        model: an adapted model whose other features, and whose base, are frozen.
+        model: an adapted model; its base and all other features are frozen.
         group: the group; its features that train are the tenants.
         optimizer: makes a tenant's optimizer of ``[parameter]`` and, if given, ``lr=``: a class of ``torch.optim``, a
-            ``functools.partial`` of one, or any function; or one by name.
+            ``functools.partial`` of one, or any function; or one for each name.
         lr: learning rates, for all or by name; None leaves them to ``optimizer``.
         schedule: makes a learning-rate schedule of a tenant's optimizer, for all or by name; it advances with the
             tenant's own steps.
-        steps: after how many steps tenants stop, for all or by name.
-        max_norm: norms that gradients are clipped to, for all or by name: each by its own norm.
+        steps: the number of steps after which tenants stop, for all or by name.
+        max_norm: the norms to which gradients are clipped, for all or by name, each by its own norm.
         matrices: give optimizers each layer's A ``[r, d_in]`` and B ``[d_out, r]``, which are views of the parameter,
-            instead of the parameter, a vector: for those that look at shapes (Adafactor, Muon).
+            instead of the parameter, which is a vector; for optimizers that look at shapes (Adafactor, Muon).
 
     Raises:
         TargetError: the model is not adapted.
         FeatureError: an unknown group or tenant.
-        ConfigError: no feature of the group trains, or others do; a setting out of its range; an optimizer or schedule
-            that cannot serve.
+        ConfigError: no feature of the group trains, or other features do; a setting out of its range; an optimizer or
+            schedule that cannot be used.
     """
 
     def __init__(
@@ -126,27 +126,27 @@ class Tenants:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The names of the tenants that still train; give rows of these."""
+        """The names of the tenants that still train; draw rows of these."""
         return tuple(name for name, tenant in self._tenants.items() if not tenant.stopped)
 
     def losses(
         self, losses: Tensor, features: Any, counts: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Each tenant's own mean loss, of which the sum is what to differentiate.
+        """Each tenant's own mean loss; differentiate their sum.
 
-        Rows of tenants that have stopped, and of frozen features, run as ever; their losses carry no gradient.
+        Rows of stopped tenants and of frozen features run as usual, but their losses have no gradient.
 
         Args:
             losses: ``[batch]`` or ``[batch, length]``, before any mean.
-            features: the batch's routing, as the model was given it.
+            features: the batch's routing, as it was passed to the model.
             counts: how much each loss counts, of the shape of ``losses``; default: 1 each.
 
         Returns:
-            A scalar by name; without tenants for which nothing counts, who will take no step for it.
+            A scalar by name. Tenants for which nothing counts are left out and take no step for it.
 
         Raises:
             RoutingError: another batch's shapes, or a row of two tenants.
-            ConfigError: rows of a feature that trains and is no tenant, or what :meth:`step` raises.
+            ConfigError: rows of a feature that trains but is not a tenant, or the errors of :meth:`step`.
         """
         self._check()
         owners = owners_of(features, self.group, self._state.config.registry)
@@ -163,7 +163,7 @@ class Tenants:
         return {name: value if name in active else value.detach() for name, value in found.items()}
 
     def parts(self, features: Any, rows: int) -> list[list[int]]:
-        """A batch in parts, each with all rows of its tenants, to go through one by one and step once after the last::
+        """A batch in parts, each with all rows of its tenants; step once after the last part::
 
             for part in tenants.parts(routing, 16):
                 logits = model(input_ids[part], flix_features=routing[part]).logits
@@ -172,10 +172,10 @@ class Tenants:
 
         Args:
             features: the batch's routing.
-            rows: the most rows of a part; a tenant with more has one of its own.
+            rows: the most rows of a part; a tenant with more rows has a part of its own.
 
         Returns:
-            The places of each part's rows, ascending; together every row once.
+            The places of each part's rows, in ascending order; together, they contain every row once.
 
         Raises:
             RoutingError, ConfigError: a row of two tenants; rows below 1.
@@ -184,15 +184,15 @@ class Tenants:
         return [part.tolist() for part in owner_parts(owners, rows)]
 
     def step(self) -> tuple[str, ...]:
-        """Let every tenant that has a gradient take one step, and let go of all gradients.
+        """Let every tenant that has a gradient take one step, and clear all gradients.
 
-        Those that :meth:`losses` was called for since the last step, and had nothing to count in it, take none.
+        Tenants for which nothing counted in the calls of :meth:`losses` since the last step take none.
 
         Returns:
-            The names of those that did.
+            The names of the tenants that took a step.
 
         Raises:
-            ConfigError: a tenant's parameter was frozen or replaced behind its back, or batch norm is in training.
+            ConfigError: a tenant's parameter was frozen or replaced from outside, or batch norm is in training mode.
         """
         self._check()
         optimizers.take_away(self._state)
@@ -212,24 +212,24 @@ class Tenants:
         return tuple(acting)
 
     def zero_grad(self) -> None:
-        """Let go of the gradients, and of what :meth:`losses` noted: the batches since the last step did not happen."""
+        """Clear the gradients and the notes of :meth:`losses`: forget the batches since the last step."""
         for tenant in self._tenants.values():
             tenant.parameter.grad = None
         optimizers.begin_anew(self._state)
         self._counted = None
 
     def stop(self, name: str) -> None:
-        """Let a tenant train no more: its values keep their bits. Its rows may still come, and answer as ever."""
+        """Stop training a tenant. Its values keep their bits, and its rows are still answered."""
         tenant = self[name]
         tenant.stopped, tenant.parameter.grad = True, None
         tenant.parameter.requires_grad_(False)
 
     def go_on(self, name: str, steps: int | None = None) -> None:
-        """Let a tenant that has stopped train again, where it was.
+        """Let a stopped tenant train again, from where it was.
 
         Args:
             name: the tenant.
-            steps: after how many steps in all it stops; None: never.
+            steps: the total number of steps after which it stops; None: never.
 
         Raises:
             FeatureError: no such tenant.
@@ -251,14 +251,14 @@ class Tenants:
         init_from: str | Sequence[str] | None = None,
         **settings: Any,
     ) -> Tenant:
-        """Let a tenant join in the middle of a run; the others are not touched.
+        """Let a tenant join in the middle of a run; the others do not change.
 
         Args:
             name: a feature of the group that the model has, or a new one.
-            rank: a new one's rank.
-            init_from: what a new one starts from, as for ``add_feature``.
-            settings: its own ``optimizer``, ``lr``, ``schedule``, ``steps`` and ``max_norm``; default: what was given
-                for all.
+            rank: the rank of a new feature.
+            init_from: what a new feature starts from, as for ``add_feature``.
+            settings: its own ``optimizer``, ``lr``, ``schedule``, ``steps`` and ``max_norm``; default: the values for
+                all.
 
         Returns:
             The tenant.
@@ -284,7 +284,7 @@ class Tenants:
         return tenant
 
     def leave(self, name: str, *, remove: bool = True) -> None:
-        """Let a tenant leave: its optimizer is forgotten, and its feature removed unless told otherwise.
+        """Let a tenant leave. Its optimizer is dropped, and its feature is removed unless you say otherwise.
 
         Raises:
             FeatureError: no such tenant, or the last feature of the group.
@@ -309,10 +309,10 @@ class Tenants:
         self._tenants = {new if key == name else key: t for key, t in self._tenants.items()}
 
     def save(self, name: str, folder: Path_) -> None:
-        """Write one tenant apart: its adapter, which ``load`` and ``load_features`` read, and its training's state.
+        """Write one tenant: its adapter, for ``load`` and ``load_features``, and the state of its training.
 
-        The state is one file, ``flix_tenant.pt``, that holds the values, too, bit for bit: whatever is killed, it is of
-        one step. It is read without running code (``torch.load(weights_only=True)``).
+        The state is one file, ``flix_tenant.pt``, which also holds the values, bit for bit. Even if the process is
+        killed, the file is of a single step. It is read without running code (``torch.load(weights_only=True)``).
 
         Raises:
             FeatureError: no such tenant.
@@ -324,13 +324,13 @@ class Tenants:
         _verbs.save(self.model, folder, [tenant.feature])
 
     def resume(self, name: str, folder: Path_, **settings: Any) -> Tenant:
-        """Let a tenant that was saved go on where it was: values, optimizer, schedule and steps.
+        """Let a saved tenant continue from where it was: values, optimizer, schedule and steps.
 
         Args:
-            name: the tenant; the model may have the feature, or not yet. If it is a tenant already, it goes back.
-            folder: what :meth:`save` wrote.
-            settings: as for :meth:`join`. The number of steps taken is the saved one, and unless ``steps`` is given
-                here, the limit, too.
+            name: the tenant; the model need not have it yet. If it is a tenant already, it goes back.
+            folder: the folder that :meth:`save` wrote.
+            settings: as for :meth:`join`. The number of steps taken is the saved one. So is the limit, unless you
+                pass ``steps``.
 
         Returns:
             The tenant.
@@ -338,7 +338,7 @@ class Tenants:
         Raises:
             AdapterError: no tenant's folder, a damaged one, another tenant's, or one of another model: the first layer
                 that differs is named.
-            ConfigError: another optimizer or schedule than was saved.
+            ConfigError: the optimizer or schedule is not the one that was saved.
         """
         self._check()
         self._refuse_unknown(settings)

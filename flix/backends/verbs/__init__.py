@@ -1,4 +1,4 @@
-"""What users do with a model, in every framework (docs/specification.md §5.1.6): each verb's logic and docstring, once.
+"""What users do with a model, in every framework (docs/specification.md §5.1.6), written once.
 
 A backend's module makes its verbs of its primitives::
 
@@ -7,8 +7,8 @@ A backend's module makes its verbs of its primitives::
     verbs = Verbs(primitives)
     adapt, save, load = verbs.adapt, verbs.save, verbs.load
 
-A verb that changes a model returns it (docs/specification.md §5.1.7): the very model where the framework changes
-models in place, a new ``(config, bank)`` for JAX's banks, the model around it where a plain Keras model is adapted.
+A verb that changes a model returns it (docs/specification.md §5.1.7). That is the same model if the framework changes
+models in place, a new ``(config, bank)`` for JAX's banks, and the model around it if a plain Keras model is adapted.
 """
 
 from __future__ import annotations

@@ -34,8 +34,9 @@ class Features(Files):
     ) -> M:
         """Add one feature to an adapted model; ids and values of the others stay bit for bit.
 
-        In torch an optimizer made before goes on for the others; give it the new feature's parameter. In JAX and Keras
-        the features of a layer share tables, which grow: make a new optimizer, compile again.
+        In torch, an optimizer that you made before continues for the others; give it the parameter of the new
+        feature. In JAX and Keras, the features of a layer share tables, which grow, so make a new optimizer and
+        compile again.
 
         Args:
             model: an adapted model.
@@ -53,7 +54,7 @@ class Features(Files):
 
         Raises:
             FeatureError: an unknown group or source, or a name that exists already.
-            RankError: no rank and nothing to take it from.
+            RankError: no rank, and nothing from which to take it.
             TargetError: the model is not adapted.
         """
         config = self.config_of("add_feature", model)
@@ -68,8 +69,8 @@ class Features(Files):
     def remove_feature(self, model: M, group: str, name: str) -> M:
         """Remove one feature from an adapted model; ids and values of the others stay bit for bit.
 
-        Its id stays reserved: routing that names it is an error (NaN in its rows where ids are known to a compiled
-        program alone), and ``add_feature`` of the same name takes it again. As for optimizers, see ``add_feature``.
+        Its id stays reserved. Routing that names it is an error (or gives NaN in its rows, if only a compiled program
+        knows the ids), and ``add_feature`` with the same name uses the id again. For optimizers, see ``add_feature``.
 
         Returns:
             The model.
@@ -104,19 +105,19 @@ class Features(Files):
         rename: Rename = None,
         freeze_others: bool = False,
     ) -> M:
-        """Take features of another adapter into an adapted model; present ids and values stay bit for bit.
+        """Add features of another adapter to an adapted model; present ids and values stay bit for bit.
 
-        Layers that the other adapter adapts and this model does not become adapted. As for optimizers, see
-        ``add_feature``.
+        Layers that only the other adapter adapts become adapted in this model. For optimizers, see ``add_feature``.
 
         Args:
             model: an adapted model.
             source: an adapter's folder, its name on a hub, or an adapter.
-            features: ``[(group, name), ...]`` or ``{group: name or names}``; what they imply comes, too. Default: all.
-            conflicts: what to do about features that both have and that differ: ``"error"``; ``"keep"`` the model's;
+            features: ``[(group, name), ...]`` or ``{group: name or names}``; features that they imply are included.
+                Default: all.
+            conflicts: what to do if both have a feature and it differs: ``"error"``; ``"keep"`` the model's;
                 ``"replace"`` them.
             rename: translates the adapter's layer paths to the model's.
-            freeze_others: let only what came in train.
+            freeze_others: let only the added features train.
 
         Returns:
             The model.
@@ -145,25 +146,25 @@ class Features(Files):
         skip_modules: bool = False,
         strategy: str = "auto",
     ) -> M:
-        """Make features of LoRAs that PEFT wrote: each becomes one, together they are a group.
+        """Turn LoRAs that PEFT wrote into features of one group.
 
-        A plain model is adapted, exactly in the LoRAs' layers; into an adapted one they come as by ``load_features``.
-        PEFT names layers as torch does, so models of other frameworks mostly need ``rename``.
+        A plain model is adapted in exactly the LoRAs' layers; an adapted model gets them as ``load_features`` does
+        it. PEFT names layers as torch does, so models of other frameworks mostly need ``rename``.
 
         Args:
             model: a plain or adapted model with the weights that the LoRAs were trained on.
             folders: the folder of each LoRA, by the name that its feature gets: ``{"ner": "loras/ner"}``.
-            group: the group that they belong to; it may exist.
+            group: their group; it may already exist.
             conflicts: as for ``load_features``.
             rename: translates the LoRAs' layer paths to the model's.
-            skip_modules: leave out whole modules that were trained beside a LoRA, instead of refusing them.
+            skip_modules: leave out whole modules that were trained with a LoRA, instead of refusing them.
             strategy: as for ``adapt``, for a plain model.
 
         Returns:
             The adapted model.
 
         Raises:
-            AdapterError: a folder that holds no plain LoRA, or one for another architecture.
+            AdapterError: a folder without a plain LoRA, or a LoRA for another architecture.
             FeatureError: an ill-formed name.
         """
         adapter = from_peft(folders, group, skip_modules=skip_modules).renamed(rename)

@@ -55,23 +55,23 @@ class Files(Shared):
         *,
         heads: Collection[str] | None = None,
     ) -> None:
-        """Write the model's adapter as a folder, whole or not at all; the base is not written.
+        """Write the model's adapter as a folder, completely or not at all; the base is not written.
 
-        Parameters of the base that were unfrozen, such as a classifier head, go with it. JAX does not know what a
-        program trains: name the heads once, later saves and loads remember them.
+        Parameters of the base that you unfroze, such as a classifier head, are included. JAX does not know what a
+        program trains, so name the heads once; later saves and loads remember them.
 
         Args:
             model: an adapted model.
             directory: the folder.
-            features: ``[(group, name), ...]`` or ``{group: name or names}``: these alone, and what they imply, without
-                heads; default: all. ``load_features`` takes them into another model.
+            features: write only these, ``[(group, name), ...]`` or ``{group: name or names}``, and the features that
+                they imply, without heads; default: all. ``load_features`` adds them to another model.
             heads: the parameters, or modules, that were trained with the features; default: those that train, and those
                 that were loaded or saved with the adapter before.
 
         Raises:
             FeatureError: an unknown feature.
             TargetError: the model is not adapted.
-            AdapterError: the path is a file; a head that is no parameter, or an adapted layer's kernel.
+            AdapterError: the path is a file; a head that is not a parameter, or that is an adapted layer's kernel.
         """
         config = self.config_of("save", model)
         shapes = self.primitives.shapes(model)
@@ -115,19 +115,19 @@ class Files(Shared):
         run: Mapping[str, Any] | None = None,
         heads: Collection[str] | None = None,
     ) -> str:
-        """Put the model's adapter onto a hub, with a card that says what it is made of; extra ``hub``.
+        """Push the model's adapter to a hub, with a card that describes it; needs the extra ``hub``.
 
         Args:
             model: an adapted model.
-            name: ``org/name``; the repository is made if there is none.
+            name: ``org/name``; the repository is created if it does not exist.
             private: whether a new repository is private.
             revision: the branch; default: the main one.
-            message: the commit's.
-            run: what a run measured, as its ``metrics.json`` holds it; the card shows the scores.
+            message: the commit message.
+            run: what a run measured, as in its ``metrics.json``; the card shows the scores.
             heads: as for ``save``.
 
         Returns:
-            The commit's address; of several processes that share a model, in the one that writes.
+            The address of the commit; if several processes share a model, only in the one that writes.
 
         Raises:
             TargetError: the model is not adapted.
@@ -155,9 +155,9 @@ class Files(Shared):
     ) -> M:
         """Load an adapter into a model.
 
-        A plain model is adapted with the file's configuration, exactly in the file's layers; an adapted one must have
-        the same layers, features and ranks, and gets the file's values. Heads that were trained with the adapter get
-        their values, too, and require gradients, as they did. Where the file says on which base the adapter was
+        A plain model is adapted with the file's configuration, in exactly the file's layers. An adapted model must
+        have the same layers, features and ranks, and gets the file's values. Heads that were trained with the adapter
+        also get their values, and require gradients as before. If the file says on which base the adapter was
         trained, and the model's adapted kernels have other values, a warning names both.
 
         Args:
@@ -165,15 +165,15 @@ class Files(Shared):
             directory: the adapter's folder, or its name on a hub, ``org/name`` (extra ``hub``).
             rename: translates the file's layer paths to the model's.
             strategy: as for ``adapt``, for a plain model.
-            heads: False leaves trained heads out.
+            heads: False leaves out trained heads.
             revision: a branch, tag or commit of the hub.
 
         Returns:
             The adapted model.
 
         Raises:
-            AdapterError: a damaged file, or one for another architecture (the first mismatching layer or head is
-                named); what a hub does not have.
+            AdapterError: a damaged file, or one for another architecture (the first layer or head that does not fit
+                is named); something that the hub does not have.
             TargetError: a model that cannot be adapted.
         """
         with stored_adapter(hub.place(directory, revision), rename) as adapter:
@@ -182,7 +182,7 @@ class Files(Shared):
     def load_into(
         self, model: M, adapter: Adapter, *, strategy: str = "auto", heads: bool = True
     ) -> M:
-        """Put a numpy adapter into a model; otherwise as ``load``."""
+        """Load a numpy adapter into a model; otherwise as ``load``."""
         check_strategy(strategy)
         config = self.primitives.adapted(model)
         if config is None:

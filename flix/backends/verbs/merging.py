@@ -39,17 +39,17 @@ class Merging(Shared):
     def merge(self, model: M, row: Row, *, dequantize: bool = False) -> M:
         """A plain copy of an adapted model with one composition folded into its kernels; no flix layer is left.
 
-        A kernel that other modules share (an embedding tied to the head) is untied where its layer is adapted, since
-        only that layer's kernel changes. The copy refuses ``flix_features`` where the framework lets it (torch).
+        If other modules share the kernel of an adapted layer (an embedding tied to the head), it is untied, because
+        only this layer's kernel changes. The copy refuses ``flix_features`` if the framework allows it (torch).
 
         Args:
             model: an adapted model; it is not changed.
             row: the composition, ``{group: name | [names] | {name: weight}}``.
-            dequantize: make plain layers of those whose kernels are quantised, which take no update otherwise.
+            dequantize: turn layers with quantised kernels into plain layers; otherwise they are refused.
 
         Raises:
             FeatureError, RoutingError: a row that cannot be encoded, or that activates nothing.
-            TargetError: the model is not adapted, or cannot be copied; a kernel is quantised, or is not here.
+            TargetError: the model is not adapted, or cannot be copied; a kernel is quantised, or not in memory.
         """
         active, adapter = self.composed("merge", model, row)
         merged = self.primitives.merged
@@ -61,8 +61,8 @@ class Merging(Shared):
     def merge_in_place(self, model: M, row: Row) -> M:
         """Fold one composition into an adapted model's kernels until ``unmerge``; ``merge`` gives a copy instead.
 
-        Meanwhile the model answers under this composition at the base's speed, takes no routing, and keeps its features
-        and its kernels of before, so that ``save`` works and ``unmerge`` restores every bit.
+        Until then the model answers under this composition at the base's speed and takes no routing. It keeps its
+        features and its original kernels, so that ``save`` works and ``unmerge`` restores every bit.
 
         Args:
             model: an adapted model.
@@ -73,7 +73,7 @@ class Merging(Shared):
 
         Raises:
             FeatureError, RoutingError: a row that cannot be encoded, or that activates nothing.
-            TargetError: the model is not adapted, or merged already, or its framework cannot do this.
+            TargetError: the model is not adapted, or is already merged, or its framework cannot do this.
         """
         folding = self.supporting(SupportsFolding, "merge_in_place")
         active, adapter = self.composed("merge_in_place", model, row)
@@ -83,7 +83,7 @@ class Merging(Shared):
         return model
 
     def unmerge(self, model: M) -> M:
-        """Take a composition that ``merge_in_place`` folded in out again, bit for bit.
+        """Remove the composition that ``merge_in_place`` folded in, bit for bit.
 
         Returns:
             The model.
@@ -101,25 +101,26 @@ class Merging(Shared):
     def export_peft(
         self, model: Any, row: Row, directory: Path_, *, compress_to: int | None = None
     ) -> PeftExport:
-        """Write one composition as a PEFT LoRA: exact, opened by PEFT and vLLM.
+        """Write one composition as a LoRA, exactly, for PEFT and vLLM.
 
-        Heads that were trained with the features go with it as whole modules (PEFT's ``modules_to_save``), which PEFT
-        opens and vLLM does not.
+        Heads that were trained with the features are included as whole modules (PEFT's ``modules_to_save``). PEFT
+        opens these, vLLM does not.
 
         Args:
             model: an adapted model; it is not changed.
             row: the composition.
-            directory: the folder to write; vLLM's flags call the LoRA by its name.
-            compress_to: cut the composition to this rank where it has a larger one, and say what that costs. Default:
-                never cut. (vLLM serves ranks up to 512.)
+            directory: the folder to write; its name is the LoRA's name in vLLM's flags.
+            compress_to: cut the composition to this rank if it has a larger one, and report the error. Default: never
+                cut. (vLLM serves ranks up to 512.)
 
         Returns:
-            The LoRA's rank, its error if it was cut, and whether vLLM serves it with which flags; print its
+            The LoRA's rank, its error if it was cut, and whether vLLM serves it and with which flags; print its
             ``message``.
 
         Raises:
             FeatureError, RoutingError: a row that cannot be encoded, or that activates nothing.
-            AdapterError: the composition has no update anywhere, or a trained parameter has no place in PEFT's format.
+            AdapterError: the composition has no update in any layer, or a trained parameter cannot be stored in
+                PEFT's format.
             ConfigError: an ill-formed ``compress_to``.
             TargetError: the model is not adapted.
         """
@@ -135,23 +136,23 @@ class Merging(Shared):
         *,
         compress_to: int | None = None,
     ) -> PeftExports:
-        """Write many compositions, each as a PEFT LoRA in a folder of its own, to be served side by side.
+        """Write many compositions, each as a LoRA in a folder of its own, to be served together.
 
-        As :meth:`export_peft`, once for each; what they share (the features' values, what is said of the model) is read
-        once. ``loras.json`` says which LoRA stands for which features, and how vLLM serves all of them.
+        This does :meth:`export_peft` once for each, but reads what they share (the features' values, the model's
+        description) only once. ``loras.json`` says which LoRA is for which features, and how vLLM serves all of them.
 
         Args:
             model: an adapted model; it is not changed.
-            rows: the compositions; a mapping gives their LoRAs' names, otherwise those follow from the features.
-            directory: the folder of the LoRAs' folders.
+            rows: the compositions; a mapping gives names for the LoRAs, otherwise names are made from the features.
+            directory: the folder in which the LoRAs' folders are made.
             compress_to: as for :meth:`export_peft`.
 
         Returns:
             The exports by name, with one command line; print its ``message``.
 
         Raises:
-            As :meth:`export_peft`, and ConfigError for no rows, for two of one composition, and for a name that cannot
-            be a folder's. Nothing is written then.
+            As :meth:`export_peft`, and ConfigError for no rows, for two rows with the same composition, and for a
+            name that cannot be a folder's name. Then nothing is written.
         """
         peft = self.supporting(SupportsPeft, "export_peft_all")
         config = self.config_of("export_peft_all", model)

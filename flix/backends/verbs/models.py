@@ -25,19 +25,19 @@ class Models(Shared):
     """Verbs about a model as a whole."""
 
     def adapt(self, model: M, config: FlixConfig, *, strategy: str = "auto") -> M:
-        """Adapt a model: its targets get the features, everything else is frozen, and its call takes routing::
+        """Adapt a model. Its targets get the features, everything else is frozen, and its call takes routing::
 
             model(**batch, flix_features=ids, flix_weights=None)              # torch
             model(x, flix_features=ids, flix_weights=None)                    # flax.nnx
             model({"inputs": x, "flix_features": ids, "flix_weights": w})     # Keras
 
-        ids is int ``[B, W]`` or, for packed rows, ``[B, T, W]``, weights float in that shape (default 1). The model is
-        changed in place and stays an instance of its class; copies of it work. Around a Keras model comes a
-        ``FlixModel``. Heads that are to be trained are unfrozen by hand afterwards.
+        ids is int ``[B, W]`` or, for packed rows, ``[B, T, W]``, weights float in that shape (default 1). The model
+        is changed in place and stays an instance of its class; copies of it work. A Keras model gets a ``FlixModel``
+        around it. To train heads, unfreeze them by hand afterwards.
 
         Args:
             model: a plain model with targets among its layers: ``nn.Linear``, Conv1D and ``nn.Embedding`` in torch,
-                convolutions where they are named;
+                convolutions if you name them;
                 Linear, LinearGeneral, Einsum and Embed in flax.nnx; Dense, EinsumDense and Embedding in Keras.
             config: the configuration.
             strategy: how the sums are computed: ``"auto"``, ``"gather"``, ``"masked"``, ``"single"`` or ``"fused"``.
@@ -46,9 +46,10 @@ class Models(Shared):
             The adapted model.
 
         Raises:
-            TargetError: patterns that match nothing or a layer that cannot be adapted; a model that is adapted already,
-                not built, or wrapped.
-            ConfigError: an unknown strategy, or one that cannot run here; ``lora_dropout`` where a layer has none.
+            TargetError: patterns that match nothing, or match a layer that cannot be adapted; a model that is already
+                adapted, not built, or wrapped.
+            ConfigError: an unknown strategy, or one that cannot run here; ``lora_dropout`` for a layer that does not
+                support it.
         """
         if not isinstance(config, FlixConfig):
             raise ConfigError(
@@ -72,9 +73,9 @@ class Models(Shared):
         return self.primitives.attach(model, config, paths, strategy, partial(fresh_pairs, config))
 
     def freeze(self, model: M, features: Any) -> M:
-        """Let these features of an adapted model train no more; the others stay as they are.
+        """Stop these features of an adapted model from training; the others stay as they are.
 
-        No optimizer moves a frozen feature, and state of an optimizer stays valid.
+        No optimizer moves a frozen feature, and the state of an optimizer stays valid.
 
         Args:
             model: an adapted model.
@@ -92,14 +93,14 @@ class Models(Shared):
         return self.primitives.set_frozen(model, {*self.primitives.frozen(model), *chosen})
 
     def thaw(self, model: M, features: Any = None) -> M:
-        """Let these features of an adapted model train again; default: all of them. Otherwise as ``freeze``."""
+        """Let these features of an adapted model train again; default: all. Otherwise as ``freeze``."""
         registry = self.config_of("thaw", model).registry
         chosen = registry.live if features is None else chosen_features(registry, features)
         return self.primitives.set_frozen(model, {*self.primitives.frozen(model)} - {*chosen})
 
     def trainable_parameters(self, model: Any) -> Any:
-        """What an optimizer should get: all that trains. A list of parameters in torch, of variables in Keras, and an
-        ``nnx.State`` in JAX.
+        """Everything that trains, to pass to an optimizer: a list of parameters in torch, of variables in Keras, and
+        an ``nnx.State`` in JAX.
 
         Raises:
             TargetError: the model is not adapted.
@@ -110,7 +111,7 @@ class Models(Shared):
     def summary(self, model: Any) -> Summary:
         """Layers, ranks and parameter counts of an adapted model; ``print(summary(model))``.
 
-        Removed features are counted nowhere (docs/specification.md §5.1.8), frozen ones in the total alone.
+        Removed features are not counted (docs/specification.md §5.1.8); frozen ones count only in the total.
 
         Raises:
             TargetError: the model is not adapted.
@@ -132,10 +133,10 @@ class Models(Shared):
 
     @contextmanager
     def disable(self, model: Any) -> Iterator[None]:
-        """Inside, an adapted model is its base, whatever routing a call gives (docs/specification.md §5.1.3).
+        """Inside, an adapted model is its base, whatever routing a call passes (docs/specification.md §5.1.3).
 
-        It holds for the thread or asyncio task that entered it, and for what that starts as tasks or with
-        ``asyncio.to_thread``. Contexts may nest and overlap, and close in any order.
+        It applies to the thread or asyncio task that entered it, and to what that starts as tasks or with
+        ``asyncio.to_thread``. Contexts may nest, overlap and close in any order.
 
         Raises:
             TargetError: the model is not adapted.

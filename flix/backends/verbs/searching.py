@@ -38,26 +38,28 @@ class Searching(Shared):
         l1: float = 0.05,
         seed: int = 0,
     ) -> SearchedWeights:
-        """The weights with which a model's features serve a new combination, or a language without a feature, best.
+        """Find the best weights of a model's features for a new combination, or for a new language.
 
-        Nothing is trained but the weights, and the model is as before afterwards::
+        Only the weights are trained, and the model does not change::
 
             found = search_weights(model, batch, {"task": "ner"}, groups=["language"])
             routing = registry.encode([found.row] * 32)
 
         Args:
             model: an adapted model.
-            examples: a batch by name, or several; some dozens of rows, all of the one combination. A torch model gets
-                all of a batch; others get what they have inputs for, and the rest is for the loss.
-            row: what is known of it; the search starts there.
-            groups: the groups whose features are all tried, default all of them. What the row activates in other groups
-                keeps its weight.
+            examples: a batch as a mapping by name, or several; a few dozen rows, all of this combination. A torch
+                model gets the whole batch; others get the entries that they have inputs for, and the rest is for the
+                loss.
+            row: what is known about it; the search starts there.
+            groups: the groups whose features are all tried; default: all groups. Features that the row activates in
+                other groups keep their weights.
             loss: ``loss(outputs, batch)``, the mean over a batch's rows; default: the outputs' ``loss``.
-            method: ``"gradient"``, or ``"evolution"`` for losses without a gradient (an accuracy's complement, say).
+            method: ``"gradient"``, or ``"evolution"`` for losses without a gradient (for example, one minus the
+                accuracy).
             unknown: as for ``encode``: ``"skip"`` for a row that names a language without a feature.
-            steps: of the search; one forward and backward each, or 4 + 3 ln(n) forwards.
-            l1: what the mean absolute weight costs.
-            seed: of the evolution's draws.
+            steps: steps of the search, each with one forward and backward, or with 4 + 3 ln(n) forwards.
+            l1: the price of the mean absolute weight.
+            seed: the seed of the evolution.
 
         Raises:
             ConfigError: no examples, an unknown method, outputs without a loss, or a loss that is not finite.

@@ -94,13 +94,13 @@ class Adapter:
     Attributes:
         config: the configuration.
         layers: the adapted layers by path, in the model's order.
-        tensors: ``<path>.A.<group>.<feature>`` ``[r, d_in]`` and ``<path>.B.<group>.<feature>`` ``[d_out, r]``, with an
-            axis of experts in front where the layer has one.
+        tensors: ``<path>.A.<group>.<feature>`` ``[r, d_in]`` and ``<path>.B.<group>.<feature>`` ``[d_out, r]``, with
+            an axis of experts in front if the layer has one.
         heads: parameters of the base that were trained with the features, by their names in the model.
-        base: what the adapter was trained on, where that is known.
+        base: what the adapter was trained on, if that is known.
 
     Raises:
-        AdapterError: a missing or unexpected tensor, or one of the wrong shape or dtype; it is named.
+        AdapterError: a missing or unexpected tensor, or one of the wrong shape or dtype; the error names it.
     """
 
     config: FlixConfig
@@ -125,7 +125,7 @@ class Adapter:
         heads: Mapping[str, Head] | None = None,
         base: Base | None = None,
     ) -> Adapter:
-        """An adapter whose tensors are taken as they are: checked already, or of some of the features alone."""
+        """An adapter whose tensors are not checked again, or belong to only some of the features."""
         adapter = object.__new__(cls)
         vars(adapter).update(
             config=config, layers=layers, tensors=tensors, heads=heads or {}, base=base
@@ -133,7 +133,7 @@ class Adapter:
         return adapter
 
     def pair(self, layer: str, feature: Feature) -> tuple[NDArray[Any], NDArray[Any]]:
-        """A_f and B_f of a feature in a layer, see :data:`Pair`; empty where its rank is 0.
+        """A_f and B_f of a feature in a layer, see :data:`Pair`; empty if its rank is 0.
 
         Raises:
             AdapterError: the layer is not adapted.
@@ -158,10 +158,12 @@ class Adapter:
         """The same adapter with other layer paths; heads follow their modules' paths.
 
         Args:
-            rename: a mapping (paths it does not name stay) or a callable, from this adapter's paths to the new.
+            rename: a mapping (paths that it does not name stay) or a callable, from this adapter's paths to the new
+                ones.
 
         Raises:
-            AdapterError: two layers or heads get one name, a mapping names an unknown layer, or no string comes back.
+            AdapterError: two layers or heads get the same name, a mapping names an unknown layer, or a callable
+                returns something that is not a string.
         """
         if rename is None:
             return self
@@ -302,7 +304,7 @@ def check_tensors(
         where: what holds the tensors, for messages.
 
     Raises:
-        AdapterError: a missing or unexpected tensor, or one of the wrong shape or dtype; it is named.
+        AdapterError: a missing or unexpected tensor, or one of the wrong shape or dtype; the error names it.
     """
     # One by one: a file may describe far more tensors than it holds.
     count = 0

@@ -53,9 +53,9 @@ _HEAD = "trained."
 
 @uncollected
 def save_adapter(adapter: Adapter, directory: Path_) -> None:
-    """Write an adapter's folder. A reader sees the old version or the new one, whole, at any moment.
+    """Write an adapter's folder. At any moment, a reader sees the complete old version or the complete new one.
 
-    Tensors are stored as float32 (float64 where they are float64), heads in their own dtypes.
+    Tensors are stored as float32 (or as float64, if they are float64), and heads in their own dtypes.
 
     Raises:
         AdapterError: the path exists and is not a folder.
@@ -119,7 +119,7 @@ def load_adapter(directory: Path_, rename: Rename = None, *, finite: bool = True
     Args:
         directory: the folder that :func:`save_adapter`, or a backend's ``save``, wrote.
         rename: translates layer paths, see :meth:`Adapter.renamed`.
-        finite: refuse NaN and infinite values; False reads them, to look at what is broken.
+        finite: refuse NaN and infinite values; False reads them, so that you can look for what is broken.
 
     Raises:
         AdapterError: a missing or damaged file, another version, or tensors that do not fit the configuration;

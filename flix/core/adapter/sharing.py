@@ -43,7 +43,7 @@ def chosen_features(registry: FeatureRegistry, features: object) -> tuple[Featur
 
 
 def select_features(adapter: Adapter, features: object) -> Adapter:
-    """An adapter of some of the features, and of what they imply; the others are left out, and trained heads.
+    """An adapter of some features and of those that they imply; other features and trained heads are left out.
 
     Its ids are its own. Values are not copied.
 
@@ -114,14 +114,15 @@ def combine_adapters(
 ) -> Adapter:
     """One adapter with the features of several, which may come from different people.
 
-    A feature that several adapters have must be the same in all of them, value for value, or ``conflicts`` says which
-    counts. Adapters need not adapt the same layers: a feature has rank 0 where its own adapter has no layer. Feature
-    dropout, the policy for unknown features and the seed are the first adapter's. Trained heads are left out. All must
-    have been trained on one base model: where two adapt the same layers and say of which base, that is checked.
+    If several adapters have a feature, it must be the same in all of them, value for value; otherwise ``conflicts``
+    decides. Adapters need not adapt the same layers: a feature has rank 0 in layers that its own adapter does not
+    have. Feature dropout, the policy for unknown features and the seed are those of the first adapter. Trained heads
+    are left out. All adapters must have been trained on one base model. If two adapt the same layers and name their
+    base, this is checked.
 
     Args:
-        adapters: two or more, perhaps by name (messages use it).
-        conflicts: ``"error"``; ``"keep"``, the earlier adapter counts; ``"replace"``, the later one.
+        adapters: two or more; a mapping gives them names, which messages use.
+        conflicts: ``"error"``; ``"keep"`` uses the earlier adapter; ``"replace"`` uses the later one.
 
     Raises:
         AdapterError: a feature that differs between adapters (all are named, with what differs), a layer of different

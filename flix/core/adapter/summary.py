@@ -23,11 +23,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class Summary:
-    """An adapted model in numbers; its text is a table.
+    """An adapted model in numbers; ``str()`` gives a table.
 
     Attributes:
         layers: the adapted layers.
-        total: parameters in all (of a bank without a model: the pairs').
+        total: all parameters (for a bank without a model, those of the pairs).
         trainable: parameters that are trained.
         features: parameters of each feature over all layers.
         ranks: the configuration's rank of each feature.
@@ -41,7 +41,7 @@ class Summary:
 
     @property
     def line(self) -> str:
-        """Layers and counts in a line."""
+        """Layers and counts in one line."""
         share = 100.0 * self.trainable / max(self.total, 1)
         return (
             f"{len(self.layers)} adapted layers; {self.trainable:,} trainable of {self.total:,} "

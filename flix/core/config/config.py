@@ -36,25 +36,26 @@ Pattern = Mapping[str, Union[float, Mapping[Any, Any]]]
 @named
 @dataclass(frozen=True, kw_only=True)
 class FlixConfig:
-    """What is adapted, by which features, with which ranks.
+    """What to adapt, with which features and which ranks.
 
     Attributes:
         registry: the features.
-        ranks: a rule of :mod:`flix.ranks`, one rank for all, or ``{(group, feature): rank}``; kept as the last.
+        ranks: a rule of :mod:`flix.ranks`, one rank for all, or ``{(group, feature): rank}``; kept in the last form.
         alpha: numerator of the scale: None (alpha = rank), a number, or numbers by group or feature.
         scaling: ``"lora"``, s = alpha / r; ``"rslora"``, s = alpha / sqrt(r).
         target_modules: ``"all-linear"`` (output heads left out), a regular expression, or a list of suffixes.
         exclude_modules: layers left out, as a regular expression or suffixes.
         rank_pattern: other ranks for some layers: ``{pattern: rank}`` or ``{pattern: {group: rank}}`` or
-            ``{pattern: {(group, feature): rank}}``; the pattern is a regular expression for the end of a
-            layer's path, and the first that matches and names the feature counts.
-        alpha_pattern: other alphas for some layers, in the same forms and by the same rule.
+            ``{pattern: {(group, feature): rank}}``; the pattern is a regular expression for the end of a layer's
+            path, and the first pattern that matches and names the feature counts.
+        alpha_pattern: other alphas for some layers, in the same forms and with the same rule.
         feature_dropout: dropout for training, or None.
-        lora_dropout: in training, with which probability each entry of a linear layer's input is hidden from the
-            features' low-rank maps (docs/specification.md §1.8); the base sees all. 0 up to, not including, 1.
+        lora_dropout: the probability, in training, that an entry of a linear layer's input is hidden from the
+            features' low-rank maps (docs/specification.md §1.8); the base sees everything. At least 0 and less than
+            1.
         unknown: how rows with unknown features are encoded (:func:`flix.core.features.encoding.encode`).
-        seed: of the initial values.
-        init: how A starts: ``"uniform"``, as LoRA's, or ``"orthogonal"``, with orthonormal rows; B is zero.
+        seed: the seed of the initial values.
+        init: how A starts: ``"uniform"``, as in LoRA, or ``"orthogonal"``, with orthonormal rows; B is zero.
 
     Raises:
         ConfigError, RankError, FeatureError, RoutingError: a value that breaks its rule.
@@ -113,7 +114,7 @@ class FlixConfig:
         return finite(alpha, "alpha", positive=True)
 
     def rank(self, layer: str, feature: Feature) -> int:
-        """The rank of a feature in a layer: ``rank_pattern``'s where it speaks, else ``ranks``'."""
+        """The rank of a feature in a layer: from ``rank_pattern`` if a pattern matches, else from ``ranks``."""
         if (rank := self._ranks.numbers(layer).get(feature)) is not None:
             return rank
         return int(self.ranks[feature])  # type: ignore[index]
@@ -133,7 +134,7 @@ class FlixConfig:
         )
 
     def check_size(self, layers: Iterable[str]) -> None:
-        """Refuse patterns of ranks or alphas that take long to work out for these layers.
+        """Refuse patterns of ranks or alphas that take long to evaluate for these layers.
 
         Raises:
             ConfigError: they do.
@@ -151,18 +152,18 @@ class FlixConfig:
         return self._patterns[1]  # type: ignore[attr-defined, no-any-return]
 
     def layer_alpha(self, layer: str, feature: Feature) -> float | None:
-        """A feature's alpha in a layer: ``alpha_pattern``'s where it speaks, else ``alpha``'s; None for the rank."""
+        """A feature's alpha in a layer, from ``alpha_pattern`` or else from ``alpha``; None for the rank."""
         alpha = self._alphas.numbers(layer).get(feature)
         return self.general_alpha(feature) if alpha is None else alpha
 
     def general_alpha(self, feature: Feature) -> float | None:
-        """A feature's alpha where no ``alpha_pattern`` speaks; None for the rank."""
+        """A feature's alpha in layers without a matching ``alpha_pattern``; None for the rank."""
         if isinstance(self.alpha, Mapping):
             return self.alpha.get(feature)
         return None if self.alpha is None else float(self.alpha)
 
     def scale(self, layer: str, feature: Feature) -> float:
-        """s_f (docs/specification.md §1.2) in a layer; 0 where the feature has rank 0."""
+        """s_f (docs/specification.md §1.2) in a layer; 0 if the feature has rank 0."""
         rank = self.rank(layer, feature)
         if rank == 0:
             return 0.0
@@ -180,7 +181,7 @@ class FlixConfig:
         )
 
     def layouts(self, layers: Iterable[str]) -> dict[str, LayerLayout]:
-        """The layout of each layer; equal ones are one object, so that layers share what is made for it."""
+        """The layout of each layer; equal layouts are one object, so that layers share what is made for it."""
         known: dict[LayerLayout, LayerLayout] = {}
         found = ((layer, self.layout(layer)) for layer in layers)
         return {layer: known.setdefault(layout, layout) for layer, layout in found}
@@ -200,8 +201,8 @@ class FlixConfig:
             group: a group of the registry.
             name: the new feature.
             rank: its rank.
-            alpha: its alpha; default: the configuration's, where that is one number, or the one that all features of
-                its group have been given; else its rank.
+            alpha: its alpha; default: the configuration's alpha if that is one number, or the alpha that all features
+                of its group have; else its rank.
             implies: features that it implies.
 
         Raises:
@@ -246,7 +247,7 @@ class FlixConfig:
         return self._translated(registry, lambda f: names.get(f, f))
 
     def subset(self, features: Iterable[Feature]) -> FlixConfig:
-        """The configuration of some of the features and of what they imply.
+        """The configuration of some features and of those that they imply.
 
         Raises:
             FeatureError: an unknown feature, or none at all.

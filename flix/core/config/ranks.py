@@ -51,8 +51,8 @@ def proportional(
 ) -> Rule:
     """Ranks in proportion to ``size ** (1 / temperature)``, within bounds, that sum to ``budget`` exactly.
 
-    Shared out by a divisor method (Webster's): a feature with more data than another never has less rank, more
-    data for a feature never lowers its rank, and a larger budget lowers no feature's rank.
+    The budget is divided by Webster's divisor method. A feature with more data than another never has less rank, more
+    data for a feature never lowers its rank, and a larger budget never lowers any rank.
 
     Args:
         budget: the sum of all ranks.
@@ -63,7 +63,7 @@ def proportional(
 
     Raises:
         RankError: a value out of range; when the rule is applied, a feature without a size, or a budget that the
-            bounds cannot meet (the message says the smallest, or largest, feasible one).
+            bounds cannot meet (the message gives the smallest, or largest, feasible one).
     """
     whole(budget, "budget", 0, RankError)
     low, high = whole(minimum, "minimum", 0, RankError), whole(maximum, "maximum", 0, RankError)
@@ -112,7 +112,7 @@ def proportional(
 
 
 def compute_matched(*, lora_rank: int, datasets: Sequence[Row]) -> Rule:
-    """The largest ranks with which no dataset's active ranks sum to more than ``lora_rank``.
+    """The largest ranks for which no dataset's active ranks sum to more than ``lora_rank``.
 
     The arithmetic of a dataset's rows is then at most that of one LoRA of this rank (the comparison of Lin et
     al.). Ranks are raised in turn, group after group, while every dataset has room (max-min fair). A feature that
@@ -166,9 +166,9 @@ def compute_matched(*, lora_rank: int, datasets: Sequence[Row]) -> Rule:
 
 
 def parameter_matched(*, lora_rank: int) -> Rule:
-    """Equal ranks that sum to ``lora_rank``: the parameters of one LoRA of this rank, never more.
+    """Equal ranks that sum to ``lora_rank``, so that together they have the parameters of one LoRA of this rank.
 
-    What does not divide evenly goes to the features of the lowest ids.
+    A remainder goes to the features with the lowest ids.
 
     Raises:
         RankError: when applied: more features than ``lora_rank`` (the message says the smallest feasible one).

@@ -27,7 +27,7 @@ _Id = TypeVar("_Id", bound=Hashable)
 
 
 class MixtureError(FlixError, ValueError):
-    """Data or settings that a mixture cannot be made of."""
+    """Data or settings from which no mixture can be made."""
 
 
 class HeldOutError(FlixError, RuntimeError):
@@ -172,14 +172,15 @@ def covering(wanted: Sequence[Set[_Id]], active: Sequence[Set[_Id]]) -> NDArray[
 class HeldOut:
     """The cells that are never trained on, declared in one place.
 
-    A row is held out if it activates every feature of one of the entries; an entry that names some groups only holds
-    out all cells that match. Of a code-switched row, one matching combination of names is enough.
+    A row is held out if it activates every feature of one of the entries; an entry that names only some groups holds
+    out all cells that match. For a code-switched row, one matching combination of names is enough.
 
-    Names are compared in Unicode's NFC. A row's name that differs from an entry's only in case or by compatibility does
-    not match it, and gets a warning.
+    Names are compared in Unicode's NFC. If a row's name differs from an entry's only in case or by compatibility, it
+    does not match, and a warning says so.
 
     Args:
-        cells: the entries, each ``{group: name}`` or, as cells are shown, ``"group=name,group=name"``.
+        cells: the entries, each ``{group: name}`` or, in the form in which cells are shown,
+            ``"group=name,group=name"``.
 
     Raises:
         MixtureError: an entry of another form, an empty one, or one with an ill-formed name.
@@ -210,7 +211,7 @@ class HeldOut:
 
         Args:
             features: ``{group: name | [names] | {name: weight} | None}``; other keys must not be among them.
-            registry: if given, features that others imply count.
+            registry: if given, implied features count too.
 
         Raises:
             FeatureError: an ill-formed value, or a feature that the registry does not have.
@@ -238,10 +239,10 @@ class HeldOut:
         return covering(self.wanted, [self._active(cell, registry) for cell in cells])
 
     def check_matched(self, cells: Sequence[Cell], registry: FeatureRegistry | None = None) -> None:
-        """Refuse entries that match none of the cells: most likely they are misspelt.
+        """Refuse entries that match none of the cells, because they are probably misspelt.
 
         Raises:
-            MixtureError: there is one; near matches are named.
+            MixtureError: there is such an entry; the error suggests similar names.
             FeatureError: a feature of a cell that the registry does not have.
         """
         matched = self.among(cells, registry).any(axis=1)

@@ -20,8 +20,8 @@ class FeatureRegistry(FeatureTable):
 
     Args:
         groups: the features' names by group, for example ``{"language": ["hau", "swa"], "task": ["ner"]}``.
-        implies: features that others bring along: ``{("language", "fra"): [("family", "romance")]}``. The key
-            ``("task", "*")`` speaks for every feature of the group.
+        implies: features that others imply: ``{("language", "fra"): [("family", "romance")]}``. The key ``("task",
+            "*")`` stands for every feature of the group.
 
     Raises:
         FeatureError: no group, an empty group, an ill-formed or duplicate name, an implied feature that does
@@ -36,9 +36,9 @@ class FeatureRegistry(FeatureTable):
     def with_feature(
         self, group: str, name: str, implies: Iterable[Feature] = ()
     ) -> FeatureRegistry:
-        """A registry with one more feature, whose id is the old length; every other id stays.
+        """A registry with one more feature. Its id is the old length, and every other id stays.
 
-        A feature that was removed comes back under its old id.
+        A feature that was removed before gets its old id again.
 
         Raises:
             FeatureError: unknown group, ill-formed or duplicate name, or unknown implied feature.
@@ -57,9 +57,9 @@ class FeatureRegistry(FeatureTable):
         return made
 
     def without_feature(self, group: str, name: str) -> FeatureRegistry:
-        """A registry in which one feature is gone; every id stays, the feature's own reserved for its name.
+        """A registry without one feature. Every id stays, and the feature's id stays reserved for its name.
 
-        What it implied, and that others implied it, is gone, too.
+        Implications from and to this feature are removed too.
 
         Raises:
             FeatureError: no such feature, or the last of its group.
@@ -105,7 +105,7 @@ class FeatureRegistry(FeatureTable):
         return made
 
     def subset(self, features: Iterable[Feature]) -> FeatureRegistry:
-        """A registry of some of the features and of what they imply, with ids of its own, in the present order.
+        """A registry of some features and of those that they imply, in the same order, with new ids.
 
         Raises:
             FeatureError: an unknown feature, or none at all.
@@ -131,7 +131,7 @@ class FeatureRegistry(FeatureTable):
         return self._derive(groups, names, declared)
 
     def with_group(self, group: str, names: Sequence[str]) -> FeatureRegistry:
-        """A registry with one more group; its features' ids follow the present ones.
+        """A registry with one more group; the ids of its features follow the present ones.
 
         Raises:
             FeatureError: the group exists already, is empty, or has an ill-formed or duplicate name.
@@ -147,7 +147,7 @@ class FeatureRegistry(FeatureTable):
         )
 
     def with_implications(self, implies: Mapping[Feature, Iterable[Feature]]) -> FeatureRegistry:
-        """A registry of the same features and ids that implies this and nothing else.
+        """A registry with the same features and ids, and with these implications only.
 
         Raises:
             FeatureError: an unknown feature, or implications that form a cycle.
@@ -155,10 +155,10 @@ class FeatureRegistry(FeatureTable):
         return self._derive(self._groups, self._features, implies, self._removed)
 
     def union(self, other: FeatureRegistry) -> FeatureRegistry:
-        """A registry of both: every id of this one stays, what the other has beyond it follows.
+        """The features of both registries: this one's ids stay, and the other's additional features follow.
 
-        A feature that was removed here and lives there comes back under its old id. Where both say what a feature
-        implies, this one's word counts.
+        A feature that was removed here but exists there gets its old id again. If both say what a feature implies,
+        this registry's version counts.
 
         Raises:
             FeatureError: implications that form a cycle together.

@@ -16,19 +16,19 @@ from flix.core.features.registry import FeatureRegistry
 def by_parents(
     registry: FeatureRegistry, group: str, parents: Mapping[str, str]
 ) -> dict[str, list[str]]:
-    """For each name of a tree without a feature, the known ones that are nearest in it.
+    """For each name in a tree that has no feature, find the nearest names that have one.
 
-    Those are the known names under the lowest ancestor that has any (the ancestor itself, if it is known). ::
+    These are the known names under the lowest ancestor that has any (or the ancestor itself, if it is known). ::
 
         registry.encode(rows, unknown=flix.by_parents(registry, "language", {"xho": "nguni", "zul": "nguni", ...}))
 
     Args:
         registry: the features.
         group: the group.
-        parents: of each name its parent's; names that are no features (families) may stand anywhere.
+        parents: the parent of each name; names that are not features, such as families, may occur anywhere.
 
     Returns:
-        A mapping for ``encode(..., unknown=)``; names without a known relative are left out.
+        A mapping for ``encode(..., unknown=)``; names without known relatives are left out.
 
     Raises:
         FeatureError: an unknown group, or an ill-formed name.
@@ -70,20 +70,21 @@ def _ancestors(name: str, tree: Mapping[str, str]) -> list[str]:
 def by_vectors(
     registry: FeatureRegistry, group: str, vectors: Mapping[str, Sequence[float]], count: int = 1
 ) -> dict[str, list[str]]:
-    """For each name with a vector and without a feature, the known ones whose vectors are nearest to it.
+    """For each name that has a vector but no feature, find the known names with the nearest vectors.
 
     Args:
         registry: the features.
         group: the group.
-        vectors: of each name, e.g. its typological features; all of one length, none of zeros alone.
-        count: how many names to give.
+        vectors: the vector of each name, for example its typological features; all of the same length, and none all
+            zero.
+        count: how many names to return.
 
     Returns:
         A mapping for ``encode(..., unknown=)``, the nearest by cosine first.
 
     Raises:
         FeatureError: an unknown group, an ill-formed name, or no vector of a known name.
-        ConfigError: vectors of unlike lengths, with values that are not finite, or of zeros alone; a count below 1.
+        ConfigError: vectors of different lengths, with values that are not finite, or all zero; a count below 1.
     """
     count = whole(count, "count", 1)
     given = {normal_name(group, name): _unit(name, vector) for name, vector in vectors.items()}

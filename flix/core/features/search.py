@@ -41,10 +41,10 @@ class SearchedWeights:
     """What a search found.
 
     Attributes:
-        row: the composition, as ``encode``, ``merge`` and ``export_peft`` take it. It names what it implies, too, so
-            that nothing joins it.
+        row: the composition, as ``encode``, ``merge`` and ``export_peft`` take it. It also names the features that it
+            implies, so that encoding adds none.
         loss: the mean loss of the examples under it.
-        before: that of the row that was given.
+        before: the loss of the given row.
         history: the best loss after each step.
     """
 
@@ -133,8 +133,8 @@ def evolved(
         loss: the mean loss of the examples under weights of the space's features.
         space: what is searched.
         steps: generations; each asks for 4 + 3 ln(n) losses, n being the number of weights.
-        l1: what the mean absolute weight costs.
-        seed: of the draws.
+        l1: the price of the mean absolute weight.
+        seed: the seed of the random draws.
 
     Raises:
         ConfigError: ill-formed settings, or a loss that is not finite at the start.
@@ -192,7 +192,7 @@ def descended(
         space: what is searched.
         steps: of Adam; each asks once.
         learning_rate: the first step's.
-        l1: what the mean absolute weight costs.
+        l1: the price of the mean absolute weight.
 
     Raises:
         ConfigError: ill-formed settings, or a loss that is not finite at the start.
@@ -267,19 +267,19 @@ def search_weights(
     l1: float = 0.05,
     seed: int = 0,
 ) -> SearchedWeights:
-    """The weights with which known features serve a new combination best, in any framework, without gradients.
+    """Find the weights of known features that are best for a new combination, in any framework and without gradients.
 
-    Each backend's ``search_weights`` does it for a model and its examples.
+    Each backend's ``search_weights`` does this for a model and its examples.
 
     Args:
-        loss: the mean loss of some dozens of examples whose rows all activate the row that it is given.
+        loss: a function of a row: the mean loss of a few dozen examples under this row.
         registry: the features.
-        row: what is known of the combination, e.g. ``{"task": "ner"}``; the search starts there.
-        groups: the groups whose features are all tried, e.g. ``["language"]``; default: all groups.
+        row: what is known about the combination, for example ``{"task": "ner"}``; the search starts there.
+        groups: the groups whose features are all tried, for example ``["language"]``; default: all groups.
         unknown: as for ``encode``: ``"skip"`` for a row that names a language without a feature.
-        steps: generations, each of 4 + 3 ln(n) losses.
-        l1: what the mean absolute weight costs.
-        seed: of the draws.
+        steps: the number of generations, each with 4 + 3 ln(n) losses.
+        l1: the price of the mean absolute weight.
+        seed: the seed of the random draws.
 
     Raises:
         ConfigError, FeatureError, RoutingError: ill-formed settings, groups or row; a loss that is not finite.

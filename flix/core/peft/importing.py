@@ -22,11 +22,11 @@ from flix.core.peft.reading import PeftLora, read_peft
 
 
 def from_peft(folders: Mapping[str, Path_], group: str, *, skip_modules: bool = False) -> Adapter:
-    """LoRAs that PEFT wrote, as one adapter: each becomes a feature, together they are a group.
+    """Read LoRAs that PEFT wrote as one adapter: each becomes a feature of one group.
 
-    Ranks and scales are those of the LoRAs, by layer where they differ (``rank_pattern``, ``alpha_pattern``). The sign
-    of a scale below 0, which PEFT allows, goes into B, and a scale of 0 makes B zero. A ``lora_dropout`` that all of
-    them have is kept. Paths are those inside the model that PEFT wrapped.
+    Ranks and scales are those of the LoRAs, also where they differ by layer (``rank_pattern``, ``alpha_pattern``).
+    PEFT allows a scale below 0; its sign goes into B. A scale of 0 makes B zero. If all LoRAs have the same
+    ``lora_dropout``, it is kept. Paths are those inside the model that PEFT wrapped.
 
     Args:
         folders: the folder of each LoRA, by the name that its feature gets.
@@ -34,7 +34,7 @@ def from_peft(folders: Mapping[str, Path_], group: str, *, skip_modules: bool = 
         skip_modules: see :func:`read_peft`.
 
     Raises:
-        AdapterError: a folder that holds no plain LoRA, or LoRAs of different models.
+        AdapterError: a folder without a plain LoRA, or LoRAs of different models.
         FeatureError: an ill-formed name.
     """
     if isinstance(folders, str | os.PathLike) or not isinstance(folders, Mapping) or not folders:

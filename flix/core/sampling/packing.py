@@ -27,28 +27,28 @@ def pack(
 ) -> list[dict[str, Any]]:
     """Pack tokenised rows into rows of exactly ``length`` tokens.
 
-    Each row goes whole into the fullest packed row that has room for it (best fit), in the order of arrival. A packed
-    row has ``input_ids``, ``labels`` and ``position_ids``, which start at 0 again with every segment: transformers'
-    models read the boundaries from them, and no token attends to another segment, if there is no ``attention_mask``
-    and no cache. Every other column, the features' among them, becomes a list with one entry a segment. What is
-    left of a packed row is a segment of padding whose entries are None: it is ignored by the loss and routed to the
-    base alone.
+    Each row is put, uncut, into the fullest packed row that has room for it (best fit), in the order of arrival. A
+    packed row has ``input_ids``, ``labels`` and ``position_ids``, which start at 0 again in every segment. From
+    these, transformers' models read the boundaries, so no token attends to another segment, if there is no
+    ``attention_mask`` and no cache. Every other column, including those of features, becomes a list with one entry
+    for each segment. The rest of a packed row is a segment of padding whose entries are None. The loss ignores it,
+    and it is routed to the base alone.
 
     Args:
-        rows: rows with ``input_ids`` and, if causal is False, ``labels`` (one a token); not changed. An
-            ``attention_mask`` must be all ones.
-        length: tokens of a packed row.
+        rows: rows with ``input_ids`` and, if causal is False, ``labels`` (one for each token); they are not changed.
+            An ``attention_mask`` must be all ones.
+        length: the number of tokens in a packed row.
         causal: the labels are those of a causal language model, which compares position t with label t + 1: missing
-            ones are copied from ``input_ids``, and the first of each segment is ignored: the segment before it
-            cannot predict it. False: labels belong to their own positions.
-        pad_token_id: fills what is left.
+            labels are copied from ``input_ids``, and the first of each segment is ignored, because the segment before
+            it cannot predict it. False: labels belong to their own positions.
+        pad_token_id: fills the rest of a packed row.
 
     Returns:
         The packed rows.
 
     Raises:
-        RoutingError: a row that is longer than ``length``, empty, padded, or whose labels are not one a token; a
-            number of columns that changes from row to row.
+        RoutingError: a row that is longer than ``length``, empty or padded, or does not have one label for each
+            token; a number of columns that changes from row to row.
     """
     length = whole(length, "length", 1, RoutingError)
     segments = [_segment(row, number, length, causal) for number, row in enumerate(rows)]

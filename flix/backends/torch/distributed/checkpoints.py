@@ -52,12 +52,12 @@ def save_checkpoint(
         save_checkpoint("checkpoints", model, optimizer, step, {"schedule": schedule.state_dict()}, keep=3)
 
     Args:
-        folder: where checkpoints lie; all processes see it.
-        model: an adapted model, its features sharded or not.
-        optimizer: what trains it.
+        folder: where checkpoints are kept; all processes must see it.
+        model: an adapted model; its features may be sharded.
+        optimizer: the optimizer that trains it.
         step: the number of the step, which names the checkpoint.
         extra: JSON-able settings of the loop: its place in the data, a schedule's state.
-        keep: how many of the latest whole checkpoints stay; default: all.
+        keep: how many of the latest complete checkpoints to keep; default: all.
 
     Returns:
         The checkpoint's folder.
@@ -66,7 +66,7 @@ def save_checkpoint(
         TargetError: the model is not adapted.
         ConfigError: an optimizer with parameters that are not the model's; settings that are not JSON-able; ``keep``
             below 1.
-        AdapterError: in the other processes, where the first could not write.
+        AdapterError: in the other processes, if the first one could not write.
     """
     dcp: Any = import_module("torch.distributed.checkpoint")
 
@@ -108,18 +108,18 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path_, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, Any]:
-    """Read the latest whole checkpoint of a folder, or one checkpoint; all processes call it together.
+    """Read the latest complete checkpoint of a folder, or a given checkpoint; all processes call it together.
 
-    Any number of processes may have written it; each reads what it holds. Where as many read as wrote, each gets its
-    random numbers back, too.
+    Any number of processes may have written it; each process reads the part that it holds. If as many processes read
+    as wrote, each also gets its random numbers back.
 
     Args:
-        folder: what :func:`save_checkpoint` was given, or one of the folders that it made.
-        model: the model, adapted by the same configuration; its features sharded or not.
+        folder: the folder that you gave to :func:`save_checkpoint`, or one of the folders that it made.
+        model: the model, adapted with the same configuration; its features may be sharded.
         optimizer: a new optimizer over its parameters.
 
     Returns:
-        The step, and what was given as ``extra``; ``(0, None)`` where there is no whole checkpoint.
+        The step and the value of ``extra``; ``(0, None)`` if there is no complete checkpoint.
 
     Raises:
         TargetError: the model is not adapted.
@@ -162,9 +162,9 @@ def load_checkpoint(
 
 
 def last_checkpoint(folder: Path_) -> Path | None:
-    """The latest whole checkpoint of a folder, or the folder itself if it is one; None without.
+    """The latest complete checkpoint of a folder, or the folder itself if it is one; None if there is none.
 
-    A folder that lacks a file, or has one of another size, as after copying that was cut off, is passed over.
+    A folder in which a file is missing or has another size, as after an interrupted copy, is skipped.
     """
     place = Path(folder)
     if _manifest(place) is not None:

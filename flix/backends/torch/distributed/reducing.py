@@ -52,30 +52,31 @@ _ROUND = 1024
 
 
 def reduce_features(model: nn.Module, group: Any = None, *, automatic: bool = True) -> Reducer:
-    """Average an adapted model's gradients over processes, of the features in use alone; beside DDP, or in its place.
+    """Average the gradients of the features in use over processes, with DDP or instead of it.
 
-    Call it in every process, after the model lies on its device and before DDP wraps it, if DDP does. The processes
+    Call it in every process, when the model is on its device, and before DDP wraps it (if you use DDP). The processes
     agree on what they train, and get the first one's values. From then on the gradients of the features that acted in
-    any process are averaged at the end of each backward, before clipping, in one call. A feature that acted in one
-    process alone trains alike in all; one that acted in none gets no gradient, and keeps its bits in all.
+    any process are averaged at the end of each backward, before clipping, in one call. A feature that acted in only
+    one process trains in the same way in all; a feature that acted in none gets no gradient and keeps its bits in
+    all.
 
-    Trained heads are averaged, too; where DDP wraps the model it does that, and leaves the features alone. Buffers, as
-    running statistics are, become equal at the start; later on DDP alone keeps them alike.
+    Trained heads are averaged too. If DDP wraps the model, DDP does that and leaves the features alone. Buffers, such
+    as running statistics, become equal at the start; later, only DDP keeps them equal.
 
     Args:
         model: an adapted model.
         group: a process group of torch.distributed; default: all processes.
-        automatic: reduce at the end of each backward. False: where :meth:`Reducer.reduce` is called, or else before the
-            optimizer's step.
+        automatic: reduce at the end of each backward. If False, reduce where :meth:`Reducer.reduce` is called, or
+            else before the optimizer's step.
 
     Returns:
-        The reducer: what was sent, ``reduce()`` and ``no_sync()``. The model keeps it; it is also
+        The reducer. It says what was sent, and has ``reduce()`` and ``no_sync()``. It is also
         ``model.flix_state.reducer``. Copies of the model have none.
 
     Raises:
         TargetError: the model is not adapted.
-        ConfigError: there is no process group; the features are sharded, or DDP has wrapped them; the processes differ
-            in what they train, in every process, by name.
+        ConfigError: there is no process group; the features are sharded, or DDP has wrapped them; the processes train
+            different things (raised in every process, with the differences named).
 
     Example::
 
@@ -106,12 +107,12 @@ def reduce_features(model: nn.Module, group: Any = None, *, automatic: bool = Tr
 
 
 class Reducer:
-    """What averages an adapted model's gradients; made by :func:`reduce_features`.
+    """Averages an adapted model's gradients; made by :func:`reduce_features`.
 
     Attributes:
         last: what the last reduction sent.
         total: what all of them sent.
-        start: bytes that were sent to agree at the start.
+        start: bytes that the processes sent at the start, to agree on what they train.
     """
 
     def __init__(self, model: nn.Module, state: FlixState, group: Any, automatic: bool) -> None:
@@ -141,7 +142,7 @@ class Reducer:
         return list(dict.fromkeys([*known, *own, *(f"_orig_mod.{name}" for name in own)]))
 
     def follow(self) -> None:
-        """Take in the features that there are now; every process changes its model in the same way."""
+        """Use the features that exist now; every process must change its model in the same way."""
         held = self.state.bank.held()
         names = {id(p): name for name, p in reversed([*base_parameters(self.model)])}
         rest = {id(p): p for _, p in base_parameters(self.model)}
@@ -158,7 +159,7 @@ class Reducer:
         self._digest = zlib.crc32(digest(whole))
 
     def stop(self) -> None:
-        """Reduce no more; DDP that has wrapped the model would leave the features out, and is refused from here on."""
+        """Stop reducing. From here on, DDP around the model is refused, because it leaves out the features."""
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
@@ -174,7 +175,7 @@ class Reducer:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Forwards inside, with their backwards, send nothing; the next outside reduces what has come together."""
+        """Forwards and backwards inside send nothing; the next ones outside reduce the accumulated gradients."""
         self._quiet += 1
         try:
             yield
@@ -238,7 +239,8 @@ class Reducer:
             What was sent.
 
         Raises:
-            ConfigError: the processes have come to different places, or train different features; in every process.
+            ConfigError: the processes have reached different places, or train different features; raised in every
+                process.
         """
         bank = self.state.bank
         held = dict[int, nn.Parameter](bank.held())

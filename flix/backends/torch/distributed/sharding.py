@@ -271,11 +271,11 @@ def shard_features(model: nn.Module, mesh: Any) -> None:
         fully_shard(model, mesh=mesh, ignored_params=features)
         optimizer = torch.optim.AdamW(trainable_parameters(model), lr=1e-3)
 
-    The base is sharded beside them, as here, or stays whole in every process. Each process holds an equal part of every
-    feature's values, gradient and optimizer state; a training step exchanges the features that are active in it.
-    ``whole_features`` is for evaluation and generation. From now on every process calls what reads features or changes
-    them, with the same arguments: ``save`` (of which the first process writes), ``load``, ``merge``, ``export_peft``,
-    ``add_feature``, ``freeze`` and so on.
+    The base is sharded too, as in this example, or stays whole in every process. Each process holds an equal part of
+    every feature's values, gradient and optimizer state; a training step exchanges the features that are active in
+    it. Use ``whole_features`` for evaluation and generation. From now on, every process must call functions that read
+    or change features with the same arguments: ``save`` (the first process writes), ``load``, ``merge``,
+    ``export_peft``, ``add_feature``, ``freeze`` and so on.
 
     The processes first agree on what they train, and get the first one's values, as in ``reduce_features``.
 
@@ -285,8 +285,9 @@ def shard_features(model: nn.Module, mesh: Any) -> None:
 
     Raises:
         TargetError: the model is not adapted.
-        ConfigError: features that are sharded, reduced or paged already, or are elsewhere than the mesh; a mesh that
-            leaves processes out; layers that are spread over processes (``tp_plan``); processes that differ.
+        ConfigError: features that are already sharded, reduced or paged, or that are on other devices than the mesh;
+            a mesh without some of the processes; layers that are spread over processes (``tp_plan``); processes that
+            differ.
     """
     state = state_of("shard_features", model)
     bank = state.bank
@@ -336,18 +337,18 @@ def whole_features(model: nn.Module, features: Any = None) -> Iterator[None]:
             for batch in its_own_batches:
                 model(**batch)
 
-    All processes enter it together; what they run inside is each one's own, and need not be equally much. Where the
-    base is under FSDP2, its forwards exchange the base's kernels all the same. Without ``shard_features``, nothing.
+    All processes enter it together. Inside, each runs what it wants, and they need not run the same amount. If the
+    base is under FSDP2, its forwards still exchange the base's kernels. Without ``shard_features`` it does nothing.
 
     Args:
         model: an adapted model.
-        features: ``[(group, name), ...]`` or ``{group: name or names}``: these alone; default: all.
+        features: gather only these, ``[(group, name), ...]`` or ``{group: name or names}``; default: all.
 
     Raises:
         TargetError: the model is not adapted.
         FeatureError: an unknown feature.
-        ConfigError: it is entered already; inside: a forward with gradients of features, a feature that was left out,
-            or an optimizer that has stepped.
+        ConfigError: it is already entered; or, inside it, a forward needs gradients of features or a feature that was
+            left out, or an optimizer has stepped.
     """
     state = state_of("whole_features", model)
     registry = state.config.registry

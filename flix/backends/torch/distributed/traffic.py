@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass
 class Traffic:
-    """What one process handed to torch.distributed.
+    """What one process passed to torch.distributed.
 
     Attributes:
         features: features whose gradients were reduced.
-        registered: features that there are.
+        registered: all features.
         calls: collective calls.
-        told: bytes by which the processes tell each other which features acted.
+        told: bytes with which the processes told each other which features acted.
         sent: bytes of gradients.
         steps: how often gradients were reduced.
     """
@@ -31,7 +31,7 @@ class Traffic:
         return self.told + self.sent
 
     def add(self, other: Traffic) -> None:
-        """Count another's, too."""
+        """Add another count to this one."""
         self.features += other.features
         self.registered = other.registered
         self.calls += other.calls

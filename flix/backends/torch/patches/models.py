@@ -30,10 +30,10 @@ _KEPT = "_flix_routed"  # the class's own attribute that holds its subclass
 
 
 class RoutedModel:
-    """What adapted models have over their own class; ``isinstance(model, RoutedModel)`` tells them.
+    """What adapted models have in addition to their own class; ``isinstance(model, RoutedModel)`` recognises them.
 
     Attributes:
-        flix_state: what the model carries.
+        flix_state: everything that flix stores on the model.
     """
 
     flix_state: FlixState
@@ -44,14 +44,14 @@ class RoutedModel:
         return self.flix_state.config
 
     def print_trainable_parameters(self) -> None:
-        """Print how much trains, by the name that users of PEFT know; :func:`~flix.backends.torch.summary` has more."""
+        """Print how much trains, under PEFT's name for it; :func:`~flix.backends.torch.summary` has more."""
         from flix.backends.torch import summary  # its verbs stand on this module
 
         print(summary(self).line)
 
     @property
     def peft_config(self) -> Any:
-        """PEFT's mark of its models, which adapted ones lack; PEFT setting it is refused with a ``TargetError``."""
+        """PEFT's mark of its models, which adapted models lack; if PEFT sets it, that is a ``TargetError``."""
         raise AttributeError("peft_config")
 
     @peft_config.setter
