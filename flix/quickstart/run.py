@@ -7,18 +7,20 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from flix.report import write_report
+from flix.study.display import Display
+from flix.study.jobs import Job, run_jobs
+from flix.study.summary import RANK_COLUMNS, rank_rows
 
 from .arms import Arm, arms, configuration
 from .data import QuickstartData, load_data
-from .display import Display
-from .jobs import Job, JobError, run_jobs
-from .scores import COLUMNS, RANK_HEADINGS, by_cell, copies, name_of, rank_rows, score_rows, summary
+from .scores import COLUMNS, by_cell, copies, name_of, score_rows, summary
 
 STEPS = 1500
 FAST_STEPS = 40
@@ -51,19 +53,17 @@ def main(
     steps = steps or (FAST_STEPS if fast else STEPS)
     display = Display(to_stderr=as_json)
     display.say("flix quickstart: one small model, 14 languages, 7 tasks, three ways to adapt it")
-    data = load_data(progress=display.building)
+    data = load_data(progress=partial(building, display))
     display.say(describe(data))
     jobs = prepared(data, folder, seeds, steps, 2 if fast else LIMIT if seeds == 1 else None)
     # All arms of a seed at once, even on fewer processors: one that came after them would run alone.
     at_once = min(len(jobs), max(len(arms(data)), os.cpu_count() or 1))
-    try:
-        run_jobs(jobs, display.follow(jobs, steps), at_once)
-    except JobError as error:
-        print(error, file=sys.stderr)
+    for name, how in run_jobs(jobs, display.follow(jobs), at_once).items():
+        print(f"{name} failed:\n{how.log or how.reason}", file=sys.stderr)
         return 1
-    page = write_report(
-        [job.folder for job in jobs if job.seed == 0], folder / "report.html", force=True
-    )
+    # Jobs are in the order of their seeds.
+    first = [job.folder for job in jobs[: len(arms(data))]]
+    page = write_report(first, folder / "report.html", force=True)
     results = {
         "steps": steps,
         "seeds": seeds,
@@ -79,6 +79,12 @@ def main(
     if as_json:
         sys.stdout.write(text)
     return 0
+
+
+def building(display: Display, label: str, done: int, total: int) -> None:
+    """Data is built; nothing is shown where it comes from the cache."""
+    if done == 1:
+        display.say(f"building the data ({total} parts, once; then cached)")
 
 
 def describe(data: QuickstartData) -> str:
@@ -99,8 +105,9 @@ def prepared(
     jobs = []
     for seed in range(seeds):
         for arm in arms(data):
-            job = Job(arm.name, seed, folder / f"{arm.name}-{seed}")
-            chosen = configuration(data, arm, seed=seed, steps=steps, limit=limit, output=job.folder)  # fmt: skip
+            name, run = f"{arm.name}, seed {seed}", folder / f"{arm.name}-{seed}"
+            job = Job(name, run, steps, anew=True)
+            chosen = configuration(data, arm, seed=seed, steps=steps, limit=limit, output=run)  # fmt: skip
             text = yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
             job.beside(".yaml").write_text(text, encoding="utf-8")
             jobs.append(job)
@@ -109,7 +116,7 @@ def prepared(
 
 def of_arm(data: QuickstartData, arm: Arm, jobs: list[Job]) -> dict[str, Any]:
     """The results of one arm."""
-    found = [job.read("metrics.json") for job in jobs if job.arm == arm.name]
+    found = [job.read("metrics.json") for job in jobs if job.name.startswith(f"{arm.name}, ")]
     runs = [by_cell(metrics) for metrics in found]
     return {
         "title": arm.title,
@@ -145,7 +152,7 @@ def show(data: QuickstartData, results: dict[str, Any], first: Job, display: Dis
     """All figures, and what the first job, FLix's, answered."""
     display.table(["exact match, %", *COLUMNS], score_rows(results, "exact"))
     display.table(["chrF", *COLUMNS], score_rows(results, "chrf"))
-    display.table(RANK_HEADINGS, rank_rows(results))
+    display.table(RANK_COLUMNS, rank_rows(results["arms"].values()))
     display.table(["language/task", "input", "FLix answers", "expected"], samples(data, first))
     if results["steps"] < STEPS // 2:
         steps = (

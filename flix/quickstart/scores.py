@@ -74,21 +74,3 @@ def score_rows(results: Mapping[str, Any], metric: str) -> list[list[str]]:
     if metric == "exact":
         rows.append(["copying the input", *(f"{results['copy'][c]:.1f}" for c in COLUMNS)])
     return rows
-
-
-RANK_HEADINGS = ["method", "ranks", "active", "total", "parameters", "training"]
-
-
-def rank_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """Ranks and parameters by method, as text."""
-    return [
-        [
-            arm["title"],
-            ", ".join(f"{group} {rank}" for group, rank in arm["ranks"].items() if rank),
-            str(arm["active_rank"]),
-            str(arm["total_rank"]),
-            f"{arm['trainable']:,}",
-            f"{arm['seconds']:.0f} s",
-        ]
-        for arm in results["arms"].values()
-    ]

@@ -36,7 +36,7 @@ class Job:
         steps: how many it takes; 0 where nothing is trained.
         adapt: false: the base is evaluated as it is.
         weights: by which factors for groups its held-out cells are evaluated when it is trained.
-        resume: go on from the last checkpoint; else an unfinished run begins anew.
+        anew: discard an earlier run in the folder, instead of going on with it.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Job:
     steps: int = 0
     adapt: bool = True
     weights: tuple[Mapping[str, Any], ...] = ()
-    resume: bool = True
+    anew: bool = False
 
     def beside(self, ending: str) -> Path:
         """A file beside the folder."""

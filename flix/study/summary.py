@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-COLUMNS = ["arm", "seen", "choosing", "last word", "ranks", "parameters", "seeds"]
+COLUMNS = ["arm", "seen", "choosing", "last word", "seeds"]
+RANK_COLUMNS = ["method", "ranks", "active", "total", "parameters", "training"]
 _GROUPS = ("seen", "choosing", "last_word")
 
 
@@ -30,9 +31,38 @@ def rows(scores: Mapping[str, Any]) -> list[list[Any]]:
         seeds, absent = arm["seeds"].values(), missing.count(name)
         figures = ["not whole"] * len(_GROUPS) if absent else [_spread([average(s["cells"], group) for s in seeds]) for group in _GROUPS]  # fmt: skip
         said = f"{len(seeds)} of {len(seeds) + absent}" if absent else str(len(seeds))
-        ranks = f"{arm['active_rank']} of {arm['total_rank']}"
-        found.append([arm["title"], *figures, ranks, arm["trainable"], said])
+        found.append([arm["title"], *figures, said])
     return found
+
+
+def rank_rows(arms: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """Ranks, parameters and time by arm, as text.
+
+    Args:
+        arms: each with ``title``, ``ranks``, ``active_rank``, ``total_rank``, ``trainable`` and ``seconds`` of its
+            training, or ``seeds`` that have them.
+    """
+    return [
+        [
+            arm["title"],
+            ", ".join(f"{group} {_ranks(rank)}" for group, rank in arm["ranks"].items() if rank),
+            str(arm["active_rank"]),
+            str(arm["total_rank"]),
+            f"{arm['trainable']:,}",
+            f"{_seconds(arm):.0f} s",
+        ]
+        for arm in arms
+    ]
+
+
+def _ranks(rank: Any) -> str:
+    if not isinstance(rank, Mapping):
+        return str(rank)
+    return f"{min(rank.values())} to {max(rank.values())}"
+
+
+def _seconds(arm: Mapping[str, Any]) -> float:
+    return arm["seconds"] if "seconds" in arm else statistics.fmean(s["seconds"] for s in arm["seeds"].values())  # fmt: skip
 
 
 def _spread(values: list[float | None]) -> str:

@@ -33,9 +33,10 @@ SEARCHED = "searched"
 def do(job: Job, reporter: Reporter) -> None:
     """Do a job: what of it is done already is not done again."""
     settings = read_settings(job.beside(".yaml"))
-    if not is_finished(job.folder):
+    if job.anew or not is_finished(job.folder):
         if job.adapt:
-            resume = job.resume and last_checkpoint(job.folder / folders.CHECKPOINTS) is not None
+            begun = last_checkpoint(job.folder / folders.CHECKPOINTS) is not None
+            resume = begun and not job.anew
             train(settings, resume=resume, overwrite=not resume, reporter=reporter)
         else:
             answer_untrained(settings, reporter)

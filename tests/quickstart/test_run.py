@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,8 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("simplemma")
 pytest.importorskip("sacrebleu")
-from flix.quickstart.jobs import Job, JobError, run_jobs
+from flix.quickstart import run
+from flix.study.jobs import Job
 
 
 @pytest.mark.slow
@@ -50,8 +52,15 @@ def test_fast_quickstart_prints_json_and_leaves_its_results(tmp_path):
     assert len(trained) > len(adapter.tensors) / 4
 
 
-def test_a_job_that_fails_ends_with_what_it_wrote(tmp_path):
-    job = Job("flix", 0, tmp_path / "flix-0")
-    job.beside(".yaml").write_text("model: 3\n")
-    with pytest.raises(JobError, match=r"flix, seed 0 failed:(.|\n)*SettingsError"):
-        run_jobs([job], lambda job, event: None, parallel=1)
+def test_an_arm_that_fails_ends_the_quickstart_with_what_it_wrote(
+    data, tmp_path, monkeypatch, capsys
+):
+    def prepared(*_):
+        job = Job("flix, seed 0", tmp_path / "flix-0", 3, anew=True)
+        job.beside(".yaml").write_text("model: 3\n")
+        return [job]
+
+    monkeypatch.setattr(run, "load_data", lambda progress: data)
+    monkeypatch.setattr(run, "prepared", prepared)
+    assert run.main(out=tmp_path, steps=3) == 1
+    assert re.search(r"flix, seed 0 failed:\n(.|\n)*SettingsError", capsys.readouterr().err)

@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("simplemma")
 pytest.importorskip("sacrebleu")
-from flix.quickstart.scores import COLUMNS, average, by_cell, rank_rows, score_rows, summary
+from flix.quickstart.scores import COLUMNS, average, by_cell, score_rows, summary
+from flix.study.summary import rank_rows
 
 
 def test_scores_average_cells_by_kind(data):
@@ -48,4 +49,6 @@ def test_tables_name_methods_and_leave_out_ranks_of_nothing():
         ["copying the input", "1.9", "1.9", "1.9", "1.9"],
     ]
     assert score_rows(results, "chrf") == [["LoRA, rank 9", *["50.0 ±1.0"] * 4]]
-    assert rank_rows(results) == [["LoRA, rank 9", "shared 9", "9", "9", "12,345", "61 s"]]
+    assert rank_rows(results["arms"].values()) == [
+        ["LoRA, rank 9", "shared 9", "9", "9", "12,345", "61 s"]
+    ]

@@ -54,9 +54,11 @@ def study(
     if as_json:
         show_json(scores)
         return
-    from flix.study.summary import COLUMNS, rows
+    from flix.study.summary import COLUMNS, RANK_COLUMNS, rank_rows, rows
 
     show_table(COLUMNS, rows(scores))
+    trained = [arm for arm in scores["arms"].values() if arm["seeds"]]
+    show_table(RANK_COLUMNS, rank_rows(trained))
     for name in scores["missing"]:
         print(f"missing: {name}", file=sys.stderr)
     show(f"scores: {read.output / run.SCORES}")
