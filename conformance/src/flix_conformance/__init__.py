@@ -11,5 +11,19 @@ in and numpy out. See :mod:`flix_conformance.harness`.
 from flix_conformance.backend import Backend
 from flix_conformance.harness import AdamW, Batch, Case, Experts, Harness, Layer, Pairs
 
-__all__ = ["AdamW", "Backend", "Batch", "Case", "Experts", "Harness", "Layer", "Pairs"]
-__version__ = "0.1.0"
+try:
+    from flix_conformance._built import version as __version__  # the build writes it from the tag
+except ImportError:
+    __version__ = "0.1.dev0"
+
+__all__ = [
+    "AdamW",
+    "Backend",
+    "Batch",
+    "Case",
+    "Experts",
+    "Harness",
+    "Layer",
+    "Pairs",
+    "__version__",
+]
