@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -69,10 +70,22 @@ def numbers(app: Sphinx, tree: nodes.document) -> None:
             labels.anonlabels[label] = ("specification", section["ids"][0])
 
 
+def inline(app: Sphinx, tree: nodes.document, name: str) -> None:
+    """Our drawings stand in the page itself, so that they follow its theme."""
+    if app.builder.format != "html":
+        return
+    for image in list(tree.findall(nodes.image)):
+        if image["uri"].startswith("images/drawings/"):
+            drawn = Path(app.srcdir, image["uri"]).read_text(encoding="utf-8")
+            html = f'<div class="drawing" tabindex="0">{drawn}</div>'
+            image.replace_self(nodes.raw("", html, format="html"))
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_domain(Names, override=True)
     app.connect("builder-inited", lazy)
     app.connect("autodoc-process-docstring", docstring)
     app.connect("source-read", source)
     app.connect("doctree-read", numbers)
+    app.connect("doctree-resolved", inline)
     return {"parallel_read_safe": False, "parallel_write_safe": True}
