@@ -128,7 +128,8 @@ class Study:
 
     def whole(self) -> list[ArmScores]:
         """The arms with all their runs, in the study's order."""
-        return [self.arms[name] for name in self.planned if not self.lacking([name])]
+        whole = [name for name in self.planned if not self.lacking([name])]
+        return [self.arms[name] for name in whole if name in self.arms and self.arms[name].runs]
 
 
 def read_scores(path: Path) -> Study:

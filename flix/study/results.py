@@ -99,7 +99,7 @@ def keep(folder: Path, out: Path) -> list[str]:
         name = study.name
         if name == MANY:
             name = f"{MANY}-{tables.languages_of(study):02d}"
-        said["study"] = name
+        said = {**completed(folder, said), "study": name}
         if name == "settle":
             found = read_curves(folder, {arm.name: arm.title for arm in study.whole()})
             said["curves"] = [curve.to_json() for curve in found]
@@ -118,6 +118,44 @@ def keep(folder: Path, out: Path) -> list[str]:
     return kept
 
 
+def completed(folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+    """A study's scores with what its folder says beside them: its arms, seeds and claims, when, and rows of training.
+
+    Args:
+        folder: of the study.
+        said: what ``scores.json`` holds.
+    """
+    found, config = dict(said), _config(folder)
+    seeds, arms = config.get("seeds"), config.get("arms") or {}
+    if seeds is not None:
+        found.setdefault("seeds", list(range(seeds)) if isinstance(seeds, int) else seeds)
+    if arms:
+        found.setdefault("planned", {name: (arm or {}).get("title") or name for name, arm in arms.items()})  # fmt: skip
+    found.setdefault("claims", config.get("claims") or [])
+    dates = []
+    for name, arm in said["arms"].items():
+        for seed, run in arm["seeds"].items():
+            at = folder / "runs" / f"{name}-{seed}"
+            if (at / "run.json").is_file():
+                dates.append(str(json.loads((at / "run.json").read_bytes()).get("started") or ""))
+            if not (at / "mixture.json").is_file():
+                continue
+            for cell in json.loads((at / "mixture.json").read_bytes())["cells"]:
+                if (entry := run["cells"].get(cell["cell"])) is not None:
+                    entry.setdefault("train", 0 if cell["held_out"] else cell["rows"])
+    found.setdefault("date", max(dates, default=""))
+    return found
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The study's resolved configuration; empty where there is none."""
+    import yaml
+
+    file = folder / "config.yaml"
+    said = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return said if isinstance(said, dict) else {}
+
+
 def _put(file: Path, said: Mapping[str, Any]) -> None:
     make_folder(file.parent)
     text = json.dumps(said, ensure_ascii=False, separators=(",", ":"))
@@ -130,19 +168,26 @@ def _put(file: Path, said: Mapping[str, Any]) -> None:
 def compact(said: Mapping[str, Any]) -> dict[str, Any]:
     """The same scores with answers as digits, and what all runs say of a cell once."""
     shared: dict[str, dict[str, Any]] = {}
+
+    def short(cells: Mapping[str, Any]) -> dict[str, Any]:
+        found = {}
+        for cell, given in cells.items():
+            entry = {key: value for key, value in given.items() if key != "scores"}
+            right = entry.get("right")
+            if isinstance(right, list):
+                entry["right"] = None if not right or None in right else "".join(str(int(r)) for r in right)  # fmt: skip
+            once = {key: entry[key] for key in ("features", "group", "train", "rows") if key in entry}  # fmt: skip
+            first = shared.setdefault(cell, once)
+            found[cell] = {k: v for k, v in entry.items() if k not in first or first[k] != v}
+        return found
+
     arms: dict[str, Any] = {}
     for name, arm in said["arms"].items():
         runs: dict[str, Any] = {}
         for seed, run in arm["seeds"].items():
-            cells: dict[str, Any] = {}
-            for cell, entry in run["cells"].items():
-                right = entry.get("right")
-                if isinstance(right, list):
-                    entry = {**entry, "right": None if None in right else "".join(str(int(r)) for r in right)}  # fmt: skip
-                once = {key: entry[key] for key in ("features", "group", "train", "rows") if key in entry}  # fmt: skip
-                first = shared.setdefault(cell, once)
-                cells[cell] = {k: v for k, v in entry.items() if k not in first or first[k] != v}
-            runs[seed] = {**run, "cells": cells}
+            runs[seed] = {**run, "cells": short(run["cells"])}
+            if "weights" in run:
+                runs[seed]["weights"] = [{**one, "cells": short(one["cells"])} for one in run["weights"]]  # fmt: skip
         arms[name] = {**arm, "seeds": runs}
     return {**said, "arms": arms, "cells": shared}
 
@@ -208,6 +253,12 @@ def _published(kept: Kept, where: str) -> list[str]:
     return [make(said).markdown(), source_line(said, "official")]
 
 
+def _weights(kept: Kept, where: str) -> list[str]:
+    name = where.partition(" ")[0]
+    study = kept.study(name)
+    return [tables.weights(study, kept.raw(name)).markdown(), source_line(study.made, name)]
+
+
 BLOCKS: dict[str, Block] = {
     "main": _table(lambda study, _: tables.main_table(study), pictures.main),
     "claims": _table(lambda study, kept: tables.claims_table(study, kept.draws)),
@@ -218,6 +269,7 @@ BLOCKS: dict[str, Block] = {
     "ablations": _table(lambda study, _: tables.ablations(study), pictures.ablations),
     "cost": _table(lambda study, _: tables.cost(study), pictures.cost),
     "served": _table(lambda study, _: tables.unseen(study), pictures.unseen),
+    "weights": _weights,
     "many": _languages,
     "speed": _speed,
     "segmentation": _published,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -180,11 +181,11 @@ def size_parts(study: Study, parts: int = 4) -> dict[str, list[str]]:
         return {}
     cells = arms[0].runs[min(arms[0].runs)].cells
     seen = sorted((n for n, cell in cells.items() if cell.group == "seen"), key=lambda n: (cells[n].trained, n))  # fmt: skip
-    found = {}
+    found: dict[str, list[str]] = {}
     for some in np.array_split(np.array(seen, object), parts):
         if len(some):
             low, high = cells[some[0]].trained, cells[some[-1]].trained
-            found[f"{low:,} to {high:,}"] = [str(name) for name in some]
+            found.setdefault(f"{low:,} to {high:,}", []).extend(str(name) for name in some)
     return found
 
 
@@ -237,6 +238,43 @@ def cost(study: Study) -> Table:
     _need(rows, study)
     headings = ("method", "parameters", "active rank", "seconds a run", "seconds a step", *(c[0] for c in columns))  # fmt: skip
     return Table(headings, rows, _joined("Runs shared the machine's processors: seconds compare methods, not machines.", unfinished(study)))  # fmt: skip
+
+
+def weights(study: Study, raw: Mapping[str, Any]) -> Table:
+    """Zero-shot cells with each of the weights that the study tried, of every arm that has features to weigh.
+
+    Args:
+        study: the scores.
+        raw: the same as it is kept.
+    """
+    rows: list[tuple[str, ...]] = []
+    shared = raw.get("cells") or {}
+    for arm in study.whole():
+        found: dict[str, dict[str, list[float]]] = {}
+        for run in raw["arms"][arm.name]["seeds"].values():
+            for tried in run.get("weights") or []:
+                by_metric: dict[str, list[float]] = {}
+                for name, entry in tried["cells"].items():
+                    cell = {**shared.get(name, {}), **entry}
+                    if cell.get("group") == "last_word":
+                        by_metric.setdefault(cell["metric"], []).append(cell["score"])
+                for metric, scores in by_metric.items():
+                    told = _weights_text(tried["weights"])
+                    found.setdefault(told, {}).setdefault(metric, []).append(statistics.fmean(scores))  # fmt: skip
+        chosen = raw["arms"][arm.name].get("weights") or {}
+        for told, of in found.items():
+            is_chosen = told == _weights_text(chosen)
+            for metric, seeds in of.items():
+                rows.append((arm.title, told, "yes" if is_chosen else "", metric_text(metric), mean_sd(seeds)))  # fmt: skip
+    _need(rows, study)
+    note = "Chosen on the tuning cells. Searched weights saw some rows of the cell itself, which are not scored: they are told, and never chosen."
+    return Table(("method", "weights of features", "chosen", "score", "zero-shot"), rows, _joined(note, unfinished(study)))  # fmt: skip
+
+
+def _weights_text(given: Mapping[str, Any]) -> str:
+    """``{"language": 0.5}`` as people read it: ``language 0.5``."""
+    told = {group: f"{how:g}" if isinstance(how, int | float) else how for group, how in given.items()}  # fmt: skip
+    return ", ".join(f"{group} {how}" for group, how in told.items())
 
 
 def unseen(study: Study) -> Table:

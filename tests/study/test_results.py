@@ -199,3 +199,59 @@ def test_the_page_that_is_shipped_has_blocks_that_exist() -> None:
     found = re.findall(r"<!-- results: ([\w.-]+) ([\w-]+) -->", text)
     assert len(found) == text.count("<!-- end -->") > 10
     assert {what for _, what in found} == set(results.BLOCKS)
+
+
+def as_flix_study_writes(folder: Path) -> Path:
+    """A study's folder without what results add: seeds, titles, claims and rows stand in other files of it."""
+    said = made.scores(study="words", rows=10, leave_out=[("lora-compute", 1)])
+    claims = said.pop("claims")
+    for key in ("seeds", "planned", "date"):
+        del said[key]
+    for arm, of in said["arms"].items():
+        for seed, run in of["seeds"].items():
+            at = folder / "runs" / f"{arm}-{seed}"
+            at.mkdir(parents=True)
+            cells = [{"cell": n, "rows": c["train"] + 5, "held_out": c["group"] != "seen"} for n, c in run["cells"].items()]  # fmt: skip
+            (at / "mixture.json").write_text(json.dumps({"cells": cells}))
+            (at / "run.json").write_text(json.dumps({"started": f"2026-11-2{seed}T00:00:00+00:00"}))
+            for cell in run["cells"].values():
+                del cell["train"]
+    config = {
+        "seeds": 2,
+        "claims": claims,
+        "arms": {arm: {"title": arm.upper()} for arm in made.RATES},
+    }
+    made.write(folder, said)
+    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    return folder
+
+
+def test_what_the_scores_do_not_say_is_read_from_the_folder(tmp_path: Path) -> None:
+    folder = as_flix_study_writes(tmp_path / "study")
+    assert keep(folder, tmp_path / "kept") == ["words"]
+    found = read_scores(tmp_path / "kept" / "words.json")
+    assert found.seeds == (0, 1) and found.made["date"] == "2026-11-21T00:00:00+00:00"
+    assert found.planned["lora-compute"] == ("LORA-COMPUTE", (0, 1))
+    assert found.lacking(["lora-compute"]) == ["lora-compute, seed 1"] and len(found.claims) == 2
+    cells = found.arm("flix").runs[0].cells
+    assert cells["language=deu,task=inflect"].trained == 55
+    assert cells["language=swa,task=pron"].trained == 0
+
+
+def test_weights_that_were_tried_stand_side_by_side(tmp_path: Path) -> None:
+    said = made.scores({"flix": (0.5, 0.5), "lora": (0.4, 0.4)}, study="words", claims=[])
+    flix = said["arms"]["flix"]
+    flix["weights"] = {"language": 0.5}
+    for number, run in enumerate(flix["seeds"].values()):
+        held = {n: c for n, c in run["cells"].items() if c["group"] != "seen"}
+        run["weights"] = [
+            {"weights": {"language": how}, "cells": {n: {**c, "score": score + number} for n, c in held.items()}}
+            for how, score in ((1, 10.0), (0.5, 20.0), ("searched", 30.0))
+        ]  # fmt: skip
+    file = page(tmp_path, "words weights")
+    assert write_results([made.write(tmp_path / "study", said)], docs=file) == {}
+    told = block(file, "words weights")
+    assert "| flix | language 0.5 | yes | exact match | 20.5 ± 0.7 |" in told
+    assert "| flix | language 1 |  | exact match | 10.5 ± 0.7 |" in told and "| lora" not in told
+    del flix["seeds"]["1"]["weights"], flix["seeds"]["0"]["weights"]
+    assert list(write_results([made.write(tmp_path / "study", said)], docs=file)) == ["words weights"]  # fmt: skip

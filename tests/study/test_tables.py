@@ -63,6 +63,17 @@ def test_tasks_and_sizes_share_out_the_seen_cells(tmp_path: Path) -> None:
     assert column(tables.by_cell(study), "cell") == ["swa pron", "deu accent"]
 
 
+def test_cells_of_one_size_are_one_part(tmp_path: Path) -> None:
+    def alike(said: Any) -> None:
+        for arm in said["arms"].values():
+            for run in arm["seeds"].values():
+                for cell in run["cells"].values():
+                    cell["train"] = 12 * (cell["group"] == "seen")
+
+    table = tables.by_size(study_of(tmp_path, alike))
+    assert column(table, "training rows") == ["12 to 12"] and column(table, "cells") == ["9"]
+
+
 def test_ablations_are_told_against_the_first_arm(tmp_path: Path) -> None:
     table = tables.ablations(study_of(tmp_path, rows=60), draws=200)
     assert column(table, "method") == ["lora, compute", "lora, parameters"]
