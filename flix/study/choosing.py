@@ -11,20 +11,27 @@ from flix.core.features.cells import HeldOut
 from flix.core.features.registry import FeatureRegistry
 from flix.study.working import SEARCHED
 
-SEEN, CHOOSING, LAST_WORD = "seen", "choosing", "last_word"
+SEEN, CHOOSING, LAST_WORD, UNSEEN = "seen", "choosing", "last_word", "unseen"
 
 
-def group_of(cell: Mapping[str, Any], choosing: HeldOut, registry: FeatureRegistry | None) -> str:
+def group_of(
+    cell: Mapping[str, Any], choosing: HeldOut, last_word: HeldOut, registry: FeatureRegistry | None
+) -> str:
     """What a cell is for: it is trained on, choices are made by it, or it is for the last word.
 
     Args:
         cell: as ``metrics.json`` has it.
-        choosing: the cells that choices are made by.
+        choosing, last_word: the cells that are held out for these.
         registry: of the features, if it has all of them.
+
+    Returns:
+        ``"unseen"`` for a cell that is not trained on for another reason: it has no training rows.
     """
     if cell.get("seen"):
         return SEEN
-    return CHOOSING if choosing.covers(cell["features"], registry) else LAST_WORD
+    if choosing.covers(cell["features"], registry):
+        return CHOOSING
+    return LAST_WORD if last_word.covers(cell["features"], registry) else UNSEEN
 
 
 def means(cells: Iterable[Mapping[str, Any]], group: Callable[[Mapping[str, Any]], str]) -> dict[str, float | None]:  # fmt: skip

@@ -6,17 +6,20 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flix.core.errors import SettingsError, listed
-from flix.core.features.cells import Cell, HeldOut, cell_name, features_of
+from flix.core.features.cells import Cell, HeldOut, cell_name, cell_of, features_of
 from flix.core.features.names import Feature
 from flix.core.features.registry import FeatureRegistry
+from flix.data.files import find_files
 from flix.study.reading import Raw
 from flix.study.settings import LoraSettings
-from flix.training.run import prepare
+from flix.training.data import Data, read_data
+from flix.training.models import build_config
 from flix.training.settings import Settings, listed_of
 
 CELL = "cell"
@@ -66,17 +69,32 @@ class Counted:
         return found
 
 
-def count(settings: Settings) -> Counted:
-    """Read the data of some settings, and apply their rank rule; loads no framework.
+class Counting:
+    """Reads the data of settings, each once, and applies their rank rules. Loads no framework."""
 
-    Raises:
-        FlixError: a mistake in settings or data.
-    """
-    data, config = prepare(settings)
-    cells = [cell for _, cell, _ in data.mixture.all_cells()]
-    ranks = {feature: int(config.ranks[feature]) for feature in config.registry.live}  # type: ignore[index]
-    known = config.registry if settings.unknown == "error" else None
-    return Counted(config.registry, ranks, data.mixture.trained_cells(), cells, data.files, known)
+    def __init__(self) -> None:
+        self.read: dict[str, Data] = {}
+
+    def __call__(self, settings: Settings) -> Counted:
+        """Count.
+
+        Raises:
+            FlixError: a mistake in settings or data.
+        """
+        said = settings.to_dict()
+        key = json.dumps({name: said[name] for name in _OF_DATA}, sort_keys=True)
+        if key not in self.read:
+            self.read[key] = read_data(settings)
+        data = self.read[key]
+        config = build_config(settings, data)
+        cells = [cell for _, cell, _ in data.mixture.all_cells()]
+        ranks = {feature: int(config.ranks[feature]) for feature in config.registry.live}  # type: ignore[index]
+        known = config.registry if settings.unknown == "error" else None
+        trained = data.mixture.trained_cells()
+        return Counted(config.registry, ranks, trained, cells, data.files, known)
+
+
+_OF_DATA = ("kind", "datasets", "held_out", "registry", "implies", "unknown", "temperature", "cap", "seed")  # fmt: skip
 
 
 def check_held_out(counted: Counted, where: str, held: Mapping[str, HeldOut]) -> None:
@@ -148,6 +166,44 @@ def as_lora(raw: Raw, lora: LoraSettings, own: Counted, reference: Counted | Non
     return found
 
 
+def by_cell(raw: Raw) -> Raw:
+    """Settings whose rows have one more feature, ``cell=...``, another in each cell; a data set a cell.
+
+    Raises:
+        SettingsError: rows whose cells files' names do not tell.
+    """
+    datasets: list[Any] = []
+    held = list(raw.get("held_out") or [])
+    for dataset in raw["datasets"]:
+        if dataset.get("hub") or dataset.get("feature_columns") or dataset.get("stream"):
+            raise SettingsError(
+                f"lora.each: cell: a LoRA a cell needs files whose names tell their cells; the data set with {dataset.get('files') or dataset.get('hub')!r} "
+                "has another form"
+            )
+        found: dict[str, dict[str, Any]] = {}
+        for half in ("files", "eval_files"):
+            for file in (
+                f for name in listed_of(dataset.get(half)) for f in find_files(name, Path())
+            ):
+                features = {**(dataset.get("features") or {}), **file.features}
+                if CELL in features:
+                    raise SettingsError(
+                        f"lora.each: cell: the data has a group {CELL!r} already; rename it"
+                    )
+                name = "/".join("+".join(names) for _, names in cell_of(features))
+                one = found.setdefault(name, {"features": {**features, CELL: name}})
+                one.setdefault(half, []).append(str(file.path))
+        kept = {
+            k: v for k, v in dataset.items() if k not in ("files", "eval_files", "features", "name")
+        }
+        for name, one in found.items():
+            if "files" not in one:  # of evaluation alone
+                one["files"] = one["eval_files"]
+                held.append({CELL: name})
+            datasets.append({**kept, **one})
+    return {**raw, "datasets": datasets, "held_out": held}
+
+
 def _rank(lora: LoraSettings, reference: Counted | None, several: int) -> int:
     if lora.rank is not None:
         return lora.rank
@@ -174,10 +230,3 @@ def _everywhere(raw: Raw, own: Counted) -> Raw:
     if raw.get("registry"):
         found["registry"] = {**raw["registry"], LORA: ["all"]}
     return found
-
-
-def data_key(raw: Raw) -> str:
-    """What of settings decides what :func:`count` finds."""
-    training = raw.get("training") or {}
-    kept = {k: v for k, v in raw.items() if k not in ("training", "evaluation", "output", "seed")}
-    return json.dumps([kept, training.get("similar_lengths")], sort_keys=True, ensure_ascii=False)

@@ -12,7 +12,14 @@ from typing import Any
 
 from flix.core.errors import SettingsError
 from flix.core.features.cells import HeldOut
-from flix.study.counting import Counted, as_lora, check_apart, check_held_out, data_key
+from flix.study.counting import (
+    CELL,
+    Counted,
+    as_lora,
+    by_cell,
+    check_apart,
+    check_held_out,
+)
 from flix.study.reading import Raw, Study, checked, over_settings, without
 from flix.study.settings import PLAIN, ArmSettings, Choices
 from flix.training.settings import Settings
@@ -134,7 +141,12 @@ class Plan:
         return self._count(settings)
 
     def _count(self, settings: Settings) -> Counted:
-        key = data_key(settings.to_dict())
+        said = {
+            k: v
+            for k, v in settings.to_dict().items()
+            if k not in ("training", "evaluation", "output")
+        }
+        key = json.dumps(said, sort_keys=True)
         if key not in self._counted:
             self._counted[key] = self.count(settings)
         return self._counted[key]
@@ -156,6 +168,7 @@ class Plan:
         try:
             found = without(found, form.leave_out)
             if form.lora is not None:
+                found = by_cell(found) if form.lora.each == CELL else found
                 # Whatever ranks the common settings have: one of each feature, to see which there are.
                 own = self._count(checked({**found, "ranks": 1}, where))
                 other = form.lora.equal_compute or form.lora.equal_parameters

@@ -128,6 +128,9 @@ def _small(form: StudySettings, text: str, name: str) -> StudySettings:
             before = place.get(key, [])
             place[key] = [*(before if isinstance(before, list) else [before]), more]
     raw = merged(raw, over)
+    for key, value in ((raw.get("choosing") or {}).get("choices") or {}).copy().items():
+        if value is None:  # not to be chosen in the small form
+            del raw["choosing"]["choices"][key]
     small: StudySettings = _FORM.read(json.dumps(raw, ensure_ascii=False), f"{name}, small")
     return small
 

@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from flix.core.errors import RunError, SettingsError, listed, near
+from flix.core.features.cells import cell_name, cell_of
 from flix.core.files import fcntl, make_folder, write_file
 from flix.study.choosing import CHOOSING, best, best_weights, edges, group_of, means
-from flix.study.counting import Counted, count
+from flix.study.counting import CELL, Counted, Counting
 from flix.study.display import Display
 from flix.study.jobs import Failed, Job, parallel_by_default, run_jobs
 from flix.study.plan import LAST, Plan, Run
@@ -24,6 +25,7 @@ from flix.study.working import WEIGHTS, combinations, folder_json, is_finished, 
 from flix.training.settings import Settings
 from flix.transformers import folders
 
+HALVES = {"choosing": CHOOSING, "last_word": LAST}
 SCORES, CHOSEN, RESOLVED = "scores.json", "chosen.json", "config.yaml"
 
 
@@ -118,7 +120,7 @@ def study(
         if name not in settings.settings.arms:
             arms = settings.settings.arms
             raise SettingsError(f"--only: there is no arm {name!r}{near(name, arms)}; the arms are: {listed(arms, 40)}")  # fmt: skip
-    plan = Plan(settings, count)
+    plan = Plan(settings, Counting())
     plan.check()
     work = Work(settings, plan, display, list(only) or list(plan.arms), parallel or parallel_by_default())  # fmt: skip
     make_folder(settings.output)
@@ -135,7 +137,7 @@ def study(
 
 def planned(settings: Study) -> list[tuple[Run, str]]:
     """All runs that can be told now, and how far each is: those of arms whose choice is not made are the default's."""
-    plan = Plan(settings, count)
+    plan = Plan(settings, Counting())
     plan.check()
     work = Work(settings, plan, Display(), list(plan.arms), 1)
     found = [(run, state(run)) for arm in plan.arms for run in choosing_runs(work, arm)]
@@ -232,8 +234,9 @@ def take_chosen(work: Work, arm: str) -> Run | None:
 
 def grouping(work: Work, arm: str, phase: str) -> Callable[[Mapping[str, Any]], str]:
     """What the cells of an arm's metrics are for."""
-    held, known = work.plan.held_out(CHOOSING), work.plan.counted(arm, phase).known
-    return lambda cell: group_of(cell, held, known)
+    held = work.plan.held_out(CHOOSING), work.plan.held_out(LAST)
+    known = work.plan.counted(arm, phase).known
+    return lambda cell: group_of(cell, *held, known)
 
 
 def final_runs(work: Work, arms: Any) -> list[Run]:
@@ -261,6 +264,8 @@ def write(work: Work) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for arm in work.plan.arms:
         counted = work.plan.counted(arm, LAST)
+        lora = work.plan.arms[arm].lora
+        hidden = CELL if lora is not None and lora.each == CELL else None
         seeds: dict[str, Any] = {}
         count_of = 0
         for seed in work.study.settings.all_seeds:
@@ -268,7 +273,7 @@ def write(work: Work) -> dict[str, Any]:
             if run is None or not is_finished(run.folder) or difference(run, counted):
                 missing.append(f"{arm}, seed {seed}")
                 continue
-            seeds[str(seed)] = of_run(run.folder, grouping(work, arm, LAST))
+            seeds[str(seed)] = of_run(run.folder, grouping(work, arm, LAST), hidden)
             count_of = trainable(run.folder)
         adapt = work.plan.arms[arm].adapt
         arms[arm] = {
@@ -283,7 +288,16 @@ def write(work: Work) -> dict[str, Any]:
             "seeds": seeds,
         }
         data |= {file["name"]: file["sha256"] for part in counted.files for file in part["files"]}
-    return write_scores(work.study.output / SCORES, work.study.title, data, arms, missing)
+    said = work.study.settings
+    of_study = {
+        "study": work.study.title,
+        "seeds": said.all_seeds,
+        "steps": (work.study.common.get("training") or {}).get("steps"),
+        "held_out": {phase: [cell_name(cell_of(c)) for c in work.plan.held_out(of).cells] for phase, of in HALVES.items()},
+        "claims": [claim.model_dump(mode="json") for claim in said.claims],
+        "planned": {name: arm_title(name, arm) for name, arm in work.plan.arms.items()},
+    }  # fmt: skip
+    return write_scores(work.study.output / SCORES, of_study, data, arms, missing)
 
 
 def final_runs_of(work: Work, arm: str, seed: int) -> Run | None:

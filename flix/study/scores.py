@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flix.core.features.cells import cell_name, cell_of
 from flix.core.machine import command, machine, versions
 from flix.study.working import WEIGHTS
 from flix.transformers import folders
@@ -17,12 +19,13 @@ Group = Callable[[Mapping[str, Any]], str]
 """What a cell of ``metrics.json`` is for."""
 
 
-def of_run(output: Path, group: Group) -> dict[str, Any]:
+def of_run(output: Path, group: Group, hidden: str | None = None) -> dict[str, Any]:
     """What a finished run answered.
 
     Args:
         output: its folder.
         group: what each cell is for.
+        hidden: a group of features that this arm alone has; cells are named without it.
     """
     metrics = json.loads((output / folders.METRICS).read_bytes())
     right: dict[str, list[int | None]] = {}
@@ -32,10 +35,13 @@ def of_run(output: Path, group: Group) -> dict[str, Any]:
             None if answer["right"] is None else int(answer["right"])
         )
     cells = {
-        cell["cell"]: {
-            "features": cell["features"],
+        name_of(cell, hidden): {
+            "features": {g: names for g, names in cell["features"].items() if g != hidden},
             "group": group(cell),
             "rows": cell["rows"],
+            "train": metrics["training"].get("training_rows", {}).get(cell["cell"], 0)
+            if cell["seen"]
+            else 0,
             "metric": cell["metric"],
             "score": cell["score"],
             "scores": cell["scores"],
@@ -54,6 +60,13 @@ def of_run(output: Path, group: Group) -> dict[str, Any]:
     return found
 
 
+def name_of(cell: Mapping[str, Any], hidden: str | None) -> str:
+    """A cell's name without a group."""
+    if hidden is None:
+        return str(cell["cell"])
+    return cell_name(cell_of({g: names for g, names in cell["features"].items() if g != hidden}))
+
+
 def trainable(output: Path) -> int:
     """The parameters that a finished run trained."""
     metrics = json.loads((output / folders.METRICS).read_bytes())
@@ -61,13 +74,13 @@ def trainable(output: Path) -> int:
 
 
 def write_scores(
-    path: Path, title: str, data: Mapping[str, Any], arms: Mapping[str, Any], missing: Iterable[str]
+    path: Path, study: Mapping[str, Any], data: Mapping[str, Any], arms: Mapping[str, Any], missing: Iterable[str]
 ) -> dict[str, Any]:  # fmt: skip
     """Write ``scores.json`` whole.
 
     Args:
         path: the file.
-        title: the study's.
+        study: what it is called, its seeds, held-out cells, claims and arms.
         data: the SHA-256 of each file that was read; names are written without the folder that all are in.
         arms: by name: title, ranks, choice and so on, and ``seeds``.
         missing: the runs that are not finished.
@@ -75,8 +88,9 @@ def write_scores(
     inside = [str(Path(name).parent) for name in data if Path(name).is_absolute()]
     folder = os.path.commonpath(inside) + os.sep if inside else ""
     said = {
-        "study": title,
+        **study,
         "command": command(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine("cpu"),
         "versions": versions("torch", "transformers", "accelerate", "datasets", "numpy"),

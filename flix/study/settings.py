@@ -9,6 +9,7 @@ from pydantic import Field, StrictBool, model_validator
 
 from flix.core.errors import listed, near
 from flix.core.strictfields import Count, Finite, Name, Number
+from flix.study.evidence import NAMES
 from flix.training.settings import Form
 
 Seed = Annotated[int, Number, Field(ge=0, lt=2**32)]
@@ -104,7 +105,7 @@ class ClaimSettings(Form):
     Attributes:
         arm: the arm.
         against: others.
-        cells: which cells.
+        cells: which cells: ``seen``, ``choosing``, ``last_word`` or ``zero_shot``, which is the same.
         at_least: points.
     """
 
@@ -112,6 +113,14 @@ class ClaimSettings(Form):
     against: Annotated[list[Name], Field(min_length=1)]
     cells: Name
     at_least: Finite
+
+    @model_validator(mode="after")
+    def _known_cells(self) -> ClaimSettings:
+        if self.cells not in NAMES:
+            raise ValueError(
+                f"cells: must be one of {listed(NAMES)}{near(self.cells, NAMES)}, got {self.cells!r}"
+            )
+        return self
 
 
 class StudySettings(Form):

@@ -73,7 +73,8 @@ class Gathered:
         """
         tasks = [name] * len(rows)
         if "task" in rows.column_names:
-            tasks = [v if isinstance(v, str) else "+".join(v) for v in rows["task"]]
+            # As a whole: datasets would read it row by row.
+            tasks = [v if isinstance(v, str) else "+".join(v) for v in rows["task"][:]]
         names, codes = np.unique(np.array(tasks), return_inverse=True)
         numbers = np.empty(len(names), np.int64)
         for place, task in enumerate(names.tolist()):

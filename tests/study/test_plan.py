@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from flix.cli.app import app
 from flix.core.errors import FlixError, SettingsError
 from flix.study.choosing import best, best_weights, edges, means
-from flix.study.counting import count
+from flix.study.counting import Counting
 from flix.study.plan import CHOOSING, LAST, Plan, choice_name, named
 from flix.study.reading import read_study
 from flix.study.summary import rows
@@ -32,7 +32,7 @@ def toys(tmp_path_factory):
 @pytest.fixture
 def plan(tmp_path, toys):
     def make(**changes):
-        return Plan(read_study(write_study(tmp_path, toys, **changes)), count)
+        return Plan(read_study(write_study(tmp_path, toys, **changes)), Counting())
 
     return make
 
@@ -67,6 +67,31 @@ def test_one_lora_a_task_or_a_language(plan, lora, ranks):
     made = plan(arms=arm(lora=lora))
     made.check()
     assert made.counted("other", LAST).by_group == ranks
+
+
+def test_one_lora_a_cell(plan):
+    made = plan(arms=arm(lora={"each": "cell", "equal_parameters": "flix"}))
+    made.check()
+    counted = made.counted("other", LAST)
+    ranks = counted.by_group.pop("cell")
+    assert counted.by_group.keys() <= {"cell"} and len(counted.trained) == 7
+    assert ranks.pop("pos/hau") == 0 and {*ranks.values()} == {2}  # 12 ranks among 7 cells
+    assert counted.active == 2 and len(ranks) == 7
+    run = made.run("other", LAST, 0, made.choices("other")[0])
+    assert run.settings.held_out == [{"language": "hau", "task": "pos"}, {"cell": "pos/hau"}]
+    made = plan(arms=arm(lora={"each": "cell", "rank": 1}, settings={"datasets": [{"hub": "x", "features": {"task": "ner"}}]}))  # fmt: skip
+    with pytest.raises(SettingsError, match=r"'other'.*a LoRA a cell needs files whose names tell their cells; the data set with 'x'"):  # fmt: skip
+        made.check()
+
+
+def test_ranks_may_be_proportional_and_features_dropped(plan):
+    ranks = {"rule": "proportional", "budget": 20, "minimum": 1}
+    made = plan(arms=arm(settings={"ranks": ranks, "feature_dropout": 0.2}))
+    made.check()
+    counted = made.counted("other", LAST)
+    assert counted.total == 20 and counted.ranks["shared", "all"] > counted.ranks["language", "swa"]
+    run = made.run("other", LAST, 0, made.choices("other")[0])
+    assert run.settings.feature_dropout.p == 0.2
 
 
 def test_phases_have_their_own_rows_and_all_arms_the_same_steps(plan):
@@ -132,6 +157,7 @@ TRAINED = [{"language": "swa", "task": "pos"}]
         ({"arms": arm(leave_out=["task=nerr"])}, "leave_out: no data set has all its rows of task=nerr"),
         ({"common": "gone.yaml"}, "toy.yaml: common: there is no file '.*gone.yaml'"),
         ({"claims": [{"arm": "x", "against": ["flix"], "cells": "seen", "at_least": 1}]}, r"claims\[0\]: there is no arm 'x'"),
+        ({"claims": [{"arm": "flix", "against": ["lora-compute"], "cells": "seem", "at_least": 1}]}, "cells: must be one of .*did you mean 'seen'"),
         ({"choosing": None, "weights": {"language": [1]}}, "weights: are chosen on the cells of choosing:"),
         ({"seeds": [1, 1]}, "seeds: one is given twice"),
         ({"seeds": 0}, "seeds"),
@@ -163,12 +189,34 @@ def test_rows_that_seeds_draw_are_refused(plan, toys):
         plan(common=[common[0], {**common[1], "held_out": []}], choosing=None).run("flix", LAST, 0, {})  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["words", "african"])
+def test_what_is_shipped_is_found_by_name_and_is_well_formed(name, toys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in ("choosing.yaml", "last_word.yaml"):
+        (tmp_path / file).write_bytes((toys / file).read_bytes())
+    read = read_study(name, data=tmp_path)
+    assert read.title == name and read.output == tmp_path / f"study-{name}"
+    assert {"flix", "lora-compute", "lora-parameters"} <= set(read.settings.arms)
+    assert len(read.settings.all_seeds) >= 3 and read.choosing is not None and read.settings.claims
+    if name == "words":
+        small = read_study(name, data=tmp_path, small=True)
+        assert list(small.settings.arms) == ["flix", "lora-compute", "lora-parameters"]
+        assert list(small.settings.choosing.choices) == ["training.learning_rate"]
+        assert small.common["training"]["batch_size"] == 32 and small.common["evaluation"]["limit"] == 20  # fmt: skip
+    else:
+        plan = Plan(read, Counting())
+        raw = plan.raw("flix", LAST)
+        assert [d["eval_files"].endswith(".test.jsonl.gz") for d in raw["datasets"]] == [True] * 4
+        assert len(raw["held_out"]) == 14
+
+
 def test_the_small_form_is_over_the_rest(tmp_path, toys):
     small = {
         "seeds": 1, "arms": ["flix"], "common": {"training": {"steps": 3}},
-        "choosing": {"choices": {"training.learning_rate": [0.03]}},
+        "choosing": {"choices": {"training.learning_rate": [0.03], "prompt": None}},
     }  # fmt: skip
-    path = write_study(tmp_path, toys, seeds=3, small=small)
+    choosing = {"choices": {"training.learning_rate": [0.01, 0.02], "prompt": ["{source}"]}}
+    path = write_study(tmp_path, toys, seeds=3, small=small, choosing=choosing)
     whole, read = read_study(path), read_study(path, small=True)
     assert list(read.settings.arms) == ["flix"] and read.settings.all_seeds == [0]
     assert read.common["training"]["steps"] == 3 and whole.common["training"]["steps"] == 6

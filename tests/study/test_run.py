@@ -110,7 +110,10 @@ def test_a_study_chooses_then_trains_every_seed_and_tells_all_answers(tmp_path, 
 def test_a_rate_that_diverges_is_no_choice_and_one_that_fails_stops_no_other(
     tmp_path, toys, here, monkeypatch
 ):
-    path = write_study(tmp_path, toys)
+    arms = {
+        "flix": {}, "lora-compute": {"lora": {"equal_compute": "flix"}}, "cells": {"lora": {"each": "cell", "rank": 1}},
+    }  # fmt: skip
+    path = write_study(tmp_path, toys, arms=arms)
 
     def worse(job, reporter):
         if "flix, learning_rate=0.02" in job.name:
@@ -126,6 +129,10 @@ def test_a_rate_that_diverges_is_no_choice_and_one_that_fails_stops_no_other(
     assert "others are done" in str(told.value)
     scores = json.loads((tmp_path / "study" / "scores.json").read_text())
     assert scores["missing"] == ["lora-compute, seed 0"]
+    one, other = (scores["arms"][name]["seeds"]["0"]["cells"] for name in ("flix", "cells"))
+    assert one.keys() == other.keys()  # named alike, though one arm has a feature for each
+    assert other["task=pos,language=hau"]["group"] == "last_word"
+    assert {k: c["train"] for k, c in other.items()} == {k: c["train"] for k, c in one.items()}
     chosen = json.loads((tmp_path / "study" / "chosen.json").read_text())
     assert chosen["flix"]["values"] == {"training.learning_rate": 0.01}
     assert chosen["flix"]["table"][1]["diverged"] and chosen["flix"]["table"][1]["seen"] is None

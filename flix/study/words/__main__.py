@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from flix.core.errors import FlixError
+from flix.quickstart.arms import BASE
 from flix.study.words.loading import load_words
 from flix.study.words.writing import write_words
 
@@ -25,7 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--no-official", action="store_true", help="without the shared tasks' test sets")
     add("--allow-missing", action="store_true", help="leave out cells whose files are missing")
     add("--branches", action="store_true", help="features of language families in the YAML, too")
-    add("--model", default="google/byt5-small", help="the base model in the YAML (%(default)s)")
+    add(
+        "--model",
+        default="google/byt5-small",
+        help="the base model in the YAML (%(default)s); quickstart: the one that flix has with it",
+    )
     add("--commit", action="append", metavar="CLONE=COMMIT", default=[], help="where .git is gone")
     given = parser.parse_args(arguments)
     try:
@@ -42,9 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             progress=_tell,
         )
         folder = None if given.no_official else given.clones
-        path = write_words(
-            data, given.out, folder=folder, model=given.model, branches=given.branches
-        )
+        model = str(BASE) if given.model == "quickstart" else given.model
+        path = write_words(data, given.out, folder=folder, model=model, branches=given.branches)
     except (FlixError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
