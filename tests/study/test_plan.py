@@ -192,14 +192,16 @@ def test_rows_that_seeds_draw_are_refused(plan, toys):
 @pytest.mark.parametrize("name", ["words", "african"])
 def test_what_is_shipped_is_found_by_name_and_is_well_formed(name, toys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data"
+    (data / "words").mkdir(parents=True)
     for file in ("choosing.yaml", "last_word.yaml"):
-        (tmp_path / file).write_bytes((toys / file).read_bytes())
-    read = read_study(name, data=tmp_path)
+        (data / "words" / file).write_bytes((toys / file).read_bytes())
+    read = read_study(name, data=data)
     assert read.title == name and read.output == tmp_path / f"study-{name}"
     assert {"flix", "lora-compute", "lora-parameters"} <= set(read.settings.arms)
     assert len(read.settings.all_seeds) >= 3 and read.choosing is not None and read.settings.claims
     if name == "words":
-        small = read_study(name, data=tmp_path, small=True)
+        small = read_study(name, data=data, small=True)
         assert list(small.settings.arms) == ["flix", "lora-compute", "lora-parameters"]
         assert list(small.settings.choosing.choices) == ["training.learning_rate"]
         assert small.common["training"]["batch_size"] == 32 and small.common["evaluation"]["limit"] == 20  # fmt: skip
