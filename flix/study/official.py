@@ -42,7 +42,7 @@ def official(
         words: the study's data, as ``python -m flix.study.words`` wrote it.
         title: of the method, for people.
         tasks: which ones.
-        limit: rows of a language at most, the first.
+        limit: rows of a language at most, evenly spaced: the files may be sorted.
         progress: told of each language.
 
     Raises:
@@ -62,14 +62,15 @@ def official(
     found: dict[str, dict[str, Any]] = {task: {} for task in tasks}
     for run in runs:
         predictor = Predictor(run / "adapter", batch_size=256)
-        known = {name for feature in predictor.collator.registry.names("language") for name in [feature]}  # fmt: skip
+        known = set(predictor.collator.registry.names("language"))
         for task, of in files.items():
             for file in of:
                 language = file.name.partition(".")[0]
                 if language not in known:
                     continue
                 progress(f"{run.name}: {task} {language}")
-                records = [json.loads(line) for line in gzip.decompress(file.read_bytes()).decode().splitlines()][:limit]  # fmt: skip
+                lines = gzip.decompress(file.read_bytes()).decode().split("\n")[:-1]
+                records = [json.loads(line) for line in spaced(lines, limit)]
                 answers = list(predictor((f"{file.name}, row {n}", r) for n, r in enumerate(records, 1)))  # fmt: skip
                 new = [bool(a["right"]) for a in answers if not a["trained_on"]]
                 scores = {
@@ -98,6 +99,13 @@ def official(
     }
 
 
+def spaced(lines: Sequence[str], limit: int | None) -> list[str]:
+    """At most so many lines, evenly spaced."""
+    if limit is None or len(lines) <= limit:
+        return list(lines)
+    return [lines[i * len(lines) // limit] for i in range(limit)]
+
+
 def _percent(right: Sequence[bool]) -> float | None:
     return round(100 * sum(right) / len(right), 3) if right else None
 
@@ -111,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--out", type=Path, default=Path("study-official"), help="folder to write (%(default)s)")
     add("--title", default="", help="of the method, for people")
     add("--task", action="append", choices=TASKS, help="again for more (all)")
-    add("--limit", type=int, help="rows of a language at most, the first")
+    add("--limit", type=int, help="rows of a language at most, evenly spaced")
     given = parser.parse_args(arguments)
     try:
         found = official(

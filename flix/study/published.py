@@ -74,9 +74,7 @@ def _rounded(values: Sequence[float | None]) -> str:
 def _notes(said: Mapping[str, Any]) -> str:
     told = f"Ours: {said['title']}, {len(said['runs'])} run{'s' * (len(said['runs']) != 1)}."
     if said.get("limit"):
-        told += (
-            f" At most {said['limit']:,} rows of each language, the first: not the whole test set."
-        )
+        told += f" At most {said['limit']:,} rows of each language, evenly spaced, not its whole test set."
     return told
 
 

@@ -96,7 +96,8 @@ def keep(folder: Path, out: Path) -> list[str]:
     served = folder / UNSEEN
     if said is not None and not served.is_file():
         study = read_scores(folder)
-        name = study.name
+        # A small form has figures of its own, which never stand in for the whole's.
+        name = f"{study.name}-small" if folder.resolve().name.endswith("-small") else study.name
         if name == MANY:
             name = f"{MANY}-{tables.languages_of(study):02d}"
         said = {**completed(folder, said), "study": name}

@@ -238,6 +238,14 @@ def test_what_the_scores_do_not_say_is_read_from_the_folder(tmp_path: Path) -> N
     assert cells["language=swa,task=pron"].trained == 0
 
 
+def test_a_small_form_never_stands_in_for_the_whole(tmp_path: Path) -> None:
+    keep(made.write(tmp_path / "study-words", made.scores(study="words")), tmp_path / "kept")
+    before = (tmp_path / "kept" / "words.json").read_bytes()
+    small = made.write(tmp_path / "study-words-small", made.scores(study="words", seeds=[0]))
+    assert keep(small, tmp_path / "kept") == ["words-small"]
+    assert (tmp_path / "kept" / "words.json").read_bytes() == before
+
+
 def test_weights_that_were_tried_stand_side_by_side(tmp_path: Path) -> None:
     said = made.scores({"flix": (0.5, 0.5), "lora": (0.4, 0.4)}, study="words", claims=[])
     flix = said["arms"]["flix"]

@@ -13,7 +13,7 @@ import yaml
 
 from flix.study.evidence import EvidenceError, read_scores
 from flix.study.official import main as official_main
-from flix.study.official import official
+from flix.study.official import official, spaced
 from flix.study.unseen import Served, main, serve
 from flix.training import read_settings, train
 from tests.helpers.training import config, data, models, one_thread  # noqa: F401
@@ -172,3 +172,9 @@ def test_official_rows_are_answered_and_counted(tmp_path: Path, models: dict[str
     assert json.loads((out / "official.json").read_text())["tasks"]["segment"]["yor"]["rows"] == 5
     assert official_main([str(tmp_path / "run"), "--words", str(folder), "--task", "inflect"]) == 2
     assert "holds no test set of inflect" in capsys.readouterr().err
+
+
+def test_fewer_official_rows_are_evenly_spaced() -> None:
+    lines = [str(i) for i in range(10)]
+    assert spaced(lines, 4) == ["0", "2", "5", "7"]
+    assert spaced(lines, None) == spaced(lines, 10) == spaced(lines, 99) == lines
