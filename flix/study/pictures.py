@@ -30,15 +30,22 @@ def main(study: Study, plots: Plots) -> str:
     """Every finished arm on seen and on zero-shot cells."""
     arms, columns = study.whole(), tables.columns_of(study)
     panels = {
-        f"{heading} cells": [
-            {"": dot(level(study, arm.name, cells))} if (cells := tables.cells_of(arm, group, metric)) else {}
+        heading_of(column, columns): [
+            {"": dot(level(study, arm.name, cells))} if (cells := tables.cells_of(arm, *column[1:])) else {}
             for arm in arms
         ]
-        for heading, group, metric in columns
+        for column in columns
     }  # fmt: skip
     _need(panels, study)
     title = f"{study.name}: each method's mean over cells, with 95 % intervals"
     return plots.dots(title, [short(arm) for arm in arms], panels, unit_of(columns), numbers=True)
+
+
+def heading_of(column: tuple[str, str, str], columns: Sequence[tuple[str, str, str]]) -> str:
+    """What a panel about one column is headed: its cells, and their metric where there are several."""
+    _, group, metric = column
+    several = len({metric for _, _, metric in columns}) > 1
+    return f"{tables.LABELS[group]} cells{', ' + tables.metric_text(metric) if several else ''}"
 
 
 def short(arm: ArmScores) -> str:
@@ -97,12 +104,13 @@ def ablations(study: Study, plots: Plots) -> str:
     whole, columns = study.whole(), tables.columns_of(study)
     _need(whole[1:], study)
     panels: dict[str, list[dict[str, Dot]]] = {}
-    for heading, group, metric in columns:
-        panels[f"{heading} cells"] = []
+    for column in columns:
+        heading, (group, metric) = heading_of(column, columns), column[1:]
+        panels[heading] = []
         for arm in whole[1:]:
             mine = tables.cells_of(arm, group, metric)
             found = [d for d in differences(study, arm.name, whole[0].name, group, draws=DRAWS) if d.metric == metric] if mine else []  # fmt: skip
-            panels[f"{heading} cells"].append({"": dot(found[0])} if found else {})
+            panels[heading].append({"": dot(found[0])} if found else {})
     title = f"{study.name}: each method against {whole[0].title}, with 95 % intervals"
     return plots.dots(title, [short(arm) for arm in whole[1:]], panels, "points", zero=True, numbers=True)  # fmt: skip
 
@@ -133,7 +141,10 @@ def unseen(study: Study, plots: Plots) -> str:
     }  # fmt: skip
     _need(panels, study)
     title = "Languages never trained on, by how they are served"
-    return plots.dots(title, [short(arm) for arm in arms], panels, unit_of(columns), numbers=True)
+    first = [arm.name.partition(", ")[0] for arm in arms]
+    return plots.dots(
+        title, [short(arm) for arm in arms], panels, unit_of(columns), numbers=True, leading=first.count(first[0]),
+    )  # fmt: skip
 
 
 def languages(studies: Sequence[Study], plots: Plots) -> str:

@@ -7,6 +7,7 @@ and green, and every series has a mark of its own, too.
 from __future__ import annotations
 
 import html
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ class Plots(Figures):
         *,
         zero: bool = False,
         numbers: bool = False,
+        leading: int = 1,
     ) -> str:
         """Dots with intervals: a row for each name, a panel for each heading, a series for each key.
 
@@ -75,16 +77,31 @@ class Plots(Figures):
             unit: under the axis.
             zero: draw a line at 0, for differences.
             numbers: write each dot's value.
+            leading: rows from above that a single series tells apart by colour.
         """
         series = list(dict.fromkeys(key for some in panels.values() for row in some for key in row))
         alone = len(series) == 1
         height = 0.75 + (0.3 if alone else 0.2 + 0.11 * len(series)) * len(rows) + (0 if alone else 0.3)  # fmt: skip
 
+        across = len(panels) if len(panels) <= 3 else 2 if len(panels) == 4 else 3
+        down = math.ceil(len(panels) / across)
+
         def draw(figure: Any) -> None:
-            axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-            for place, (heading, some) in zip(axes, panels.items(), strict=True):
+            axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
+            for place in axes[len(panels) :]:
+                place.set_visible(False)
+            for place, (heading, some) in zip(axes, panels.items(), strict=False):
                 for number, key in enumerate(series):
-                    self._series(place, some, key, number, len(series), numbers, signed=zero)
+                    self._series(
+                        place,
+                        some,
+                        key,
+                        number,
+                        len(series),
+                        numbers,
+                        len(rows) if zero else leading,
+                        signed=zero,
+                    )
                 if zero:
                     place.axvline(0, color=_FAINT, lw=1.0)
                 place.set_title(heading, fontsize=10, weight="bold", loc="left")
@@ -92,6 +109,7 @@ class Plots(Figures):
                 place.grid(visible=False, axis="y")
                 place.spines["left"].set_visible(False)
                 place.tick_params(axis="y", length=0)
+                place.tick_params(axis="x", labelbottom=True)
                 if not zero:
                     place.set_xlim(left=0)
                     place.margins(x=0.12)
@@ -101,7 +119,7 @@ class Plots(Figures):
                 handles, names = axes[0].get_legend_handles_labels()
                 figure.legend(handles, names, loc="outside upper left", ncols=min(3, len(series)))
 
-        return self._file(8.2, height, title, draw)
+        return self._file(8.2, height * down, title, draw)
 
     def _series(
         self,
@@ -111,17 +129,18 @@ class Plots(Figures):
         number: int,
         of: int,
         numbers: bool,
+        leading: int,
         *,
         signed: bool,
     ) -> None:
-        """One series of dots; several stand above each other in their row. Alone, the first row is told apart."""
+        """One series of dots; several stand above each other in their row. Alone, the leading rows are told apart."""
         shift = 0.0 if of == 1 else (number - (of - 1) / 2) * 0.62 / of
         first = True
         for at, row in enumerate(rows):
             if key not in row:
                 continue
             dot = row[key]
-            look = number if of > 1 else int(at > 0 and not signed)
+            look = number if of > 1 else int(at >= leading)
             colour, mark = SERIES[look % len(SERIES)], MARKS[look % len(MARKS)]
             if not np.isnan(dot.low):
                 place.plot([dot.low, dot.high], [at + shift] * 2, color=colour, lw=1.8, alpha=0.55, solid_capstyle="round")  # fmt: skip

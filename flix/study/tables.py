@@ -113,7 +113,9 @@ def main_table(study: Study) -> Table:
         rows.append((arm.title, count(arm.active_rank), count(arm.trainable), *scores))
     _need(rows, study)
     first = study.whole()[0]
-    told = ", ".join(f"{len(cells_of(first, g, m))} {heading}" for heading, g, m in columns)
+    told = ("; " if len({m for _, _, m in columns}) > 1 else ", ").join(
+        f"{len(cells_of(first, g, m))} {heading}" for heading, g, m in columns
+    )
     seeds = len(first.runs)
     note = f"Means over cells ({told}) and {seeds} seed{'s' * (seeds != 1)}{', ± standard deviation over seeds' * (seeds > 1)}."  # fmt: skip
     return Table(("method", "active rank", "parameters", *(c[0] for c in columns)), rows, _joined(note, unfinished(study)))  # fmt: skip

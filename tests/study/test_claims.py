@@ -179,6 +179,25 @@ def test_an_arm_with_one_seed_stands_beside_all_of_the_other(tmp_path: Path) -> 
     assert np.array_equal(table, expected)
 
 
+def test_runs_are_paired_seed_by_seed_and_item_by_item(tmp_path: Path) -> None:
+    study = study_of(tmp_path, seeds=(0, 1, 2))
+    mine, theirs = study.arm("flix"), study.arm("lora-compute")
+    names = by_metric(mine, "last_word")["exact_match"]
+    for name, table in zip(names, paired(mine, theirs, names), strict=True):
+        for seed, row in enumerate(table):
+            a, b = (arm.runs[seed].cells[name].right for arm in (mine, theirs))
+            assert a is not None and b is not None
+            assert row.tolist() == [100.0 * (int(x) - int(y)) for x, y in zip(a, b, strict=True)]
+
+
+def test_arms_of_other_seeds_are_not_paired(tmp_path: Path) -> None:
+    study = study_of(tmp_path, seeds=(0, 1, 2))
+    arm = study.arm("flix")
+    other = type(arm)("other", "other", runs={seed: arm.runs[seed] for seed in (0, 1)})
+    with pytest.raises(EvidenceError, match=r"other seeds, \[0, 1, 2\] and \[0, 1\]"):
+        paired(arm, other, ["language=deu,task=inflect"])
+
+
 def test_cells_without_right_and_wrong_count_as_one_item(tmp_path: Path) -> None:
     said = made.scores()
     for arm in said["arms"].values():
@@ -221,7 +240,7 @@ def test_an_arm_that_is_not_finished_makes_no_claim(tmp_path: Path) -> None:
     [
         ({"arm": "flxi", "against": "lora-compute", "cells": "seen"}, EvidenceError, "no arm 'flxi'"),
         ({"arm": "flix", "against": "lora", "cells": "seen"}, EvidenceError, "no arm 'lora'"),
-        ({"arm": "flix", "against": "lora-compute", "cells": "unseen"}, EvidenceError, "cells must be one of"),
+        ({"arm": "flix", "against": "lora-compute", "cells": "all"}, EvidenceError, "cells must be one of"),
         ({"arm": "flix", "cells": "seen"}, ReportError, "against is missing"),
         ({"arm": "flix", "against": [3], "cells": "seen"}, ReportError, "must be a text"),
     ],

@@ -13,7 +13,7 @@ import pytest
 
 from flix.study import results
 from flix.study.evidence import EvidenceError, read_scores
-from flix.study.plots import Dot, Line, Plots, apart, large
+from flix.study.plots import SERIES, Dot, Line, Plots, apart, large
 from flix.study.results import compact, keep, main, write_results
 from tests.study import made
 from tests.study.test_curves import evaluation, log
@@ -181,6 +181,29 @@ def test_pictures_are_svg_with_a_title_and_both_schemes(tmp_path: Path) -> None:
     assert Xml.fromstring(dots).get("aria-label") == "A <title>"
     texts = {"".join(t.itertext()).strip() for t in Xml.fromstring(dots).iter() if t.tag.endswith("text")}  # fmt: skip
     assert {"a", "b", "1.0", "2.0", "points"} <= texts
+
+
+def test_panels_of_several_metrics_say_theirs_and_leading_rows_have_one_colour(tmp_path: Path) -> None:  # fmt: skip
+    said = made.scores(study="african", seeds=[0])
+    for arm in said["arms"].values():
+        for cell in (
+            c for run in arm["seeds"].values() for n, c in run["cells"].items() if "pron" in n
+        ):
+            cell["metric"] = "entity_f1"
+    file = page(tmp_path, "african main", "african tasks", "african claims", "unseen served")
+    served = made.scores({"flix, skip": (0, 0.2), "flix, mean": (0, 0.4), "lora, as it is": (0, 0.3)}, study="unseen", claims=[])  # fmt: skip
+    unseen = made.write(tmp_path / "unseen", {})
+    (unseen / "unseen.json").write_text(json.dumps(served))
+    assert write_results([made.write(tmp_path / "a", said), unseen], docs=file, draws=50) == {}
+    main_svg, served_svg = ((file.parent / "results" / f"{n}.svg").read_text() for n in ("african-main", "unseen-served"))  # fmt: skip
+    for heading in (
+        "seen cells, exact match",
+        "seen cells, entity f1",
+        "zero-shot cells, entity f1",
+    ):
+        assert heading in main_svg
+    marks = [served_svg.count(f"fill: {colour}") for colour in SERIES[:2]]
+    assert marks[0] == 2 * marks[1] > 0
 
 
 def test_names_at_lines_do_not_touch_and_keep_their_order() -> None:
