@@ -19,7 +19,7 @@ from flix.study.counting import CELL, Counted, Counting
 from flix.study.display import Display
 from flix.study.jobs import Failed, Job, parallel_by_default, run_jobs
 from flix.study.plan import LAST, Plan, Run
-from flix.study.reading import Study, arm_title
+from flix.study.reading import Study, arm_title, checked
 from flix.study.scores import of_run, trainable, write_scores
 from flix.study.working import WEIGHTS, combinations, folder_json, is_finished, is_weighed
 from flix.training.settings import Settings
@@ -334,7 +334,8 @@ def check_same(runs: Sequence[Run], work: Work) -> None:
 def difference(run: Run, counted: Counted) -> str:
     """What of a finished run's settings or data is not as it would be now; empty if nothing is."""
     text = (run.folder / folders.RESOLVED).read_text(encoding="utf-8")
-    before, now = yaml.safe_load(text), run.settings.to_dict()
+    # Read again: what an earlier flix did not have yet gets its default.
+    before, now = checked(yaml.safe_load(text), str(run.folder)).to_dict(), run.settings.to_dict()
     for key, was, value in flat(before, now):
         if was != value and key != "output":
             return f"{key} was {was!r} and is {value!r} now"

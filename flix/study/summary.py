@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 COLUMNS = ["arm", "seen", "choosing", "last word", "seeds"]
@@ -12,24 +12,40 @@ RANK_COLUMNS = ["method", "ranks", "active", "total", "parameters", "training"]
 _GROUPS = ("seen", "choosing", "last_word")
 
 
-def average(cells: Mapping[str, Mapping[str, Any]], group: str) -> float | None:
+def average(
+    cells: Mapping[str, Mapping[str, Any]], group: str, among: Collection[str] | None = None
+) -> float | None:
     """The mean score of a run's cells of a group, each counting alike; None without any.
 
     Args:
         cells: as ``scores.json`` has them.
         group: ``"seen"``, ``"choosing"`` or ``"last_word"``.
+        among: cells that count; default: all.
     """
-    found = [c["score"] for c in cells.values() if c["group"] == group and c["score"] is not None and not math.isnan(c["score"])]  # fmt: skip
+    scores = [
+        cell["score"]
+        for name, cell in cells.items()
+        if cell["group"] == group and (among is None or name in among)
+    ]
+    found = [score for score in scores if score is not None and not math.isnan(score)]
     return statistics.fmean(found) if found else None
 
 
 def rows(scores: Mapping[str, Any]) -> list[list[Any]]:
-    """A row an arm: means over seeds, with their standard deviation, or that it is not whole."""
+    """A row an arm: means over seeds, with their standard deviation, or that it is not whole.
+
+    Only cells that all arms were evaluated on count: one that lacks a task would have another mean.
+    """
     missing = [name.rpartition(", seed ")[0] for name in scores["missing"]]
+    runs = [run["cells"].keys() for arm in scores["arms"].values() for run in arm["seeds"].values()]
+    shared = set.intersection(*map(set, runs)) if runs else set()
     found = []
     for name, arm in scores["arms"].items():
         seeds, absent = arm["seeds"].values(), missing.count(name)
-        figures = ["not whole"] * len(_GROUPS) if absent else [_spread([average(s["cells"], group) for s in seeds]) for group in _GROUPS]  # fmt: skip
+        figures = ["not whole"] * len(_GROUPS)
+        if not absent:
+            each = ([average(run["cells"], group, shared) for run in seeds] for group in _GROUPS)
+            figures = [_spread(values) for values in each]
         said = f"{len(seeds)} of {len(seeds) + absent}" if absent else str(len(seeds))
         found.append([arm["title"], *figures, said])
     return found

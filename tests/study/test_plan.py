@@ -277,6 +277,8 @@ def test_an_arm_that_is_not_whole_has_no_figures():
         },
         "missing": ["lora, seed 1"],
     }
+    # A cell that another arm lacks counts for none.
+    scores["arms"]["flix"]["seeds"]["0"]["cells"] = {**cells, "c": {"group": "seen", "score": 0.0}}
     whole, part = rows(scores)
     assert whole[1:4] == ["50.0 ±0.0", "-", "10.0 ±0.0"] and whole[-1] == "2"
     assert part[1:4] == ["not whole"] * 3 and part[-1] == "1 of 2"
