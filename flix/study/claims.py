@@ -160,16 +160,19 @@ def _claim(part: Part) -> tuple[str, str, list[str], float | None]:
 def differences(
     study: Study, arm: str, against: str, group: str, *, draws: int = DRAWS
 ) -> list[Estimate]:
-    """By how much one arm is ahead of another on a group of cells, for each metric that its cells have.
+    """By how much one arm is ahead of another on the cells of a group that both have, for each of their metrics.
 
     Raises:
         EvidenceError: an arm is not there or not finished; the arms have other cells, rows or seeds.
     """
     mine, theirs = study.arm(arm), study.arm(against)
+    there = {name for names in by_metric(theirs, group).values() for name in names}
     found = []
     for metric, names in by_metric(mine, group).items():
-        tables = paired(mine, theirs, names)
-        found.append(_of(metric, estimate(tables, draws=draws)))
+        if both := [name for name in names if name in there]:
+            found.append(_of(metric, estimate(paired(mine, theirs, both), draws=draws)))
+    if not found:
+        raise EvidenceError(f"the arms {arm!r} and {against!r} have no {group} cell in common")
     return found
 
 

@@ -27,16 +27,18 @@ def unit_of(columns: Sequence[tuple[str, str, str]]) -> str:
 
 
 def main(study: Study, plots: Plots) -> str:
-    """Every finished arm on seen and on zero-shot cells."""
-    arms, columns = study.whole(), tables.columns_of(study)
+    """The main arms, and the base as it is, on seen and on zero-shot cells."""
+    arms, columns = tables.main_arms(study, untrained=True), tables.columns_of(study)
+    cells = {column: tables.shared_cells(arms, *column[1:]) for column in columns}
     panels = {
         heading_of(column, columns): [
-            {"": dot(level(study, arm.name, cells))} if (cells := tables.cells_of(arm, *column[1:])) else {}
+            {"": dot(level(study, arm.name, cells[column]))} if tables.cells_of(arm, *column[1:]) else {}
             for arm in arms
         ]
         for column in columns
+        if cells[column]
     }  # fmt: skip
-    _need(panels, study)
+    _need(arms and panels, study)
     title = f"{study.name}: each method's mean over cells, with 95 % intervals"
     return plots.dots(title, [short(arm) for arm in arms], panels, unit_of(columns), numbers=True)
 
@@ -58,12 +60,13 @@ def tasks(study: Study, plots: Plots) -> str:
     arms, columns = tables.main_arms(study), tables.columns_of(study, ["seen"])
     _need(columns if arms else [], study)
     cells = arms[0].runs[min(arms[0].runs)].cells
-    names = list(dict.fromkeys(cells[n].features.get("task", "–") for _, g, m in columns for n in tables.cells_of(arms[0], g, m)))  # fmt: skip
+    shared = [name for _, g, m in columns for name in tables.shared_cells(arms, g, m)]
+    names = list(dict.fromkeys(cells[name].features.get("task", "–") for name in shared))
     rows = []
     for task in names:
         row = {}
         for arm in arms:
-            mine = [n for _, g, m in columns for n in tables.cells_of(arm, g, m) if cells[n].features.get("task", "–") == task]  # fmt: skip
+            mine = [name for name in shared if cells[name].features.get("task", "–") == task]
             row[arm.title] = dot(level(study, arm.name, mine, draws=DRAWS))
         rows.append(row)
     title = f"{study.name}: the main methods by task, seen cells"
@@ -120,13 +123,26 @@ def cost(study: Study, plots: Plots) -> str:
     columns = tables.columns_of(study, ["seen"])
     _need(columns, study)
     _, group, metric = columns[0]
-    points = {}
-    for arm in study.whole():
-        if arm.trainable is not None and (cells := tables.cells_of(arm, group, metric)):
-            points[arm.title] = (float(arm.trainable), dot(level(study, arm.name, cells)))
+    arms = apart_in_size(study)
+    cells = tables.shared_cells(arms, group, metric)
+    points = {
+        arm.title: (float(arm.trainable or 0), dot(level(study, arm.name, cells)))
+        for arm in arms
+        if tables.cells_of(arm, group, metric)
+    }
     _need(points, study)
     title = f"{study.name}: quality and parameters"
     return plots.scatter(title, points, "parameters that are trained", f"seen cells, {tables.metric_text(metric)}, %")  # fmt: skip
+
+
+def apart_in_size(study: Study) -> list[ArmScores]:
+    """The main arms, and others whose parameters are a tenth more or less than those of each before."""
+    arms = tables.main_arms(study, untrained=True)
+    for arm in study.whole():
+        size = arm.trainable
+        if size is not None and all(not 0.9 <= size / (other.trainable or 1) <= 1.1 for other in arms if arm is not other):  # fmt: skip
+            arms += [arm] if arm not in arms else []
+    return [arm for arm in arms if arm.trainable is not None]
 
 
 def unseen(study: Study, plots: Plots) -> str:

@@ -262,6 +262,7 @@ def _weights(kept: Kept, where: str) -> list[str]:
 
 BLOCKS: dict[str, Block] = {
     "main": _table(lambda study, _: tables.main_table(study), pictures.main),
+    "all": _table(lambda study, _: tables.main_table(study, every=True)),
     "claims": _table(lambda study, kept: tables.claims_table(study, kept.draws)),
     "tasks": _table(lambda study, _: tables.by_task(study), pictures.tasks),
     "zero-shot-tasks": _table(lambda study, _: tables.by_task(study, "last_word")),

@@ -89,10 +89,24 @@ def cells_of(arm: ArmScores, group: str, metric: str) -> list[str]:
         return []
 
 
-def main_arms(study: Study) -> list[ArmScores]:
-    """The arms that the study's claims are about, if they are finished; without claims, all that are."""
+def shared_cells(arms: Sequence[ArmScores], group: str, metric: str) -> list[str]:
+    """The cells of a group and metric that all of some arms have, but for arms that have none at all.
+
+    Arms that learn one task more have its cells, too: means over other cells would say nothing of the arms.
+    """
+    sets = [cells for arm in arms if (cells := cells_of(arm, group, metric))]
+    return [name for name in sets[0] if all(name in some for some in sets)] if sets else []
+
+
+def main_arms(study: Study, untrained: bool = False) -> list[ArmScores]:
+    """The arms that the study's claims are about, if they are finished; without claims, all that are.
+
+    Args:
+        study: the scores.
+        untrained: the base as it is, too.
+    """
     names = claimed_arms(study) or list(study.planned)
-    return [arm for arm in study.whole() if arm.name in names]
+    return [arm for arm in study.whole() if arm.name in names or (untrained and not arm.trainable)]
 
 
 def unfinished(study: Study) -> str:
@@ -101,22 +115,27 @@ def unfinished(study: Study) -> str:
     return f"Not finished, and left out with all runs of the method: {listed(lacking, 30)}." if lacking else ""  # fmt: skip
 
 
-def main_table(study: Study) -> Table:
-    """Every finished arm: what a row activates, what is trained, and its means over seen and zero-shot cells."""
+def main_table(study: Study, every: bool = False) -> Table:
+    """The main arms: what a row activates, what is trained, and means over the cells that all of them have.
+
+    Args:
+        study: the scores.
+        every: all finished arms.
+    """
     columns = columns_of(study)
+    arms = study.whole() if every else main_arms(study, untrained=True)
+    cells = {column: shared_cells(arms, *column[1:]) for column in columns}
     rows = []
-    for arm in study.whole():
-        scores = [
-            mean_sd(means(arm, cells)) if (cells := cells_of(arm, group, metric)) else "–"
-            for _, group, metric in columns
-        ]
+    for arm in arms:
+        has = [bool(cells_of(arm, group, metric)) for _, group, metric in columns]
+        scores = [mean_sd(means(arm, cells[c])) if h and cells[c] else "–" for c, h in zip(columns, has, strict=True)]  # fmt: skip
         rows.append((arm.title, count(arm.active_rank), count(arm.trainable), *scores))
     _need(rows, study)
-    first = study.whole()[0]
-    told = ("; " if len({m for _, _, m in columns}) > 1 else ", ").join(
-        f"{len(cells_of(first, g, m))} {heading}" for heading, g, m in columns
+    several = len({metric for _, _, metric in columns}) > 1
+    told = ("; " if several else ", ").join(
+        f"{len(cells[column])} {column[0]}" for column in columns
     )
-    seeds = len(first.runs)
+    seeds = len(arms[0].runs)
     note = f"Means over cells ({told}) and {seeds} seed{'s' * (seeds != 1)}{', ± standard deviation over seeds' * (seeds > 1)}."  # fmt: skip
     return Table(("method", "active rank", "parameters", *(c[0] for c in columns)), rows, _joined(note, unfinished(study)))  # fmt: skip
 
@@ -160,7 +179,7 @@ def grouped(
     rows = []
     for _, of, metric in columns_of(study, [group]):
         parts: dict[str, list[str]] = {name: [] for name in order}
-        for name in cells_of(arms[0], of, metric) if arms else []:
+        for name in shared_cells(arms, of, metric):
             parts.setdefault(key(name), []).append(name)
         for part, names in parts.items():
             if names:
@@ -182,7 +201,12 @@ def size_parts(study: Study, parts: int = 4) -> dict[str, list[str]]:
     if not arms:
         return {}
     cells = arms[0].runs[min(arms[0].runs)].cells
-    seen = sorted((n for n, cell in cells.items() if cell.group == "seen"), key=lambda n: (cells[n].trained, n))  # fmt: skip
+    both = {
+        name
+        for _, group, metric in columns_of(study, ["seen"])
+        for name in shared_cells(arms, group, metric)
+    }
+    seen = sorted(both, key=lambda name: (cells[name].trained, name))
     found: dict[str, list[str]] = {}
     for some in np.array_split(np.array(seen, object), parts):
         if len(some):
@@ -230,11 +254,12 @@ def ablations(study: Study, draws: int = 2_000) -> Table:
 def cost(study: Study) -> Table:
     """What each finished arm costs beside what it scores."""
     columns, rows = columns_of(study), []
+    cells = {column: shared_cells(study.whole(), *column[1:]) for column in columns}
     for arm in study.whole():
         seconds = [run.seconds for run in arm.runs.values() if run.seconds is not None]
         steps = [run.steps for run in arm.runs.values() if run.steps is not None]
         a_step = f"{sum(seconds) / sum(steps):.2f}" if seconds and sum(steps) else "–"
-        scores = [mean_sd(means(arm, c)) if (c := cells_of(arm, g, m)) else "–" for _, g, m in columns]  # fmt: skip
+        scores = [mean_sd(means(arm, cells[c])) if cells_of(arm, *c[1:]) and cells[c] else "–" for c in columns]  # fmt: skip
         time = f"{statistics.fmean(seconds):,.0f}" if seconds else "–"
         rows.append((arm.title, count(arm.trainable), count(arm.active_rank), time, a_step, *scores))  # fmt: skip
     _need(rows, study)

@@ -253,6 +253,23 @@ def test_claims_that_name_what_is_not_there_are_refused(
         findings(study, draws=10)
 
 
+def test_arms_are_compared_on_the_cells_that_both_have(tmp_path: Path) -> None:
+    said = made.scores()
+    for run in said["arms"]["flix"]["seeds"].values():
+        more = {**run["cells"]["language=deu,task=inflect"], "features": {"language": "deu", "task": "denoise"}}  # fmt: skip
+        run["cells"]["language=deu,task=denoise"] = more
+    study, plain = read_scores(made.write(tmp_path / "a", said)), study_of(tmp_path / "b")
+    for one, other in (("flix", "lora-compute"), ("lora-compute", "flix")):
+        assert differences(study, one, other, "seen", draws=50) == differences(plain, one, other, "seen", draws=50)  # fmt: skip
+    for run in said["arms"]["flix"]["seeds"].values():
+        run["cells"] = {"language=deu,task=denoise": run["cells"]["language=deu,task=denoise"]}
+    study = read_scores(made.write(tmp_path / "c", said))
+    with pytest.raises(
+        EvidenceError, match="'flix' and 'lora-compute' have no seen cell in common"
+    ):
+        differences(study, "flix", "lora-compute", "seen")
+
+
 def test_other_rows_cannot_be_paired(tmp_path: Path) -> None:
     said = made.scores()
     name = "language=deu,task=inflect"

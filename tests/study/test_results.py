@@ -38,7 +38,17 @@ def block(file: Path, name: str) -> str:
     return found[1]
 
 
-WORDS = ("main", "claims", "tasks", "zero-shot-tasks", "sizes", "zero-shot", "ablations", "cost")
+WORDS = (
+    "main",
+    "all",
+    "claims",
+    "tasks",
+    "zero-shot-tasks",
+    "sizes",
+    "zero-shot",
+    "ablations",
+    "cost",
+)
 
 
 def test_every_block_of_a_study_is_filled(tmp_path: Path) -> None:

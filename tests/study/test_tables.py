@@ -35,6 +35,34 @@ def test_the_main_table_has_every_finished_arm(tmp_path: Path) -> None:
     assert "9 seen, 2 zero-shot" in table.note and "2 seeds" in table.note
 
 
+def with_denoise(said: Any) -> None:
+    """``flix-denoise`` learns a task more, and answers all of it rightly; the base is not trained."""
+    for run in said["arms"]["flix-denoise"]["seeds"].values():
+        for language in made.LANGUAGES:
+            cell = run["cells"][f"language={language},task=inflect"]
+            more = {**cell, "features": {"language": language, "task": "denoise"}, "score": 100.0, "right": [1] * cell["rows"]}  # fmt: skip
+            run["cells"][f"language={language},task=denoise"] = more
+    said["arms"]["base"]["trainable"] = 0
+
+
+RATES = {**made.RATES, "base": (0.0, 0.0), "flix-denoise": (0.6, 0.4)}
+
+
+def test_the_main_table_has_the_claims_arms_and_the_base_and_the_other_every_arm(tmp_path: Path) -> None:  # fmt: skip
+    study = study_of(tmp_path, with_denoise, rates=RATES)
+    names = ["flix", "lora, compute", "lora, parameters", "base"]
+    assert column(tables.main_table(study), "method") == names
+    assert column(tables.main_table(study, every=True), "method") == [*names, "flix, denoise"]
+
+
+def test_arms_that_learn_more_tasks_are_compared_on_the_cells_that_all_have(tmp_path: Path) -> None:
+    study = study_of(tmp_path / "a", with_denoise, rates=RATES)
+    plain = study_of(tmp_path / "b", lambda said: said["arms"]["base"].update(trainable=0), rates=RATES)  # fmt: skip
+    for make in (lambda s: tables.main_table(s, every=True), tables.cost, tables.ablations, tables.by_task, tables.by_size):  # fmt: skip
+        assert make(study) == make(plain)
+    assert "9 seen" in tables.main_table(study, every=True).note
+
+
 def test_means_count_each_cell_once_and_spreads_are_over_seeds(tmp_path: Path) -> None:
     study = study_of(tmp_path)
     arm = study.arm("flix")
