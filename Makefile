@@ -9,10 +9,13 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= auto
-KIT := $(PYTEST) --pyargs flix_conformance
+# Every commit has its tests in an order of its own. To have another: make test SEED=1
+SEED ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),0)
+MIXED := --randomly-seed=$(SEED)
+KIT := $(PYTEST) -p no:randomly --pyargs flix_conformance
 OURS := --flix-backend torch --flix-backend jax --flix-backend tensorflow
 
-.PHONY: quickstart test test-all lint conformance conformance-nightly torture torture-smoke bench bench-smoke gpu docs format dist clean
+.PHONY: quickstart test test-all test-core test-torch test-jax test-tensorflow test-minimum test-latest coverage lint conformance conformance-nightly torture torture-smoke bench bench-smoke gpu docs format dist clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,19 +44,62 @@ lint: $(VENV)/.dev
 
 # First the core, where no framework can be imported; then the backends and what stands on them; then the kit.
 test: $(VENV)/.dev lint
-	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) tests/core
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" --ignore tests/core
+	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) $(MIXED) tests/core
+	$(PYTEST) $(MIXED) -n $(WORKERS) --dist loadfile -m "not slow" --durations 25 --ignore tests/core
 	$(MAKE) conformance
 
 test-all: $(VENV)/.dev lint
-	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) tests/core
-	$(PYTEST) -n $(WORKERS) --dist loadfile --ignore tests/core
+	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) $(MIXED) tests/core
+	$(PYTEST) $(MIXED) -n $(WORKERS) --dist loadfile --durations 25 --ignore tests/core
 	$(MAKE) conformance
 	$(MAKE) torture-smoke
 
+# For who works on one backend: each target installs one framework, or none, and runs what that can run. CONSTRAINTS names a file
+# of versions; another VENV keeps them apart.
+CONSTRAINTS ?=
+ONE := $(VENV)/.core $(VENV)/.torch $(VENV)/.jax $(VENV)/.tensorflow
+$(VENV)/.core: NEEDS := ".[test]"
+$(VENV)/.torch: NEEDS := ".[transformers,cli,test]" "$(TORCH)"
+$(VENV)/.jax: NEEDS := ".[jax,test]"
+$(VENV)/.tensorflow: NEEDS := ".[test]" "tensorflow-cpu>=2.18" "keras>=3.10"
+$(ONE): pyproject.toml conformance/pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(PIP) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e $(NEEDS) -e ./conformance
+	@touch $@
+
+test-core: $(VENV)/.core
+	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) $(MIXED) tests/core
+
+test-torch: $(VENV)/.torch
+	$(PYTEST) $(MIXED) -n $(WORKERS) --dist loadfile -m "not slow" tests/backends/torch tests/backends/verbs tests/transformers
+	$(KIT) -n $(WORKERS) --flix-backend torch
+
+test-jax: $(VENV)/.jax
+	$(PYTEST) $(MIXED) -n $(WORKERS) --dist loadfile -m "not slow" tests/backends/jax
+	$(KIT) -n $(WORKERS) --flix-backend jax
+
+test-tensorflow: $(VENV)/.tensorflow
+	$(PYTEST) $(MIXED) -n $(WORKERS) --dist loadfile -m "not slow" tests/backends/tensorflow
+	$(KIT) -n $(WORKERS) --flix-backend tensorflow
+
+# The oldest versions that are declared, and the newest that were tried: docs/support.md. For those of today: make test-latest LATEST=
+LATEST ?= tests/constraints/latest.txt
+test-minimum:
+	for one in core torch jax tensorflow; do \
+	  $(MAKE) test-$$one VENV=.venv-minimum-$$one CONSTRAINTS=tests/constraints/minimum.txt || exit 1; done
+
+test-latest:
+	for one in core torch jax tensorflow; do \
+	  $(MAKE) test-$$one VENV=.venv-latest-$$one CONSTRAINTS=$(LATEST) || exit 1; done
+
+# Branches that no test takes. Subprocesses and compiled programs are not seen, so that the backends have more than it says.
+coverage: $(VENV)/.dev
+	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) $(MIXED) tests/core --cov flix.core --cov-branch --cov-report term-missing:skip-covered --cov-fail-under 95
+	$(PYTEST) $(MIXED) -n $(WORKERS) --dist loadfile -m "not slow" tests/backends --cov flix.backends --cov-branch \
+	  --cov-report term-missing:skip-covered --cov-fail-under 90
+
 # The kit's own tests (it must catch every mutant), the kit on the example backend, the kit on ours.
 conformance: $(VENV)/.dev
-	$(PYTEST) -n $(WORKERS) conformance/tests
+	$(PYTEST) $(MIXED) -n $(WORKERS) conformance/tests
 	$(KIT) --flix-backend numpy
 	$(KIT) -n $(WORKERS) $(OURS) --flix-report conformance/out/report.json
 

@@ -84,7 +84,7 @@ class Mixture:
         given = as_sources(sources)
         others = as_sources(evaluation) if evaluation else []
         self.temperature = temperature
-        self.seed = whole(seed, "seed", 0, MixtureError)
+        self.seed: int = whole(seed, "seed", 0, MixtureError)
         self.columns: tuple[str, ...] = feature_columns([*given, *others], columns, registry)
         self.sources: tuple[Source, ...] = tuple(kept_features(s, self.columns) for s in given)
         others = [kept_features(s, self.columns) for s in others]
@@ -94,7 +94,7 @@ class Mixture:
             raise MixtureError(
                 f"{source.label} is for evaluation and streamed; its rows need numbers"
             )
-        self.excluded = held_out if isinstance(held_out, HeldOut) else HeldOut(held_out)
+        self.excluded: HeldOut = held_out if isinstance(held_out, HeldOut) else HeldOut(held_out)
         self._given = registry
         self._tables = [read_table(s, self.columns) for s in self.sources if not is_streamed(s)]
         self._streams = [s for s in self.sources if is_streamed(s)]
@@ -130,7 +130,7 @@ class Mixture:
         }
         self.probabilities: dict[str, float] = dict(zip(self.cells, p.tolist(), strict=True))
         everything = sum(self.counted.values())
-        self.epoch_size = whole(
+        self.epoch_size: int = whole(
             everything if epoch_size is None else epoch_size, "epoch_size", 1, MixtureError
         )
         self._trained = trained

@@ -47,7 +47,7 @@ class TaskCollator:
 
     def __init__(self, tasks: Sequence[Task], tokenizer: Any, *, seed: int = 0) -> None:
         check_together(tasks)
-        self.tasks = tuple(tasks)
+        self.tasks: tuple[Task, ...] = tuple(tasks)
         self._heads = [] if tasks[0].generates else heads_of(tasks)[1]
         self.tokenizer = tokenizer
         self.seed = seed

@@ -70,15 +70,15 @@ class HeadedModel(nn.Module):
         self, encoder: Any, tasks: Sequence[Task], *, last: bool = False, lm: Any = None
     ) -> None:
         super().__init__()
-        self.config = encoder.config
+        self.config: Any = encoder.config
         self.encoder = encoder
         self.last = last
         owners, _ = heads_of(tasks)
-        self.kinds = tuple(task.kind for task in owners)
-        self.names = tuple(_module_names([task.name for task in owners]))
+        self.kinds: tuple[str, ...] = tuple(task.kind for task in owners)
+        self.names: tuple[str, ...] = tuple(_module_names([task.name for task in owners]))
         size, spread = _size_of(self.config), getattr(self.config, "initializer_range", None)
-        self.dropout = nn.Dropout(_dropout_of(self.config))
-        self.classifier = nn.ModuleDict()
+        self.dropout: nn.Dropout = nn.Dropout(_dropout_of(self.config))
+        self.classifier: nn.ModuleDict = nn.ModuleDict()
         for task, name in zip(owners, self.names, strict=True):
             if task.kind == "masked":
                 continue
@@ -86,8 +86,10 @@ class HeadedModel(nn.Module):
             nn.init.normal_(head.weight, std=0.02 if spread is None else float(spread))
             nn.init.zeros_(head.bias)
             self.classifier[name] = head
-        self.widest = max((max(len(t.labels), 1) for t in owners if t.kind != "masked"), default=0)
-        self.lm_head = None if lm is None else _alone(lm, encoder)
+        self.widest: int = max(
+            (max(len(t.labels), 1) for t in owners if t.kind != "masked"), default=0
+        )
+        self.lm_head: Any = None if lm is None else _alone(lm, encoder)
         self.fresh: tuple[str, ...] = ()
 
     @property

@@ -82,7 +82,7 @@ class FlixCollator:
         feature_dropout: FeatureDropout | None = _FROM_CONFIG,
     ) -> None:
         if isinstance(config, FlixConfig):
-            self.registry = config.registry
+            self.registry: FeatureRegistry = config.registry
             given, dropout = config.unknown, config.feature_dropout
         elif isinstance(config, FeatureRegistry):
             self.registry = config
@@ -91,17 +91,19 @@ class FlixCollator:
             raise ConfigError(
                 f"FlixCollator needs a FlixConfig or a FeatureRegistry, got {type(config).__name__}"
             )
-        self.collator = collator if collator is not None else _default_collator()
+        self.collator: Callable[[list[Any]], Any] = (
+            collator if collator is not None else _default_collator()
+        )
         if not callable(self.collator):
             raise ConfigError(f"collator must be callable or None, got {collator!r}")
-        self.columns = _columns(self.registry, columns)
+        self.columns: dict[str, str] = _columns(self.registry, columns)
         self._optional = (
             frozenset(implied_groups(self.registry)) if columns is None else frozenset()
         )
         self.unknown: Unknown = given if unknown is None else unknown
         check_policy(self.unknown)
-        self.width = None if width is None else whole(width, "width", 1)
-        self.usual_width = usual_width(self.registry, self.columns) if width is None else width
+        self.width: int | None = None if width is None else whole(width, "width", 1)
+        self.usual_width: int = usual_width(self.registry, self.columns) if width is None else width
         self.per_token = per_token
         self.seed = seed
         if feature_dropout is not _FROM_CONFIG:

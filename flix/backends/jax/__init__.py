@@ -9,6 +9,8 @@
     y = model(x, flix_features=ids)
 """
 
+from typing import Final
+
 from flix.backends import missing as _missing
 
 try:
@@ -46,24 +48,26 @@ from flix.backends.jax.training import FlixOptimizer, SparseGrads, value_and_gra
 from flix.backends.verbs import Verbs
 from flix.core.adapter.summary import Summary
 
-verbs = Verbs(primitives)
-adapt = verbs.adapt
-add_feature = verbs.add_feature
-disable = verbs.disable
-freeze, thaw = also_bare(verbs.freeze), also_bare(verbs.thaw)
-import_peft = verbs.import_peft
-load, load_into = verbs.load, verbs.load_into
-load_features = verbs.load_features
-merge = verbs.merge
-named_pairs = verbs.named_pairs
-remove_feature = verbs.remove_feature
-rename_feature = verbs.rename_feature
-save = verbs.save
-push = verbs.push
-search_weights = verbs.search_weights
-summary = verbs.summary
-to_adapter = verbs.to_adapter
-trainable_parameters = verbs.trainable_parameters
+verbs: Final = Verbs(primitives)
+adapt: Final = verbs.adapt
+add_feature: Final = verbs.add_feature
+disable: Final = verbs.disable
+freeze: Final = also_bare(verbs.freeze)
+thaw: Final = also_bare(verbs.thaw)
+import_peft: Final = verbs.import_peft
+load: Final = verbs.load
+load_into: Final = verbs.load_into
+load_features: Final = verbs.load_features
+merge: Final = verbs.merge
+named_pairs: Final = verbs.named_pairs
+remove_feature: Final = verbs.remove_feature
+rename_feature: Final = verbs.rename_feature
+save: Final = verbs.save
+push: Final = verbs.push
+search_weights: Final = verbs.search_weights
+summary: Final = verbs.summary
+to_adapter: Final = verbs.to_adapter
+trainable_parameters: Final = verbs.trainable_parameters
 
 __all__ = [
     "FlixEinsum", "FlixEmbed", "FlixLinear", "FlixLinearGeneral", "FlixOptimizer", "FlixParam",

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -238,4 +238,4 @@ def _by_hand(registry: FeatureRegistry, features: Any, weights: Any) -> ActiveRo
     return make_routing(registry, features, weights, present=around and around.present)
 
 
-route = by_hand(current, _by_hand)
+route: Final = by_hand(current, _by_hand)

@@ -9,6 +9,7 @@ Where Keras runs on TensorFlow, this is :mod:`flix.backends.tensorflow`.
 """
 
 from importlib import import_module as _import
+from typing import Final
 
 from flix.backends import missing as _missing
 
@@ -30,16 +31,27 @@ from flix.backends.keras.optimizers import keep_absent
 from flix.backends.verbs import Verbs
 from flix.core.adapter.summary import Summary
 
-verbs = Verbs(primitives)
-adapt, trainable_parameters, summary = verbs.adapt, verbs.trainable_parameters, verbs.summary
-add_feature, remove_feature = verbs.add_feature, verbs.remove_feature
-rename_feature, load_features = verbs.rename_feature, verbs.load_features
-import_peft, to_adapter, named_pairs = verbs.import_peft, verbs.to_adapter, verbs.named_pairs
-save, load, load_into = verbs.save, verbs.load, verbs.load_into
-push = verbs.push
-freeze, thaw, disable, merge = verbs.freeze, verbs.thaw, verbs.disable, verbs.merge
-search_weights = verbs.search_weights
-route = _engine.route
+verbs: Final = Verbs(primitives)
+adapt: Final = verbs.adapt
+trainable_parameters: Final = verbs.trainable_parameters
+summary: Final = verbs.summary
+add_feature: Final = verbs.add_feature
+remove_feature: Final = verbs.remove_feature
+rename_feature: Final = verbs.rename_feature
+load_features: Final = verbs.load_features
+import_peft: Final = verbs.import_peft
+to_adapter: Final = verbs.to_adapter
+named_pairs: Final = verbs.named_pairs
+save: Final = verbs.save
+load: Final = verbs.load
+load_into: Final = verbs.load_into
+push: Final = verbs.push
+freeze: Final = verbs.freeze
+thaw: Final = verbs.thaw
+disable: Final = verbs.disable
+merge: Final = verbs.merge
+search_weights: Final = verbs.search_weights
+route: Final = _engine.route
 
 __all__ = [
     "FlixDense", "FlixEinsumDense", "FlixEmbedding", "FlixModel", "Summary", "adapt", "add_feature", "disable", "freeze",

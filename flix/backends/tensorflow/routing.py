@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import tensorflow as tf
@@ -349,4 +349,4 @@ def _checked_at_run_time(ids: Any, registry: FeatureRegistry) -> Any:
         return tf.where(bad, count, ids)
 
 
-route = by_hand(current, make_routing)
+route: Final = by_hand(current, make_routing)

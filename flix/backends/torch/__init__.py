@@ -7,6 +7,8 @@
     loss = model(**batch, flix_features=ids).loss
 """
 
+from typing import Final
+
 from flix.backends import missing as _missing
 
 try:
@@ -28,20 +30,30 @@ from flix.backends.torch.tenants import Tenants
 from flix.backends.verbs import Verbs
 from flix.core.adapter.summary import Summary
 
-verbs = Verbs(primitives)
-adapt, trainable_parameters, summary = verbs.adapt, verbs.trainable_parameters, verbs.summary
-add_feature, remove_feature, rename_feature = (
-    verbs.add_feature,
-    verbs.remove_feature,
-    verbs.rename_feature,
-)
-save, load, load_into, to_adapter = verbs.save, verbs.load, verbs.load_into, verbs.to_adapter
-push = verbs.push
-load_features, import_peft, named_pairs = verbs.load_features, verbs.import_peft, verbs.named_pairs
-freeze, thaw, disable = verbs.freeze, verbs.thaw, verbs.disable
-merge, merge_in_place, unmerge = verbs.merge, verbs.merge_in_place, verbs.unmerge
-search_weights = verbs.search_weights
-export_peft, export_peft_all = verbs.export_peft, verbs.export_peft_all
+verbs: Final = Verbs(primitives)
+adapt: Final = verbs.adapt
+trainable_parameters: Final = verbs.trainable_parameters
+summary: Final = verbs.summary
+add_feature: Final = verbs.add_feature
+remove_feature: Final = verbs.remove_feature
+rename_feature: Final = verbs.rename_feature
+save: Final = verbs.save
+load: Final = verbs.load
+load_into: Final = verbs.load_into
+to_adapter: Final = verbs.to_adapter
+push: Final = verbs.push
+load_features: Final = verbs.load_features
+import_peft: Final = verbs.import_peft
+named_pairs: Final = verbs.named_pairs
+freeze: Final = verbs.freeze
+thaw: Final = verbs.thaw
+disable: Final = verbs.disable
+merge: Final = verbs.merge
+merge_in_place: Final = verbs.merge_in_place
+unmerge: Final = verbs.unmerge
+search_weights: Final = verbs.search_weights
+export_peft: Final = verbs.export_peft
+export_peft_all: Final = verbs.export_peft_all
 
 __all__ = [
     "FlixConv1D",

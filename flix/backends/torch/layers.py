@@ -230,7 +230,8 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
         kwargs: nn.Embedding's (``padding_idx``, ``device``, ``dtype``).
     """
 
-    flix_kind, flix_transposed = "embedding", True
+    flix_kind: str = "embedding"
+    flix_transposed: bool = True
 
     def __init__(
         self,

@@ -51,8 +51,11 @@ class Pager:
     """
 
     def __init__(self, bank: Bank, device: torch.device, budget: int) -> None:
-        self.device, self.budget = device, budget
-        self.resident = self.peak = self.copied = 0
+        self.device: torch.device = device
+        self.budget: int = budget
+        self.resident: int = 0
+        self.peak: int = 0
+        self.copied: int = 0
         self._pages: OrderedDict[int, _Page] = OrderedDict()
         self._bank = bank
         self._lock = threading.RLock()  # threads that serve one model share its pages

@@ -87,7 +87,7 @@ class Tenants:
         refuse_processes()
         registry = self._state.config.registry
         self.model = model
-        self.group = registry.features[registry.ids_of(group)[0]][0]
+        self.group: str = registry.features[registry.ids_of(group)[0]][0]
         self._matrices = matrices
         self._tenants: dict[str, Tenant] = {}
         self._counted: set[str] | None = None

@@ -116,10 +116,14 @@ class Reducer:
     """
 
     def __init__(self, model: nn.Module, state: FlixState, group: Any, automatic: bool) -> None:
-        self.model, self.state, self.automatic = model, state, automatic
-        self.group, self.size = group, dist.get_world_size(group)
-        self.host = host_group(group)
-        self.last, self.total = Traffic(), Traffic()
+        self.model: Any = model
+        self.state: FlixState = state
+        self.automatic: bool = automatic
+        self.group: Any = group
+        self.size: int = dist.get_world_size(group)
+        self.host: Any = host_group(group)
+        self.last: Traffic = Traffic()
+        self.total: Traffic = Traffic()
         self._quiet = 0  # how many no_sync are open
         self._silent = False  # whether the last forward ran in one
         self._wrapped = False  # whether DDP ran it
@@ -128,7 +132,7 @@ class Reducer:
         self._seen: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self._hooks: dict[int, Any] = {}
         self.follow()
-        self.start = agree(described(model, state), self.host)
+        self.start: int = agree(described(model, state), self.host)
         values = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.start += make_equal(list(values.values()), group, self.host)
         model._ddp_params_and_buffers_to_ignore = self._leave_out(model)  # type: ignore[assignment]
