@@ -61,7 +61,9 @@ def _own(
     """
     if blocks is None or len(blocks) > _MOST_BLOCKS:
         union = _union(parts, size, 1, dtype)
-        return union.index_select(0, rows.reshape(-1)).view(*rows.shape, size)
+        # A lookup: to a watched forward, an index_select of as many slots as the batch has rows or tokens looks like
+        # tokens being gathered.
+        return torch.embedding(union, rows)
     # Rows that lack a feature fill up with as many zeros as another: made once, not for each of them.
     zeros = {i: parts[0].new_zeros(-i * size) for i in {*blocks} if i < 0}
     own = [parts[i] if i >= 0 else zeros[i] for i in blocks]
@@ -150,7 +152,7 @@ def _shared(
     """A ``[K, d_in]``, B ``[K, d_out]`` and factors ``[N, K]`` of what all examples are multiplied with."""
     a, b = stack(values, d_in, d_out, dtype)
     if strategy == "single":
-        return a.index_select(0, rows[0]), b.index_select(0, rows[0]), scale
+        return torch.embedding(a, rows[0]), torch.embedding(b, rows[0]), scale
     return a, b, mask(scale, rows, a.shape[0]) if factor is None else factor
 
 

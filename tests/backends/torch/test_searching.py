@@ -123,3 +123,12 @@ def test_mistakes_are_named(given, message):
         search_weights(model, **settings)
     with pytest.raises(TargetError, match="search_weights"):
         search_weights(Net(), {"x": X}, {"task": "ner"})
+
+
+@pytest.mark.parametrize("length", range(5, 15))
+def test_slots_as_many_as_tokens_are_not_taken_for_tokens(length):
+    # The first forward of a model is watched: a lookup among its features' slots is no choice among its tokens.
+    model = made()
+    batch = {"x": torch.randn(1, length, 8), "labels": torch.zeros(1, length, 4)}
+    search_weights(model, batch, {"task": "ner"}, groups=["language"], steps=1)
+    assert model.flix_state.marks == {}
