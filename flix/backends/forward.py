@@ -143,7 +143,7 @@ def by_hand(
 
     @contextmanager
     def route(registry: FeatureRegistry, features: Any, weights: Any = None) -> Iterator[None]:
-        """Run methods of an adapted model other than its call, or adapted layers by hand, under one routing.
+        """Use one routing for methods of an adapted model other than its call, or for adapted layers by hand.
 
         It holds for the thread or asyncio task that entered it.
 

@@ -44,19 +44,19 @@ Updates = Callable[[str], NDArray[np.float64]]
 
 
 class Backend(Protocol):
-    """What every backend gives."""
+    """What every backend provides."""
 
     # Models and their layers.
 
     def check_plain(self, model: Any) -> None:
-        """Refuse what cannot be adapted as a whole: no model of the framework, not built, wrapped already. The message
-        of the TargetError names the way out. An adapted model is refused before it comes here."""
+        """Refuse models that cannot be adapted at all: not a model of the framework, not built, or already wrapped.
+        The message of the TargetError says what to do. Adapted models are refused before this call."""
 
     def layers(self, model: Any) -> Sequence[LayerInfo] | None:
         """Every layer of a plain or adapted model, in the model's order, as the target rules see it.
 
-        A layer that cannot be adapted says why; one that is adapted is reported as what it was. None for an adapted
-        model that holds no kernels, and which any layer may join: JAX's banks.
+        A layer that cannot be adapted says why; an adapted layer is reported as the plain layer that it was. None for
+        an adapted model without kernels, which any layer may join: JAX's banks.
         """
 
     def attach(
@@ -68,8 +68,8 @@ class Backend(Protocol):
             config: the configuration.
             paths: the layers.
             strategy: how their sums are computed.
-            values: gives the pairs that each of them starts with, in float32. They are kept so, whatever the kernels
-                are in; in float64 where kernels are.
+            values: gives the pairs that each layer starts with, in float32. They stay in float32 whatever the
+                kernels' dtype is, except float64, which pairs follow.
 
         Raises:
             TargetError: a layer that cannot be adapted.
@@ -77,7 +77,7 @@ class Backend(Protocol):
         """
 
     def adapted(self, model: Any) -> FlixConfig | None:
-        """An adapted model's configuration; None for whatever is not an adapted model."""
+        """The configuration of an adapted model; None for anything else."""
 
     def shapes(self, model: Any) -> Mapping[str, LayerShape]:
         """Kind and sizes of each adapted layer, in the model's order."""
@@ -85,19 +85,19 @@ class Backend(Protocol):
     # Values.
 
     def read(self, model: Any, features: Collection[Feature] | None = None) -> Pairs:
-        """The pairs of some features, by default of all, as arrays on the host in the dtype that they are kept in.
+        """The pairs of some features (default: all) as arrays on the host, in the dtype in which they are kept.
 
-        They may share memory with the model: whoever keeps or changes them copies them first.
+        They may share memory with the model, so copy them before you keep or change them.
         """
 
     def write(self, model: M, pairs: Pairs) -> M:
-        """Set pairs of features that the model has, in their ranks; values of others stay bit for bit."""
+        """Set pairs of existing features, with their ranks; values of others stay bit for bit."""
 
     def change(self, model: M, change: Change) -> M:
-        """Give the model the configuration and the features that a change says.
+        """Give the model the configuration and the features of a change.
 
-        Kept features keep values, training state and whether they train, bit for bit, under their new names; arriving
-        ones get the change's pairs and train. Layers that become adapted run by the strategy of the others.
+        Kept features keep their values, training state and whether they train, bit for bit, under their new names.
+        New ones get the change's pairs, and train. Layers that become adapted use the strategy of the others.
         """
 
     # Training.
@@ -106,21 +106,21 @@ class Backend(Protocol):
         """The features that do not train."""
 
     def set_frozen(self, model: M, features: Collection[Feature]) -> M:
-        """Let exactly these features train no more, and all others train."""
+        """Freeze exactly these features, and let all others train."""
 
     def parameters(self, model: Any) -> Any:
-        """What an optimizer is to get, in the framework's own form: all that trains."""
+        """Everything that trains, to pass to an optimizer, in the framework's own form."""
 
     def count(self, model: Any) -> Counts:
-        """How many values the model has beside its pairs."""
+        """How many values the model has outside its pairs."""
 
     # Uses.
 
     def switch(self, model: Any, by: int) -> None:
         """Open a :func:`disable` context (1) in this thread or asyncio task, or close one (-1).
 
-        While any is open there, the model is its base: no feature acts, and no routing is needed or looked at, explicit
-        routing of a call included.
+        While any is open there, the model is its base: no feature acts, and routing is neither needed nor read, not
+        even the explicit routing of a call.
 
         Raises:
             TargetError: a model that is never called, such as a bank.
@@ -131,42 +131,42 @@ class Backend(Protocol):
 
         Args:
             active: the composition, for messages of the copy.
-            update: what is added to a layer's kernel, summed in float64 before it is rounded to the kernel's dtype.
+            update: what to add to a layer's kernel; sum in float64 before rounding to the kernel's dtype.
         """
 
 
 class SupportsHeads(Protocol):
-    """Parameters of the base that are trained go with the adapter (:mod:`flix.core.adapter.heads`)."""
+    """Parameters of the base that are trained belong to the adapter (:mod:`flix.core.adapter.heads`)."""
 
     def head_places(self, model: Any) -> Mapping[str, Place]:
-        """The base's parameters by all their names; ``kernel_of`` names layers that are adapted or may be."""
+        """The base's parameters by all their names; ``kernel_of`` names layers that are or can be adapted."""
 
     def heads(self, model: Any, names: Collection[str] | None = None) -> Mapping[str, Head]:
-        """Values of these parameters (default: heads, and those that train) on the host; they are heads from now on."""
+        """Values of these parameters (default: heads, and those that train) on the host; they become heads."""
 
     def put_heads(self, model: M, heads: Mapping[str, Head]) -> M:
-        """Give parameters these values, in the dtypes that the model has them in, and let them train."""
+        """Give parameters these values, in the model's own dtypes, and let them train."""
 
 
 class SupportsBase(Protocol):
-    """The base that an adapter is trained on can be told (:mod:`flix.core.adapter.base`)."""
+    """The base that an adapter is trained on can be identified (:mod:`flix.core.adapter.base`)."""
 
     def base_name(self, model: Any) -> tuple[str | None, str | None]:
-        """What the framework knows of where the base came from: its name or folder, and its revision."""
+        """What the framework knows about the base's origin: its name or folder, and its revision."""
 
     def kernel_samples(self, model: Any, places: Mapping[str, Places]) -> Samples | None:
-        """Values of the base's own kernels ``[d_out, d_in]``, whatever is folded in; None where one cannot be read."""
+        """Values of the base's kernels ``[d_out, d_in]``, nothing folded in; None if one is unreadable."""
 
 
 class SupportsDropout(Protocol):
     """Linear layers hide entries of their input from the features in training (docs/specification.md §1.8)."""
 
     def undropped(self, layers: Mapping[str, LayerShape]) -> Collection[str]:
-        """Those of some layers in which that cannot be done."""
+        """Those of some layers that cannot do this."""
 
 
 class SupportsFolding(Protocol):
-    """A composition can be folded into the kernels of the model itself, and taken out again bit for bit."""
+    """A composition can be folded into the model's own kernels, and removed again bit for bit."""
 
     def fold(self, model: Any, row: Mapping[str, Any], update: Updates) -> None:
         """Add an update to each adapted layer's kernel; the model then takes no routing."""
@@ -175,35 +175,35 @@ class SupportsFolding(Protocol):
         """The row that is folded in, or None."""
 
     def unfold(self, model: Any) -> None:
-        """Give every kernel its own bits back."""
+        """Restore every kernel's own bits."""
 
 
 class SupportsDequantizing(Protocol):
     """Layers whose kernels are quantised are adapted, and can become plain ones."""
 
     def dequantized(self, model: M, active: Composition, update: Updates) -> M:
-        """As ``merged``, with plain layers in the place of quantised ones."""
+        """As ``merged``, with plain layers in place of quantised ones."""
 
 
 class SupportsSearching(Protocol):
-    """The loss of examples under weights can be asked, and its slope (:mod:`flix.backends.verbs.searching`)."""
+    """The loss of examples, and its gradient, can be computed (:mod:`flix.backends.verbs.searching`)."""
 
     def asking(self, model: Any, loss: BatchLoss) -> AbstractContextManager[Ask]:
-        """A way to ask, for which the model is evaluated; afterwards it is as before."""
+        """A context that gives the function; inside, the model is in evaluation mode, and afterwards as before."""
 
 
 class SupportsProcesses(Protocol):
     """Several processes can hold one model's values together."""
 
     def writing(self, model: Any) -> AbstractContextManager[bool]:
-        """Whether this process is the one that writes the model's files; leaving it, all know how it went."""
+        """Whether this process writes the model's files; at the end of the context, all know the outcome."""
 
 
 class SupportsPeft(Protocol):
-    """Layers are named as PEFT names them, so that a composition can be exported as a LoRA."""
+    """Layers have the names that PEFT uses, so that a composition can be exported as a LoRA."""
 
     def peft_facts(self, model: Any) -> PeftFacts:
-        """What the files say of the model."""
+        """What the files say about the model."""
 
 
 def members(protocol: type) -> tuple[str, ...]:

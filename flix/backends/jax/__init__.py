@@ -1,4 +1,4 @@
-"""The JAX backend: pure functions for any JAX program, ``adapt`` for flax.nnx models (docs/specification.md §5.3).
+"""The JAX backend: pure functions for any JAX program, and ``adapt`` for flax.nnx (docs/specification.md §5.3).
 
 ::
 

@@ -57,13 +57,15 @@ def merge_kernels(
     Args:
         config: the configuration.
         bank: ``{path: LayerBank}``.
-        kernels: ``{path: kernel [d_in, d_out]}``; layers that are not adapted are handed back as they are.
+        kernels: ``{path: kernel [d_in, d_out]}``; layers that are not adapted are returned unchanged.
         row: the composition.
-        dequantize: of kernels with a scale (:mod:`flix.backends.jax.quantised`), give plain ones in the scale's dtype.
+        dequantize: turn kernels with a scale (:mod:`flix.backends.jax.quantised`) into plain ones in the scale's
+            dtype.
 
     Raises:
         FeatureError, RoutingError: a row that cannot be encoded, or that activates nothing.
-        TargetError: an adapted layer without a kernel, or with one of other sizes; one that is quantised or a function.
+        TargetError: an adapted layer without a kernel, or with a kernel of other sizes; a kernel that is quantised or
+            a function.
     """
     active, adapter = Shared(primitives).composed("merge_kernels", (config, bank), row)
     result: dict[str, Any] = dict(kernels)

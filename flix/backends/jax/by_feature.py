@@ -34,21 +34,22 @@ def losses_by_feature(
     counts: Any = None,
     registry: FeatureTable | None = None,
 ) -> Array:
-    """The mean loss of each feature of a group, over its own rows: what each would have as its loss alone.
+    """The mean loss of each feature of a group over its own rows, which is the loss that it would have alone.
 
-    The gradient of a row goes to its own feature, at one over that feature's count: differentiate the sum. How many
-    rows others have in the batch changes nothing. Losses that are not finite stay with their feature. Works inside
-    ``jit``, where a row that names two features of the group gives both NaN; outside that is an error.
+    Differentiate the sum. The gradient of a row goes to its own feature, divided by that feature's count, so the
+    number of rows that others have in the batch changes nothing. Losses that are not finite stay with their feature.
+    The function works inside ``jit``; there, a row that names two features of the group gives both NaN, and outside
+    it is an error.
 
     Args:
         losses: ``[batch]`` or ``[batch, length]``, before any mean.
         features: a :class:`flix.Routing`, or ids ``[batch, width]`` or ``[batch, length, width]``.
-        group: the group; each row names one of its features, or none and then counts for nobody.
+        group: the group; each row names one of its features, or none, in which case it counts for nobody.
         counts: how much each loss counts, of the shape of ``losses``; default: 1 each.
-        registry: whose the ids are, where ``features`` is not a Routing.
+        registry: the registry of the ids, if ``features`` is not a Routing.
 
     Returns:
-        ``[n]``, in the order of ``registry.names(group)``; 0 for those for which nothing counts.
+        ``[n]``, in the order of ``registry.names(group)``; 0 for features for which nothing counts.
 
     Raises:
         FeatureError: no such group.
@@ -108,9 +109,9 @@ class FeatureNormState(NamedTuple):
 def clip_by_feature_norm(
     max_norm: float | Mapping[Any, float], model: nnx.Module | None = None
 ) -> optax.GradientTransformation:
-    """Clip the updates of each feature by its own norm over all layers: ``optax.clip_by_global_norm`` for each.
+    """Clip the updates of each feature by its own norm over all layers.
 
-    One feature's large gradient, or one that is not finite, changes no other's.
+    A gradient that is large or not finite changes no other feature's gradient.
 
     Args:
         max_norm: the largest norm, for all features, or by ``(group, name)`` or group; features that a mapping leaves
@@ -169,8 +170,8 @@ def scale_by_feature_rate(
 ) -> optax.GradientTransformation:
     """Scale each feature's updates by its own learning rate, negated, at its own count of steps.
 
-    It stands last in a chain, where ``optax.scale_by_learning_rate`` would stand; under :func:`mask_absent`,
-    ``FlixOptimizer`` or :func:`sparse_update`, a feature's schedule advances with its own steps alone::
+    Put it last in a chain, in place of ``optax.scale_by_learning_rate``. Under :func:`mask_absent`, ``FlixOptimizer``
+    or :func:`sparse_update`, a feature's schedule advances only with its own steps::
 
         tx = optax.chain(
             clip_by_feature_norm(1.0),
@@ -179,10 +180,11 @@ def scale_by_feature_rate(
         )
 
     Args:
-        rate: a learning rate or an optax schedule, for all features, or by ``(group, name)`` or group; every feature
-            needs one.
+        rate: a learning rate or an optax schedule for all features, or one by ``(group, name)`` or group; every
+            feature needs one.
         model: the adapted nnx model whose state is optimized; not needed for banks.
-        steps: after how many steps features stop, and keep their bits; those that a mapping leaves out do not.
+        steps: the number of steps after which features stop and keep their bits; features that a mapping leaves out
+            do not stop.
 
     Raises:
         ConfigError: on use, a feature without a rate, a rate that is not finite, or parameters that are no tables.

@@ -15,10 +15,10 @@ Params = dict[str, Array]
 
 
 def export_fn(model: nnx.Module) -> tuple[Callable[..., Any], Params]:
-    """The model as ``function(params, inputs, ids, weights=None)``, and its present ``params``.
+    """The model as ``function(params, inputs, ids, weights=None)``, and its current ``params``.
 
-    ``jax.export`` can serialise neither nnx states nor dictionaries whose keys are numbers (``nnx.List`` has them);
-    here parameters are a flat dictionary by path. Routing is an input like any other::
+    ``jax.export`` cannot serialise nnx states, or dictionaries whose keys are numbers (``nnx.List`` has them). So
+    here, parameters are a flat dictionary by path. Routing is an input like any other::
 
         function, params = export_fn(model)
         (b,) = jax.export.symbolic_shape("b")              # a batch of any size
@@ -28,8 +28,8 @@ def export_fn(model: nnx.Module) -> tuple[Callable[..., Any], Params]:
         blob = exported.serialize()                        # elsewhere, without flix: jax.export.deserialize(blob)
 
     The function runs a copy of the model in evaluation mode (no dropout, statistics as they are); it can be compiled,
-    differentiated and mapped like any other. Values of ids are not known when it is compiled: a row with an id that is
-    no feature's, or a removed one's, gives NaN. Random streams of the model are not parameters.
+    differentiated and mapped like any other. The values of ids are not known when it is compiled, so a row with an id
+    of no feature, or of a removed one, gives NaN. Random streams of the model are not parameters.
 
     Args:
         model: an adapted model; it is not changed.

@@ -50,17 +50,17 @@ def linear(
 
     Args:
         x: ``[B, ..., d_in]``; under ``vmap`` over rows ``[S, d_in]`` or ``[d_in]``.
-        kernel: ``[d_in, d_out]``; a quantised one is ``{"kernel": integers, "scale": floats}`` or a function that gives
-            ``[B, ..., d_out]`` for x (:mod:`flix.backends.jax.quantised`).
+        kernel: ``[d_in, d_out]``; a quantised kernel is ``{"kernel": integers, "scale": floats}``, or a function that
+            returns ``[B, ..., d_out]`` for x (:mod:`flix.backends.jax.quantised`).
         layer: the layer's bank.
         ids: int ``[B, W]`` or ``[B, T, W]`` (per token); under ``vmap`` over rows ``[W]``.
         weights: float in the shape of ids; default 1.
         bias: ``[d_out]`` or None.
         strategy: ``"auto"`` (from shapes and the device alone), ``"gather"``, ``"masked"``, ``"single"``, or
             ``"fused"``, Pallas kernels for a GPU or TPU (embeddings gather).
-        lora_dropout: with which probability an entry of x is hidden from the features: ``config.lora_dropout`` in
+        lora_dropout: the probability that an entry of x is hidden from the features: ``config.lora_dropout`` in
             training, 0 otherwise.
-        key: a key of ``jax.random`` for the mask, one for each layer and step; needed where the rate is not 0.
+        key: a key of ``jax.random`` for the mask, one for each layer and step; needed if the rate is not 0.
 
     Returns:
         ``[B, ..., d_out]``, in the dtype of x W.
@@ -87,7 +87,7 @@ def linear_rows(
     lora_dropout: float = 0.0,
     key: Array | None = None,
 ) -> Array:
-    """:func:`linear` over rows made by :func:`gather`; ``present`` says whose they are.
+    """:func:`linear` over rows from :func:`gather`; ``present`` says to which features they belong.
 
     An id that is not among ``present`` gives NaN in its row.
     """
@@ -110,7 +110,7 @@ def embed(
         tokens: int ``[B, ...]``.
         table: ``[vocabulary, d_out]``, or as :func:`linear` takes a quantised kernel.
         layer: the bank of a layer of kind "embedding".
-        ids, weights, strategy: as for :func:`linear`, and so what is raised.
+        ids, weights, strategy: as for :func:`linear`, with the same errors.
 
     Returns:
         ``[B, ..., d_out]``.
@@ -128,7 +128,7 @@ def embed_rows(
     *,
     strategy: str = "auto",
 ) -> Array:
-    """:func:`embed` over rows made by :func:`gather`."""
+    """:func:`embed` over rows from :func:`gather`."""
     routing = _routing("embed_rows", rows, LayerRows, ids, weights, present)
     return _embed(tokens, table, rows, routing, strategy)
 
@@ -259,13 +259,13 @@ def add_update(
 
 
 def touched(ids: Any, features: int, size: int | None = None) -> Array:
-    """The features that a batch activates, ascending; the place of one that is not there holds ``features``.
+    """The features that a batch activates, in ascending order; unused places contain ``features``.
 
     Args:
         ids: int ids of any shape; negative ones are padding.
         features: the number of registered features, ``len(config.registry)``.
-        size: the length of the result; default: what any such ids need, ``min(ids.size, features)``. A smaller one, for
-            per-token ids, is possible where the ids are known (on the host, before the compiled step).
+        size: the length of the result; default: enough for any such ids, ``min(ids.size, features)``. For per-token
+            ids you can pass a smaller size if the ids are known (on the host, before the compiled step).
 
     Returns:
         int32 ``[size]``.
@@ -290,11 +290,11 @@ def touched(ids: Any, features: int, size: int | None = None) -> Array:
 
 
 def gather(bank: Bank, present: Array) -> Rows:
-    """The rows of some features out of a bank: a pytree to take gradients with respect to.
+    """The rows of some features in a bank, as a pytree for differentiation.
 
     Args:
         bank: ``{path: LayerBank}``.
-        present: ids of features, ascending, as :func:`touched` gives them.
+        present: ids of features in ascending order, as :func:`touched` returns them.
 
     Returns:
         ``{path: LayerRows}``.
@@ -308,7 +308,7 @@ def gather(bank: Bank, present: Array) -> Rows:
 
 
 def scatter(bank: Bank, rows: Rows, present: Array) -> Bank:
-    """The bank with these features' rows in place of its own; every other row keeps its bits.
+    """The bank with these rows in place of its own; every other row keeps its bits.
 
     Args:
         bank: ``{path: LayerBank}``.

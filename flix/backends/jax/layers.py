@@ -33,7 +33,7 @@ from flix.core.errors import TargetError
 
 
 class FlixParam(nnx.Param[Any]):
-    """A table of low-rank pairs; ``nnx.Optimizer(model, tx, wrt=FlixParam)`` trains these alone."""
+    """A table of low-rank pairs; ``nnx.Optimizer(model, tx, wrt=FlixParam)`` trains only these."""
 
 
 class FlixLayer(Carrying):
@@ -164,7 +164,7 @@ class FlixLinearGeneral(FlixLayer, nnx.LinearGeneral):
 
 
 class FlixEinsum(FlixLayer, nnx.Einsum):
-    """nnx.Einsum, adapted, where its equation is a linear map of the input with one kernel matrix."""
+    """nnx.Einsum, adapted, if its equation is a linear map of the input with one kernel matrix."""
 
     kernel = bypassed.Kernel()
 
@@ -189,7 +189,7 @@ class FlixEinsum(FlixLayer, nnx.Einsum):
 
 
 class FlixEmbed(FlixLayer, nnx.Embed):
-    """nnx.Embed, adapted: tokens ``[B, ...]`` to ``[B, ..., d_out]``; ``attend`` reads the base's table alone."""
+    """nnx.Embed, adapted: tokens ``[B, ...]`` to ``[B, ..., d_out]``; ``attend`` reads only the base's table."""
 
 
 class FlixAround(FlixLayer):

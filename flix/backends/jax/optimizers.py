@@ -98,11 +98,12 @@ def _present(updates: Any, ids: Any, specs: Any) -> Array:
 def mask_absent(
     inner: optax.GradientTransformation, model: nnx.Module | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """An optax optimizer that leaves features absent from the batch bit-identical, its state for them included.
+    """An optax optimizer that keeps absent features, and its state for them, bit-identical.
 
     A feature is present if the update is told so, ``update(grads, state, params, flix_features=ids)`` (through
-    ``nnx.Optimizer``: ``optimizer.update(model, grads, flix_features=ids)``), or else if any gradient of it is not
-    zero. State that belongs to no one parameter, such as Adam's step count or a schedule's, goes on with every step.
+    ``nnx.Optimizer``: ``optimizer.update(model, grads, flix_features=ids)``), or else if any of its gradients is not
+    zero. State that belongs to no single parameter, such as the step count of Adam or of a schedule, advances with
+    every step.
 
     Args:
         inner: the optimizer; its state for a parameter must have the parameter's leading axis (Adam, SGD, Lion and
@@ -110,7 +111,7 @@ def mask_absent(
         model: the adapted nnx model whose state is optimized; not needed for banks.
 
     Raises:
-        ConfigError: on use, parameters without tables, or a state of another shape.
+        ConfigError: on use, parameters that have no tables, or a state of another shape.
     """
     specs = {} if model is None else specs_of(model)
     transforms.check(inner, "mask_absent")
@@ -263,14 +264,14 @@ def sparse_update(
     present: Array,
     **extra: Any,
 ) -> tuple[Bank, Any]:
-    """One optimizer step on the rows of a batch's features; the cost does not grow with the features registered.
+    """One optimizer step on the rows of a batch's features; the cost does not grow with registered features.
 
     Every other row of the bank and of the optimizer's state keeps its bits. Under ``jit``, donate ``bank`` and
     ``state``, so that they are changed in place.
 
     Args:
         tx: an optax optimizer; ``state`` was made by ``tx.init(bank)``.
-        grads: gradients with respect to the rows that :func:`gather` gave.
+        grads: gradients with respect to the rows from :func:`gather`.
         state: the optimizer's state.
         bank: the bank.
         present: the features, as for :func:`gather`.
@@ -298,10 +299,10 @@ class FeatureAdamState(NamedTuple):
 def scale_by_feature_adam(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
 ) -> optax.GradientTransformation:
-    """Adam with a step count of its own for every row, so that a feature's bias correction counts its own steps.
+    """Adam with a step count for every row, so that a feature's bias correction counts its own steps.
 
-    With one count for all, a feature first seen late would take steps up to three times too long. torch counts by
-    parameter too: under :func:`mask_absent` or :func:`sparse_update` the two agree.
+    With one count for all, a feature that is first seen late would take steps up to three times too long. torch also
+    counts by parameter: under :func:`mask_absent` or :func:`sparse_update`, the two agree.
     """
 
     def init(params: Any) -> FeatureAdamState:

@@ -30,7 +30,7 @@ from flix.core.features.registry import Feature, FeatureRegistry
 
 @dataclass(frozen=True, eq=False)
 class LayerSpec:
-    """What is fixed about an adapted layer. Compared by value, hashed once: it is part of every jit cache key.
+    """The static facts about an adapted layer. Compared by value and hashed once; part of every jit cache key.
 
     Attributes:
         path: the layer's path.
@@ -38,7 +38,7 @@ class LayerSpec:
         layout: ranks and scales of all features, by id.
         registry: the features.
         frozen: ids of features that do not train.
-        lead: the sizes of the axes in front of the tables, of layers that are stacked; else empty.
+        lead: for stacked layers, the sizes of the axes in front of the tables; else empty.
         stack: the paths of these layers, in the order of the axes.
     """
 
@@ -108,7 +108,7 @@ class LayerSpec:
 
     @property
     def rows(self) -> int:
-        """P, the rows of the tables."""
+        """P, the number of rows of the tables."""
         return self.layout.rows
 
     @property
@@ -117,13 +117,13 @@ class LayerSpec:
         return self.layout.widest
 
     def row_range(self, feature: Feature) -> slice:
-        """Where a feature's rows stand in the tables."""
+        """The range of a feature's rows in the tables."""
         return self.layout.span(self.registry.id(*feature))
 
     def pairs(
         self, a: Any, b: Any, features: Iterable[Feature] | None = None
     ) -> dict[Feature, Any]:
-        """(A_f, B_f) of some features, by default of all, as slices of tables; without those of rank 0."""
+        """(A_f, B_f) of some features (default: all) as slices of tables, without features of rank 0."""
         registry = self.registry
         ids = None if features is None else [registry.id(*feature) for feature in features]
         return {registry.features[i]: pair for i, pair in self.layout.pairs(a, b, ids).items()}
@@ -136,8 +136,8 @@ class LayerBank:
 
     Attributes:
         A: ``[P, d_in]``, A_f of every feature, stacked in the order of the ids.
-        B: ``[P, d_out]``, B_f transposed, stacked likewise.
-        spec: what is fixed.
+        B: ``[P, d_out]``, B_f transposed, stacked in the same way.
+        spec: the static facts.
     """
 
     A: Array
@@ -163,11 +163,11 @@ class LayerBank:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["A", "B"], meta_fields=["spec"])
 @dataclass(frozen=True)
 class LayerRows:
-    """The rows of a batch's features, gathered out of a :class:`LayerBank`: what gradients are taken with respect to.
+    """The rows of a batch's features, gathered from a :class:`LayerBank`, for differentiation.
 
     Attributes:
         A: ``[U * R, d_in]`` for U features and the layer's largest rank R; rows above a feature's rank are zero.
-        B: ``[U * R, d_out]`` likewise.
+        B: ``[U * R, d_out]``, in the same way.
         spec: the bank's.
     """
 
@@ -194,9 +194,9 @@ def init(config: FlixConfig, layers: Mapping[str, Sizes], *, dtype: Any = jnp.fl
     """The bank of a model: initial pairs of every feature in every layer.
 
     Args:
-        config: the configuration; its targets are not consulted, the layers are those given.
+        config: the configuration; its targets are ignored, because the layers are given.
         layers: ``{path: (d_in, d_out)}``; ``(vocabulary, d_out, "embedding")`` for embeddings.
-        dtype: of the pairs.
+        dtype: the dtype of the pairs.
 
     Returns:
         ``{path: LayerBank}``, a pytree of arrays.

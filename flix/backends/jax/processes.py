@@ -46,16 +46,17 @@ def described(model: Any) -> dict[str, Any]:
 
 
 def check_processes(model: Any) -> None:
-    """See, before the first step, that all processes of ``jax.distributed`` train the same: each calls this.
+    """Check that all processes of ``jax.distributed`` train the same; each calls this before the first step.
 
-    Compared are the registry, the configuration, the adapted layers, the frozen features, and the base's parameters by
-    name and shape: digests of 32 bytes are exchanged, and only where they differ the rest. One process checks nothing.
+    It compares the registry, the configuration, the adapted layers, the frozen features, and the base's parameters by
+    name and shape. The processes exchange digests of 32 bytes, and everything else only if these differ. A single
+    process checks nothing.
 
     Args:
         model: an adapted nnx model.
 
     Raises:
-        ConfigError: in every process, if they differ: in what, and which.
+        ConfigError: the processes differ; raised in every process, with the differences and the processes named.
         TargetError: the model is not adapted.
     """
     require_adapted(model, "check_processes")
@@ -127,23 +128,24 @@ def writing(model: Any) -> Iterator[bool]:
 
 
 def shard_features(model: Any, mesh: Mesh, axis: str) -> Any:
-    """Spread the features of an adapted nnx model over an axis of a mesh: each device holds 1/n of every table's slots.
+    """Spread the features of an adapted nnx model over an axis of a mesh; each device holds 1/n of the slots.
 
-    The axis may be one of the mesh's other axes, too, if no table is sharded along it. How a table lies along its other
-    axis (:func:`shard`, or by its kernel) stays. An optimizer made afterwards keeps its state in the same places. Sums
-    are those of whole tables; the compiler gathers the rows that a batch uses. Do it again after features were added or
-    removed.
+    The axis may also be used for something else, as long as no table is sharded along it. The placement of a table
+    along its other axis (:func:`shard`, or by its kernel) stays. An optimizer that you make afterwards keeps its
+    state in the same places. Sums are those of whole tables; the compiler gathers the rows that a batch uses. Call it
+    again after features were added or removed.
 
     Args:
         model: an adapted nnx model; it is changed in place.
-        mesh: the mesh that its kernels lie on, of one process or several.
+        mesh: the mesh of its kernels, of one or several processes.
         axis: the axis.
 
     Returns:
         The model.
 
     Raises:
-        ConfigError: no such axis; a layer whose slots are no multiple of its size, or that lies on another mesh.
+        ConfigError: no such axis; a layer whose number of slots is not a multiple of its size, or that is on another
+            mesh.
         TargetError: the model is not adapted.
     """
     require_adapted(model, "shard_features")

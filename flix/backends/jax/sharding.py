@@ -19,13 +19,13 @@ def partition_specs(
     *,
     features: str | None = None,
 ) -> dict[str, LayerBank]:
-    """PartitionSpecs of a bank, from those of the kernels: A ``(features, in)``, B ``(features, out)``.
+    """The PartitionSpecs of a bank, made from those of the kernels: A ``(features, in)``, B ``(features, out)``.
 
     Args:
         bank: ``{path: LayerBank}``.
         kernels: the spec of every kernel ``[d_in, d_out]``, or one by layer.
-        features: a mesh's axis to spread the slots of the tables over, which no kernel is sharded along; None to have
-            them whole on every device.
+        features: an axis of the mesh, along which no kernel is sharded, over which to spread the slots of the tables;
+            None keeps them whole on every device.
 
     Returns:
         The bank's structure with a PartitionSpec in place of each array.
@@ -57,10 +57,10 @@ def shard(
     *,
     features: str | None = None,
 ) -> Bank:
-    """The bank, placed on a mesh of one process or several: :func:`partition_specs` applied.
+    """Place a bank on a mesh of one or several processes, by :func:`partition_specs`.
 
     Raises:
-        ConfigError: as there; and slots that the features' axis cannot share equally.
+        ConfigError: as for that function; and slots that the features' axis cannot divide equally.
     """
     specs = partition_specs(bank, kernels, features=features)
     if features is not None:

@@ -29,7 +29,7 @@ class SparseGrads:
     """Gradients of the rows of a batch's features.
 
     Attributes:
-        present: the features, as ``touched`` gives them.
+        present: the features, as ``touched`` returns them.
         rows: the pure state of the model's parameters, with rows ``[U * R, ...]`` in place of each table.
     """
 
@@ -40,26 +40,28 @@ class SparseGrads:
 def value_and_grad(
     loss: Callable[..., Any], *, wrt: Any = FlixParam, has_aux: bool = False
 ) -> Callable[..., Any]:
-    """``nnx.value_and_grad`` for adapted models, at a cost that does not grow with the features registered.
+    """``nnx.value_and_grad`` for adapted models; the cost does not grow with registered features.
 
-    The gradient is taken with respect to the rows of the batch's features alone::
+    The gradient is taken only with respect to the rows of the batch's features::
 
         value, grads = value_and_grad(loss)(model, ids, x, y)      # loss(model, ids, x, y)
         optimizer.update(model, grads)                             # a FlixOptimizer
 
     Under ``nnx.jit(step, donate_argnums=(0, 1))``, with (model, optimizer) first, the tables are changed in place;
-    without donation every step copies them, however few of their rows it changes. Works inside
-    ``nnx.jit`` and outside. Random streams and statistics that the loss changes are changed in the model.
+    without donation, every step copies them, however few rows it changes. The function works inside and outside
+    ``nnx.jit``. If the loss changes random streams or statistics, they change in the model.
 
     Args:
-        loss: ``loss(model, ids, *args, **kwargs)``; it routes the model by these ids, ``model(x, flix_features=ids)``.
-            Other features than those of ids give NaN. Of a :class:`flix.Routing`, features whose weights are 0 are
-            absent; of ids, all that are listed are there, whatever weights the loss gives them.
-        wrt: the filter of what is differentiated; with ``nnx.Any(FlixParam, ...)``, other parameters whole.
+        loss: ``loss(model, ids, *args, **kwargs)``; it must pass these ids to the model, ``model(x,
+            flix_features=ids)``. Features that are not among the ids give NaN. In a :class:`flix.Routing`, features
+            with weight 0 are absent. In plain ids, all listed features are present, whatever weights the loss gives
+            them.
+        wrt: the filter for what to differentiate; with ``nnx.Any(FlixParam, ...)``, other parameters are
+            differentiated as a whole.
         has_aux: the loss returns ``(value, aux)``.
 
     Returns:
-        A function of (model, ids, ...) that gives the value (or ``(value, aux)``) and :class:`SparseGrads`.
+        A function of (model, ids, ...) that returns the value (or ``(value, aux)``) and :class:`SparseGrads`.
 
     Raises:
         TargetError: on use, a model that is not adapted.
@@ -95,15 +97,15 @@ def value_and_grad(
 
 
 class FlixOptimizer(nnx.Optimizer):  # type: ignore[type-arg]
-    """An ``nnx.Optimizer`` that leaves features absent from the batch, and frozen ones, bit-identical.
+    """An ``nnx.Optimizer`` that keeps absent and frozen features bit-identical.
 
-    Its gradients are those of :func:`value_and_grad` (then a step costs what the batch's features cost), or nnx's own.
-    After ``add_feature`` make a new one.
+    It takes the gradients of :func:`value_and_grad` (then a step costs what the batch's features cost), or nnx's own.
+    Make a new optimizer after ``add_feature``.
 
     Args:
         model: an adapted model.
         tx: an optax optimizer; :func:`flix.backends.jax.adamw` counts Adam's steps by feature.
-        wrt: what is trained; default: the adapters alone.
+        wrt: what to train; default: only the adapters.
 
     Raises:
         TargetError: the model is not adapted.
@@ -122,9 +124,9 @@ class FlixOptimizer(nnx.Optimizer):  # type: ignore[type-arg]
 
         Args:
             model: the model.
-            grads: :class:`SparseGrads`, or the state that ``nnx.grad`` gives.
-            kwargs: of the optimizer's update; with nnx's gradients also ``flix_features=ids``, the batch's ids, without
-                which a feature counts as present if any gradient of it is not zero.
+            grads: :class:`SparseGrads`, or the state that ``nnx.grad`` returns.
+            kwargs: arguments of the optimizer's update. With nnx's gradients, also pass ``flix_features=ids``, the
+                batch's ids; without them, a feature counts as present if any of its gradients is not zero.
         """
         params = nnx.as_pure(nnx.state(model, self.wrt))
         state = nnx.as_pure(self.opt_state)

@@ -1,11 +1,11 @@
-"""Keras 3 on JAX, torch or TensorFlow: the adapted layers, written with ``keras.ops`` (docs/specification.md §5.4)::
+"""Keras 3 on JAX, torch or TensorFlow: adapted layers written with ``keras.ops`` (docs/specification.md §5.4)::
 
     from flix.backends.keras import adapt            # under KERAS_BACKEND=jax, torch or tensorflow
     model = adapt(keras_model, config)
     model.compile(optimizer, loss)
     model.fit({"inputs": x, "flix_features": ids}, y)
 
-Where Keras runs on TensorFlow, this is :mod:`flix.backends.tensorflow`.
+If Keras runs on TensorFlow, this is :mod:`flix.backends.tensorflow`.
 """
 
 from importlib import import_module as _import

@@ -36,7 +36,7 @@ def _by_state(name: str) -> Any:
     return property(
         get,
         put,
-        doc=f"Keras's ``{name}``: None until it is compiled; one of its own while the model is off.",
+        doc=f"Keras's ``{name}``: None until it is compiled; a separate one while it is disabled.",
     )
 
 
@@ -47,20 +47,20 @@ def _off(model: Any) -> bool:
 
 @register
 class FlixModel(engine.Extras, keras.Model):  # type: ignore[misc,name-defined]
-    """An adapted model: the base model, called with routing beside its inputs.
+    """An adapted model: the base model, called with routing in addition to its inputs.
 
-    It is called with a dictionary (a Keras model drops tensors passed as keywords when it is built from symbols)::
+    Call it with a dictionary, because a Keras model that is built from symbols drops tensors passed as keywords::
 
         model({"inputs": x, "flix_features": ids})                       # ids int [B, W] or [B, T, W]
         model({"inputs": x, "flix_features": ids, "flix_weights": w})
         model({"tokens": t, "positions": p, "flix_features": ids})       # the base's own named inputs
 
-    ``fit``, ``evaluate``, ``predict``, ``save("m.keras")`` and ``export`` work as for any model; ``compile`` sees to it
-    that the optimizer moves only the features of the batch (:func:`~flix.backends.tensorflow.keep_absent`).
+    ``fit``, ``evaluate``, ``predict``, ``save("m.keras")`` and ``export`` work as for any model; ``compile`` makes
+    the optimizer move only the features of the batch (:func:`~flix.backends.tensorflow.keep_absent`).
 
     Attributes:
         base: the model that was adapted.
-        flix_state: what the model knows of itself, which its layers share.
+        flix_state: what flix stores on the model; its layers share it.
     """
 
     def __init__(self, base: Any, config: FlixConfig, **kwargs: Any) -> None:
@@ -84,7 +84,7 @@ class FlixModel(engine.Extras, keras.Model):  # type: ignore[misc,name-defined]
 
     @property
     def output_names(self) -> Any:
-        """The base's, by which losses and metrics may be given; missing where the base has none."""
+        """The base's output names, for losses and metrics by name; missing if the base has none."""
         return self.base.output_names
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
@@ -96,7 +96,7 @@ class FlixModel(engine.Extras, keras.Model):  # type: ignore[misc,name-defined]
         raise messages.changed_kernel("quantize", f"model {self.name!r}")
 
     def build(self, input_shape: Any = None) -> None:
-        """The base is built already."""
+        """Does nothing, because the base is already built."""
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """keras.Model's call; routing may also be a :class:`flix.Routing` or a nested list."""
@@ -128,11 +128,11 @@ class FlixModel(engine.Extras, keras.Model):  # type: ignore[misc,name-defined]
     def compile(self, *args: Any, jit_compile: Any = "auto", **kwargs: Any) -> None:
         """keras.Model.compile, with an optimizer that leaves absent features as they are.
 
-        ``jit_compile="auto"`` means with JAX's compiler, and without TensorFlow's, which writes a whole variable where
-        some rows are updated.
+        ``jit_compile="auto"`` uses JAX's compiler but not TensorFlow's, which writes a whole variable to update some
+        rows.
 
         Raises:
-            ConfigError: ``jit_compile=True`` on torch, whose compiler loses what a forward runs under.
+            ConfigError: ``jit_compile=True`` on torch, whose compiler loses the routing.
         """
         jit = engine.compiled(jit_compile)
         self.supports_jit = bool(jit)  # Keras would drop what was asked for
@@ -148,15 +148,15 @@ class FlixModel(engine.Extras, keras.Model):  # type: ignore[misc,name-defined]
                 self.optimizer.build(self.trainable_variables)
 
     def call(self, inputs: Any, training: Any = None) -> Any:
-        """The base model's output, each row under its own composition.
+        """The base model's output, with each row's own composition.
 
         Args:
-            inputs: a dictionary with ``"flix_features"``, perhaps ``"flix_weights"``, and either ``"inputs"`` or
-                the base's own named inputs. Anything else is the base's input; ``route`` then has the routing.
+            inputs: a dictionary with ``"flix_features"``, optionally ``"flix_weights"``, and either ``"inputs"`` or
+                the base's own named inputs. Anything else is the base's input; the routing then comes from ``route``.
             training: whether the model trains.
 
         Raises:
-            RoutingError: no routing, or routing that breaks a rule; the row is named.
+            RoutingError: no routing, or routing that breaks a rule; the error names the row.
         """
         own, features, weights = split_inputs(inputs, self.base)
         leaves = [x for x in keras.tree.flatten(own) if x is not None]
@@ -185,10 +185,10 @@ class FlixModel(engine.Extras, keras.Model):  # type: ignore[misc,name-defined]
         return bypassed.run(self, own, training, lambda: flix_layers(self.base))
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
-        """The base's layers pass their masks on themselves."""
+        """None: the base's layers pass on their masks themselves."""
 
     def get_config(self) -> dict[str, Any]:
-        """Keras's hook: the plain base, and what it takes to adapt it again."""
+        """Keras's hook: the plain base, and what is needed to adapt it again."""
         layers = list(flix_layers(self.base))
         with plain(layer for _, layer in layers):
             base = keras.saving.serialize_keras_object(self.base)

@@ -233,10 +233,11 @@ class FlixDense(FlixLayer, WatchedKernel, layers.Dense):  # type: ignore[misc]
 class FlixEinsumDense(FlixLayer, WatchedKernel, layers.EinsumDense):  # type: ignore[misc]
     """A frozen EinsumDense layer plus each row's own sum of low-rank updates, before the activation.
 
-    The kernel counts as a matrix ``[d_in, d_out]``: the axes that it shares with the input, in the kernel's order
-    and flattened row by row, then the axes that it shares with the output, likewise. For attention's query
-    ``"abc,cde->abde"`` that is ``[c, d * e]``, for its output ``"abcd,cde->abe"`` ``[c * d, e]``: heads first, as in
-    other frameworks' two-dimensional kernels. Arguments are those of :class:`FlixLayer`.
+    The kernel counts as a matrix ``[d_in, d_out]``. First come the axes that it shares with the input, in the
+    kernel's order and flattened row by row, and then, in the same way, the axes that it shares with the output. For
+    the query of attention, ``"abc,cde->abde"``, that is ``[c, d * e]``, and for its output, ``"abcd,cde->abe"``, it
+    is ``[c * d, e]``, with heads first, as in other frameworks' two-dimensional kernels. Arguments are those of
+    :class:`FlixLayer`.
 
     Attributes:
         flix_map: the equation as a linear map.

@@ -16,23 +16,24 @@ Optimizer = TypeVar("Optimizer", bound=keras.optimizers.Optimizer)
 
 
 def keep_absent(optimizer: Optimizer, whole: bool = False) -> Optimizer:
-    """Make a Keras optimizer, in place, leave the features absent from a batch as they are, bit by bit.
+    """Change a Keras optimizer, in place, so that it keeps features that are absent from a batch bit for bit.
 
-    ``compile`` of an adapted model does this, and an optimizer that is built for features' tables does it by itself:
-    in loops written by hand, and in models around an adapted one or with flix layers of their own. By hand::
+    ``compile`` of an adapted model does this. An optimizer that is built for features' tables elsewhere does it by
+    itself: in loops of your own, in models around an adapted one, and in models with flix layers. By hand::
 
         optimizer = keep_absent(keras.optimizers.AdamW(1e-3))
 
     Args:
-        optimizer: any Keras optimizer; of one that wraps others (loss scaling, several optimizers), those inside.
-        whole: compute on whole tables and keep the rows in use, instead of on these rows alone: what XLA, whose
-            sizes are fixed, compiles well. Gradient accumulation always does, and so do JAX and torch.
+        optimizer: any Keras optimizer; if it wraps others (loss scaling, several optimizers), those inside are
+            changed.
+        whole: compute on whole tables and keep the rows in use, instead of computing only on these rows. XLA, with
+            its fixed sizes, compiles this well. Gradient accumulation, JAX and torch always do it.
 
     Returns:
         The same optimizer.
 
     Raises:
-        ConfigError: no Keras optimizer, or one with ``use_ema=True``.
+        ConfigError: not a Keras optimizer, or one with ``use_ema=True``.
     """
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ConfigError(f"keep_absent needs a Keras optimizer, got {optimizer!r}")

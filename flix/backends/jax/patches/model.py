@@ -28,7 +28,7 @@ _making = threading.Lock()
 
 
 class RoutedModel(Carrying):
-    """What adapted models have over their own class; ``isinstance(model, RoutedModel)`` tells them."""
+    """What adapted models have in addition to their own class; ``isinstance(model, RoutedModel)`` recognises them."""
 
     flix_state: Any
     flix_depth: int
