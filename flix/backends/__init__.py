@@ -82,8 +82,9 @@ def check(module: ModuleType, name: str) -> None:
 
     if missing := lacking(getattr(module, "primitives", None)):
         raise IncompleteBackendError(
-            f"the backend {name!r} ({module.__name__}) lacks the primitives {', '.join(missing)}: its attribute "
-            "'primitives' has every member of flix.backends.protocol.Backend; see docs/write-a-backend.md"
+            f"the backend {name!r} ({module.__name__}) lacks the primitives {', '.join(missing)}: "
+            "its attribute 'primitives' must have every member of flix.backends.protocol.Backend; "
+            "see docs/write-a-backend.md"
         )
 
 

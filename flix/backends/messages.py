@@ -27,11 +27,11 @@ def adapted_already() -> TargetError:
 
 def undropped(rate: float, paths: Collection[str] | None) -> ConfigError:
     """``lora_dropout`` where it cannot act (docs/specification.md §1.8): in these layers, or (None) in this backend."""
-    why = "this backend's layers have none"
+    why = "the layers of this backend do not support it"
     if paths is not None:
-        why = f"the low-rank maps of {listed(paths, 3)} can have none (experts; nor have PEFT's)"
+        why = f"{listed(paths, 3)} do not support it (they are experts, and those of PEFT do not either)"
     return ConfigError(
-        f"lora_dropout={rate:g}, dropout on the low-rank path, cannot act: {why}; "
+        f"lora_dropout={rate:g}, dropout on the low-rank path, is not possible: {why}; "
         + ("leave them out (exclude_modules), or " if paths is not None else "")
         + "set lora_dropout=0"
     )
@@ -74,9 +74,11 @@ def kept_by_a_cache(path: str, call: str) -> RoutingError:
         call: how this framework's layers are called with routing.
     """
     return RoutingError(
-        f"layer {path!r} runs inside of a function that is compiled by itself (jit, checkpoint, scan, cond, ...), and its "
-        "cache would keep the routing of this call for later ones. Hand the module in as an argument (nnx.jit, nnx.remat, "
-        "nnx.scan, ...), or its routing: layer(x, flix_features=ids); or compile the whole call of the model, "
+        f"layer {path!r} runs inside a function that is compiled by itself (jit, checkpoint, "
+        f"scan, cond, ...), and its "
+        "cache would keep the routing of this call for later ones. Pass the module as an "
+        "argument (nnx.jit, nnx.remat, nnx.scan, ...), or pass its routing: layer(x, "
+        "flix_features=ids); or compile the whole call of the model, "
         f"{call}"
     )
 
@@ -89,7 +91,8 @@ def routed_from_around(path: str, call: str) -> RoutingError:
         call: how this framework's models are called with routing.
     """
     return RoutingError(
-        f"layer {path!r} runs inside of a function that is compiled (fit, predict, jax.jit, a loop or branch), under routing "
+        f"layer {path!r} runs inside a function that is compiled (fit, predict, jax.jit, a loop "
+        f"or branch), under routing "
         f"from around it, which that function would keep for later calls; make routing an input: {call}"
     )
 
@@ -129,7 +132,8 @@ def traced_otherwise(name: str, what: str, now: str) -> RoutingError:
         now: what it got.
     """
     return RoutingError(
-        f"a function around {name!r} was traced {what}, and is called {now}; what it was traced with would answer. "
+        f"a function around {name!r} was traced {what}, and is called {now}; it would answer as "
+        f"it was traced. "
         "Make one function for each kind of call (ids of -1 give the base in the same function)"
     )
 
@@ -137,8 +141,9 @@ def traced_otherwise(name: str, what: str, now: str) -> RoutingError:
 def changed_kernel(verb: str, what: str) -> TargetError:
     """A framework's own verb would change how an adapted layer is computed."""
     return TargetError(
-        f"{verb} was called on an adapted {what}, whose features would act no more; merge(model, row) first, or do it "
-        "before adapt, which takes what is quantized as it is, and leaves out what has a LoRA of its own"
+        f"{verb} was called on an adapted {what}, whose features would then no longer act; "
+        f"merge(model, row) first, or do it before adapt, which adapts quantized layers, and "
+        f"leaves out layers with a LoRA of their own"
     )
 
 
@@ -172,7 +177,7 @@ def other_lead(
 
 def no_rows_of_places(path: str, shape: Sequence[int], by: int) -> RoutingError:
     """A convolution whose input is no batch, or under routing by token."""
-    what = "features differ by token" if by == 2 else "the input is no batch"
+    what = "features differ by token" if by == 2 else "the input is not a batch"
     return RoutingError(
         f"layer {path!r} is a convolution, whose rows are the batch's ([batch, channels, ...]), got the input {_shown(shape)}, "
         f"where {what}; give one row of ids for each row of the batch, leave the layer out when adapting "
@@ -183,7 +188,8 @@ def no_rows_of_places(path: str, shape: Sequence[int], by: int) -> RoutingError:
 def no_batch(path: str, shape: Sequence[int]) -> RoutingError:
     """An input without a batch, under rows that differ."""
     return RoutingError(
-        f"layer {path!r} got the input {_shown(shape)}, which is no batch, while the rows of flix_features differ; give the "
+        f"layer {path!r} got the input {_shown(shape)}, which is not a batch, but the rows of "
+        f"flix_features differ; give the "
         "batch in one dimension, or all rows one composition"
     )
 
@@ -196,7 +202,7 @@ def doubtful_rows(path: str, given: Any, lead: Any, why: str) -> RoutingError:
     """
     return RoutingError(
         f"layer {path!r} got an input of leading shape {_shown(given)}, and flix_features routes rows {_shown(lead)}; "
-        f"{why}, so whose rows these are is not known, even where a size fits; {_WAYS_OUT}"
+        f"{why}, so it is not known whose rows these are, even if the size fits; {_WAYS_OUT}"
     )
 
 
@@ -205,22 +211,24 @@ def one_for_all(path: str) -> RoutingError:
     *_, parent, tail = ("", *path.split("."))
     chosen = repr(rf".*\b{parent}\..*") if tail.isdigit() and parent else repr([tail])
     return RoutingError(
-        f"layer {path!r} gets one input for all rows of the batch, so that each row has an output of its own, but the "
-        "model goes on to take entries of it by an index, as a table of relative positions, which would be those of one "
-        f"row; leave the layer out when adapting (exclude_modules={chosen}), or give all rows one composition"
+        f"layer {path!r} gets one input for all rows of the batch, so that each row has an "
+        f"output of its own, but the model then takes entries of it by an index, as from a table "
+        f"of relative positions, and these would all be of one row; leave the layer out when "
+        f"adapting (exclude_modules={chosen}), or give all rows one composition"
     )
 
 
 def unlike_media(path: str, kind: str, without: Sequence[int], prompt: Any) -> RoutingError:
     """As many images as rows, but not one for each."""
     whose = (
-        "without input_ids it cannot be seen that each row has one"
+        "without input_ids, flix cannot see that each row has one"
         if prompt is None
         else f"not one for each: {listed([f'row {row}' for row in without])} without any"
     )
     return RoutingError(
-        f"layer {path!r} gets as many inputs of the kind {kind!r} as the batch has rows, but {whose}, so that whose "
-        f"they are is not known; give each row of a batch one {kind}, leave the layer out when adapting (exclude_modules), or "
+        f"layer {path!r} gets as many inputs of the kind {kind!r} as the batch has rows, but "
+        f"{whose}, so it is not known which row each belongs to; give each row of a batch one "
+        f"{kind}, leave the layer out when adapting (exclude_modules), or "
         "give all rows one composition"
     )
 
@@ -236,7 +244,7 @@ def bypassed(paths: Sequence[str]) -> TargetError:
     tails = sorted({path.rsplit(".", 1)[-1] for path in paths})
     return TargetError(
         f"{listed(paths)}: adapted, but the model uses the kernel without calling the layer, so its features would never "
-        f"act or train; adapt the model anew without, exclude_modules={tails}"
+        f"act or train; adapt a fresh model without it, exclude_modules={tails}"
     )
 
 
@@ -267,8 +275,9 @@ def folded_in(row: Mapping[str, Any]) -> RoutingError:
 def not_finite(features: Sequence[str]) -> str:
     """The warning that names features whose values are not finite."""
     return (
-        f"values of {listed(features)} are NaN or infinite; rows that use them answer so, others do not. Look with "
-        "flix inspect --check, and load the feature anew or remove it"
+        f"values of {listed(features)} are NaN or infinite; the answers to rows that use them "
+        f"are too, and those to other rows are not. Look with flix inspect --check, and load the "
+        f"feature again or remove it"
     )
 
 
@@ -284,15 +293,15 @@ def merged(*compositions: Composition) -> RoutingError:
     )
     return RoutingError(
         f"flix_features was given to a merged model; it holds the composition {held}, for all rows. "
-        "Call it without, or call the adapted model that it was merged from"
+        "Call it without flix_features, or call the adapted model that it was merged from"
     )
 
 
 def no_experts(paths: Sequence[str]) -> TargetError:
     """A backend whose layers have no axis of experts is given an adapter, or sizes, of such layers."""
     return TargetError(
-        f"{listed([repr(path) for path in paths], 3)}: the kernels have an axis of experts, which this backend does not "
-        "adapt; torch's does"
+        f"{listed([repr(path) for path in paths], 3)}: the kernels have an axis of experts, "
+        f"which this backend does not adapt; the torch backend does"
     )
 
 

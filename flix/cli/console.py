@@ -144,7 +144,7 @@ def make_reporter(as_json: bool) -> Reporter:
 class Lines(Reporter):
     """Plain lines; while nothing else is said, how far the work is, now and then.
 
-    If nobody reads them any more the work goes on: hours of it are not lost to a pager that was closed.
+    If nobody reads them any more the work continues: hours of it are not lost to a pager that was closed.
     """
 
     interval = 15.0
@@ -157,7 +157,7 @@ class Lines(Reporter):
             why = "nobody reads the output any more"
             if not isinstance(error, BrokenPipeError):
                 why = f"the output cannot be written ({error.strerror})"
-            print(f"flix: {why}; the work goes on", file=sys.stderr)
+            print(f"flix: {why}; the work continues", file=sys.stderr)
 
     def start(self, what: str, total: int, done: int = 0) -> None:
         super().start(what, total, done)

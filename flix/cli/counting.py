@@ -62,7 +62,8 @@ def planned(
     """
     if explain:
         raise ConfigError(
-            f"--explain asks the model itself, and {listed(lacking())} is not installed; install it with: "
+            f"--explain needs the model itself, but {listed(lacking())} is not installed; "
+            f"install it with: "
             'pip install "flix-peft[train]"'
         )
     from flix.training.data import Data, idle_notes, implications, row_groups, trained_rows
@@ -86,7 +87,7 @@ def planned(
         if isinstance(error, TargetError):
             raise
         notes.append(
-            f"parameters and FLOPs are not known: {error}; with the extra they are: "
+            f"parameters and FLOPs are not known: {error}; to know them, install the extra: "
             'pip install "flix-peft[train]"'
         )
     return config, layers, trained_rows(data), [*notes, *idle_notes(data, config.registry)]
@@ -237,7 +238,7 @@ def checkpoint_layers(
 def _tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
     """Dtypes and shapes by name, from all files of a checkpoint."""
     if not folder.is_dir():
-        raise ConfigError(f"the model {str(folder)!r} is no folder here")
+        raise ConfigError(f"the model {str(folder)!r} is not a local folder")
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         files = [

@@ -110,7 +110,7 @@ def draft(looked: Sequence[Looked], guesses: Sequence[Guess], model: str | None,
 
 def _head(model: str | None, kind: str, out: Path) -> Iterator[str]:
     yield "# Drafted by flix init: read it, change it, then"
-    yield f"#   flix plan {out.name}     # ranks and parameters, beside the matched LoRAs"
+    yield f"#   flix plan {out.name}     # ranks and parameters, compared with the matched LoRAs"
     yield f"#   flix train {out.name}"
     said = model or MODELS.get(kind, MODELS["other"])
     what = (
@@ -151,7 +151,7 @@ def _unseen(looked: Sequence[Looked], cells: Mapping[Cell, int]) -> Iterator[str
     yield "# Cells that are never trained on, to see what carries over to combinations without data."
     evaluated = {cell for one in looked for cell in one.evaluation_cells}
     if alone := sorted(cell_name(cell) for cell in evaluated - set(cells)):
-        yield "# Evaluated without a row for training:"
+        yield "# Evaluated, but without rows for training:"
         yield from (f"#   {_some([name], 1)}" for name in alone[:10])
         if len(alone) > 10:
             yield f"#   and {len(alone) - 10} more"
@@ -166,7 +166,7 @@ def _unseen(looked: Sequence[Looked], cells: Mapping[Cell, int]) -> Iterator[str
 def _mixing(cells: Mapping[Cell, int], features: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     sizes = [count for count in cells.values() if count] or [1]
     ratio, temperature = max(sizes) / min(sizes), suggest_temperature(cells)
-    said = f"# The largest cell has {ratio:,.1f} times the rows of the smallest. At 1 it is drawn that much oftener"
+    said = f"# The largest cell has {ratio:,.1f} times the rows of the smallest. At 1 it is drawn that much more often"
     yield said + (f", at {temperature:g}" if temperature != 1 else ".")
     if temperature != 1:
         yield f"# {ratio ** (1 / temperature):,.1f} times as often."

@@ -23,4 +23,4 @@ def check_out(out: Path, force: bool, *inputs: Path) -> None:
     if out.exists() and out.resolve() in [path.resolve() for path in inputs]:
         raise RunError(f"--out must be another folder than what is read, got {str(out)!r}")
     if out.is_dir() and any(out.iterdir()) and not force:
-        raise RunError(f"--out: {str(out)!r} is not empty; --force writes into it all the same")
+        raise RunError(f"--out: {str(out)!r} is not empty; --force writes into it anyway")

@@ -68,9 +68,10 @@ def guess(looked: Looked, kind: str | None = None) -> Guess:
     found = [g for g in _guesses(columns) if kind is None or g.kind == kind]
     if found:
         return found[0]
-    what = f"{looked.files.pattern}: " + (f"its columns are none of {kind}" if kind else "its kind cannot be told")  # fmt: skip
+    what = f"{looked.files.pattern}: " + (f"its columns do not fit {kind}" if kind else "its kind cannot be guessed")  # fmt: skip
     raise DataError(
-        f"{what}; they are: {described(columns)}. Known are, e.g., source + target, text + label, tokens + tags, messages, or "
+        f"{what}; they are: {described(columns)}. Known forms are, e.g., source + target, text + "
+        f"label, tokens + tags, messages, or "
         "text alone; rename columns, or write the configuration by hand"
     )
 
@@ -138,6 +139,6 @@ def check_together(guesses: Mapping[str, Guess]) -> None:
         return
     said = listed(f"{name} ({guess.kind})" for name, guess in guesses.items())
     raise DataError(
-        f"one model learns seq2seq alone, causal alone, or the other kinds together; the data are: {said}. Give them apart, or "
-        "say --kind"
+        f"one model learns seq2seq alone, causal alone, or the other kinds together; the data "
+        f"are: {said}. Give them separately, or say --kind"
     )

@@ -26,7 +26,8 @@ def ask_vllm(reports: Sequence[ServingReport]) -> list[str]:
         found = _asked(reports)
     except Exception as error:  # a version that is made otherwise says nothing
         return [
-            f"vLLM is installed but could not be asked ({type(error).__name__}: {error}); flix's own rules stand"
+            f"vLLM is installed but could not be asked ({type(error).__name__}: {error}); flix's "
+            f"own rules apply"
         ]
     return found
 
@@ -39,8 +40,8 @@ def _asked(reports: Sequence[ServingReport]) -> list[str]:
     ranks = tuple(sorted(get_args(MaxLoRARanks)))
     if ranks != VLLM_RANKS:
         said.append(
-            f"the installed vLLM takes the ranks {list(ranks)}, and flix knows of {list(VLLM_RANKS)}: name the least of "
-            "vLLM's own that is enough"
+            f"the installed vLLM takes the ranks {list(ranks)}, and flix knows of "
+            f"{list(VLLM_RANKS)}: choose the smallest of vLLM's own that is enough"
         )
     for report in reports:
         problem = _problem(PEFTHelper, LoRAConfig, report)

@@ -19,9 +19,9 @@ def _of_text(value: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError("holds half of a surrogate pair, which is no text") from None
+        raise ValueError("holds half of a surrogate pair, which is not text") from None
     if "\0" in value:
-        raise ValueError("holds a NUL character, which is in no name and no path")
+        raise ValueError("holds a NUL character, which no name and no path can contain")
     return value
 
 

@@ -54,7 +54,9 @@ def read_text(file: Path) -> str:
         reason = getattr(error, "strerror", None) or error
         raise SettingsError(f"{file}: cannot be read: {reason}") from None
     if len(data) > LARGEST:
-        raise SettingsError(f"{file}: larger than {LARGEST >> 20} MB, which is no configuration")
+        raise SettingsError(
+            f"{file}: larger than {LARGEST >> 20} MB, too large for a configuration"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

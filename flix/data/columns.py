@@ -198,7 +198,7 @@ def _read_column(source: Source, name: str) -> Column:
         row = int(np.argmax(chunks.is_null().to_numpy()))
         raise MixtureError(
             f"{source.label}, row {row}: the feature column {name!r} holds nothing; drop the row, "
-            "name the feature, or declare None for a source none of whose rows has any"
+            "name the feature, or declare None if no row of the source has any"
         )
     kind = chunks.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):

@@ -24,7 +24,8 @@ def text(value: Any, column: str, where: str) -> str:
                 value.encode("utf-8")
             except UnicodeEncodeError:
                 raise DataError(
-                    f"{where}: column {column!r} holds half of a surrogate pair, which is no text: {shown(value, 60)}"
+                    f"{where}: column {column!r} holds half of a surrogate pair, which is not "
+                    f"text: {shown(value, 60)}"
                 ) from None
         return value
     if is_number(value) and (isinstance(value, int) or math.isfinite(value)):

@@ -30,7 +30,8 @@ def mixture(view: View, mixture: Sampling, axes: Axes, figures: Figures) -> dict
             Figure(
                 figures.dots(shares),
                 view.heading("Shares of rows and draws"),
-                "What each feature has of the rows, and what it got of the draws: temperature lifts small ones.",
+                "Each feature's share of the rows, and of the draws: temperature lifts small "
+                "features.",
             )
         )
     return {
@@ -94,7 +95,8 @@ def examples(run: Run, axes: Axes | None) -> dict[str, Any]:
     known = [e.right for e in kept if e.right is not None]
     return {
         "text": f"{len(kept):,} of {count:,} predictions; at most 20 right and 20 wrong ones of a cell, long texts cut. "
-        f"Of those shown, {sum(known):,} are right and {len(known) - sum(known):,} wrong: no measure of the run.",
+        f"Of those shown, {sum(known):,} are right and {len(known) - sum(known):,} wrong: this "
+        f"does not measure the run.",
         "choices": choices,
         "data": {
             "cells": [[name, *places[name]] for name in names],

@@ -304,7 +304,7 @@ def _cost(runs: Sequence[Run]) -> Table:
         ("parameters that train", number("parameters", "trainable")),
     )
     return Table(
-        "What the runs took; a dash where run.json does not say.",
+        "What the runs cost; a dash means that run.json does not say.",
         ["cost", *(run.name for run in runs)],
         [[name, *(of(run) for run in runs)] for name, of in facts],
     )
@@ -334,9 +334,7 @@ def _check_out(out: Path, force: bool) -> None:
     if out.is_dir():
         raise ReportError(f"--out must be a file, but {str(out)!r} is a folder")
     if out.exists() and not force and not _is_report(out):
-        raise ReportError(
-            f"--out: {str(out)!r} is no report of flix; --force writes over it all the same"
-        )
+        raise ReportError(f"--out: {str(out)!r} is not a flix report; --force overwrites it anyway")
 
 
 def _is_report(path: Path) -> bool:

@@ -112,12 +112,12 @@ class Metrics:
 
     @classmethod
     def read(cls, part: Part) -> Metrics:
-        """Raises ReportError: something is missing or of the wrong kind, or a cell stands there twice."""
+        """Raises ReportError: something is missing or of the wrong kind, or a cell occurs twice."""
         cells: dict[str, Scored] = {}
         for entry in part.get("cells").needed().parts():
             cell = Scored.read(entry)
             if cell.name in cells:
-                raise ReportError(f"{entry.where}: the cell {cell.name!r} stands there twice")
+                raise ReportError(f"{entry.where}: the cell {cell.name!r} occurs twice")
             cells[cell.name] = cell
         left = [
             LeftOut(name, e.get("loss").number(), e.get("without").number(), e.get("rows").whole() or 0)
@@ -188,7 +188,7 @@ class Sampling:
 
 @dataclass
 class Curves:
-    """What log.jsonl says; a step that stands there twice (the run was resumed) counts as it was last written.
+    """What log.jsonl says; a step that occurs twice (the run was resumed) counts as it was last written.
 
     Attributes:
         loss, by_feature: in training.

@@ -158,7 +158,7 @@ def _check_run(folder: Path) -> None:
         names = listed([str(p) for p in inside], 5)
         why = f"the runs in it are: {names}" if inside else "it may be the wrong folder"
     raise ReportError(
-        f"{str(folder)!r} is no run of flix: it holds none of {', '.join(_KNOWN)}; {why}"
+        f"{str(folder)!r} is not a run of flix: it holds none of {', '.join(_KNOWN)}; {why}"
     )
 
 
@@ -189,5 +189,5 @@ def _check_alike(first: Run, other: Run) -> None:
         if cell.metric != mine[cell.name].metric:
             raise ReportError(
                 f"the cell {cell.name!r} has the metric {mine[cell.name].metric!r} in the run {first.name!r} and "
-                f"{cell.metric!r} in {other.name!r}; scores of one metric alone can be compared"
+                f"{cell.metric!r} in {other.name!r}; only scores of one metric can be compared"
             )

@@ -55,8 +55,9 @@ def shared(view: View, updates: Updates, figures: Figures) -> dict[str, Any]:
 
 def _shared_text(updates: Updates) -> str:
     text = (
-        "The cosine between two features' updates s B A: 100 the same direction, 0 nothing in common, below 0 against "
-        "each other. Features stand in the order of a clustering, like beside like."
+        "The cosine between two features' updates s B A: 100 is the same direction, 0 nothing in "
+        "common, below 0 against each other. Features are in the order of a clustering, so that "
+        "similar ones are neighbours."
     )
     if updates.untrained:
         names = ", ".join(written(f) for f in updates.untrained[:10])
@@ -82,7 +83,8 @@ def _shared_figures(view: View, updates: Updates, figures: Figures) -> list[Figu
             Figure(
                 figures.by_layer(lines, "mean cosine"),
                 view.heading("Mean cosine by layer"),
-                "How alike the features of a group are in each layer: the mean cosine over all pairs, in the order of "
+                "How similar the features of a group are in each layer: the mean cosine over all "
+                "pairs, in the order of "
                 "the model's layers.",
             )
         )  # fmt: skip

@@ -81,7 +81,7 @@ def _put_difference(view: View, first: Run, cells: Sequence[Scored], axes: Axes)
     view.difference_caption = (
         f"Above 0: {first.name} is better. Bold: the 95 % intervals do not touch. Colours from −{most:.1f} to "
         f"{most:.1f}. ° held out of training."
-        + (f" {alone} cells that one of the two alone has are left out." if alone else "")
+        + (f" {alone} cells that only one of the two has are left out." if alone else "")
     )
 
 

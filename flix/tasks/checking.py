@@ -72,7 +72,7 @@ def _targets(task: Written, rows: Sequence[Row], cell: str, refuse: bool) -> Ite
         )
     yield (
         f"the tokenizer turns parts of targets into unknown tokens, which the model cannot write: in {len(lost)} of "
-        f"{len(counts)} targets of {cell} that were looked at, such as {example}"
+        f"{len(counts)} targets of {cell} that were checked, such as {example}"
     )
 
 
@@ -82,8 +82,8 @@ def _sources(task: Task, read: Sequence[Encoded], cell: str) -> Iterator[str]:
     unknown = 0 if mark is None else ids.count(mark)
     if unknown >= _MUCH * len(ids):
         yield (
-            f"the tokenizer reads {unknown} of {len(ids)} pieces of {cell} as unknown, in {len(read)} rows that were looked "
-            "at: the model sees little of these texts"
+            f"the tokenizer reads {unknown} of {len(ids)} pieces of {cell} as unknown, in "
+            f"{len(read)} rows that were checked: the model sees little of these texts"
         )
 
 
@@ -98,8 +98,8 @@ def _cut(task: Any, parts: Mapping[str, float]) -> str:
     worst = sorted(parts, key=parts.__getitem__, reverse=True)
     said = listed((f"{cell} {100 * parts[cell]:.1f} %" for cell in worst), 5)
     return (
-        f"task {task.name!r}: words beyond the {task.longest} tokens that are read, or that are nothing to the tokenizer, get "
-        f"no tag and count as wrong: of {said}"
+        f"task {task.name!r}: words beyond the {task.longest} tokens that are read, or of which "
+        f"the tokenizer makes nothing, get no tag and count as wrong: of {said}"
     )
 
 

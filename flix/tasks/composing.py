@@ -72,7 +72,8 @@ def _factor(how: str, group: str) -> float:
     except (ValueError, OverflowError):
         pass
     raise SettingsError(
-        f"--compose: {group}= takes off, a factor such as 0.5, parent:NAME or searched; got {how!r}"
+        f"--compose: {group}= must be off, a factor such as 0.5, parent:NAME or searched; got "
+        f"{how!r}"
     )
 
 
@@ -87,7 +88,8 @@ def apply(asked: Composed, evaluator: Evaluator, model: Any) -> dict[str, Any]:
     for group in (*asked.parents, *asked.searched):
         if group not in evaluator.collator.columns:
             raise SettingsError(
-                f"--compose: no row names the group {group!r}, which others imply; it takes off or a factor"
+                f"--compose: no row names the group {group!r}, which others imply; it can only "
+                f"be off or a factor"
             )
     if asked.factors:
         evaluator.elsewhere = evaluator.collator.evaluation(asked.factors)

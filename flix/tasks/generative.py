@@ -187,7 +187,8 @@ class Chat(Causal):
         )
         if len(part) - length > _REACH:
             raise DataError(
-                f"{where}: the tokenizer reads the beginning of a conversation otherwise once it goes on, so what the "
+                f"{where}: the tokenizer reads the beginning of a conversation differently once "
+                f"it goes on, so what the "
                 "assistant says cannot be told from the rest"
             )
         return length

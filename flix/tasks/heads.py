@@ -281,7 +281,8 @@ def _check_plain(path: str, module: nn.Module) -> None:
         if isinstance(layer, FlixLayer):
             inside = f".{name}" if name else ""
             raise TargetError(
-                f"{path}{inside} belongs to a head, which sees some rows of a batch alone and cannot be adapted; leave it "
+                f"{path}{inside} belongs to a head, which sees only some rows of a batch and "
+                f"cannot be adapted; leave it "
                 f"out: exclude_modules=['{(path + inside).rpartition('.')[2]}']. Heads train whole: train_heads(model)"
             )
 

@@ -185,7 +185,8 @@ def check_together(tasks: Sequence[Task]) -> None:
     if written and len(kinds) > 1:
         other = next(kind for kind in kinds if kind != written[0])
         raise ConfigError(
-            f"{written[0]} and {other} do not go together: {listed(GENERATIVE)} each need a model of their own; the other "
+            f"{written[0]} and {other} cannot be combined: {listed(GENERATIVE)} each need a "
+            f"model of their own; the other "
             "kinds share an encoder"
         )
     if not written:
@@ -206,7 +207,8 @@ def heads_of(tasks: Sequence[Task]) -> tuple[list[Task], list[int]]:
                 f"{t.kind} of {listed(t.labels, 5)}" if t.labels else t.kind for t in (first, task)
             ]
             raise ConfigError(
-                f"tasks called {task.name!r} share a head, and have other kinds or labels: {said[0]}, and {said[1]}; give them "
+                f"tasks called {task.name!r} share a head, but have different kinds or labels: "
+                f"{said[0]}, and {said[1]}; give them "
                 "names of their own"
             )
     names = list(heads)

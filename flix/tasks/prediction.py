@@ -58,8 +58,9 @@ class Predictor:
         recipe = read_recipe(folder)
         if recipe is None:
             raise AdapterError(
-                f"{folder} holds no recipe.json, which flix train writes beside an adapter's files: what its rows are is not "
-                "known. Load it with flix.backends.torch.load"
+                f"{folder} holds no recipe.json, which flix train writes beside an adapter's "
+                f"files: so it is not known what its rows are. Load it with "
+                f"flix.backends.torch.load"
             )
         tokenizer = tokenizer_of(folder, base=base)
         self.recipe = recipe
@@ -139,7 +140,7 @@ class Predictor:
             if group not in named and group not in self._implied:
                 raise DataError(
                     f"{where}: the row does not name its {group}{near(group, record)}; its columns are: {listed(record)}. Name "
-                    f"it (null for none), or say it of all rows: --features {group}=..."
+                    f"it (null for none), or say it for all rows: --features {group}=..."
                 )
         try:
             self.collator.routing_of([named])

@@ -133,7 +133,8 @@ def _check_whole(fresh: Sequence[str], stored: Adapter) -> None:
     random = [name for name in fresh if name not in stored.heads]
     if random:
         raise AdapterError(
-            f"neither the base's files nor the adapter's hold {listed(random, 5)}, which would begin at random at every load; "
+            f"neither the base's files nor the adapter's hold {listed(random, 5)}, which would "
+            f"start at random at every load; "
             "save the base that the adapter was trained on (base.save_pretrained), or train the adapter with these "
             "parameters unfrozen"
         )

@@ -71,7 +71,7 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
             if not isinstance(task["name"], str) or not isinstance(task["kind"], str):
                 raise ValueError("a task has no name or no kind")
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise AdapterError(f"{file}: no recipe of an adapter: {error}") from None
+        raise AdapterError(f"{file}: not a recipe of an adapter: {error}") from None
     return dict(found)
 
 

@@ -237,7 +237,8 @@ def _found(
         for group in dataset.file_groups:
             if group not in groups_of(pattern):
                 raise DataError(
-                    f"dataset {name!r}: the name {pattern!r} does not tell the {group}, which other files' names do; write "
+                    f"dataset {name!r}: the name {pattern!r} does not contain the {group}, which "
+                    f"other files' names do; write "
                     f"{{{group}}} in it"
                 )
     return found

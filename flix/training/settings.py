@@ -93,7 +93,7 @@ class DatasetSettings(Form):
     @model_validator(mode="after")
     def _streamed(self) -> DatasetSettings:
         if self.rows is not None and not self.stream:
-            raise ValueError("rows: goes with stream: true; what is not streamed is counted")
+            raise ValueError("rows: goes with stream: true; other data sets are counted")
         if self.stream and self.eval_rows:
             raise ValueError(
                 "rows cannot be held back from a stream; leave out eval_rows: and give eval_files:"
@@ -103,13 +103,13 @@ class DatasetSettings(Form):
                 "files that are streamed are not counted; say how many rows they have: rows:"
             )
         if self.stream and (told := [*self.file_groups, *({"task"} & {*self.feature_columns})]):
-            raise ValueError(f"of a stream, features: must say the {told[0]} of all rows")
+            raise ValueError(f"for a stream, features: must say the {told[0]} of all rows")
         return self
 
     @model_validator(mode="after")
     def _one_source(self) -> DatasetSettings:
         if (self.files is None) == (self.hub is None):
-            raise ValueError("needs either files: or hub:, and not both")
+            raise ValueError("needs either files: or hub:, but not both")
         if self.hub is None and (self.subset or self.eval_split):
             raise ValueError("subset: and eval_split: go with hub:")
         named = [*self.features, *self.feature_columns, *self.file_groups]
@@ -254,7 +254,7 @@ class TrainingSettings(Form):
         if self.warmup_steps is not None and self.warmup_ratio is not None:
             raise ValueError("give warmup_steps: or warmup_ratio:, not both")
         if self.patience is not None and self.best is None:
-            raise ValueError("patience: goes with best:, which says what is waited for")
+            raise ValueError("patience: goes with best:, which says what to wait for")
         if self.best is not None and self.eval_every is None:
             raise ValueError("best: goes with eval_every:, the steps between evaluations")
         if self.best is not None and self.save_every not in (None, self.eval_every):
@@ -362,7 +362,8 @@ class Settings(Form):
         for number, dataset in enumerate(self.datasets):
             if dataset.stream and self.training.similar_lengths:
                 raise ValueError(
-                    f"training.similar_lengths looks ahead, which no stream lets it, and datasets[{number}] streams"
+                    f"training.similar_lengths looks ahead, which streams do not allow, and "
+                    f"datasets[{number}] streams"
                 )
             if dataset.kind is None and self.kind is None:
                 raise ValueError(

@@ -69,7 +69,8 @@ def claim(output: Path, resume: bool, overwrite: bool) -> tuple[Path | None, lis
         )
     if not used and (output / RESOLVED).exists():
         raise RunError(
-            f"{str(output / RESOLVED)!r} is no run's, and a run would write over it; give another output:"
+            f"{str(output / RESOLVED)!r} belongs to no run, and a run would overwrite it; give "
+            f"another output:"
         )
     settings = output / RESOLVED
     return None, [*used, settings] if used and settings.exists() else used
@@ -108,8 +109,10 @@ def check_same(checkpoint: Path, now: Mapping[str, Any], free: Collection[str]) 
         raise RunError(f"{file}: cannot be read: {error}") from None
     if isinstance(said, dict) and "datasets" in said:
         raise RunError(
-            "cannot resume: the run was begun by an earlier flix, which drew its rows in another order and dropped other "
-            "features; --overwrite begins it anew, and its checkpoint is an adapter that can be loaded"
+            "cannot resume: the run was started by an earlier flix, which drew its rows in "
+            "another order and dropped other "
+            "features; --overwrite starts it again, and its checkpoint is an adapter that can be "
+            "loaded"
         )
     before = said.get("settings") if isinstance(said, dict) else None
     if not isinstance(before, dict) or not isinstance(before.get("training"), dict):
@@ -121,11 +124,12 @@ def check_same(checkpoint: Path, now: Mapping[str, Any], free: Collection[str]) 
             raise RunError(f"cannot resume: {key} was {was!r} and is {is_now!r} now")
     if said.get("data") != now["data"]:
         raise RunError(
-            "cannot resume: the files of training rows are not those that the run began with"
+            "cannot resume: the files of training rows are not those that the run started with"
         )
     if said.get("processes") != now["processes"]:
         raise RunError(
-            f"cannot resume: the run began in {said.get('processes')} processes and would go on in {now['processes']}"
+            f"cannot resume: the run started in {said.get('processes')} processes and would "
+            f"continue in {now['processes']}"
         )
 
 

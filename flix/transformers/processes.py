@@ -62,7 +62,7 @@ def check_arguments(arguments: TrainingArguments) -> None:
 def deepspeed_error() -> ConfigError:
     return ConfigError(
         "FlixTrainer does not train with DeepSpeed, which gathers and shards the model in ways of its own; use FSDP2 "
-        '(fsdp="full_shard"), or DDP (one process a GPU)'
+        '(fsdp="full_shard"), or DDP (one process for each GPU)'
     )
 
 
@@ -172,8 +172,8 @@ class ProcessesMixin(_Base):  # type: ignore[misc]
             return
         if not (Path(checkpoint) / STATE).is_dir():
             raise ConfigError(
-                f"the checkpoint {checkpoint!r} was written without FSDP and holds no {STATE}; resume it as it was, or "
-                "load(model, folder) its adapter and train anew"
+                f"the checkpoint {checkpoint!r} was written without FSDP and holds no {STATE}; "
+                f"resume it as it was, or load its adapter with load(model, folder) and start again"
             )
         load_checkpoint(Path(checkpoint) / STATE, self.model, self.optimizer)
         schedule = torch.load(Path(checkpoint) / _SCHEDULE, weights_only=True)

@@ -82,7 +82,7 @@ def test_two_texts_with_a_label_make_a_prompt() -> None:
 
 def test_a_kind_that_is_said_is_held_to_the_columns() -> None:
     assert kind_of([{"prompt": f"s {i}", "response": f"t {i}"} for i in range(9)], kind="seq2seq").kind == "seq2seq"  # fmt: skip
-    with pytest.raises(DataError, match=r"data\.jsonl: its columns are none of tagging; they are: text \(text\), label \(text\)"):  # fmt: skip
+    with pytest.raises(DataError, match=r"data\.jsonl: its columns do not fit tagging; they are: text \(text\), label \(text\)"):  # fmt: skip
         kind_of(TOPIC, kind="tagging")
     with pytest.raises(
         DataError, match=r"data\.jsonl: its kind cannot be told; they are: x \(number\)"
@@ -218,7 +218,7 @@ def test_wrong_values_are_refused_by_name() -> None:
         (["ner", "--kind", "tag"], "--kind: no kind 'tag' (did you mean 'tagging'?)"),
         (["ner", "--model", ""], "--model must name a folder or a model of the hub"),
         (["ner", "--out", "empty"], "--out must be a file, but 'empty' is a folder"),
-        (["ner", "--out", "mt.jsonl"], "--out: 'mt.jsonl' is there already; --force"),
+        (["ner", "--out", "mt.jsonl"], "--out: 'mt.jsonl' exists already; --force"),
         (["ner", "--out", "mt.jsonl/x.yaml"], "mt.jsonl"),
         (["nothing"], "no file matches 'nothing'"),
         (["{language}.nothing"], "no file matches"),
@@ -226,7 +226,7 @@ def test_wrong_values_are_refused_by_name() -> None:
         (["none.jsonl"], "no rows for training in 'none.jsonl'"),
         (["broken.jsonl"], "broken.jsonl:9: not valid JSON"),
         (["ner", "mt.jsonl"], "one model learns seq2seq alone"),
-        (["mt.jsonl", "--kind", "tagging"], "its columns are none of tagging"),
+        (["mt.jsonl", "--kind", "tagging"], "its columns do not fit tagging"),
     ):
         assert said in refused(*arguments), arguments
     assert run(app, ["init", "ner", "--out", "mt.jsonl", "--force"]).exit_code == 0

@@ -100,7 +100,7 @@ def test_training_goes_on_when_nobody_reads(config: Callable[..., Path], tmp_pat
     result = flix_with("train", path, out="| true")
     # What libraries say as they are imported is their own affair.
     said = [line for line in result.stderr.splitlines() if line.startswith(("flix", "codes"))]
-    assert said == ["flix: nobody reads the output any more; the work goes on", "codes 0 0"]
+    assert said == ["flix: nobody reads the output any more; the work continues", "codes 0 0"]
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["training"]["steps"] == 2
 
 

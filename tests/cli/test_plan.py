@@ -120,7 +120,7 @@ def test_what_training_refuses_is_refused(config: Write, monkeypatch: pytest.Mon
         assert result.exit_code == 2 and said in result.stderr, (changes, result.output)
     path = config("t5")
     result = CliRunner().invoke(app, ["plan", str(path), "--explain"])
-    assert "--explain asks the model itself, and torch is not installed" in result.stderr
+    assert "--explain needs the model itself, but torch is not installed" in result.stderr
     settings = yaml.safe_load(path.read_text())
     settings["datasets"][0].update(eval_rows=500)
     path.write_text(yaml.safe_dump(settings))
@@ -140,7 +140,7 @@ def test_checkpoints_that_tell_no_layers_are_refused(tmp_path: Path, models: dic
     assert "shared" in layers(models["t5"], targets=["shared"])
     with pytest.raises(TargetError, match="matches no layer"):
         layers(models["t5"], targets=["nothing"])
-    with pytest.raises(ConfigError, match="is no folder here"):
+    with pytest.raises(ConfigError, match="is not a local folder"):
         layers(tmp_path / "none")
     with pytest.raises(ConfigError, match=r"holds no model\.safetensors"):
         layers(tmp_path)

@@ -84,7 +84,7 @@ def test_mistakes_in_rows_and_options(made: tuple[Path, Path], tmp_path: Path, a
     assert "no task 'nerr' (did you mean 'ner'?)" in refused(whole.replace("ner", "nerr"))
     assert "needs 'source' (did you mean 'sorce'?)" in refused(whole.replace("source", "sorce"))
     assert refused('{"source": "a", "task": "ner"}').endswith(
-        "in.jsonl:1: the row does not name its language; its columns are: source, task. Name it (null for none), or say it of "
+        "in.jsonl:1: the row does not name its language; its columns are: source, task. Name it (null for none), or say it for "
         "all rows: --features language=...\n"
     )
     said = refused(whole + "\n" + whole.replace("hau", "hua"))
@@ -99,7 +99,7 @@ def test_mistakes_in_rows_and_options(made: tuple[Path, Path], tmp_path: Path, a
     assert "holds no recipe.json" in refused(whole, folder=adapter)
     assert "no model folder" in refused(whole, "--base", "./nowhere")
     (mine / "recipe.json").write_text("{}")
-    assert "no recipe of an adapter" in refused(whole)
+    assert "not a recipe of an adapter" in refused(whole)
 
 
 def test_rows_of_standard_input_are_named(made: tuple[Path, Path]) -> None:
@@ -144,9 +144,9 @@ def test_other_combinations_in_cells_never_trained(made: tuple[Path, Path], conf
     ("asked", "message"),
     [
         ("langage=off", "there is no group 'langage' (did you mean 'language'?)"),
-        ("language=of", "language= takes off, a factor such as 0.5, parent:NAME or searched; got 'of'"),
-        ("language=nan", "language= takes off"),
-        ("language", "language= takes off"),
+        ("language=of", "language= must be off, a factor such as 0.5, parent:NAME or searched; got 'of'"),
+        ("language=nan", "language= must be off"),
+        ("language", "language= must be off"),
         ("language=off,language=searched", "'language' is given twice"),
         ("language=parent:hua", "has no 'hua' (did you mean 'hau'?)"),
         ("", "there is no group ''"),

@@ -70,7 +70,7 @@ def test_wrong_places(made: Path, tmp_path: Path) -> None:
     assert "--out must be a file" in refused(made, "--out", tmp_path)
     (tmp_path / "notes").write_text("mine")
     message = refused(made, "--out", tmp_path / "notes")
-    assert "is no report of flix; --force writes over it" in message
+    assert "is not a flix report; --force overwrites it" in message
     assert run(app, ["report", str(made), "--out", str(tmp_path / "notes"), "--force"]).exit_code == 0  # fmt: skip
     refused(made, "--out", tmp_path / "notes" / "x.html")
 

@@ -155,7 +155,7 @@ def test_runs_are_compared_with_the_first(tmp_path: Path) -> None:
 def test_what_only_one_run_has_is_left_out_of_the_differences(tmp_path: Path) -> None:
     one = make_run(tmp_path / "one")
     other = make_run(tmp_path / "other", ("hau", "swa"))
-    assert "2 cells that one of the two alone has are left out" in written(one, other)
+    assert "2 cells that only one of the two has are left out" in written(one, other)
 
 
 @pytest.mark.parametrize("gone", ["metrics.json", "mixture.json", "log.jsonl", "predictions.jsonl", "run.json", "config.yaml", "adapter"])  # fmt: skip
@@ -219,7 +219,7 @@ def test_names_of_runs_with_one_folder_name_tell_them_apart(tmp_path: Path) -> N
 def test_a_file_that_is_no_report_is_kept(made: Path) -> None:
     out = made / "notes.txt"
     out.write_text("mine")
-    with pytest.raises(ReportError, match=r"'.*notes\.txt' is no report of flix; --force"):
+    with pytest.raises(ReportError, match=r"'.*notes\.txt' is not a flix report; --force"):
         write_report([made], out)
     assert out.read_text() == "mine"
     write_report([made], out, force=True)

@@ -83,7 +83,7 @@ def test_no_held_out_cell_and_no_left_out_features_are_said(tmp_path: Path) -> N
         ("metrics.json", '{"cells": [{"cell": "a=b", "rows": -1}]}', r"rows must be a whole number of 0 or more, got -1"),
         ("metrics.json", '{"cells": [{"cell": "a=b", "seen": 1}]}', r"seen must be true or false, got 1"),
         ("metrics.json", '{"cells": [{"cell": "a=b", "interval": [1]}]}', r"interval must be \[low, high\], got \[1\.0\]"),
-        ("metrics.json", '{"cells": [{"cell": "a=b"}, {"cell": "a=b"}]}', r"cells\[1\]: the cell 'a=b' stands there twice"),
+        ("metrics.json", '{"cells": [{"cell": "a=b"}, {"cell": "a=b"}]}', r"cells\[1\]: the cell 'a=b' occurs twice"),
         ("metrics.json", '{"cells": [], "left_out": {"a=b": 3}}', r"left_out: a=b must be an object, got 3"),
         ("metrics.json", '{"cells": NaN}', r"is damaged: NaN is no JSON"),
         ("mixture.json", '{"cells": 3}', r"mixture\.json of '.*run': cells must be a list, got 3"),
@@ -122,8 +122,8 @@ def test_folders_that_are_no_run_are_named_with_what_they_are(made: Path) -> Non
     for folder, said in (
         (made / "none", r"there is no run '.*none'"),
         (made / "config.yaml", r"a run is a folder, but '.*config\.yaml' is a file"),
-        (made / "adapter", r"is no run of flix: .*it is an adapter; give the run's folder, '.*run'"),
-        (made.parent, r"is no run of flix: it holds none of metrics\.json.*; the runs in it are: .*run"),
+        (made / "adapter", r"is not a run of flix: .*it is an adapter; give the run's folder, '.*run'"),
+        (made.parent, r"is not a run of flix: it holds none of metrics\.json.*; the runs in it are: .*run"),
     ):  # fmt: skip
         with pytest.raises(ReportError, match=said):
             read_run(folder)

@@ -325,7 +325,7 @@ def test_targets_that_the_tokenizer_has_no_tokens_for() -> None:
     task = make_task("seq2seq", tokenizer, name="ner")
     rows = [{"source": "a", "target": text} for text in ("n0", "n1", "n0 p", "n1")]
     (note,) = unknown_notes([task], rows, ["x"] * 3 + ["y"])
-    assert "in 1 of 3 targets of x that were looked at, such as 'n0 p'" in note
+    assert "in 1 of 3 targets of x that were checked, such as 'n0 p'" in note
     with pytest.raises(DataError, match=r"no token for the targets of x: .*such as 'p'"):
         unknown_notes([task], [{"source": "a", "target": "p"}], ["x"])
     assert len(unknown_notes([task], [{"source": "a", "target": "p"}], ["x"], refuse=False)) == 1

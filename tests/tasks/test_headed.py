@@ -223,11 +223,11 @@ def test_what_the_data_lack_is_said() -> None:
     assert unknown_notes(tasks, rows, cells) == []
     amharic = [{"text": "ሰላም ለዓለም", "target": "news", "flix_task": 1}, HEADED_ROWS[1]]
     (note,) = unknown_notes(tasks, amharic, ["amh", "swa"])
-    assert "reads 2 of 4 pieces of amh as unknown, in 1 rows that were looked at" in note
+    assert "reads 2 of 4 pieces of amh as unknown, in 1 rows that were checked" in note
     short = headed_tasks(piece_tokenizer(), max_source=5)
     (note,) = unknown_notes(short, rows[:1] + rows[6:], ["ner", "ner"])
     assert note == (
-        "task 'ner': words beyond the 5 tokens that are read, or that are nothing to the tokenizer, get no tag and count "
+        "task 'ner': words beyond the 5 tokens that are read, or of which the tokenizer makes nothing, get no tag and count "
         "as wrong: of ner 20.0 %"
     )
     # Labels that nobody can learn.

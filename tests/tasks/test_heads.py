@@ -301,7 +301,7 @@ def test_bases_that_cannot_do_a_task_are_refused(encoders: dict[str, Path]) -> N
     with pytest.raises(ModelError, match=r"the base model .* cannot be loaded"):
         load_base(str(encoders["llama"].parent), headed_tasks(tokenizer))
     other = make_task("classification", tokenizer, name="text", labels=["a", "b"])
-    with pytest.raises(flix.ConfigError, match="called 'text' share a head, and have other kinds or labels: masked, and classification of a, b"):  # fmt: skip
+    with pytest.raises(flix.ConfigError, match="called 'text' share a head, but have different kinds or labels: masked, and classification of a, b"):  # fmt: skip
         load_base(str(encoders["bert"]), [task, other])
     seq2seq = make_task("seq2seq", tokenizer, name="x")
     with pytest.raises(flix.ConfigError, match="seq2seq and masked do not go together"):

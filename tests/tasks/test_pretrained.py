@@ -111,7 +111,7 @@ def test_a_head_of_another_class_is_asked_for(encoders: dict[str, Path], tmp_pat
     ):
         load_pretrained(tmp_path)
     # The base's files have no pooler: what was trained on a random one is lost without it.
-    with pytest.raises(flix.AdapterError, match=r"hold bert.pooler.dense.bias, bert.pooler.dense.weight, which would begin"):  # fmt: skip
+    with pytest.raises(flix.AdapterError, match=r"hold bert.pooler.dense.bias, bert.pooler.dense.weight, which would start"):  # fmt: skip
         load_pretrained(tmp_path, model_class=maker, num_labels=3)
     model.bert.pooler.requires_grad_(True)
     save(model, tmp_path)
@@ -144,8 +144,8 @@ def test_a_recipe_brings_the_heads(
     model.classifier["ner"].requires_grad_(False)
     model.flix_state.heads = ()
     save(model, tmp_path)
-    with pytest.raises(flix.AdapterError, match=r"hold classifier.ner.weight, classifier.ner.bias, which would begin"):  # fmt: skip
+    with pytest.raises(flix.AdapterError, match=r"hold classifier.ner.weight, classifier.ner.bias, which would start"):  # fmt: skip
         load_pretrained(tmp_path)
     (tmp_path / "recipe.json").write_text("{}")
-    with pytest.raises(flix.AdapterError, match=r"recipe.json: no recipe of an adapter"):
+    with pytest.raises(flix.AdapterError, match=r"recipe.json: not a recipe of an adapter"):
         load_pretrained(tmp_path)

@@ -352,7 +352,7 @@ def test_targets_that_the_tokenizer_has_no_tokens_for(config: Write, tmp_path: P
     assert result.exit_code == 0, result.output
     said = "unknown tokens, which the model cannot write: in "
     assert result.stdout.count(said) == 3  # of pos, in three languages
-    assert "of task=pos,language=hau that were looked at, such as 'p" in result.stdout
+    assert "of task=pos,language=hau that were checked, such as 'p" in result.stdout
     rows = [{"lang": "hau", "source": "a", "target": text} for text in ("ŋ", "ɓ", "ɗ")]
     (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"files": "new.jsonl", "features": {"task": "ner"}, "feature_columns": {"language": "lang"}}  # fmt: skip
@@ -454,9 +454,9 @@ def test_runs_that_cannot_go_on(config: Write, tmp_path: Path, data: Path) -> No
         return result.stderr
 
     # As earlier versions wrote it: the settings alone.
-    assert "begun by an earlier flix, which drew its rows in another order" in refused(now["settings"])  # fmt: skip
+    assert "started by an earlier flix, which drew its rows in another order" in refused(now["settings"])  # fmt: skip
     assert "of format 3, not 2" in refused({**now, "format": 3})
-    assert "began in 2 processes and would go on in 1" in refused({**now, "processes": 2})
+    assert "started in 2 processes and would continue in 1" in refused({**now, "processes": 2})
     assert "the files of training rows are not those" in refused({**now, "data": ["0"]})
     file.write_text(json.dumps(now))
     ok("train", path, "--resume")
@@ -589,7 +589,7 @@ def test_what_streams_cannot_do(config: Write, data: Path) -> None:
     labelled = {"kind": "classification", "stream": True, "rows": 36}
     assert "the labels of a stream are not known before it is read; give labels:" in refused(**labelled)  # fmt: skip
     path = config(datasets=streamed(data), held_out=[], training={"similar_lengths": True})
-    assert "looks ahead, which no stream lets it" in run(app, ["train", str(path)]).stderr
+    assert "looks ahead, which streams do not allow" in run(app, ["train", str(path)]).stderr
     column = {"features": {"task": "ner"}, "feature_columns": {"language": "lang"}, "stream": True, "rows": 36}  # fmt: skip
     assert "what its rows activate is not known before they are read" in refused(**column)
 
@@ -624,4 +624,6 @@ def test_two_processes_train_and_one_writes(config: Write, tmp_path: Path) -> No
     for mine, its in zip(both["training"]["losses"], alone["training"]["losses"], strict=True):
         assert mine == {"step": its["step"], "loss": pytest.approx(its["loss"], rel=1e-3)}
     result = run(app, ["train", str(path), "--resume"])
-    assert result.exit_code == 2 and "began in 2 processes and would go on in 1" in result.stderr
+    assert (
+        result.exit_code == 2 and "started in 2 processes and would continue in 1" in result.stderr
+    )

@@ -87,8 +87,9 @@ def make_plain(layer: Any, path: str, update: NDArray[np.float64]) -> None:
     kernel = kernel if tokens else kernel - bias
     if not _close(wanted, _applied(x, kernel, shape) + bias, wanted, dtype):
         raise TargetError(
-            f"layer {path!r} ({type(layer).__name__}) computes no linear map of its input, or none that can be read "
-            "from it: it cannot become a plain layer. Leave it out of target_modules to merge the rest"
+            f"layer {path!r} ({type(layer).__name__}) is not a linear map of its input, or not "
+            f"one that can be read from it, so it cannot become a plain layer. Leave it out of "
+            f"target_modules to merge the rest"
         )
     value = jnp.asarray(kernel + update, dtype)
     if tokens:
@@ -157,5 +158,5 @@ def _close(got: Any, wanted: Any, size: NDArray[Any], dtype: Any) -> bool:
 def _refused(layer: Any, path: str, reason: str) -> TargetError:
     return TargetError(
         f"layer {path!r} ({type(layer).__name__}) cannot be merged: {reason}; "
-        "merge(model, row, dequantize=True) makes a plain layer of it"
+        "merge(model, row, dequantize=True) turns it into a plain layer"
     )

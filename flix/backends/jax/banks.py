@@ -84,8 +84,8 @@ def merge_kernels(
             result[path] = jnp.asarray(whole, jnp.asarray(kernel["scale"]).dtype)
         elif isinstance(kernel, Mapping) or str(own.dtype) not in FLOATS:
             raise TargetError(
-                f"layer {path!r} cannot be merged: its kernel is quantised ({own.dtype}); give it with its scale, and "
-                "dequantize=True, for a plain kernel"
+                f"layer {path!r} cannot be merged: its kernel is quantised ({own.dtype}); pass "
+                f"it with its scale and dequantize=True to get a plain kernel"
             )
         else:
             result[path] = folded(own, update)

@@ -59,7 +59,8 @@ def losses_by_feature(
         features, registry = features.ids, features.registry
     if registry is None:
         raise RoutingError(
-            "ids alone do not say whose they are: give registry=config.registry, or a Routing (registry.encode(rows))"
+            "ids alone do not say to which registry they belong: give registry=config.registry, "
+            "or a Routing (registry.encode(rows))"
         )
     if is_traced(features):
         check_form(features)
@@ -268,8 +269,8 @@ def _tables(what: str, tree: Any, specs: Mapping[str, LayerSpec]) -> Any:
     found = leaf_specs(tree, specs)
     if any(spec is WHOLE for spec in jax.tree.leaves(found)):
         raise ConfigError(
-            f"{what} is for the features' tables, and there are other parameters, too; give those an optimizer of their "
-            "own (optax.partition)"
+            f"{what} works on the features' tables only, but there are other parameters too; "
+            f"give those an optimizer of their own (optax.partition)"
         )
     return found
 

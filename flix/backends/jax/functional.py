@@ -167,7 +167,8 @@ def _linear(
     if lora_dropout := rate(lora_dropout, "lora_dropout", below_one=True):
         if key is None:
             raise ConfigError(
-                f"lora_dropout={lora_dropout:g} draws a mask and needs key=, a key of jax.random; leave both away in evaluation"
+                f"lora_dropout={lora_dropout:g} draws a mask and needs key=, a key of "
+                f"jax.random; leave out both in evaluation"
             )
         x = dropped(x, lora_dropout, key)
     return _add(y, x, layer, routing, strategy)

@@ -58,7 +58,7 @@ def leaf_specs(tree: Any, specs: Mapping[str, LayerSpec]) -> Any:
     )
     if not any(isinstance(leaf, LayerSpec) for leaf in jax.tree.leaves(found)):
         raise ConfigError(
-            "no low-rank tables among the parameters; of an nnx model, give the adapted model: "
+            "no low-rank tables among the parameters; for an nnx model, pass the adapted model: "
             "mask_absent(tx, model)"
         )
     return found
@@ -168,8 +168,8 @@ def _masked(
 def _check_rows(rows: int, leaf: Any, axis: int) -> None:
     if leaf.shape[axis : axis + 1] != (rows,):
         raise ConfigError(
-            f"the optimizer keeps state of shape {list(leaf.shape)} for a table of {rows} rows; absent "
-            "features can be left alone only where it keeps state for each row"
+            f"the optimizer keeps state of shape {list(leaf.shape)} for a table of {rows} rows; "
+            f"absent features can be left alone only if it keeps state for each row"
         )
 
 

@@ -95,9 +95,7 @@ def adapted(model: Any) -> FlixConfig | None:
     if isinstance(model, RoutedModel):
         return model.flix_config
     if is_bank(model) and model:
-        raise TargetError(
-            "a bank alone does not say under which configuration; give (config, bank)"
-        )
+        raise TargetError("a bank does not contain its configuration; give (config, bank)")
     pair = isinstance(model, tuple) and len(model) == 2
     return model[0] if pair and isinstance(model[0], FlixConfig) and is_bank(model[1]) else None
 
@@ -212,7 +210,7 @@ def undropped(layers: Mapping[str, LayerShape]) -> list[str]:
 def switch(model: Any, by: int) -> None:
     if isinstance(model, tuple):
         raise TargetError(
-            "disable needs a model; a bank is never called: leave linear's update away"
+            "disable needs a model; a bank is never called, so leave out linear's update yourself"
         )
     if by > 0:
         layers = (layer for _, layer in flix_layers(model))

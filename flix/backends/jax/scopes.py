@@ -143,7 +143,7 @@ def disabled(holder: Any) -> bool:
     if any(block.state is holder.flix_state for block in open):
         raise RoutingError(
             "a compiled function was given a disabled model as it was before (nnx.cached_partial, or a copy that it "
-            "closes over); make the function inside disable(model), or hand it the model itself"
+            "closes over); make the function inside disable(model), or pass it the model itself"
         )
     return False
 
@@ -152,8 +152,9 @@ def _check_key() -> None:
     """Refuse a function that closes over a model where JAX's key does not say whose block is open."""
     if _context is None or _tasks() or {*_blocks.task} != {*_blocks.thread.open}:
         raise RoutingError(
-            "a compiled function closes over an adapted model, while a task or thread of asyncio has disable open: its "
-            "cache cannot tell tasks apart; hand the model in as an argument, as in nnx.jit(f)(model, x)"
+            "a compiled function closes over an adapted model, while a task or thread of asyncio "
+            "has disable open: its cache cannot tell tasks apart; pass the model as an argument, "
+            "as in nnx.jit(f)(model, x)"
         )
 
 

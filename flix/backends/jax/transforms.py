@@ -19,10 +19,11 @@ WHOLE = object()
 _REFUSED = {
     "MultiSteps": "it keeps the gradients of several batches, but only the last batch's features would move. Put it "
     "outside: nnx.Optimizer(model, optax.MultiSteps(mask_absent(tx, model), k), wrt=FlixParam)",
-    "scale_by_sm3": "it keeps one value for a column of a table, which all features share. Give the tables another, such as "
-    "adamw",
-    "scale_by_muon": "it makes all rows of a matrix orthogonal to each other, and a table's rows are those of many "
-    "features. Give the tables another, such as adamw, and other parameters an nnx.Optimizer of their own",
+    "scale_by_sm3": "it keeps one value for a column of a table, which all features share. Use "
+    "another optimizer for the tables, such as adamw",
+    "scale_by_muon": "it makes all rows of a matrix orthogonal to each other, and the rows of a "
+    "table belong to many features. Use another optimizer for the tables, such as adamw, and an "
+    "nnx.Optimizer of their own for other parameters",
 }
 
 _SUMS = {"prodigy", "dadapt_adamw", "dog", "dowg", "momo", "momo_adam", "cocob"}

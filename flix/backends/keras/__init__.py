@@ -17,7 +17,7 @@ try:
     import keras as _keras
 
     if int(_keras.__version__.split(".")[0]) < 3:
-        raise ImportError(f"Keras {_keras.__version__} is installed, Keras 3 is needed")
+        raise ImportError(f"Keras {_keras.__version__} is installed, but Keras 3 is needed")
 except ImportError as _error:
     raise _missing("tensorflow", "Keras 3", _error) from _error
 

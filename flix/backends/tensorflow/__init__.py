@@ -16,7 +16,7 @@ try:
     import keras as _keras
 
     if int(_keras.__version__.split(".")[0]) < 3:
-        raise ImportError(f"Keras {_keras.__version__} is installed, Keras 3 is needed")
+        raise ImportError(f"Keras {_keras.__version__} is installed, but Keras 3 is needed")
 except ImportError as _error:
     raise _missing("tensorflow", "TensorFlow and Keras 3", _error) from _error
 
@@ -26,7 +26,7 @@ if _keras.backend.backend() != "tensorflow":
     raise _ConfigError(
         "the tensorflow backend needs Keras to run on TensorFlow, but Keras is configured for "
         f"{_keras.backend.backend()!r}; set KERAS_BACKEND=tensorflow before Keras is imported, "
-        "or take flix.backends.keras, which runs on jax and torch, too"
+        "or use flix.backends.keras, which also runs on jax and torch"
     )
 
 from flix.backends.keras import primitives

@@ -93,7 +93,8 @@ class RowOptimizer(dense.RowOptimizer):
         if optimizer.gradient_accumulation_steps and replicas > 1:
             raise ConfigError(
                 "gradient_accumulation_steps with several replicas is not supported for adapted models: "
-                "replicas accumulate apart, and features absent from all of them cannot be told"
+                "replicas accumulate separately, so it is not known which features are absent "
+                "from all of them"
             )
         ready = []
         for grad, variable in zip(grads, held, strict=True):

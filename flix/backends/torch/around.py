@@ -159,12 +159,13 @@ class FlixAround(FlixLayer):
             )
             raise TargetError(
                 f"{named} says that it maps {self.d_in} features to {self.d_out}, but gave {got} for {given}; "
-                "it is no linear map that features can be added to: leave it out of target_modules"
+                "it is not a linear map to which features can be added: leave it out of "
+                "target_modules"
             )
         if x.requires_grad and torch.is_grad_enabled() and not base.requires_grad:
             raise TargetError(
                 f"{named} records no gradient of its input, so features of the layers before it would not be trained; "
-                "adapt none of those, or use a quantisation that trains"
+                "do not adapt those layers, or use a quantisation that trains"
             )
 
 

@@ -188,7 +188,7 @@ class FlixAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """What queries get of the values, ``[N, L, d]``, and the weights ``[N, heads, L, S]`` where they are wanted."""
         if is_causal and mask is None:
-            raise RuntimeError("is_causal is a hint about attn_mask, which must be given, too")
+            raise RuntimeError("is_causal is a hint about attn_mask, which must be given too")
         count, _, size = q.shape
         hint = is_causal and padding is None and not need_weights
         wanted = None if hint else self._mask(mask, padding, q, k.shape[1])

@@ -59,7 +59,8 @@ def owners_of(features: Any, group: str, registry: FeatureTable | None) -> Owner
         return row_owners(features.ids, features.registry, group)
     if registry is None:
         raise RoutingError(
-            "ids alone do not say whose they are: give registry=model.flix_config.registry, or a Routing "
+            "ids alone do not say to which registry they belong: give "
+            "registry=model.flix_config.registry, or a Routing "
             "(registry.encode(rows))"
         )
     if isinstance(features, Tensor):

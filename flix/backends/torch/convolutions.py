@@ -181,7 +181,7 @@ def convolution(module: nn.Module) -> tuple[type[FlixConvolution] | None, str]:
     if target is None:
         return (
             None,
-            f"its class {type(module).__name__} is no plain nn.Conv1d, nn.Conv2d or nn.Conv3d",
+            f"its class {type(module).__name__} is not a plain nn.Conv1d, nn.Conv2d or nn.Conv3d",
         )
     if module.groups > 1:
         return None, (

@@ -74,8 +74,9 @@ def plain(module: Any, path: str) -> nn.Linear:
             kernel = (torch.cat(columns) - bias).t()  # type: ignore[arg-type]
         if not _close(wanted, x.double().cpu() @ kernel.t() + bias, wanted, like.dtype):
             raise TargetError(
-                f"layer {path!r} ({type(module).__name__}) computes no linear map of its input, or none that can be "
-                "read from it: it cannot become a plain layer. Leave it out of target_modules to merge the rest"
+                f"layer {path!r} ({type(module).__name__}) is not a linear map of its input, or "
+                f"not one that can be read from it, so it cannot become a plain layer. Leave it "
+                f"out of target_modules to merge the rest"
             )
         has_bias = getattr(module, "bias", None) is not None or bool(bias.any())
         made = nn.Linear(d_in, d_out, has_bias, device=like.device, dtype=like.dtype)
@@ -129,5 +130,5 @@ def _close(got: Tensor, wanted: Tensor, size: Tensor, dtype: torch.dtype) -> boo
 def _refused(module: nn.Module, path: str, reason: str) -> str:
     return (
         f"layer {path!r} ({type(module).__name__}) cannot be merged: {reason}; "
-        "merge(model, row, dequantize=True) makes a plain linear layer of it"
+        "merge(model, row, dequantize=True) turns it into a plain linear layer"
     )

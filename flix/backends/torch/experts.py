@@ -324,7 +324,7 @@ def become_kernel(
     kernels, reason = experts_of(module)
     if parameter not in kernels:
         raise TargetError(
-            f"layer {name!r} cannot be adapted: {reason or 'it is no kernel of experts'}"
+            f"layer {name!r} cannot be adapted: {reason or 'it is not a kernel of experts'}"
         )
     if not isinstance(module, FlixExperts):
         base, module.__class__ = type(module), experts_class(type(module))

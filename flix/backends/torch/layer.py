@@ -215,8 +215,10 @@ class FlixLayer(Adapted, nn.Module):
         now, known = (self.d_in, self.d_out), self.flix_state.bank.layout.shapes[self.flix_place]
         if now != (known.d_in, known.d_out):
             raise TargetError(
-                f"layer {self.flix_name!r} has the sizes {now} now, and was adapted with {(known.d_in, known.d_out)}; "
-                "resize_token_embeddings of the adapted model itself lets its features grow, too"
+                f"layer {self.flix_name!r} now has the sizes {now}, but was adapted with "
+                f"{(known.d_in, known.d_out)}; "
+                "call resize_token_embeddings of the adapted model itself, which lets its "
+                "features grow too"
             )
         return now
 

@@ -220,8 +220,9 @@ def fold(model: nn.Module, row: Mapping[str, Any], update: Updates) -> None:
     for path, layer in layers.items():
         if isinstance(layer, FlixAround):
             raise TargetError(
-                f"layer {path!r} ({type(layer).__name__}) has a kernel or a forward of its own kind, into which nothing is "
-                "folded in place; merge(model, row) gives a copy, with dequantize=True where the kernel is quantised"
+                f"layer {path!r} ({type(layer).__name__}) has a kernel or a forward of its own "
+                f"kind, which cannot be merged in place; merge(model, row) gives a copy, with "
+                f"dequantize=True if the kernel is quantised"
             )
     for path, layer in layers.items():
         kernel: nn.Parameter = layer.weight  # type: ignore[assignment]

@@ -50,7 +50,7 @@ def check_plain(model: Any) -> None:
     if (path := peft_layer(model)) is not None:
         raise TargetError(
             f"{path!r} is one of PEFT's layers; fold them in (merge_and_unload()) or take them out (unload()) before "
-            "adapt, and import_peft(model, folders) makes features of saved LoRAs"
+            "adapt, and import_peft(model, folders) turns saved LoRAs into features"
         )
     if (found := next(flix_layers(model), None)) is not None:
         raise TargetError(
@@ -130,8 +130,9 @@ def set_frozen(model: M, features: Collection[Feature]) -> M:
 def parameters(model: Any) -> list[nn.Parameter]:
     if shared := shared_heads(model):
         raise TargetError(
-            f"{listed(shared)} would train for another model, too, whose base share_base shares; give this model its own "
-            "first: module.weight = nn.Parameter(module.weight.detach().clone())"
+            f"{listed(shared)} would also train for another model that shares this base "
+            f"(share_base); give this model its own first: module.weight = "
+            f"nn.Parameter(module.weight.detach().clone())"
         )
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 

@@ -22,7 +22,7 @@ MEDIA = "media"
 GATHERED = "it gets tokens gathered from the batch's rows, as experts do"
 TIME_FIRST = "its inputs have the sequence first, as its block says (batch_first=False)"
 SEEN_TIME_FIRST = "its inputs have the sequence first, as a call showed"
-SPREAD = "it gets parts of each row in turn, as windows and frames are"
+SPREAD = "it gets parts of each row in turn, such as windows and frames"
 
 
 def rows_of(

@@ -40,13 +40,15 @@ class FlixSharded(FlixLayer, nn.Linear):
             return base
         if isinstance(routing, TracedRouting):
             raise ConfigError(
-                f"layer {self.flix_name!r} is spread over processes (tp_plan), and acts in eager mode alone; compile the "
+                f"layer {self.flix_name!r} is spread over processes (tp_plan), and acts in eager "
+                f"mode only; compile the "
                 "model without tp_plan"
             )
         if rate := self._dropped():
             raise ConfigError(
-                f"lora_dropout={rate:g}: layer {self.flix_name!r} is spread over processes (tp_plan), which would draw "
-                "masks of their own; set lora_dropout=0, or train without tp_plan"
+                f"lora_dropout={rate:g}: layer {self.flix_name!r} is spread over processes "
+                f"(tp_plan), each of which would draw another mask; set lora_dropout=0, or train "
+                f"without tp_plan"
             )
         x, count, length, routing = rows_of(self, self._whole(x), routing, trailing=1)
         with torch.autocast(x.device.type, enabled=False):

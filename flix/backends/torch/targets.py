@@ -49,7 +49,7 @@ def adaptable(module: nn.Module) -> tuple[type[FlixLayer] | None, str]:
             return around(type(module)), ""
         if not plain:
             what = (
-                "gives no vectors of its size"
+                "does not give vectors of its size"
                 if base is nn.Linear
                 else "is not one that flix knows"
             )
@@ -69,7 +69,8 @@ def adaptable(module: nn.Module) -> tuple[type[FlixLayer] | None, str]:
             return None, "its kernel is quantised"
         return kind, reason
     if isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features"):
-        return None, f"its class {type(module).__name__} is no nn.Linear, as quantised layers are"
+        own = type(module).__name__
+        return None, f"its class {own} is not an nn.Linear, nor a quantised layer that flix knows"
     # DBRX keeps experts one below the other, in a matrix that only the name tells.
     axes = 2 if "expert" in type(module).__name__.lower() else 3
     if not isinstance(module, ParametrizationList) and any(

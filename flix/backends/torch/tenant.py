@@ -157,8 +157,9 @@ def _check_schedule(made: Any, name: str, optimizer: Any) -> None:
         )
     if not callable(getattr(made, "step", None)) or _needed(made.step):
         raise ConfigError(
-            f"{type(made).__name__} of {name!r} cannot be a tenant's schedule: its step() needs arguments. Leave it out, "
-            f"and step one made of tenants[{name!r}].optimizer yourself"
+            f"{type(made).__name__} of {name!r} cannot be a tenant's schedule: its step() needs "
+            f"arguments. Leave it out, and step one that you make of tenants[{name!r}].optimizer "
+            f"yourself"
         )
 
 
@@ -190,8 +191,8 @@ def refuse_changed(name: str, tenant: Tenant, bank: Bank) -> None:
     """
     if bank.parameter(tenant.feature) is not tenant.parameter:
         raise ConfigError(
-            f"the tenant {name!r} is no longer what it was: its feature was renamed, removed or replaced. Use "
-            "rename, leave and resume of Tenants, or make another"
+            f"the tenant {name!r} has changed: its feature was renamed, removed or replaced. Use "
+            f"rename, leave and resume of Tenants, or make new Tenants"
         )
     if not tenant.stopped and not tenant.parameter.requires_grad:
         raise ConfigError(
@@ -201,8 +202,8 @@ def refuse_changed(name: str, tenant: Tenant, bank: Bank) -> None:
     where = tenant.parameter.untyped_storage().data_ptr()
     if any(p.untyped_storage().data_ptr() != where for p, _ in tenant.pieces[:1]):
         raise ConfigError(
-            f"the values of the tenant {name!r} have moved (to another device or dtype) from under its "
-            "optimizer; make Tenants after the model is where it stays"
+            f"the values of the tenant {name!r} have moved to another device or dtype, without "
+            f"its optimizer; make Tenants when the model is where it will stay"
         )
 
 

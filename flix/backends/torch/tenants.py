@@ -97,7 +97,7 @@ class Tenants:
         self._refuse_others(trained)
         if not names:
             raise ConfigError(
-                f"no feature of group {self.group!r} trains; thaw(model, ...) those that shall be tenants"
+                f"no feature of group {self.group!r} trains; thaw(model, ...) those that should be tenants"
             )
         self._settings: dict[str, Any] = {"optimizer": optimizer, "lr": lr}
         self._settings |= {"schedule": schedule, "steps": steps, "max_norm": max_norm}
@@ -238,7 +238,7 @@ class Tenants:
         tenant = self[name]
         if steps is not None and whole(steps, f"steps of {name!r}", 1) <= tenant.taken:
             raise ConfigError(
-                f"{name!r} has taken {tenant.taken} steps; go on to more, got {steps}"
+                f"{name!r} has taken {tenant.taken} steps; steps must be more, got {steps}"
             )
         tenant.limit, tenant.stopped = steps, False
         tenant.parameter.requires_grad_(True)
@@ -390,8 +390,8 @@ class Tenants:
         others += [n for n, p in base_parameters(self.model) if p.requires_grad]
         if others:
             raise ConfigError(
-                f"{listed(others, 5)} would train, too, by several tenants' rows, and none would end where it ends "
-                "alone; freeze what is not a tenant's"
+                f"{listed(others, 5)} would also train, on the rows of several tenants, and none "
+                "would end where it ends alone; freeze what is not a tenant's"
             )
 
     def _refuse_unknown(self, settings: Mapping[str, Any]) -> None:

@@ -162,13 +162,13 @@ def read_tenant(folder: Path_, feature: Feature) -> SavedTenant:
     """
     path = Path(folder) / TENANT_FILE
     if not path.is_file():
-        raise AdapterError(f"{str(folder)!r} is no tenant's folder: it has no {TENANT_FILE}")
+        raise AdapterError(f"{str(folder)!r} is not a tenant's folder: it has no {TENANT_FILE}")
     try:
         said = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # whatever torch makes of a file that anybody may have written
         raise AdapterError(f"{str(path)!r} cannot be read: {shown(error)}") from error
     if not isinstance(said, dict) or said.get("format") != _FORMAT:
-        raise AdapterError(f"{str(path)!r} is no tenant's file")
+        raise AdapterError(f"{str(path)!r} is not a tenant's file")
     if said.get("version") != _VERSION:
         raise AdapterError(
             f"{str(path)!r} is of version {shown(said.get('version'))}; this flix reads version {_VERSION}"

@@ -78,7 +78,9 @@ class Files(Shared):
         base = self.base_of(model, shapes)
         if features is not None:
             if heads:
-                raise AdapterError("features= saves some features alone; heads go with all of them")
+                raise AdapterError(
+                    "features= saves some features only; heads belong to all of them"
+                )
             chosen = select_features(self.adapter_of(model), features)
             with self.writing(model) as mine:
                 if mine:
@@ -93,7 +95,7 @@ class Files(Shared):
         """An adapted model's heads, checked."""
         if not self.offers(SupportsHeads):
             if names:
-                raise AdapterError("heads: this backend knows no parameters but the features'")
+                raise AdapterError("heads: this backend has no parameters other than the features'")
             return {}
         layers = self.primitives.shapes(model)
         where = self.primitives.head_places(model)  # type: ignore[attr-defined]
@@ -198,7 +200,10 @@ class Files(Shared):
             warn(said)
         if config is None:
             if error := self.undropped(adapter.config, adapter.layers):
-                warn(f"the adapter answers as ever, but cannot be trained on as it was: {error}")
+                warn(
+                    f"the adapter answers as before, but cannot be trained further as it was: "
+                    f"{error}"
+                )
             model = self.primitives.attach(
                 model,
                 adapter.config,
@@ -215,8 +220,8 @@ class Files(Shared):
     def _check_heads(self, model: Any, adapter: Adapter) -> None:
         if not self.offers(SupportsHeads):
             raise AdapterError(
-                f"the adapter holds trained heads ({listed(adapter.heads, 5)}), and this backend knows no parameters "
-                "but the features'; heads=False leaves them out"
+                f"the adapter holds trained heads ({listed(adapter.heads, 5)}), and this backend "
+                f"has no parameters other than the features'; heads=False leaves them out"
             )
         where = self.primitives.head_places(model)  # type: ignore[attr-defined]
         check_heads(adapter, where, type(model).__name__)

@@ -62,7 +62,7 @@ class Models(Shared):
         chosen = select(infos, config.target_modules, config.exclude_modules)
         if said := left_out(infos, config.target_modules, config.exclude_modules):
             warnings.warn(
-                f"'all-linear' leaves out {said}; exclude_modules says that this is meant",
+                f"'all-linear' leaves out {said}; name it in exclude_modules if that is meant",
                 stacklevel=2,
             )
 

@@ -110,7 +110,7 @@ def _loss_of(outputs: Any, batch: Mapping[str, Any]) -> Any:
     found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if found is None:
         raise ConfigError(
-            f"the outputs ({type(outputs).__name__}) hold no loss: give loss=function(outputs, batch), or, to a model "
-            "that computes one, labels with the examples"
+            f"the outputs ({type(outputs).__name__}) hold no loss: give loss=function(outputs, "
+            f"batch), or, for a model that computes a loss, labels with the examples"
         )
     return found

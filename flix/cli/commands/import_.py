@@ -24,7 +24,9 @@ def import_(
     source: Annotated[str, typer.Option("--from", help="The format: peft.")] = "peft",
     skip_modules: Annotated[
         bool,
-        typer.Option("--skip-modules", help="Leave out whole modules that were trained beside."),
+        typer.Option(
+            "--skip-modules", help="Leave out whole modules that were trained with a LoRA."
+        ),
     ] = False,
     force: Force = False,
     as_json: Json = False,

@@ -31,7 +31,7 @@ def init(
     kind: Annotated[
         str | None, typer.Option("--kind", metavar="KIND", help=f"What all data are: {', '.join(KINDS)}; default: guessed.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Draft a training configuration from a look at data: its files' names, its columns, its sizes."""
@@ -42,7 +42,7 @@ def init(
     if out.is_dir():
         raise ConfigError(f"--out must be a file, but {str(out)!r} is a folder")
     if out.exists() and not force:
-        raise ConfigError(f"--out: {str(out)!r} is there already; --force writes over it")
+        raise ConfigError(f"--out: {str(out)!r} exists already; --force overwrites it")
     looked = [one for files in find_data(data) if (one := look(files)).rows]
     if not looked:
         raise DataError(f"no rows for training in {listed(map(repr, data))}")

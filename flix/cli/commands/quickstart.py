@@ -12,9 +12,9 @@ from flix.cli.options import Json
 
 
 def quickstart(
-    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Repeat with so many seeds.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Repeat with this many seeds.")] = 1,
     fast: Annotated[
-        bool, typer.Option("--fast", help="A short run that only shows that all works.")
+        bool, typer.Option("--fast", help="A short run that only shows that everything works.")
     ] = False,
     as_json: Json = False,
     out: Annotated[

@@ -21,13 +21,15 @@ def report(
         typer.Option("--out", metavar="FILE", help="The page to write; default: report.html in the first run's folder."),
     ] = None,
     rows: Annotated[
-        str | None, typer.Option("--rows", metavar="GROUP", help="The group that rows of the grids stand for.")
+        str | None, typer.Option("--rows", metavar="GROUP", help="The group whose features are "
+            "the rows of the grids.")
     ] = None,
     columns: Annotated[
-        str | None, typer.Option("--columns", metavar="GROUP", help="The group that their columns stand for.")
+        str | None, typer.Option("--columns", metavar="GROUP", help="The group whose features "
+            "are their columns.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Write over a file that is no report of flix.")
+        bool, typer.Option("--force", help="Overwrite a file that is not a flix report.")
     ] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip

@@ -115,7 +115,7 @@ def read(data: Any, where: str) -> Description:
         config.check_size(layers)
         heads = data.get("heads", [])
         if not isinstance(heads, list) or not all(isinstance(name, str) for name in heads):
-            raise TypeError("its heads are no list of names")
+            raise TypeError("its heads are not a list of names")
         if len({*heads}) != len(heads):
             raise TypeError("it names a head twice")
         base = _base(data.get("base"))
@@ -142,5 +142,5 @@ def _base(data: Any) -> Base | None:
         return None
     known = {name: data.get(name) for name in ("name", "revision", "fingerprint")}
     if not all(isinstance(value, str | None) for value in known.values()):
-        raise TypeError("its base is described by more than texts")
+        raise TypeError("its base is described by something other than texts")
     return Base(**known)

@@ -88,7 +88,7 @@ def as_heads(values: Mapping[str, NDArray[Any]]) -> dict[str, Head]:
 
 def _not_floating(name: str) -> AdapterError:
     return AdapterError(
-        f"the trained parameter {name!r} holds no float16, bfloat16, float32 or float64 in this model"
+        f"the trained parameter {name!r} is not float16, bfloat16, float32 or float64 in this model"
     )
 
 
@@ -139,7 +139,7 @@ def modules_of_heads(
         inside = path + "."
         users = {user for user, value in parameters.items() if value == parameters[name]}
         if not path:
-            why = "it belongs to no module but the model"
+            why = "it belongs to the model itself, not to a module"
         elif any(layer == path or layer.startswith(inside) for layer in adapted):
             why = f"its module {path!r} is adapted"
         elif not all(user.startswith(inside) for user in users):

@@ -46,7 +46,7 @@ class StoredTensors(Mapping[str, NDArray[Any]]):
         self._file = file
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         whole = found.st_size
         size = int.from_bytes(self._exactly(0, min(8, whole)), "little")
         self._first = 8 + size
@@ -62,7 +62,7 @@ class StoredTensors(Mapping[str, NDArray[Any]]):
             last = self._read(entries)
         except (AttributeError, KeyError, TypeError, RecursionError) as error:
             why = "it nests too deeply" if isinstance(error, RecursionError) else repr(error)
-            raise ValueError(f"its header is none of safetensors ({why[:200]})") from error
+            raise ValueError(f"its header is not one of safetensors ({why[:200]})") from error
         if self._first + last != whole:
             raise ValueError(f"it has {whole} bytes, and should have {self._first + last}")
         self._size = last
@@ -158,7 +158,7 @@ def _metadata(given: Any) -> dict[str, str]:
     if given is None:
         return {}
     if not all(isinstance(value, str) for value in given.values()):
-        raise TypeError("its metadata is more than texts")
+        raise TypeError("its metadata holds more than texts")
     return dict(given)
 
 
@@ -167,7 +167,7 @@ def _size(dtype: Any, shape: tuple[Any, ...]) -> int | None:
     if not isinstance(dtype, str) or len(shape) > _MOST_AXES:
         raise TypeError(f"dtype {str(dtype)[:20]!r}, {len(shape)} axes")
     if not all(type(length) is int and 0 <= length <= _LONGEST_AXIS for length in shape):
-        raise TypeError("a shape has a length that is none")
+        raise TypeError("a shape has an impossible length")
     return math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else None
 
 

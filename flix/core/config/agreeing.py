@@ -43,7 +43,7 @@ def disagreement(descriptions: Sequence[Mapping[str, Any]]) -> str | None:
 
 def _some(found: Sequence[str]) -> str:
     more = len(found) - _SHOWN
-    return "; ".join(found[:_SHOWN]) + (f"; and {more} differences more" if more > 0 else "")
+    return "; ".join(found[:_SHOWN]) + (f"; and {more} more differences" if more > 0 else "")
 
 
 def _differences(one: Any, other: Any, path: str) -> Iterator[str]:

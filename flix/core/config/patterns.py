@@ -94,8 +94,8 @@ def _compiled(pattern: str, ending: bool) -> Callable[[str], bool]:
     try:
         if _nests(tree, unbounded=True):
             raise ConfigError(
-                f"{shown} has a repeat without end inside another, which can take forever to match; "
-                "write it with one of them"
+                f"{shown} has an unbounded repeat inside another, which can take forever to "
+                f"match; write it with one of them"
             )
         try:
             if tree.state.flags & ~_FLAGS:

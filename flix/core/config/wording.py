@@ -11,8 +11,8 @@ from flix.core.errors import ConfigError, near
 T = TypeVar("T")
 
 _UNFREEZE = (
-    "unfreeze what else shall train after adapt, e.g. model.classifier.requires_grad_(True); save keeps it "
-    "beside the features"
+    "unfreeze what else should train after adapt, e.g. model.classifier.requires_grad_(True); "
+    "save keeps it with the features"
 )
 _NO_SUCH = "flix has no such variant of LoRA; leave it out"
 _OWN_START = 'A starts as init says ("uniform", or "orthogonal"), and B at zero'
@@ -50,7 +50,7 @@ PEFT: dict[str, str] = {
     "alora_invocation_tokens": _NO_SUCH,
     "layer_replication": _NO_SUCH,
     "lora_bias": _NO_SUCH,
-    "arrow_config": "which features act is said with each call, by flix_features",
+    "arrow_config": "each call says which features act, by flix_features",
     "task_type": "adapt takes a model of any kind; leave it out",
     "peft_type": "flix has one kind of adapter; leave it out",
     "peft_version": "leave it out",

@@ -298,7 +298,7 @@ def test_quantised_layers_become_plain_ones_if_asked(kind: str) -> None:
 
 
 def test_what_is_no_linear_map_becomes_none() -> None:
-    with pytest.raises(flix.TargetError, match=r"layer 'q' \(Clipped\) computes no linear map"):
+    with pytest.raises(flix.TargetError, match=r"layer 'q' \(Clipped\) is not a linear map"):
         merge(adapted("clipped"), ROW, dequantize=True)
 
 

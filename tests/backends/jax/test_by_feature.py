@@ -252,7 +252,7 @@ def test_losses_that_do_not_fit_are_refused() -> None:
         losses_by_feature(1.0, routing, "task")
     with pytest.raises(RoutingError, match=r"counts must have the shape of losses, \[4\], got"):
         losses_by_feature(jnp.ones(4), routing, "task", counts=jnp.ones((4, 1)))
-    with pytest.raises(RoutingError, match="ids alone do not say whose they are"):
+    with pytest.raises(RoutingError, match="ids alone do not say to which registry they belong"):
         losses_by_feature(jnp.ones(4), routing.ids, "task")
     with pytest.raises(FeatureError, match="no feature group 'tsak'"):
         losses_by_feature(jnp.ones(4), routing, "tsak")
@@ -287,7 +287,7 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ConfigError, match="steps of 'tenant' must be a whole number of 1 or more"):
         scale_by_feature_rate(1.0, steps={"tenant": 0}).init(values)
     with pytest.raises(
-        ConfigError, match="there are other parameters, too; give those an optimizer"
+        ConfigError, match="there are other parameters too; give those an optimizer"
     ):
         scale_by_feature_rate(1.0).init({**values, "head": jnp.ones(3)})
 

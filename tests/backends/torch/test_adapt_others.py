@@ -62,8 +62,8 @@ def _mixed():
 
 
 REASONS = [
-    r"'a' and 1 more \(its class Own has a forward of its own, which gives no vectors of its size\)",
-    r"'packed' \(its class Packed is no nn.Linear, as quantised layers are\)",
+    r"'a' and 1 more \(its class Own has a forward of its own, which does not give vectors of its size\)",
+    r"'packed' \(its class Packed is not an nn.Linear, nor a quantised layer that flix knows\)",
     r"'bits' \(its kernel is quantised\)",
     r"'flat' \(FlatExperts stacks its kernels in one tensor, as experts do\)",
     r"'stacked' \(Stacked stacks its kernels in one tensor, as experts do\)",
@@ -116,7 +116,7 @@ def test_a_model_with_pefts_layers_is_refused():
 def test_peft_over_an_adapted_model_is_refused(way):
     peft, lora = _lora()
     model = adapt(make("llama"), config())
-    with pytest.raises(TargetError, match=r"PEFT's layers would stand around adapted ones"):
+    with pytest.raises(TargetError, match=r"PEFT's layers would wrap adapted ones"):
         peft.get_peft_model(
             model, lora
         ) if way == "get_peft_model" else peft.inject_adapter_in_model(lora, model)

@@ -254,7 +254,7 @@ def test_a_model_says_that_it_is_quantised_as_long_as_it_is(targets, left):
 
 
 def test_what_is_no_linear_map_becomes_none():
-    with pytest.raises(TargetError, match=r"layer '2' \(Clipped\) computes no linear map"):
+    with pytest.raises(TargetError, match=r"layer '2' \(Clipped\) is not a linear map"):
         merge(adapted("clipped"), ROW, dequantize=True)
 
 
@@ -286,7 +286,7 @@ def test_subclasses_that_give_other_things_are_left_out_by_name():
     parts = nn.ModuleDict({"router": Router(4, 4), "q": nn.Linear(4, 4)})
     with pytest.warns(
         UserWarning,
-        match=r"'router' \(its class Router has a forward of its own, which gives no vectors",
+        match=r"'router' \(its class Router has a forward of its own, which does not give vectors",
     ):
         adapt(parts, config())
 

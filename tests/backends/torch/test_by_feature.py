@@ -55,7 +55,9 @@ def test_losses_that_do_not_fit_are_refused():
         losses_by_feature(torch.ones(3), routing, "task")
     with pytest.raises(RoutingError, match=r"counts must have the shape of losses, \[4\], got"):
         losses_by_feature(torch.ones(4), routing, "task", counts=torch.ones(4, 1))
-    with pytest.raises(RoutingError, match="ids alone do not say whose they are: give registry="):
+    with pytest.raises(
+        RoutingError, match="ids alone do not say to which registry they belong: give registry="
+    ):
         losses_by_feature(torch.ones(4), torch.from_numpy(routing.ids), "task")
 
 

@@ -278,7 +278,10 @@ REFUSED = {
     "grouped": (nn.Conv2d(4, 4, 3, groups=2), r"groups=2"),
     "depthwise": (nn.Conv1d(4, 4, 3, groups=4), r"groups=4"),
     "transposed": (nn.ConvTranspose2d(4, 4, 3), r"it is a transposed convolution"),
-    "normed": (nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)), r"no plain nn\.Conv1d"),
+    "normed": (
+        nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)),
+        r"not a plain nn\.Conv1d",
+    ),
     "lazy": (nn.LazyConv2d(4, 3), r"LazyConv2d is no plain"),
 }
 

@@ -203,18 +203,18 @@ def test_experts_are_refused_by_name(tmp_path):
     """PEFT refuses them, too. A file that says so is read, for evaluation."""
     settings = {"target_modules": r".*experts\..*", "ranks": 1}
     with pytest.raises(
-        ConfigError, match=r"lora_dropout=0\.4.* cannot act: .*experts.*exclude_modules"
+        ConfigError, match=r"lora_dropout=0\.4.* is not possible: .*experts.*exclude_modules"
     ):
         adapt(make("mixtral"), config(lora_dropout=RATE, **settings))
     model = adapt(make("mixtral"), config(**settings))
     model.flix_state.config = config(lora_dropout=RATE, **settings)
     save(model, tmp_path / "a")
-    with pytest.warns(UserWarning, match=r"cannot be trained on as it was: lora_dropout=0\.4"):
+    with pytest.warns(UserWarning, match=r"cannot be trained further as it was: lora_dropout=0\.4"):
         again = load(make("mixtral"), tmp_path / "a").eval()
     ids, weights = routing()
     tokens = torch.randint(0, 20, (len(ids), 5))
     again(input_ids=tokens, flix_features=ids, flix_weights=weights)
-    with pytest.raises(ConfigError, match=r"lora_dropout=0\.4.* cannot act"):
+    with pytest.raises(ConfigError, match=r"lora_dropout=0\.4.* is not possible"):
         again.train()(input_ids=tokens, flix_features=ids, flix_weights=weights)
 
 

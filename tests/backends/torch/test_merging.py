@@ -147,7 +147,7 @@ def test_a_head_that_would_train_for_two_models_is_refused():
     first = adapt(_Headed(), config(target_modules=["q"]))
     second = adapt(share_base(first), config(target_modules=["q"]))
     second.head.requires_grad_(True)
-    with pytest.raises(TargetError, match=r"head\.weight.* would train for another model"):
+    with pytest.raises(TargetError, match=r"head\.weight.* would also train for another model"):
         trainable_parameters(second)
     for name in ("weight", "bias"):
         setattr(second.head, name, torch.nn.Parameter(getattr(second.head, name).detach().clone()))

@@ -158,14 +158,14 @@ def test_every_verb_is_documented_and_takes_the_model_first():
 def test_a_backend_without_dropout_refuses_it_and_reads_files_that_had_it(tmp_path):
     with pytest.raises(
         ConfigError,
-        match=r"lora_dropout=0\.1.* cannot act: this backend's layers have none; set",
+        match=r"lora_dropout=0\.1.* is not possible: the layers of this backend do not support it; set",
     ):
         verbs.adapt(plain(), config(lora_dropout=0.1))
     adapter = verbs.to_adapter(adapted())
     adapter = flix.Adapter(
         replace(adapter.config, lora_dropout=0.1), adapter.layers, adapter.tensors
     )
-    with pytest.warns(UserWarning, match=r"cannot be trained on as it was: lora_dropout=0\.1"):
+    with pytest.warns(UserWarning, match=r"cannot be trained further as it was: lora_dropout=0\.1"):
         model = verbs.load_into(plain(), adapter)
     assert verbs.to_adapter(model).config.lora_dropout == 0.1
 

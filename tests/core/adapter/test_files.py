@@ -271,8 +271,8 @@ def test_damage_is_found_and_named(tmp_path):
         (lambda d: d.update(heads=["scale"]), r"do not belong to it: trained\.head"),
         (lambda d: d.update(heads=[*HEADS, "x"]), r"lacks the tensor 'trained\.x'"),
         (lambda d: d.update(heads=[*HEADS, "scale"]), "names a head twice"),
-        (lambda d: d.update(heads="scale"), "no list of names"),
-        (lambda d: d.update(base={"name": 7}), "more than texts"),
+        (lambda d: d.update(heads="scale"), "not a list of names"),
+        (lambda d: d.update(base={"name": 7}), "something other than texts"),
         (lambda d: d.update(base=[]), "damaged or was altered"),
     ]:  # fmt: skip
         fresh()

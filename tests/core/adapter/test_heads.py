@@ -50,7 +50,7 @@ def test_heads_need_a_place_in_the_model():
         ({"classifier_bia": np.ones(3)}, r"'classifier.bia', which this Model does not have.*heads=False"),
         ({"classifier_bias": np.ones(4)}, r"has the shape \[4\] in the adapter, but this Model's has \[3\]"),
         ({"body_weight": np.ones((2, 2))}, r"'body.weight' is the kernel of the adapted layer 'body.layer'"),
-        ({"body_scale": np.ones(2)}, "'body.scale' holds no float16, bfloat16"),
+        ({"body_scale": np.ones(2)}, "'body.scale' is not float16, bfloat16"),
     ):  # fmt: skip
         with pytest.raises(AdapterError, match=message):
             check_heads(adapter(**heads), places, "Model")
@@ -84,7 +84,7 @@ def test_the_highest_module_that_is_trained_as_a_whole(heads, modules):
 @pytest.mark.parametrize(
     ("head", "why"),
     [
-        ("scale", "it belongs to no module but the model"),
+        ("scale", "it belongs to the model itself, not to a module"),
         ("body.layer.weight", "its module 'body.layer' is adapted"),
         ("body.embed.weight", "other modules share it"),
     ],

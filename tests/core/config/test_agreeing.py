@@ -28,4 +28,4 @@ def test_ranks_that_differ_alike_are_named_together() -> None:
 
 def test_long_lists_are_cut() -> None:
     found = disagreement([{str(i): i for i in range(40)}, {str(i): -i - 1 for i in range(40)}])
-    assert found is not None and found.endswith("and 34 differences more") and len(found) < 200
+    assert found is not None and found.endswith("and 34 more differences") and len(found) < 200

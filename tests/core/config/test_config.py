@@ -196,7 +196,7 @@ def test_a_configuration_is_read_from_a_mapping(value):
         ({"use_rslora": True}, 'which is PEFT\'s: say scaling="rslora"'),
         ({"r": 8}, "say ranks=8 for every feature, or a rule, ranks=flix.ranks.by_group"),
         ({"lora_alpha": 16}, "say alpha"),
-        ({"modules_to_save": ["classifier"]}, "unfreeze what else shall train after adapt"),
+        ({"modules_to_save": ["classifier"]}, "unfreeze what else should train after adapt"),
         ({"use_dora": True}, "no such variant"),
         ({"rank": 8}, r"no setting 'rank' \(did you mean 'ranks'\?\); its settings: registry, ranks"),
     ],

@@ -188,7 +188,7 @@ def test_whole_modules_are_refused_or_left_out(tmp_path):
             {"alpha_pattern": {"q": False}},
             r"alpha_pattern\['q'\] must be a finite number, got False",
         ),
-        ({"alpha_pattern": {"(q+)+": 2}}, "a repeat without end inside another"),
+        ({"alpha_pattern": {"(q+)+": 2}}, "an unbounded repeat inside another"),
         ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
         ({"use_rslora": 1}, "use_rslora must be true or false, got 1"),
         (

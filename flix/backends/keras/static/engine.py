@@ -32,14 +32,15 @@ from flix.core.features.routing import fits
 
 DEVICE = "jax-cpu" if JAX else "torch-cpu"
 REFUSED: Mapping[str, str] = {
-    "fused": "the strategy 'fused' is compiled by TensorFlow; take 'auto', 'gather', 'masked' or 'single', which JAX "
-    "compiles with what is around them"
+    "fused": "the strategy 'fused' is compiled by TensorFlow; use 'auto', 'gather', 'masked' or "
+    "'single', which JAX compiles together with the code around them"
 }
 if JAX:
     REFUSED = {
         **REFUSED,
-        "remat": "keras.RematScope on JAX: gradients of adapted layers are written out, which JAX cannot run again from a "
-        "rematerialised function; leave it out, or rematerialise with flix.backends.jax",
+        "remat": "keras.RematScope on JAX: adapted layers define their own gradients, which JAX "
+        "cannot run again in a rematerialised function; leave it out, or rematerialise with "
+        "flix.backends.jax",
     }
 
 
@@ -76,8 +77,8 @@ class Extras:
         """
         raise TargetError(
             "export writes a SavedModel of TensorFlow's, with routing in its signature; save the model to a .keras file, "
-            "open it with KERAS_BACKEND=tensorflow, and export it there. merge(model, row) gives a plain model, which "
-            "Keras exports as it does any"
+            "open it with KERAS_BACKEND=tensorflow, and export it there. merge(model, row) gives "
+            "a plain model, which Keras can export"
         )
 
 
@@ -95,7 +96,8 @@ def compiled(asked: Any) -> bool:
         return True if asked == "auto" else bool(asked)
     if asked is True:
         raise ConfigError(
-            "jit_compile=True on torch is torch.compile, which loses what a forward of an adapted Keras model runs under; "
+            "jit_compile=True on torch is torch.compile, which loses the routing of an adapted "
+            "Keras model; "
             "leave it out, or adapt a torch model with flix.backends.torch, which it compiles"
         )
     return False

@@ -46,7 +46,8 @@ def _refuse_unreduced(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not hasattr(parameter, "device_mesh"):
             raise ConfigError(
-                f"{name} trains beside sharded features, and nothing reduces its gradients over the processes: wrap the "
+                f"{name} trains with sharded features, but nothing reduces its gradients over "
+                f"the processes: wrap the "
                 "model in DistributedDataParallel, which leaves sharded features alone, or fully_shard(model, "
                 "ignored_params=set(model.flix_bank.parameters()))"
             )
@@ -89,8 +90,8 @@ def touched_by_all(
         *found, greatest, least = told.tolist()
         if greatest != -least:
             raise ConfigError(
-                "the processes do not train the same features: freeze, thaw, add, remove and rename features in all of "
-                "them alike"
+                "the processes do not train the same features: freeze, thaw, add, remove and "
+                "rename features in all of them in the same way"
             )
         return tuple(i for i, acts in enumerate(found) if acts)
 

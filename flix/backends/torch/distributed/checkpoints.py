@@ -136,7 +136,8 @@ def load_checkpoint(
     place = Path(found)
     said = _manifest(place)
     if said is None:
-        raise ConfigError(f"the checkpoint {shown(found)} is whole in another process, and not in this one; all must see it")  # fmt: skip
+        raise ConfigError(f"the checkpoint {shown(found)} is complete in another process, but "
+            f"not in this one; all processes must see it")  # fmt: skip
     _check_features(found, said["features"], _sizes(model))
     reader = dcp.FileSystemReader(place)
     there: dict[str, Any] = reader.read_metadata().state_dict_metadata
@@ -231,7 +232,8 @@ def _check_features(place: str, there: Mapping[str, int], here: Mapping[str, int
     if unlike:
         said = [f"{n} ({there.get(n, 'none')} values there, {here.get(n, 'none')} here)" for n in unlike]  # fmt: skip
         raise ConfigError(
-            f"the checkpoint {shown(place)} is of other features: {listed(said, 5)}; adapt the model by the configuration "
+            f"the checkpoint {shown(place)} has other features: {listed(said, 5)}; adapt the "
+            f"model with the configuration "
             "that it was trained with"
         )
 
@@ -242,8 +244,9 @@ def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]
     unknown = [tuple(p.shape) for g in optimizer.param_groups for p in g["params"] if id(p) not in names]  # fmt: skip
     if unknown:
         raise ConfigError(
-            f"the optimizer has {len(unknown)} parameters that are no features or trained heads of this model, of the "
-            f"shapes {listed(unknown, 3)}; make it of trainable_parameters(model), after shard_features and fully_shard"
+            f"the optimizer has {len(unknown)} parameters that are neither features nor trained "
+            f"heads of this model, of the shapes {listed(unknown, 3)}; make it from "
+            f"trainable_parameters(model), after shard_features and fully_shard"
         )
     found = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     flat = [name for group in found for name in group]
@@ -316,7 +319,7 @@ def _put_state(
         unlike = {n for g in there for n in g} ^ {n for g in names for n in g}
         raise ConfigError(
             f"the checkpoint's optimizer has {len(there)} groups of parameters and this one {len(names)}, or other "
-            f"parameters in them: {listed(sorted(unlike), 5)}; make it as the one that was saved"
+            f"parameters in them: {listed(sorted(unlike), 5)}; make it like the one that was saved"
         )
     numbers = {name: i for i, name in enumerate(name for group in names for name in group)}
     groups = []

@@ -299,8 +299,9 @@ class Reducer:
         dist.all_gather_object(places, (self._steps, self._count), group=self.host)
         told = [f"rank {r}: step {s + 1}, reduction {n}" for r, (s, n) in enumerate(places)]
         raise ConfigError(
-            f"the processes have come apart ({listed(told)}): each must run as many backwards in a step as the others; give "
-            "all of them batches, or run what is no training step inside reducer.no_sync()"
+            f"the processes are out of step ({listed(told)}): each must run as many backwards in "
+            f"a step as the others; give all of them batches, or run backwards that are no "
+            f"training steps inside reducer.no_sync()"
         )
 
     def _average(self, chosen: Mapping[int, nn.Parameter], made: Traffic) -> None:

@@ -127,7 +127,8 @@ class Sharding:
             return self._kept(bank, held, grad)
         if not grad:
             raise ConfigError(
-                "the features are sharded, and a forward without gradients exchanges nothing, for other processes may run "
+                "the features are sharded, and a forward without gradients exchanges nothing, "
+                "because other processes may run "
                 "more batches or longer texts: evaluate and generate under `with whole_features(model):`, which all "
                 "processes enter"
             )
@@ -146,13 +147,13 @@ class Sharding:
             )
         if self._steps != optimizers.steps:
             raise ConfigError(
-                "an optimizer has stepped since whole_features was entered, and its copies may be out of date; leave "
-                "it before training goes on"
+                "an optimizer has stepped since whole_features was entered, and its copies may "
+                "be out of date; leave it before you go on training"
             )
         if missing := [written(bank.features[i]) for i in held if i not in self.kept]:
             raise ConfigError(
-                f"whole_features was entered for some features alone, and the batch has {listed(missing, 5)}, too; name "
-                "them as well, or leave out features="
+                f"whole_features was entered for some features only, but the batch also has "
+                f"{listed(missing, 5)}; name these too, or leave out features="
             )
         return {i: self.kept[i] for i in held}
 
@@ -218,7 +219,7 @@ class Sharding:
     def keeping(self, bank: Bank, ids: Collection[int]) -> Iterator[None]:
         """Hold whole values of some features."""
         if self.kept is not None:
-            raise ConfigError("whole_features is entered already, and does not stand within itself")
+            raise ConfigError("whole_features is entered already, and cannot be nested")
         with torch.no_grad():
             self.kept = dict(self.values(bank, ids))
         self._steps = optimizers.steps
@@ -312,8 +313,8 @@ def shard_features(model: nn.Module, mesh: Any) -> None:
             )
         if parameter.device.type != mesh.device_type:
             raise ConfigError(
-                f"the parameter of {name} is on {parameter.device}, and the mesh is of {mesh.device_type!r}; move the "
-                "model there first, or make the mesh of where it is"
+                f"the parameter of {name} is on {parameter.device}, but the mesh is of {mesh.device_type!r}; move the "
+                "model there first, or make a mesh of its device"
             )
     host = host_group(None)
     agree(described(model, state), host)
@@ -378,7 +379,7 @@ def _check_mesh(mesh: Any) -> None:
         shape = tuple(mesh.shape)
         raise ConfigError(
             f"shard_features needs a mesh of all {world} processes, [shards] or [replicas, shards], got one of the shape "
-            f"{shape}: gradients would be summed over some of the processes alone"
+            f"{shape}: gradients would be summed over some of the processes only"
         )
 
 

@@ -156,6 +156,7 @@ def _kept(
 def _unprepared() -> ConfigError:
     """The graph would read its table anew from memory of the host that is long used for something else."""
     return ConfigError(
-        "a CUDA graph of fused layers is captured after a run outside it with the same features and "
-        "parameters, which prepares their tables; run the model once before torch.cuda.graph"
+        "a CUDA graph of fused layers must be captured after a run outside it with the same "
+        "features and parameters, which prepares their tables; run the model once before "
+        "torch.cuda.graph"
     )

@@ -58,9 +58,10 @@ class RoutedModel:
     def peft_config(self, _: Any) -> None:
         # What get_peft_model and add_adapter do last.
         raise TargetError(
-            "PEFT's layers would stand around adapted ones, freeze the features and rename the layers; use one of the "
-            "two: import_peft makes features of LoRAs, merge(model, row) gives PEFT a plain model. This one has PEFT's "
-            "layers in it now: adapt or load anew"
+            "PEFT's layers would wrap adapted ones, freeze the features and rename the layers; "
+            "use one of the "
+            "two: import_peft turns LoRAs into features, merge(model, row) gives PEFT a plain "
+            "model. This model now has PEFT's layers in it: adapt or load a fresh one"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -182,7 +183,7 @@ def _refuse_whole(self: Any, *_: Any, **__: Any) -> Any:
     """``save_pretrained`` and ``push_to_hub``: from_pretrained would drop the features, and the base answer alone."""
     raise TargetError(
         "save_pretrained and push_to_hub write a whole model, from which from_pretrained would read the base alone; "
-        "save(model, folder) writes the features, push(model, name) puts them onto a hub, and "
+        "save(model, folder) writes the features, push(model, name) pushes them to a hub, and "
         "merge(model, row).save_pretrained(folder) writes one composition as a plain model"
     )
 

@@ -82,7 +82,8 @@ def _refuse_alone(state: Any) -> None:
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several and state.reducer is None:
         raise ConfigError(
-            "a compiled step in several processes knows which features its own batch had, and others would train apart from it; "
+            "a compiled step in several processes knows only which features its own batch had, "
+            "so the processes would drift apart; "
             "call reduce_features(model), also where DDP wraps it (for processes that train apart: with a group of one)"
         )
 

@@ -448,7 +448,7 @@ def processes_that_come_apart_say_so() -> None:
                 loss_of(model, x[part], ROWS[part]).backward()
             optimizer.step()
 
-    raised(uneven, "have come apart", "rank 0: step 2", "rank 1: step 1", "no_sync()")
+    raised(uneven, "are out of step", "rank 0: step 2", "rank 1: step 1", "no_sync()")
 
 
 def features_that_come_later_are_reduced() -> None:

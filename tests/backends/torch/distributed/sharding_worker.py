@@ -184,7 +184,7 @@ def check_evaluation(model: Any, reference: Any, rank: int) -> None:
     with torch.no_grad(), whole_features(model, {"language": "hau"}):
         model(**inputs, flix_features=routing([{"language": "hau"}] * 4)[0])
         with pytest.raises(
-            flix.ConfigError, match="some features alone, and the batch has language=swa"
+            flix.ConfigError, match="some features only, but the batch also has language=swa"
         ):
             model(**inputs, flix_features=routing([{"language": "swa"}] * 4)[0])
     model.train(), reference.train()
@@ -234,7 +234,7 @@ def check_refusals(model: Any, mesh: Any) -> None:
     with pytest.raises(flix.ConfigError, match="needs a DeviceMesh, got str"):
         shard_features(model, "cpu")
     model.lm_head.weight.requires_grad_(True)
-    with pytest.raises(flix.ConfigError, match=r"lm_head.weight trains beside sharded features"):
+    with pytest.raises(flix.ConfigError, match=r"lm_head.weight trains with sharded features"):
         model(**inputs, flix_features=ids)
     model.lm_head.weight.requires_grad_(False)
     if dist.get_rank() == 0:

@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(flix.ConfigError, match="JSON-able"):
         save_checkpoint(tmp_path, model, optimizer, 2, {"x": float("nan")})
     other = torch.optim.AdamW([*trainable_parameters(model), torch.nn.Parameter(torch.zeros(3))])
-    with pytest.raises(flix.ConfigError, match=r"1 parameters that are no features .*\(3,\)"):
+    with pytest.raises(flix.ConfigError, match=r"1 parameters that are neither features .*\(3,\)"):
         save_checkpoint(tmp_path, model, other, 2)
     few = torch.optim.AdamW(trainable_parameters(model)[1:])
     with pytest.raises(flix.ConfigError, match="other parameters in them"):
@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     plain = adapt(base, flix.FlixConfig(registry=registry, ranks=2))
     optimizer = torch.optim.AdamW(trainable_parameters(plain))
     with pytest.raises(
-        flix.ConfigError, match=r"of other features: language=l0 \(\d+ values there, \d+ here\)"
+        flix.ConfigError, match=r"has other features: language=l0 \(\d+ values there, \d+ here\)"
     ):
         load_checkpoint(tmp_path, plain, optimizer)
 
