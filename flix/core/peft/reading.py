@@ -109,7 +109,7 @@ def _open(folder: Path, place: int | None, name: str) -> BinaryIO:
         handle = os.open(name, flags | os.O_NONBLOCK, dir_fd=place)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
-            raise AdapterError(f"{str(folder / name)!r} is no regular file")
+            raise AdapterError(f"{str(folder / name)!r} is not a regular file")
         return handle
 
     return open(folder / name, "rb", buffering=0, opener=opened if place is not None else None)

@@ -248,7 +248,7 @@ def test_without_a_batch_one_composition_acts():
         assert_close(ours, theirs)
     ids, weights = routing()
     with pytest.raises(
-        RoutingError, match=r"attn\.in_proj_weight' got the input \[6, 8\], which is no batch"
+        RoutingError, match=r"attn\.in_proj_weight' got the input \[6, 8\], which is not a batch"
     ):
         model(x, x, x, flix_features=ids, flix_weights=weights)
 

@@ -268,7 +268,7 @@ def test_by_token_and_without_a_batch_only_one_composition_acts():
     by_token = ids[None].expand(4, 2, -1)
     with pytest.raises(RoutingError, match=r"'conv' is a convolution.*features differ by token"):
         model.conv(x, flix_features=by_token)
-    with pytest.raises(RoutingError, match=r"'conv' is a convolution.*no batch"):
+    with pytest.raises(RoutingError, match=r"'conv' is a convolution.*not a batch"):
         model.conv(x[0], flix_features=ids)
     with routed(model, ROW):
         assert_close(model.conv(x[0]), merge(model, ROW).conv(x)[0])
@@ -282,7 +282,7 @@ REFUSED = {
         nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3)),
         r"not a plain nn\.Conv1d",
     ),
-    "lazy": (nn.LazyConv2d(4, 3), r"LazyConv2d is no plain"),
+    "lazy": (nn.LazyConv2d(4, 3), r"LazyConv2d is not a plain"),
 }
 
 

@@ -69,7 +69,7 @@ def test_files_that_do_harm_are_refused(tmp_path: Path) -> None:
         write(tmp_path)
         (tmp_path / name).unlink()
         os.mkfifo(tmp_path / name)  # reading it would wait for ever
-        with pytest.raises(AdapterError, match="is no regular file"):
+        with pytest.raises(AdapterError, match="is not a regular file"):
             from_peft({"x": tmp_path}, "g")
         (tmp_path / name).unlink()
 
