@@ -85,7 +85,7 @@ def test_a_kind_that_is_said_is_held_to_the_columns() -> None:
     with pytest.raises(DataError, match=r"data\.jsonl: its columns do not fit tagging; they are: text \(text\), label \(text\)"):  # fmt: skip
         kind_of(TOPIC, kind="tagging")
     with pytest.raises(
-        DataError, match=r"data\.jsonl: its kind cannot be told; they are: x \(number\)"
+        DataError, match=r"data\.jsonl: its kind cannot be guessed; they are: x \(number\)"
     ):
         kind_of([{"x": 1}])
 

@@ -136,7 +136,7 @@ def test_wrong_tasks_are_refused() -> None:
         task_of("seq2seq", labels=["a"])
     with pytest.raises(flix.ConfigError, match="max_source must be a whole number of 2 or more"):
         task_of("seq2seq", max_source=1)
-    with pytest.raises(flix.ConfigError, match="seq2seq and causal do not go together"):
+    with pytest.raises(flix.ConfigError, match="seq2seq and causal cannot be combined"):
         TaskCollator([task_of("seq2seq"), task_of("causal")], ByT5Tokenizer())
     with pytest.raises(flix.ConfigError, match="a model needs a task"):
         TaskCollator([], ByT5Tokenizer())

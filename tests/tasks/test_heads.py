@@ -304,7 +304,7 @@ def test_bases_that_cannot_do_a_task_are_refused(encoders: dict[str, Path]) -> N
     with pytest.raises(flix.ConfigError, match="called 'text' share a head, but have different kinds or labels: masked, and classification of a, b"):  # fmt: skip
         load_base(str(encoders["bert"]), [task, other])
     seq2seq = make_task("seq2seq", tokenizer, name="x")
-    with pytest.raises(flix.ConfigError, match="seq2seq and masked do not go together"):
+    with pytest.raises(flix.ConfigError, match="seq2seq and masked cannot be combined"):
         load_base(str(encoders["bert"]), [task, seq2seq])
 
 

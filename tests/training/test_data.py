@@ -72,7 +72,7 @@ def test_features_in_the_names_of_files(config: Callable[..., Path], tmp_path: P
     assert [(r["language"], r["source"]) for r in training] == [("hau", "hau train"), ("swa", "swa train")]  # fmt: skip
     assert [(r["language"], r["source"]) for r in evaluation] == [("hau", "hau test"), ("swa", "swa test")]  # fmt: skip
     assert data.groups == ("task", "language")
-    with pytest.raises(DataError, match=r"'hau\.test\.jsonl' does not tell the language"):
+    with pytest.raises(DataError, match=r"'hau\.test\.jsonl' does not contain the language"):
         data_of(config(datasets=[{**entry, "eval_files": "hau.test.jsonl"}], **common))
 
 

@@ -86,7 +86,7 @@ def test_functions_that_close_over_a_layer(name: str) -> None:
         try:
             assert_close(model(X, flix_features=ids), y)
         except flix.RoutingError as error:
-            assert "'q' runs inside of a function that is compiled by itself" in str(error)
+            assert "'q' runs inside a function that is compiled by itself" in str(error)
             assert "nnx.remat" in str(error)
     with disable(model):
         assert_close(model(X), Net()(X))
