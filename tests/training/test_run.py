@@ -244,7 +244,11 @@ def test_a_run_writes_over_no_configuration(config: Write, tmp_path: Path) -> No
     path = config(name="config.yaml", output=".", training={"steps": 1})
     before = path.read_bytes()
     result = run(app, ["train", str(path)])
-    assert result.exit_code == 2 and "belongs to no run" in result.stderr and "output:" in result.stderr
+    assert (
+        result.exit_code == 2
+        and "belongs to no run" in result.stderr
+        and "output:" in result.stderr
+    )
     assert path.read_bytes() == before and not (tmp_path / "adapter").exists()
 
 
