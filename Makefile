@@ -15,7 +15,7 @@ MIXED := --randomly-seed=$(SEED)
 KIT := $(PYTEST) -p no:randomly --pyargs flix_conformance
 OURS := --flix-backend torch --flix-backend jax --flix-backend tensorflow
 
-.PHONY: quickstart test test-all test-core test-torch test-jax test-tensorflow test-minimum test-latest coverage lint conformance conformance-nightly torture torture-smoke bench bench-smoke gpu docs format dist clean
+.PHONY: quickstart test test-all test-core test-torch test-jax test-tensorflow test-minimum test-latest coverage lint types conformance conformance-nightly torture torture-smoke bench bench-smoke gpu docs format dist clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Types of public names, as checkers see them in an installed package. pyright fetches its own program on the first run, so that make lint does without.
+types: $(VENV)/.dev
+	$(PIP) "pyright>=1.1.400"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tools.types
 
 # First the core, where no framework can be imported; then the backends and what stands on them; then the kit.
 test: $(VENV)/.dev lint

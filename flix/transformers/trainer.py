@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from flix.transformers.numbering import NumberedRows, NumberedStream, number_pre
 from flix.transformers.processes import ProcessesMixin, check_arguments, deepspeed_error
 from flix.transformers.rates import RatesMixin
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 
 class FlixTrainerMixin(ProcessesMixin, RatesMixin):

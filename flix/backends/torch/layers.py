@@ -62,7 +62,7 @@ class FlixLinear(FlixLayer, nn.Linear):
         dtype: Any = None,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
-        self.flix_base = nn.Linear
+        self.flix_base: type[nn.Module] = nn.Linear
         _hold_bank(self, config, name, strategy)
 
     def _base(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
@@ -248,7 +248,7 @@ class FlixEmbedding(FlixLayer, nn.Embedding):
             raise TargetError(
                 "an embedding with max_norm rewrites its kernel; it cannot be adapted"
             )
-        self.flix_base = nn.Embedding
+        self.flix_base: type[nn.Module] = nn.Embedding
         _hold_bank(self, config, name, strategy)
 
     def forward(self, x: Tensor, flix_features: Any = None, flix_weights: Any = None) -> Tensor:  # type: ignore[override]
