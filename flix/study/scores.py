@@ -12,7 +12,7 @@ from typing import Any
 
 from flix.core.features.cells import cell_name, cell_of
 from flix.core.machine import command, machine, versions
-from flix.study.working import WEIGHTS
+from flix.study.working import WEIGHTS, rights
 from flix.transformers import folders
 
 Group = Callable[[Mapping[str, Any]], str]
@@ -28,12 +28,10 @@ def of_run(output: Path, group: Group, hidden: str | None = None) -> dict[str, A
         hidden: a group of features that this arm alone has; cells are named without it.
     """
     metrics = json.loads((output / folders.METRICS).read_bytes())
-    right: dict[str, list[int | None]] = {}
+    right: dict[str, list[bool | None]] = {}
     for line in (output / folders.PREDICTIONS).read_bytes().splitlines():
         answer = json.loads(line)
-        right.setdefault(answer["cell"], []).append(
-            None if answer["right"] is None else int(answer["right"])
-        )
+        right.setdefault(answer["cell"], []).append(answer["right"])
     cells = {
         name_of(cell, hidden): {
             "features": {g: names for g, names in cell["features"].items() if g != hidden},
@@ -45,7 +43,7 @@ def of_run(output: Path, group: Group, hidden: str | None = None) -> dict[str, A
             "metric": cell["metric"],
             "score": cell["score"],
             "scores": cell["scores"],
-            "right": right.get(cell["cell"], []),
+            "right": rights(cell["kind"], right.get(cell["cell"], [])),
         }
         for cell in metrics["cells"]
     }

@@ -123,9 +123,18 @@ def _weighed(
     found = {}
     for cell in evaluator.scored(answers)["cells"]:
         mine = [answers[i] for i in np.flatnonzero([evaluator.names[c] == cell["cell"] for c in evaluator.cells])]  # fmt: skip
-        right = [None if answer.right is None else int(answer.right) for answer in mine]
+        right = rights(cell["kind"], [answer.right for answer in mine])
         found[cell["cell"]] = {"features": cell["features"], "rows": cell["rows"], "metric": cell["metric"], "score": cell["score"], "right": right}  # fmt: skip
     return found
+
+
+def rights(kind: str, right: Sequence[bool | None]) -> list[int | None]:
+    """Which rows are right, as 0 and 1, where a cell's score is the share of these; else None for each row.
+
+    A tagged sentence may be right as a whole, but its cell's score is of entities or words.
+    """
+    counts = kind in ("seq2seq", "causal", "classification")
+    return [int(one) if counts and one is not None else None for one in right]
 
 
 def combinations(weights: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], ...]:

@@ -21,7 +21,7 @@ from flix.study import run as running
 from flix.study.jobs import Failed, Job, run_jobs
 from flix.study.reading import read_study
 from flix.study.run import StudyError, planned, study
-from flix.study.working import do
+from flix.study.working import do, rights
 from flix.training.reading import read_settings
 from flix.training.run import train
 from tests.helpers.training import models, one_thread
@@ -198,6 +198,12 @@ def test_a_job_that_fails_ends_with_its_reason(tmp_path):
     failed = run_jobs([job], lambda job, event: None, parallel=1)["flix, seed 0"]
     assert failed.reason.startswith("SettingsError: ") and "Traceback" in failed.log
     assert not failed.diverged
+
+
+def test_rows_are_right_or_wrong_where_the_score_is_their_share():
+    assert rights("seq2seq", [True, False, None]) == [1, 0, None]
+    assert rights("classification", [True]) == [1]
+    assert rights("tagging", [True, False]) == [None, None]  # scored by entities, not by sentences
 
 
 def test_two_studies_never_work_in_one_folder(tmp_path, toys, here):
