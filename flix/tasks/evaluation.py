@@ -61,6 +61,9 @@ class Evaluator:
         self.collator = collator.evaluation()
         self.elsewhere = collator.evaluation(unseen_group_weights or {})
         self.ids = self.collator.routing_of(self.rows).ids
+        first = np.unique(self.cells, return_index=True)
+        # Told now: what rows activate may be changed, and a cell is called as its data is.
+        self.named = {cell: self._features(at) for cell, at in zip(*(a.tolist() for a in first), strict=True)}  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -168,7 +171,7 @@ class Evaluator:
         found = scores(task.kind, mine)
         return {
             "cell": self.names[cell],
-            "features": self._features(places[0]),
+            "features": self.named[cell],
             "kind": task.kind,
             "task": task.name,
             "seen": bool(self.seen[cell]),

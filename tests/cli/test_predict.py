@@ -119,6 +119,8 @@ def test_other_combinations_in_cells_never_trained(made: tuple[Path, Path], conf
     def other(*asked: str) -> dict[str, Any]:
         found: dict[str, Any] = ok("evaluate", path, adapter, *(x for a in asked for x in ("--compose", a)))  # fmt: skip
         assert [s for s in found["samples"] if s["cell"] != "task=rev,language=yor"] == seen
+        # Whatever its rows activate, a cell is called as its data is.
+        assert [(c["cell"], c["features"]) for c in found["cells"]] == [(c["cell"], c["features"]) for c in plain["cells"]]  # fmt: skip
         return found
 
     # Each is what a configuration, or rows, that say the same give.
