@@ -98,8 +98,8 @@ test-latest:
 
 # Branches that no test takes. Subprocesses and compiled programs are not seen, so that the backends have more than it says.
 coverage: $(VENV)/.dev
-	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) $(MIXED) tests/core --cov flix.core --cov-branch --cov-report term-missing:skip-covered --cov-fail-under 95
-	$(PYTEST) $(MIXED) -n $(WORKERS) --dist loadfile -m "not slow" tests/backends --cov flix.backends --cov-branch \
+	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) $(MIXED) -m "not timed" tests/core --cov flix.core --cov-branch --cov-report term-missing:skip-covered --cov-fail-under 95
+	$(PYTEST) $(MIXED) -n $(WORKERS) --dist loadfile -m "not slow and not timed" tests/backends --cov flix.backends --cov-branch \
 	  --cov-report term-missing:skip-covered --cov-fail-under 90
 
 # The kit's own tests (it must catch every mutant), the kit on the example backend, the kit on ours.

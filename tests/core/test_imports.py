@@ -16,6 +16,7 @@ def _run(code: str) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.timed
 def test_import_flix_takes_under_300_ms_and_loads_no_framework():
     # Processor time: what else the machine does meanwhile does not count.
     code = (

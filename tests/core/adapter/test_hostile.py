@@ -197,6 +197,7 @@ def test_refused_ones_are_refused_and_the_others_read(outcomes: Any) -> None:
     assert wrong == {} and len(found) > 60
 
 
+@pytest.mark.timed
 def test_each_takes_seconds_and_no_more_memory_than_its_size_explains(outcomes: Any) -> None:
     found, mebibytes = outcomes
     slow = {kind: seconds for kind, (_, seconds) in found.items() if seconds > 5}

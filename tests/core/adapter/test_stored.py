@@ -143,6 +143,7 @@ def test_a_file_that_shrinks_afterwards_is_refused(tmp_path):
             stored["a"]
 
 
+@pytest.mark.timed
 def test_a_large_header_that_is_refused_takes_no_longer_than_one_that_is_read(tmp_path):
     entries = {f"t{i}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(50_000)}  # fmt: skip
     for first in ([0, 4], [4, 8]):

@@ -32,6 +32,7 @@ def config(patterns, features=1):
     return FlixConfig(registry=registry, ranks=0, rank_pattern=patterns)
 
 
+@pytest.mark.timed
 def test_what_would_take_too_long_is_refused_soon():
     began = time.process_time()
     with pytest.raises(ConfigError, match="more than 2,000 patterns"):
@@ -50,6 +51,7 @@ def test_what_would_take_too_long_is_refused_soon():
     assert time.process_time() - began < 10
 
 
+@pytest.mark.timed
 def test_what_people_have_is_not_refused():
     layers = [f"model.layers.{i}.{part}" for i in range(48) for part in ("q", "k", "v", "o", "up", "down", "gate")]  # fmt: skip
     config({f"layers.{i}.q": i + 1 for i in range(48)}, 1000).check_size(layers)

@@ -89,6 +89,7 @@ def test_what_people_write(pattern, yes, no):
     ],
 )
 @pytest.mark.parametrize("ending", [True, False])
+@pytest.mark.timed
 def test_what_is_refused(pattern, message, ending):
     if ending and str(pattern).startswith("(?i)"):
         message = "is not a regular expression"  # a flag is for a whole pattern
@@ -102,6 +103,7 @@ def test_what_is_refused(pattern, message, ending):
     "pattern",
     ["(a|a)*$", "(a|aa)+$", "(.*)(.*)(.*)(.*)(.*)(.*)x", "a?" * 40 + "a" * 40, "(a?){60}b", ".*a.{12}", r"(?!.*x).*y"],
 )  # fmt: skip
+@pytest.mark.timed
 def test_what_takes_python_for_ever_takes_moments(pattern):
     began = time.process_time()
     for path in ("a" * 200 + "!", "ab" * 120 + "!", "".join(random.Random(0).choice("ab") for _ in range(250))):  # fmt: skip

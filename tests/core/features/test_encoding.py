@@ -128,6 +128,7 @@ def test_rows_are_not_mutated():
     assert rows == before
 
 
+@pytest.mark.timed
 def test_encoding_and_dropping_4096_rows_takes_under_5_ms():
     rng = np.random.default_rng(0)
     big = FeatureRegistry({"language": [f"l{i}" for i in range(100)], "task": [f"t{i}" for i in range(20)]})  # fmt: skip

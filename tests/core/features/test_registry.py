@@ -112,6 +112,7 @@ CROWDS = {
 
 @pytest.mark.parametrize("crowd", CROWDS)
 @pytest.mark.filterwarnings("ignore:.*differ only in case")
+@pytest.mark.timed
 def test_a_registry_of_a_crowd_is_made_in_time_in_proportion_to_it(crowd):
     data = CROWDS[crowd]
     began = time.process_time()

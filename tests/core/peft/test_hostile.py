@@ -54,6 +54,7 @@ def test_what_is_changed_below_is_read(tmp_path: Path) -> None:
         {"alpha_pattern": {"q": -1e300}},
     ],
 )  # fmt: skip
+@pytest.mark.timed
 def test_settings_that_do_harm_are_refused(tmp_path: Path, changes: Any) -> None:
     began = time.process_time()
     with pytest.raises(AdapterError):
@@ -61,6 +62,7 @@ def test_settings_that_do_harm_are_refused(tmp_path: Path, changes: Any) -> None
     assert time.process_time() - began < 5
 
 
+@pytest.mark.timed
 def test_files_that_do_harm_are_refused(tmp_path: Path) -> None:
     for text in (DEEP.encode(), b'{"a":' * 50_000, b"\xff", b'{"r": 1' + b"0" * 5000 + b"}"):
         with pytest.raises(AdapterError, match="is damaged"):
