@@ -132,11 +132,11 @@ bench-smoke: $(VENV)/.dev
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU)
 
-# A minute or two; the site is docs/_build/index.html. A warning, a dead link, or a public name without its place is an error.
+# A minute or two; the site is docs/_build/html/index.html. A warning, a dead link, or a public name without its place is an error.
 docs: $(VENV)/.dev
 	rm -rf docs/_build
-	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
-	$(BIN)/python -m tests.site.built docs/_build
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m tests.site.built docs/_build/html
 
 # Wheels and source archives into dist/, checked, and the wheels tried in an environment of their own. A quick look: make dist DIST=--smoke.
 dist: $(BIN)/python

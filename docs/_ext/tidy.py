@@ -16,7 +16,7 @@ PAGE = re.compile(r"(?<![`/\w])(?:``)?docs/([\w-]+)\.md(?:``)?")
 NUMBER = re.compile(r"§(\d+(?:\.\d+)*)")
 # Files outside docs/ that are pages of the site, under these names.
 PAGES = {
-    "../CONTRIBUTING.md": "contributing.md",
+    "../CONTRIBUTING.md": "CONTRIBUTING.md",
     "../CHANGELOG.md": "changelog.md",
     "../flix/quickstart/base/README.md": "quickstart-base.md",
 }

@@ -1,6 +1,6 @@
 """Check a site that Sphinx has built: links, anchors, pictures, and that every public name has its place.
 
-    python -m tests.site.built docs/_build      # exit with 1 and a line for each fault
+    python -m tests.site.built docs/_build/html      # exit with 1 and a line for each fault
 
 Links to other hosts are not followed: this runs without a network.
 """
