@@ -61,8 +61,7 @@ def main(
     for name, how in run_jobs(jobs, display.follow(jobs), at_once).items():
         print(f"{name} failed:\n{how.log or how.reason}", file=sys.stderr)
         return 1
-    # Jobs are in the order of their seeds.
-    first = [job.folder for job in jobs[: len(arms(data))]]
+    first = [job.folder for job in jobs[: len(arms(data))]]  # seed after seed
     page = write_report(first, folder / "report.html", force=True)
     results = {
         "steps": steps,
@@ -105,8 +104,8 @@ def prepared(
     jobs = []
     for seed in range(seeds):
         for arm in arms(data):
-            name, run = f"{arm.name}, seed {seed}", folder / f"{arm.name}-{seed}"
-            job = Job(name, run, steps, anew=True)
+            run = folder / f"{arm.name}-{seed}"
+            job = Job(f"{arm.name}, seed {seed}", run, steps, anew=True)
             chosen = configuration(data, arm, seed=seed, steps=steps, limit=limit, output=run)  # fmt: skip
             text = yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
             job.beside(".yaml").write_text(text, encoding="utf-8")

@@ -15,11 +15,12 @@ from flix.core.errors import RunError, SettingsError, listed, near
 from flix.core.features.cells import cell_name, cell_of
 from flix.core.files import fcntl, make_folder, write_file
 from flix.study.choosing import CHOOSING, best, best_weights, edges, group_of, means
-from flix.study.counting import CELL, Counted, Counting
+from flix.study.counting import CELL, Counting
+from flix.study.differing import difference
 from flix.study.display import Display
 from flix.study.jobs import Failed, Job, parallel_by_default, run_jobs
 from flix.study.plan import LAST, Plan, Run
-from flix.study.reading import Study, arm_title, checked
+from flix.study.reading import Study, arm_title
 from flix.study.scores import of_run, trainable, write_scores
 from flix.study.working import WEIGHTS, combinations, folder_json, is_finished, is_weighed
 from flix.training.settings import Settings
@@ -329,34 +330,6 @@ def check_same(runs: Sequence[Run], work: Work) -> None:
                 f"{run.folder} is a finished run of other settings: {why}; remove the folder to do it again, or give "
                 "another output:"
             )
-
-
-def difference(run: Run, counted: Counted) -> str:
-    """What of a finished run's settings or data is not as it would be now; empty if nothing is."""
-    text = (run.folder / folders.RESOLVED).read_text(encoding="utf-8")
-    # Read again: what an earlier flix did not have yet gets its default.
-    before, now = checked(yaml.safe_load(text), str(run.folder)).to_dict(), run.settings.to_dict()
-    for key, was, value in flat(before, now):
-        if was != value and key != "output":
-            return f"{key} was {was!r} and is {value!r} now"
-    said = folder_json(run.folder / folders.RUN)["data"]
-    if _digests(said) != _digests(counted.files):
-        return "its data has other content than the files have now"
-    return ""
-
-
-def _digests(files: Sequence[Mapping[str, Any]]) -> list[Any]:
-    return [[part["name"], part["evaluation"], [f["sha256"] for f in part["files"]]] for part in files]  # fmt: skip
-
-
-def flat(before: Any, now: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The values of two trees of settings, side by side, by the path of their keys."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in (*now, *(key for key in before if key not in now)):
-            path = f"{place}.{key}" if place else str(key)
-            yield from flat(before.get(key), now.get(key), path)
-    else:
-        yield place, before, now
 
 
 def job_of(run: Run, weights: tuple[Mapping[str, Any], ...]) -> Job:
