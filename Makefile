@@ -9,8 +9,8 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= auto
-# Every commit has its tests in an order of its own. To have another: make test SEED=1
-SEED ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),0)
+# Tests run in a random order, the same wherever nothing else is said. To have another: make test SEED=1
+SEED ?= 0
 MIXED := --randomly-seed=$(SEED)
 KIT := $(PYTEST) -p no:randomly --pyargs flix_conformance
 OURS := --flix-backend torch --flix-backend jax --flix-backend tensorflow
