@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,20 @@ def tidied(notebook: Any) -> Any:
     for cell in notebook.cells:
         cell.metadata.clear()
         if cell.cell_type == "code":
-            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+            cell.outputs = joined(out for out in cell.outputs if out.get("name") != "stderr")
     notebook.metadata.language_info = {"name": "python"}
     return notebook
+
+
+def joined(outputs: Iterable[Any]) -> list[Any]:
+    """Outputs with what was printed in several goes, which depends on the time, in one."""
+    found: list[Any] = []
+    for out in outputs:
+        if found and out.output_type == found[-1].output_type == "stream":
+            found[-1].text += out.text
+        else:
+            found.append(out)
+    return found
 
 
 def main(names: list[str]) -> None:
