@@ -1,11 +1,12 @@
-"""The quickstart's arms: a FLix mixture and the two LoRAs it is held against, as configurations of ``flix train``.
+"""The quickstart's arms: a FLix mixture and the two LoRAs it is compared with, as configurations of ``flix train``.
 
-Ranks and policies follow what was found in trials: features that several datasets share (a task's family, one feature
-that all share) are what make the mixture work; the language feature is dropped in half of the training rows, so that
-tasks do without it; and where a language and a task were never trained together, the language's update is left out.
+Ranks and other choices follow from trials. The mixture works well because of features that several datasets share: a
+task's family, and one feature that all rows share. The language feature is dropped in half of the training rows, so
+that tasks learn to work without it. If a language and a task were never trained together, the language's update is
+left out.
 
-Both LoRAs are one feature that every row activates, which is what a LoRA is: the other features have rank 0. So all
-arms run through the same code, on the same batches.
+Each LoRA is one feature that every row activates, and the other features have rank 0. So all arms run through the same
+code, on the same batches.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ class Arm:
     """One method of the comparison.
 
     Attributes:
-        name: short, for files.
-        title: for people.
-        ranks: by feature group.
-        learning_rate: its peak, chosen on dev for each arm by itself.
+        name: a short name, for files.
+        title: the name that people read.
+        ranks: the rank of each feature group.
+        learning_rate: the peak of the learning rate, chosen on dev for each arm separately.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Arm:
     learning_rate: float
 
     def active(self) -> int:
-        """The rank that a row activates: each has one feature of every group."""
+        """The rank that a row activates; every row has one feature of every group."""
         return sum(self.ranks.values())
 
     def total(self, data: QuickstartData) -> int:
@@ -75,14 +76,14 @@ def arms(data: QuickstartData) -> tuple[Arm, ...]:
 def configuration(
     data: QuickstartData, arm: Arm, *, seed: int, steps: int, limit: int | None, output: Path
 ) -> dict[str, Any]:
-    """What ``flix train`` is given.
+    """The configuration for ``flix train``.
 
     Args:
         data: the quickstart's data.
         arm: the method.
-        seed: of initial values, batches and feature dropout.
+        seed: the seed of initial values, batches and feature dropout.
         steps: optimizer steps.
-        limit: test examples of a cell; None for all.
+        limit: how many test examples of each cell to use; None for all.
         output: the folder of the run.
     """
     rows = str(data.folder.resolve() / "{task}" / "{language}")

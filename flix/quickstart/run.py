@@ -1,4 +1,4 @@
-"""``flix quickstart``: data, three arms side by side, and the truth in tables and on a page."""
+"""``flix quickstart``: makes the data, trains three arms side by side, and shows the scores as tables and a page."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def main(
 
     Args:
         seeds: train every arm with seeds 0 .. seeds - 1.
-        fast: few steps and examples, about a minute: does it run? The figures then mean nothing.
+        fast: use few steps and examples, which takes about a minute. It shows that everything works; the figures mean
+            nothing.
         as_json: print the results as JSON on standard output, and nothing else there.
         out: the folder for results; default ``quickstart-output``.
         steps: optimizer steps of an arm.
@@ -81,9 +82,9 @@ def main(
 
 
 def building(display: Display, label: str, done: int, total: int) -> None:
-    """Data is built; nothing is shown where it comes from the cache."""
+    """Say that data is being built; nothing is shown if it comes from the cache."""
     if done == 1:
-        display.say(f"building the data ({total} parts, once; then cached)")
+        display.say(f"building the data ({total} parts; only this once, then it is cached)")
 
 
 def describe(data: QuickstartData) -> str:
@@ -155,7 +156,7 @@ def show(data: QuickstartData, results: dict[str, Any], first: Job, display: Dis
     display.table(["language/task", "input", "FLix answers", "expected"], samples(data, first))
     if results["steps"] < STEPS // 2:
         steps = (
-            f"({results['steps']} steps only: the figures show that it runs, not how good it is)"
+            f"(only {results['steps']} steps: the figures show that it runs, not how good it is)"
         )
         display.say(steps)
     display.say(f"{results['seconds']:.0f} s in all, on {os.cpu_count()} processors.")
@@ -166,7 +167,7 @@ def closing(out: Path, page: Path) -> str:
     run = out / "flix-0"
     return (
         f"report: {page}  (open it in a browser: scores by language and task, curves, what features share)\n"
-        f"The runs are in {out}, each arm's configuration beside its run. All figures: {out / 'results.json'}.\n"
+        f"The runs are in {out}, with the configuration of each run beside it. All figures: {out / 'results.json'}.\n"
         "What to try next:\n"
         f"  flix inspect {run / 'adapter'}\n"
         f"  flix train {run}.yaml --overwrite\n"

@@ -1,4 +1,4 @@
-"""From the metrics of runs to the picture: seen, low-resource and zero-shot, by method, over seeds. Pure."""
+"""Summarises the metrics of runs over seeds, by method: seen, low-resource and zero-shot cells. Pure."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def copies(data: QuickstartData) -> dict[str, float]:
 
 
 def score_rows(results: Mapping[str, Any], metric: str) -> list[list[str]]:
-    """The table of one metric as text: a row a method, a column a kind of cells."""
+    """The table of one metric as text, with a row for each method and a column for each kind of cells."""
     rows = []
     for arm in results["arms"].values():
         row = [arm["title"]]

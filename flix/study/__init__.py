@@ -1,1 +1,1 @@
-"""Studies: arms and seeds under one budget, by ``flix study`` (``docs/study.md``), and the data of `words`."""
+"""Studies compare arms over seeds under one budget (``flix study``, ``docs/study.md``); also the data of `words`."""

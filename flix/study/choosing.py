@@ -1,4 +1,4 @@
-"""What each arm's runs on the choosing cells say: its best choice, and the best factors for held-out cells. Pure."""
+"""Finds each arm's best choice and best factors for held-out cells, from its runs on the choosing cells. Pure."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ SEEN, CHOOSING, LAST_WORD, UNSEEN = "seen", "choosing", "last_word", "unseen"
 def group_of(
     cell: Mapping[str, Any], choosing: HeldOut, last_word: HeldOut, registry: FeatureRegistry | None
 ) -> str:
-    """What a cell is for: it is trained on, choices are made by it, or it is for the last word.
+    """What a cell is for: training, choosing, or the last word.
 
     Args:
         cell: as ``metrics.json`` has it.
-        choosing, last_word: the cells that are held out for these.
-        registry: of the features, if it has all of them.
+        choosing, last_word: the cells that are held out for each.
+        registry: the registry, if it has every feature of every cell.
 
     Returns:
-        ``"unseen"`` for a cell that is not trained on for another reason: it has no training rows.
+        ``"seen"``, ``"choosing"``, ``"last_word"``, or ``"unseen"`` for a cell without training rows that is not held
+        out for either.
     """
     if cell.get("seen"):
         return SEEN
@@ -35,7 +36,7 @@ def group_of(
 
 
 def means(cells: Iterable[Mapping[str, Any]], group: Callable[[Mapping[str, Any]], str]) -> dict[str, float | None]:  # fmt: skip
-    """The mean score of the seen cells, of those for choosing, and of both; every cell counts alike."""
+    """The mean scores of the seen cells and of those for choosing, with equal weight for each cell, and their mean."""
     found: dict[str, list[float]] = {SEEN: [], CHOOSING: []}
     for cell in cells:
         score = cell["score"]
@@ -51,13 +52,13 @@ def _mean(scores: Sequence[float]) -> float | None:
 
 
 def best(table: Sequence[Mapping[str, Any]], by: str) -> int | None:
-    """The place of the best entry, the first of equals; None where none has a score."""
+    """The index of the best entry, the first one if several are equal; None if no entry has a score."""
     scored = [(entry[by], -place) for place, entry in enumerate(table) if entry.get(by) is not None]
     return -max(scored)[1] if scored else None
 
 
 def edges(choice: Mapping[str, str], grid: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The settings whose chosen number is the least or greatest of the grid: a better one may lie beyond."""
+    """The settings whose chosen number is the smallest or largest of the grid: a better one may lie outside."""
     found = []
     for key, name in choice.items():
         values = list(grid[key].values())
@@ -68,10 +69,9 @@ def edges(choice: Mapping[str, str], grid: Mapping[str, Mapping[str, Any]]) -> l
 
 
 def best_weights(found: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The best factors for groups, and the table: the mean score of the cells for each.
+    """The best factors for groups, and a table with the mean score of the cells for each of them.
 
-    Weights that were searched on a cell's own rows have seen what the others have not: they are in the table, and are
-    not chosen.
+    Searched weights are in the table but are never chosen, because they have seen rows of the cell itself.
     """
     table = [
         {"weights": entry["weights"], CHOOSING: means(entry["cells"].values(), lambda cell: CHOOSING)[CHOOSING]}

@@ -1,16 +1,19 @@
-"""Is one arm better than another, and by how much: a paired bootstrap over cells, items and seeds. Pure numpy.
+"""Is one arm better than another, and by how much? A paired bootstrap over cells, items and seeds. Pure numpy.
 
-Two arms answer the same items of the same cells, and were trained with the same seeds, which fix the order of their
-batches. What varies is the cells (other languages and tasks might have been held out), the items, and the seeds. So a
-draw takes cells, items within them and seeds anew, the same for both arms, and the figure is the mean over cells of
-the mean over items and seeds of the difference: each cell counts once, however many items it has.
+Two arms answer the same items of the same cells. They were trained with the same seeds, which fix the order of their
+batches. Three things could have been different: the cells (other languages and tasks might have been held out), the
+items, and the seeds. So each draw takes new cells, new items within them and new seeds, the same ones for both arms.
+The figure is the difference of the arms, averaged first over items and seeds and then over cells: each cell counts
+once, however many items it has.
 
-* Of n cells, n - 1 are drawn with replacement, and of seeds likewise: the variance of the mean of n things is then met
-  without bias, however few there are (Rao and Wu, Resampling inference with complex survey data, 1988, section 2).
-* Seeds are drawn for all cells together: a bad start of a run is bad in all cells (the pigeonhole bootstrap: Owen, The
-  pigeonhole bootstrap, 2007). This, and items within drawn cells, errs on the side of wider intervals.
-* p is that of "no difference", two-sided: the share of draws that lie at least as far from the figure as the figure
-  lies from 0, the figure itself counted as one of them (Davison and Hinkley, Bootstrap methods, 1997, section 4.2).
+* A draw takes n - 1 of n cells with replacement, and the same for seeds. This estimates the variance of a mean of n
+  values without bias, even for small n (Rao and Wu, Resampling inference with complex survey data, 1988, section 2).
+* Seeds are drawn for all cells together, because a run with a bad start is bad in all cells (the pigeonhole bootstrap:
+  Owen, The pigeonhole bootstrap, 2007). This, and drawing items within drawn cells, makes intervals too wide rather
+  than too narrow.
+* p is the two-sided p value of "no difference". It is the share of draws that are at least as far from the figure as
+  the figure is from 0, where the figure itself counts as one draw (Davison and Hinkley, Bootstrap methods, 1997,
+  section 4.2).
 """
 
 from __future__ import annotations
@@ -28,19 +31,19 @@ from flix.study.evidence import NAMES, ArmScores, CellScore, EvidenceError, Stud
 DRAWS = 10_000
 LEVEL = 0.01
 Table = NDArray[np.float64]
-"""Of one cell: float64 ``[seeds, items]``, in points."""
+"""The values of one cell: float64 ``[seeds, items]``, in points."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and how sure it is.
+    """A figure and how certain it is.
 
     Attributes:
         value: the mean over cells, in points.
         low, high: its 95 % interval.
-        p: of "it is 0", two-sided.
+        p: the two-sided p value of "it is 0".
         cells, items, seeds: how many there are.
-        metric: of which score.
+        metric: the name of the score.
     """
 
     value: float
@@ -57,17 +60,17 @@ def estimate(tables: Sequence[Table], *, draws: int = DRAWS, seed: int = 0) -> E
     """The mean over cells, its interval and its p value.
 
     Args:
-        tables: of each cell the values ``[seeds, items]``: differences of two arms, or one arm's own.
-        draws: of the bootstrap.
-        seed: of the draws.
+        tables: for each cell, its values ``[seeds, items]``: differences of two arms, or values of one arm.
+        draws: how many draws the bootstrap takes.
+        seed: the seed of the draws.
 
     Raises:
-        EvidenceError: no cell, a cell without items, or cells that have other seeds.
+        EvidenceError: no cell, a cell without items, or cells with different numbers of seeds.
     """
     if not tables or not all(table.ndim == 2 and table.size for table in tables):
         raise EvidenceError("a bootstrap needs at least one cell, and items in each")
     if len(seeds := {len(table) for table in tables}) > 1:
-        raise EvidenceError(f"every cell needs the same seeds, got {sorted(seeds)} of them")
+        raise EvidenceError(f"every cell needs the same number of seeds, got {sorted(seeds)}")
     value = float(np.mean([table.mean() for table in tables]))
     drawn = resampled(tables, draws, np.random.default_rng(seed))
     low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
@@ -78,7 +81,7 @@ def estimate(tables: Sequence[Table], *, draws: int = DRAWS, seed: int = 0) -> E
 
 
 def resampled(tables: Sequence[Table], draws: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """The mean over cells in draws of cells, items and seeds: float64 ``[draws]``."""
+    """The mean over cells in each draw of cells, items and seeds: float64 ``[draws]``."""
     seeds = _shares(len(tables[0]), draws, rng)
     cells = _shares(len(tables), draws, rng)
     total = np.zeros(draws)
@@ -92,7 +95,7 @@ def resampled(tables: Sequence[Table], draws: int, rng: np.random.Generator) -> 
 
 
 def _shares(count: int, draws: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Which share each of ``count`` things has in a draw of ``count - 1`` of them: ``[draws, count]``."""
+    """The share of each of ``count`` things in a draw of ``count - 1`` of them: ``[draws, count]``."""
     taken = max(count - 1, 1)
     return rng.multinomial(taken, np.full(count, 1 / count), size=draws) / taken
 
@@ -103,9 +106,9 @@ class Finding:
 
     Attributes:
         arm, against: names.
-        group: of cells.
-        at_least: points that were claimed; None where the study claims nothing.
-        difference: what was found.
+        group: the group of cells.
+        at_least: the points that were claimed; None if the study claims nothing.
+        difference: the difference that was found.
     """
 
     arm: str
@@ -116,18 +119,18 @@ class Finding:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the difference is as large as claimed, and p below 0.01; None where nothing was claimed."""
+        """Whether the difference is as large as claimed and p is below 0.01; None if nothing was claimed."""
         if self.at_least is None:
             return None
         return self.difference.value >= self.at_least and self.difference.p < LEVEL
 
 
 def findings(study: Study, *, draws: int = DRAWS) -> list[Finding]:
-    """What became of a study's claims: one finding for each arm that is claimed against, and each metric.
+    """Test a study's claims: one finding for each arm that a claim is against, and each metric.
 
     Raises:
         EvidenceError: a claim names an arm or cells that the study does not have, or a run is not finished.
-        ReportError: a claim is not of the form.
+        ReportError: a claim has the wrong form.
     """
     found = []
     for part in study.claims:
@@ -139,7 +142,7 @@ def findings(study: Study, *, draws: int = DRAWS) -> list[Finding]:
 
 
 def claimed_arms(study: Study) -> list[str]:
-    """The arms that a study's claims name, each once."""
+    """The arms that a study's claims name, each of them once."""
     return list(dict.fromkeys(name for part in study.claims for name in _named(part)))
 
 
@@ -160,10 +163,10 @@ def _claim(part: Part) -> tuple[str, str, list[str], float | None]:
 def differences(
     study: Study, arm: str, against: str, group: str, *, draws: int = DRAWS
 ) -> list[Estimate]:
-    """By how much one arm is ahead of another on the cells of a group that both have, for each of their metrics.
+    """By how much one arm is ahead of another, for each metric, on the cells of a group that both have.
 
     Raises:
-        EvidenceError: an arm is not there or not finished; the arms have other cells, rows or seeds.
+        EvidenceError: an arm does not exist or is not finished; the arms have different cells, rows or seeds.
     """
     mine, theirs = study.arm(arm), study.arm(against)
     there = {name for names in by_metric(theirs, group).values() for name in names}
@@ -177,10 +180,10 @@ def differences(
 
 
 def level(study: Study, arm: str, cells: Iterable[str], *, draws: int = 2_000) -> Estimate:
-    """One arm's mean over cells of one metric, with its interval.
+    """The mean of one arm over cells with one metric, with its interval.
 
     Raises:
-        EvidenceError: the arm is not there or not finished, or lacks a cell.
+        EvidenceError: the arm does not exist or is not finished, or it lacks a cell.
     """
     mine, names = study.arm(arm), list(cells)
     seeds = sorted(mine.runs)
@@ -189,7 +192,7 @@ def level(study: Study, arm: str, cells: Iterable[str], *, draws: int = 2_000) -
 
 
 def by_metric(arm: ArmScores, group: str) -> dict[str, list[str]]:
-    """The names of an arm's cells in a group, by their metric: scores of two metrics have no mean."""
+    """The names of an arm's cells in a group, by metric, because scores of different metrics have no mean."""
     first = arm.runs[min(arm.runs)].cells
     found: dict[str, list[str]] = {}
     for name, cell in first.items():
@@ -201,18 +204,18 @@ def by_metric(arm: ArmScores, group: str) -> dict[str, list[str]]:
 
 
 def paired(mine: ArmScores, theirs: ArmScores, names: Sequence[str]) -> list[Table]:
-    """The differences of two arms in each of some cells, seed by seed and item by item.
+    """The differences of two arms in some cells, seed by seed and item by item.
 
-    An arm that has one seed alone, such as a base that nothing is trained in, stands beside every seed of the other.
+    An arm with only one seed, such as the untrained base, is compared with every seed of the other arm.
 
     Raises:
-        EvidenceError: the arms have other seeds, cells or rows.
+        EvidenceError: the arms have different seeds, cells or rows.
     """
     seeds = sorted(mine.runs if len(mine.runs) >= len(theirs.runs) else theirs.runs)
     for arm in (mine, theirs):
         if len(arm.runs) > 1 and sorted(arm.runs) != seeds:
             raise EvidenceError(
-                f"the arms {mine.name!r} and {theirs.name!r} were trained with other seeds, "
+                f"the arms {mine.name!r} and {theirs.name!r} were trained with different seeds, "
                 f"{sorted(mine.runs)} and {sorted(theirs.runs)}, and cannot be paired"
             )
     found = []
@@ -228,7 +231,7 @@ def paired(mine: ArmScores, theirs: ArmScores, names: Sequence[str]) -> list[Tab
             by_item = a.right is not None and b.right is not None
             rows.append(_values(a, by_item) - _values(b, by_item))
         if len({len(row) for row in rows}) > 1:
-            raise EvidenceError(f"the cell {name!r} has other rows with other seeds")
+            raise EvidenceError(f"the cell {name!r} has different rows with different seeds")
         found.append(np.stack(rows))
     return found
 
@@ -246,7 +249,7 @@ def _of_run(arm: ArmScores, seed: int, name: str) -> CellScore:
 
 
 def _values(cell: CellScore, by_item: bool = True) -> NDArray[np.float64]:
-    """The points of each item, or the score of the cell as if it were one item."""
+    """The points of each item, or the score of the cell as a single item."""
     if by_item and cell.right is not None:
         return 100.0 * cell.right.astype(np.float64)
     return np.array([cell.score])

@@ -1,4 +1,4 @@
-"""What an arm's data and ranks come to, before anything is trained: cells, held-out ones, ranks of matched LoRAs."""
+"""Counts an arm's data and ranks before anything is trained: cells, held-out cells, ranks of matched LoRAs."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Counted:
 
     Attributes:
         registry: its features.
-        ranks: of each.
+        ranks: the rank of each feature.
         trained: the cells that it trains on.
         cells: all cells.
-        files: name, SHA-256 and the like of what is read.
+        files: names, SHA-256 and the like of the files that are read.
         known: the registry, if it has every feature of every cell; None where unknown ones are allowed.
     """
 
@@ -48,7 +48,7 @@ class Counted:
 
     @cached_property
     def active(self) -> int:
-        """The largest rank that a row of a trained cell activates."""
+        """The largest rank that a row of any trained cell activates."""
         return max(
             sum(self.ranks[f] for f in features_of(cell, self.registry)) for cell in self.trained
         )
@@ -60,7 +60,7 @@ class Counted:
 
     @property
     def by_group(self) -> dict[str, Any]:
-        """Ranks by group; by feature, where they differ within one. Groups without rank are left out."""
+        """The rank of each group, or of each feature if they differ in a group. Groups without rank are left out."""
         found: dict[str, Any] = {}
         for group in self.registry.groups:
             mine = {name: self.ranks[group, name] for name in self.registry.names(group)}
@@ -70,13 +70,13 @@ class Counted:
 
 
 class Counting:
-    """Reads the data of settings, each once, and applies their rank rules. Loads no framework."""
+    """Reads the data that settings name, each only once, and applies their rank rules. Loads no framework."""
 
     def __init__(self) -> None:
         self.read: dict[str, Data] = {}
 
     def __call__(self, settings: Settings) -> Counted:
-        """Count.
+        """Count the data and the ranks of some settings.
 
         Raises:
             FlixError: a mistake in settings or data.
@@ -103,26 +103,26 @@ def check_held_out(counted: Counted, where: str, held: Mapping[str, HeldOut]) ->
     Args:
         counted: the arm's data.
         where: the arm, for the message.
-        held: by what the cells are for, the cells.
+        held: the held-out cells, by what they are for.
 
     Raises:
-        SettingsError: it does; the cells are named.
+        SettingsError: it trains on such cells; the message names them.
     """
     for what, cells in held.items():
         matched = cells.among(counted.trained, counted.known).any(axis=0)
         wrong = [cell_name(counted.trained[i]) for i in np.flatnonzero(matched).tolist()]
         if wrong:
             raise SettingsError(
-                f"{where} trains on {listed(wrong)}, held out for {what}; no arm may, in any phase: put it into held_out: "
-                "of the common settings"
+                f"{where} trains on {listed(wrong)}, held out for {what}; no arm may train on such cells, in any phase: "
+                "add them to held_out: of the common settings"
             )
 
 
 def check_apart(counted: Iterable[Counted], choosing: HeldOut, last_word: HeldOut) -> None:
-    """Refuse cells that choices are made by and that are the last word's, too.
+    """Refuse cells that are held out both for choosing and for the last word.
 
     Raises:
-        SettingsError: there are some; they are named.
+        SettingsError: there are such cells; the message names them.
     """
     both: dict[str, None] = {}
     for one in counted:
@@ -131,18 +131,18 @@ def check_apart(counted: Iterable[Counted], choosing: HeldOut, last_word: HeldOu
     if both:
         raise SettingsError(
             f"held_out: {listed(both)} {'is' if len(both) == 1 else 'are'} both for choosing and for the last word; "
-            "say which by held_out: {choosing: [...], last_word: [...]}"
+            "say which is which with held_out: {choosing: [...], last_word: [...]}"
         )
 
 
 def as_lora(raw: Raw, lora: LoraSettings, own: Counted, reference: Counted | None) -> Raw:
-    """Settings of an arm that is a LoRA: its ranks, and none of what is for features.
+    """The settings of an arm that is a LoRA: its ranks, without feature dropout and weights of unseen cells.
 
     Args:
         raw: the common settings.
-        lora: what is asked for.
-        own: data of the settings as they are.
-        reference: the arm that it shall be equal to.
+        lora: which LoRA is wanted.
+        own: the data of the common settings.
+        reference: the arm with which its ranks are matched; None if it has a rank of its own.
     """
     found = {**raw, "feature_dropout": None}
     evaluation = {k: v for k, v in (raw.get("evaluation") or {}).items() if k != "unseen_group_weights"}  # fmt: skip
@@ -167,17 +167,17 @@ def as_lora(raw: Raw, lora: LoraSettings, own: Counted, reference: Counted | Non
 
 
 def by_cell(raw: Raw) -> Raw:
-    """Settings whose rows have one more feature, ``cell=...``, another in each cell; a data set a cell.
+    """Settings whose rows have one more feature, ``cell=...``, and one data set for each cell.
 
     Raises:
-        SettingsError: rows whose cells files' names do not tell.
+        SettingsError: the names of the files do not tell the cells of their rows.
     """
     datasets: list[Any] = []
     held = list(raw.get("held_out") or [])
     for dataset in raw["datasets"]:
         if dataset.get("hub") or dataset.get("feature_columns") or dataset.get("stream"):
             raise SettingsError(
-                f"lora.each: cell: a LoRA a cell needs files whose names tell their cells; the data set with {dataset.get('files') or dataset.get('hub')!r} "
+                f"lora.each: cell: one LoRA for each cell needs files whose names tell their cells; the data set with {dataset.get('files') or dataset.get('hub')!r} "
                 "has another form"
             )
         found: dict[str, dict[str, Any]] = {}
@@ -215,7 +215,7 @@ def _everywhere(raw: Raw, own: Counted) -> Raw:
     """Settings in which every row has one more feature, ``lora=all``."""
     if LORA in own.registry.groups:
         raise SettingsError(
-            f"lora: the data has a group {LORA!r} already, and the LoRA's is called so; rename the data's"
+            f"lora: the data has a group {LORA!r} already, a name that the LoRA needs for its own; rename the group in the data"
         )
     named = [{group for group, _ in cell} for cell in own.cells]
     common = set.intersection(*named) if named else set()

@@ -1,4 +1,4 @@
-"""Speed or level: how the dev score of each arm goes over steps and over seconds, from the runs' ``log.jsonl``."""
+"""Speed or level: how the dev score of each arm grows with steps and seconds, from the runs' ``log.jsonl``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SETTLED = 1.0
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluation on the way.
+    """One evaluation during training.
 
     Attributes:
-        step: of training.
-        seconds: of training until then, without those that evaluations took.
+        step: the training step.
+        seconds: the seconds of training until then, without evaluations.
         seen: the mean score of the cells that are trained on, in points.
-        held_out: that of the others; None where there are none.
+        held_out: the mean score of the other cells; None if there are none.
     """
 
     step: int
@@ -57,21 +57,21 @@ class Curve:
         return bool(before) and self.best.seen - max(before) < SETTLED
 
     def to_json(self) -> dict[str, Any]:
-        """As ``docs/results`` keeps it."""
+        """The form in which ``docs/results`` keeps it."""
         points = [[p.step, round(p.seconds, 1), p.seen, p.held_out] for p in self.points]
         return {"arm": self.arm, "title": self.title, "points": points}
 
     @classmethod
     def of_json(cls, said: Mapping[str, Any]) -> Curve:
-        """What :meth:`to_json` wrote."""
+        """Read what :meth:`to_json` wrote."""
         return cls(said["arm"], said["title"], tuple(Point(*point) for point in said["points"]))
 
 
 def read_curve(run: Path, arm: str, title: str) -> Curve:
     """The evaluations with scores of one run.
 
-    Seconds of training are those of the log, less what evaluations took: that is known where the log has a line of
-    the same step before it.
+    Seconds of training are those of the log minus the seconds of evaluations. These are known only if the log has a
+    line of the same step before the evaluation.
 
     Raises:
         EvidenceError: the run has no log, or no evaluation in it has scores.
@@ -106,7 +106,7 @@ def read_curve(run: Path, arm: str, title: str) -> Curve:
 
 
 def read_curves(study: Path, arms: Mapping[str, str], seed: int = 0) -> list[Curve]:
-    """The curves of some arms of a study's folder, by name and title, of one seed.
+    """The curves of some arms of a study with one seed.
 
     Raises:
         EvidenceError: a run has no log, or no evaluation in it has scores.
@@ -116,12 +116,12 @@ def read_curves(study: Path, arms: Mapping[str, str], seed: int = 0) -> list[Cur
 
 
 def headings() -> tuple[str, ...]:
-    """Of :func:`rows_of`."""
+    """The headings of :func:`rows_of`."""
     return ("method", "best dev score", "at step", "seconds", "reaches the others' best", "settled")
 
 
 def rows_of(curves: Sequence[Curve]) -> list[tuple[str, ...]]:
-    """Of each arm its best dev score, when it was there, and when it passed the best score of each other arm."""
+    """For each arm: its best dev score, when it reached it, and when it reached the best score of each other arm."""
     rows: list[tuple[str, ...]] = []
     for curve in curves:
         passed = []

@@ -1,4 +1,4 @@
-"""What of a finished run is not as it would be now."""
+"""Finds out in what a finished run differs from the run that the study would make now."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flix.transformers import folders
 
 
 def difference(run: Run, counted: Counted) -> str:
-    """What of a finished run's settings or data is not as it would be now; empty if nothing is."""
+    """In what a finished run's settings or data differ from what they would be now; empty if in nothing."""
     text = (run.folder / folders.RESOLVED).read_text(encoding="utf-8")
     # Read again: what an earlier flix did not have yet gets its default.
     before, now = checked(yaml.safe_load(text), str(run.folder)).to_dict(), run.settings.to_dict()

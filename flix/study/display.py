@@ -1,4 +1,4 @@
-"""Progress of several jobs: a line for each on a terminal, plain lines elsewhere; tables in both."""
+"""Shows the progress of several jobs, and tables. A terminal gets one line for each job, other outputs plain lines."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from flix.study.jobs import Follow, Job
 
 
 class Display:
-    """Where it is shown what is done.
+    """Shows progress, messages and tables.
 
     Args:
-        to_stderr: keep standard output free, as for JSON.
+        to_stderr: write to standard error, so that standard output can hold JSON.
     """
 
     def __init__(self, to_stderr: bool = False) -> None:
         self._stream = sys.stderr if to_stderr else sys.stdout
 
     def say(self, text: str) -> None:
-        """A line of text."""
+        """Show a line of text."""
         print(text, file=self._stream, flush=True)
 
     def table(self, headings: list[str], rows: list[list[str]], width: int | None = None) -> None:
-        """A table."""
+        """Show a table."""
         self.say("\n" + text_table(headings, rows, left=1, rule=True, width=width) + "\n")
 
     def follow(self, jobs: Sequence[Job]) -> Follow:
-        """What shows the progress of jobs."""
+        """Return a function that shows the progress of jobs."""
         return Live(jobs, self._stream) if self._stream.isatty() else self._plainly(jobs)
 
     def _plainly(self, jobs: Sequence[Job]) -> Follow:
@@ -43,7 +43,7 @@ class Display:
             if what == "step":
                 self.say(f"{job.name}: step {event['step']}/{event['steps']}, loss {event['loss']:.3f}")  # fmt: skip
             elif what == "evaluating":
-                self.say(f"{job.name}: testing")
+                self.say(f"{job.name}: evaluating")
             elif what in ("done", "failed"):
                 why = f": {event['reason']}" if what == "failed" else ""
                 self.say(f"{job.name}: {what}{why}")
@@ -54,7 +54,7 @@ class Display:
 
 
 class Progress:
-    """How far jobs are.
+    """Keeps track of how far jobs are.
 
     Args:
         jobs: the jobs.
@@ -78,14 +78,14 @@ class Progress:
             self.before[job.name] = step / steps  # done by an earlier call
         if what == "evaluating" or event.get("what") == "evaluating":
             self.shares[job.name] = max(self.shares[job.name], 0.95)
-            self.at[job.name] = f"testing {step}/{steps} rows"
+            self.at[job.name] = f"evaluating {step}/{steps} rows"
             return
         self.shares[job.name] = max(self.shares[job.name], 0.95 * step / steps)
         loss = f"  loss {event['loss']:.3f}" if "loss" in event else ""
         self.at[job.name] = f"step {step}/{steps}{loss}"
 
     def summary(self) -> str:
-        """How many jobs are done, and how long the others take yet."""
+        """How many jobs are done, and how long the others will still take."""
         count, failed = len(self.ended), sum(how == "failed" for how in self.ended.values())
         text = f"{count - failed} of {len(self.shares)} runs done"
         if failed:
@@ -98,7 +98,7 @@ class Progress:
 
 
 class Live:
-    """A line for each running job and one for all, written over again and again."""
+    """One line for each running job and one for all jobs, redrawn with every event."""
 
     def __init__(self, jobs: Sequence[Job], stream: Any) -> None:
         self.progress, self.stream, self.lines, self.last = Progress(jobs), stream, 0, 0.0
@@ -122,6 +122,6 @@ class Live:
 
 
 def span(seconds: float) -> str:
-    """A time as people say it."""
+    """A duration as people read it."""
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

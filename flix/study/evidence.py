@@ -1,4 +1,4 @@
-"""What a study found, read from its ``scores.json`` and checked; the format is written in ``docs/results.md``."""
+"""Reads and checks a study's ``scores.json``; ``docs/results.md`` describes the format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = {**{group: group for group in GROUPS}, "zero_shot": "last_word"}
 
 
 class EvidenceError(FlixError, ValueError):
-    """Scores that cannot be read, or that do not hold what was asked of them."""
+    """Scores cannot be read, or they lack what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class CellScore:
 
     Attributes:
         features: by group, ``{"language": "deu", "task": "inflect"}``.
-        group: ``"seen"``, ``"choosing"``, ``"last_word"``, or ``"unseen"``: not trained on, for another reason.
-        trained: rows of it that the arms were trained on.
-        rows: rows that it was evaluated on.
+        group: ``"seen"``, ``"choosing"``, ``"last_word"``, or ``"unseen"``: not trained on for another reason.
+        trained: how many of its rows the arms were trained on.
+        rows: how many of its rows were evaluated.
         metric: the main metric's name.
-        score: in points, 0 to 100; NaN if it is no number.
-        right: whether each row was answered rightly, in the order of the rows; None where there is no right or wrong.
+        score: in points, 0 to 100; NaN if there is no score.
+        right: whether each row was answered correctly, in order; None if answers are not simply right or wrong.
     """
 
     features: dict[str, str]
@@ -61,12 +61,12 @@ class ArmScores:
     """One method.
 
     Attributes:
-        name, title: for files, for people.
-        active_rank: what a row activates at most.
-        total_rank: of all features together.
-        trainable: parameters that learn.
+        name, title: its name in files, and as people read it.
+        active_rank: the largest rank that a row activates.
+        total_rank: the ranks of all features together.
+        trainable: the number of parameters that train.
         choice: what was chosen for it on the choosing cells, as a text.
-        runs: by seed.
+        runs: its runs, by seed.
     """
 
     name: str
@@ -83,11 +83,11 @@ class Study:
     """A study's scores.
 
     Attributes:
-        name: the study's.
-        file: where they were read.
-        seeds: all that are planned.
+        name: the study's name.
+        file: the file that they were read from.
+        seeds: all planned seeds.
         arms: those with at least one finished run, in the study's order.
-        planned: every arm's title by name, and its seeds.
+        planned: for each arm's name, its title and its seeds.
         claims: as the configuration states them.
         made: commit, machine, command, date, versions, data: as the file says.
     """
@@ -133,10 +133,13 @@ class Study:
 
 
 def read_scores(path: Path) -> Study:
-    """Read a study's ``scores.json``; a folder is taken for one that holds it.
+    """Read a study's ``scores.json``.
+
+    Args:
+        path: the file, or the folder that holds it.
 
     Raises:
-        EvidenceError: there is none.
+        EvidenceError: there is no such file.
         ReportError: it is damaged, or something in it is missing or of the wrong kind; it is named.
         OSError: it cannot be read.
     """
@@ -160,7 +163,7 @@ def read_scores(path: Path) -> Study:
             planned[name] = (title, tuple(sorted({*known, int(number)})))
     for name in arms:
         if name not in planned:
-            raise EvidenceError(f"{part.where}: arms: {name!r} is not among the planned")
+            raise EvidenceError(f"{part.where}: arms: {name!r} is not among the planned arms")
     keys = (
         "command",
         "commit",
@@ -219,7 +222,9 @@ def _cell(said: Part) -> CellScore:
     right = _right(said.get("right"))
     rows = said.get("rows").whole() or 0
     if right is not None and len(right) != rows:
-        raise EvidenceError(f"{said.where}: {rows} rows, but right says of {len(right)}")
+        raise EvidenceError(
+            f"{said.where}: the cell has {rows} rows, but right has {len(right)} entries"
+        )
     return CellScore(
         features={key: _feature(part) for key, part in said.get("features").items()},
         group=group,
@@ -245,7 +250,7 @@ def _right(part: Part) -> NDArray[np.int8] | None:
     values = list(given) if isinstance(given, str) else [entry.value for entry in part.parts()]
     found = [_BITS.get(value) if isinstance(value, str | int) else None for value in values]
     if None in found:
-        raise EvidenceError(f"{part.where} must hold 0 and 1 alone, or null")
+        raise EvidenceError(f"{part.where} must be null or hold only 0 and 1")
     return np.array(found, np.int8)
 
 

@@ -1,6 +1,6 @@
-"""Work in parallel processes, a thread each, and following its progress.
+"""Runs jobs in parallel processes with one thread each, and follows their progress.
 
-A process ends when the one that started it does, however that ends. Work that is killed loses no more than the steps
+A process ends when the process that started it ends, for whatever reason. A job that is killed loses only the steps
 since its last checkpoint.
 """
 
@@ -28,15 +28,15 @@ Follow = Callable[["Job", dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Job:
-    """A run of ``flix train``, and what follows from it.
+    """A run of ``flix train``, and the evaluations after it.
 
     Attributes:
-        name: for people.
-        folder: of the run; its configuration and what it wrote to standard error lie beside it.
-        steps: how many it takes; 0 where nothing is trained.
-        adapt: false: the base is evaluated as it is.
-        weights: by which factors for groups its held-out cells are evaluated when it is trained.
-        anew: discard an earlier run in the folder, instead of going on with it.
+        name: the name that people read.
+        folder: the folder of the run; its configuration and its standard error are beside it.
+        steps: how many steps it takes; 0 if nothing is trained.
+        adapt: false to evaluate the base without training.
+        weights: factors for groups; the trained run evaluates its held-out cells with each of them.
+        anew: discard an earlier run in the folder instead of continuing it.
     """
 
     name: str
@@ -60,9 +60,9 @@ class Failed:
     """How a job failed.
 
     Attributes:
-        reason: in a line.
-        log: the end of what it wrote.
-        diverged: its loss became no number, as it would again.
+        reason: the reason, in one line.
+        log: the end of its standard error.
+        diverged: its loss became NaN or infinite, and would do so again.
     """
 
     reason: str
@@ -71,7 +71,7 @@ class Failed:
 
 
 class Events(Reporter):
-    """Hands on what happens in a job's process."""
+    """Reports what happens in a job's process to the process that started it."""
 
     def __init__(self, tell: Callable[..., None]) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Events(Reporter):
         self.tell(event=what, step=done, steps=total)
 
     def advance(self, done: int) -> None:
-        """How far the work is, every other second."""
+        """Report how far the work is, every two seconds at most."""
         if time.monotonic() - self.told > 2.0:
             self.told = time.monotonic()
             self.tell(event="at", what=self._what, step=done, steps=self._total)
@@ -98,7 +98,7 @@ class Events(Reporter):
 
 
 def work(number: int, job: Job, events: Any) -> None:
-    """A job, in a process of its own."""
+    """Do a job; this runs in a process of its own."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(job.beside(".log"), "w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 2)
@@ -126,12 +126,12 @@ def _end_with_parent() -> None:
 
 
 def run_jobs(jobs: Sequence[Job], follow: Follow, parallel: int) -> dict[str, Failed]:
-    """Run the jobs, so many at a time. One that fails stops no other.
+    """Run the jobs, ``parallel`` of them at a time. A job that fails does not stop the others.
 
-    Ctrl-C lets each save a checkpoint before it ends.
+    Ctrl-C lets each job save a checkpoint before it ends.
 
     Returns:
-        The names of those that failed, and how.
+        The names of the jobs that failed, and how they failed.
     """
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
     context = multiprocessing.get_context("spawn")
@@ -172,12 +172,12 @@ def _next(events: Any, running: Mapping[int, Any]) -> tuple[int, dict[str, Any]]
         except queue.Empty:
             for number, process in running.items():
                 if process.exitcode is not None:
-                    reason = f"its process ended with {process.exitcode}"
+                    reason = f"its process ended with the exit code {process.exitcode}"
                     return number, {"event": "failed", "reason": reason}
 
 
 def parallel_by_default() -> int:
-    """How many jobs at a time: one a processor; one where an accelerator does the work."""
+    """How many jobs run at a time: one for each processor, but only one if there is an accelerator."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.accelerator.is_available():
         return 1

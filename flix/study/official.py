@@ -1,7 +1,7 @@
 """``python -m flix.study.official RUN ... --words words``: runs on the shared tasks' own test sets.
 
-Answers ``official/TASK/LANGUAGE.test.jsonl.gz`` of the study's data with each run's adapter, and writes exact match
-over all rows and over those whose words no task trained on, and for segmentation F1 of morphs.
+Each run's adapter answers ``official/TASK/LANGUAGE.test.jsonl.gz`` of the study's data. The result has exact match over
+all rows and over the rows whose words no task trained on, and for segmentation also F1 of morphs.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def official(
     """The scores of some runs of one method on the official test sets.
 
     Args:
-        runs: folders of ``flix train``.
+        runs: folders that ``flix train`` wrote.
         words: the study's data, as ``python -m flix.study.words`` wrote it.
-        title: of the method, for people.
-        tasks: which ones.
-        limit: rows of a language at most, evenly spaced: the files may be sorted.
-        progress: told of each language.
+        title: the title of the method.
+        tasks: the tasks to answer.
+        limit: at most so many rows of each language, evenly spaced, because the files may be sorted.
+        progress: called with a line for each language.
 
     Raises:
         EvidenceError: there is no run, no test set or no task of this name.
-        FlixError: an adapter or a base that cannot be loaded, rows that do not fit.
+        FlixError: an adapter or a base cannot be loaded, or rows do not fit.
     """
     from flix.tasks.prediction import Predictor
 
@@ -58,7 +58,7 @@ def official(
     trained = {cell["cell"]: cell["train"] for cell in json.loads((words / "fingerprint.json").read_bytes())["cells"]}  # fmt: skip
     files = {task: sorted((words / "official" / task).glob("*.test.jsonl.gz")) for task in tasks}
     if not any(files.values()):
-        raise EvidenceError(f"{str(words / 'official')!r} holds no test set of {listed(tasks)}; write the data with them")  # fmt: skip
+        raise EvidenceError(f"{str(words / 'official')!r} holds no test set of {listed(tasks)}; make the data without --no-official")  # fmt: skip
     found: dict[str, dict[str, Any]] = {task: {} for task in tasks}
     for run in runs:
         predictor = Predictor(run / "adapter", batch_size=256)
@@ -111,15 +111,15 @@ def _percent(right: Sequence[bool]) -> float | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 with one line on standard error for a mistake that can be mended."""
+    """Return 0, or 2 with one line on standard error after a mistake that the user can correct."""
     parser = argparse.ArgumentParser("python -m flix.study.official", description=__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, help="folders of flix train, of one method")
+    add("runs", nargs="+", type=Path, help="folders that flix train wrote, all of one method")
     add("--words", type=Path, default=Path("words"), help="the study's data (%(default)s)")
     add("--out", type=Path, default=Path("study-official"), help="folder to write (%(default)s)")
-    add("--title", default="", help="of the method, for people")
-    add("--task", action="append", choices=TASKS, help="again for more (all)")
-    add("--limit", type=int, help="rows of a language at most, evenly spaced")
+    add("--title", default="", help="the title of the method")
+    add("--task", action="append", choices=TASKS, help="only this task; repeat for more (all)")
+    add("--limit", type=int, help="at most so many rows of each language, evenly spaced")
     given = parser.parse_args(arguments)
     try:
         found = official(

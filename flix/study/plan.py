@@ -1,4 +1,4 @@
-"""From a study's configuration to its runs: what each trains, and where. Pure but for what :mod:`.counting` reads."""
+"""Turns a study's configuration into runs: what each trains, and where. Only :mod:`.counting` reads files."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from flix.study.settings import PLAIN, ArmSettings, Choices
 from flix.training.settings import Settings
 
 CHOOSING, LAST = "choosing", "runs"
-#: Settings that the whole study has, by the name of the setting: under one budget, and with its own folders and seeds.
+#: Settings that only the whole study may set, because all arms have one budget and the study names folders and seeds.
 SHARED = (
     "output", "seed", "held_out", "training.steps", "training.batch_size", "training.gradient_accumulation",
     "evaluation.limit", "evaluation.samples", "evaluation.at_end",
 )  # fmt: skip
-#: What a study's runs have where nothing is said: a thread each, and every row of the evaluation.
+#: Defaults of a study's runs: one thread each, and every row of the evaluation.
 DEFAULTS: Raw = {"training": {"threads": 1}, "evaluation": {"limit": None, "left_out": False}}
 ALL_ANSWERS = 10**9
 
@@ -43,10 +43,10 @@ class Run:
         phase: ``"choosing"`` or ``"runs"``.
         arm: its arm.
         seed: its seed.
-        choice: what is chosen of, by setting.
-        folder: what it writes.
-        settings: of ``flix train``.
-        adapt: false: the base as it is.
+        choice: for each setting that is chosen, the name of its value.
+        folder: the folder that it writes.
+        settings: its settings of ``flix train``.
+        adapt: false for the base without training.
     """
 
     phase: str
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The run's name, as people read it."""
         if self.phase == LAST:
             return f"{self.arm}, seed {self.seed}"
         return f"{self.arm}, {choice_name(self.choice)}"
@@ -67,11 +67,11 @@ class Run:
 
 @dataclass
 class Plan:
-    """Makes runs.
+    """Makes the runs of a study.
 
     Attributes:
         study: the configuration.
-        count: reads the data of settings; the same data is read once.
+        count: reads the data that settings name; data that several arms share is read once.
     """
 
     study: Study
@@ -85,17 +85,17 @@ class Plan:
         return self.study.settings.arms
 
     def phases(self, arm: str) -> list[str]:
-        """The phases that an arm has a part in."""
+        """The phases in which an arm takes part."""
         chooses = self.study.choosing is not None and self.arms[arm].adapt
         return [*([CHOOSING] if chooses else []), LAST]
 
     def choices(self, arm: str) -> list[dict[str, Any]]:
-        """Every combination of an arm's choices: by setting, the name of a value."""
+        """Every combination of an arm's choices, as the name of a value for each setting."""
         grid = self.grid(arm)
         return [dict(zip(grid, names, strict=True)) for names in itertools.product(*grid.values())]
 
     def grid(self, arm: str) -> dict[str, dict[str, Any]]:
-        """By setting, an arm's values to choose from, by name."""
+        """For each setting, the values from which an arm chooses, by name."""
         chosen = self.study.settings.choosing
         given: Choices = {**(chosen.choices if chosen else {}), **self.arms[arm].choices}
         for key in given:
@@ -111,10 +111,10 @@ class Plan:
         return {key: grid[key][name] for key, name in choice.items()}
 
     def check(self) -> None:
-        """All that can be found wrong before anything is trained.
+        """Look for every mistake that can be found before anything is trained.
 
         Raises:
-            FlixError: a mistake in settings or data of an arm, a held-out cell that an arm trains on.
+            FlixError: a mistake in the settings or the data of an arm, or an arm that trains on a held-out cell.
         """
         held = {"choosing": self.held_out(CHOOSING), "the last word": self.held_out(LAST)}
         counted = []
@@ -230,7 +230,7 @@ def named(values: Any) -> dict[str, Any]:
         for name in values:
             if not PLAIN.fullmatch(name):
                 raise SettingsError(
-                    f"choices: the name of a value is that of a folder: letters, digits, '-', '_' and '.', got {name!r}"
+                    f"choices: the name of a value is also a folder's: it may hold letters, digits, '-', '_' and '.', got {name!r}"
                 )
         return dict(values)
     found: dict[str, Any] = {}

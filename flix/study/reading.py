@@ -1,4 +1,4 @@
-"""Reading a study's configuration, and the settings of ``flix train`` that it stands on."""
+"""Reads a study's configuration, and the settings of ``flix train`` that it uses."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ Raw = dict[str, Any]
 
 @dataclass(frozen=True)
 class Study:
-    """A study's configuration, with what it stands on.
+    """A study's configuration, with the settings that it names.
 
     Attributes:
-        name: of the configuration's file, for messages.
-        title: what the study is called.
-        settings: the form.
-        output: the folder that it writes.
-        common: what all arms have in the last runs; paths in it are absolute.
-        choosing: the same for the runs that choices are made by; None without them.
+        name: the name of the configuration's file, for messages.
+        title: the name of the study.
+        settings: the configuration itself.
+        output: the folder to write.
+        common: the settings that all arms have in the last runs; paths in it are absolute.
+        choosing: the same for the runs of the first phase; None without it.
     """
 
     name: str
@@ -55,14 +55,15 @@ def read_study(
     """Read and check a study's configuration.
 
     Args:
-        config: a YAML file, or the name of a study that is shipped.
-        data: what relative paths in it are relative to; default: its folder.
+        config: a YAML file, or the name of a shipped study.
+        data: the folder at which relative paths in it start; default: the folder of the file, or the current folder
+            for a shipped study.
         out: the folder to write, in place of ``output``.
         small: read the small form.
 
     Raises:
-        SettingsError: no such file, no YAML, an unknown key or a value that breaks a rule, in it or in a file that it
-            names; a small form that it does not have.
+        SettingsError: there is no such file, it is not YAML, or it (or a file that it names) has an unknown key or a
+            value that breaks a rule; or it has no small form.
         MissingFrameworkError: pydantic or PyYAML is not installed.
     """
     try:
@@ -107,7 +108,7 @@ def _small(form: StudySettings, text: str, name: str) -> StudySettings:
     import yaml
 
     if not form.small:
-        raise SettingsError(f"{name}: it has no small form (small:)")
+        raise SettingsError(f"{name}: this study has no small form (small:)")
     raw, over = yaml.safe_load(text), dict(form.small)
     del raw["small"]
     wanted = over.pop("arms", None)
@@ -161,7 +162,7 @@ def _layered(layers: Layers, folder: Path, where: str) -> Raw:
             file = folder / os.path.expanduser(layer)
             if not file.is_file():
                 raise SettingsError(
-                    f"{where}: there is no file {str(file)!r}, which it names; relative paths are relative to "
+                    f"{where} names the file {str(file)!r}, which does not exist; relative paths start at "
                     f"{str(folder)!r}"
                 )
             given, home = (
@@ -234,7 +235,7 @@ def without(raw: Raw, cells: Any) -> Raw:
     kept = [d for d in raw.get("datasets", []) if not left.covers(d.get("features") or {})]
     if len(kept) == len(raw.get("datasets", [])):
         raise SettingsError(
-            f"leave_out: no data set has all its rows of {listed(map(_written, left.cells))}"
+            f"leave_out: there is no data set whose rows all have {listed(map(_written, left.cells))}"
         )
     gone = {f"{group}={name}" for cell in left.cells for group, name in cell.items() if len(cell) == 1}  # fmt: skip
     implies = {k: v for k, v in (raw.get("implies") or {}).items() if k not in gone}

@@ -31,7 +31,7 @@ SCORES, CHOSEN, RESOLVED = "scores.json", "chosen.json", "config.yaml"
 
 
 class StudyError(RunError):
-    """Some runs of a study failed; the others are done."""
+    """Some runs of a study failed; the other runs are done."""
 
 
 @dataclass
@@ -100,21 +100,21 @@ class Work:
 def study(
     settings: Study, *, only: Sequence[str] = (), parallel: int | None = None, display: Display | None = None
 ) -> dict[str, Any]:  # fmt: skip
-    """Do a study, or what is left of it; finished runs are not done again.
+    """Run a study, or what is left of it; finished runs are not repeated.
 
     Args:
         settings: the configuration.
-        only: arms; default: all.
-        parallel: runs at a time; default: as many as there are processors.
-        display: told of progress.
+        only: the arms to run; default: all.
+        parallel: how many runs at a time; default: as many as there are processors, or one with an accelerator.
+        display: shows the progress.
 
     Returns:
         What ``scores.json`` holds.
 
     Raises:
-        FlixError: a mistake in settings or data, of any arm, before anything is trained; a finished run of other
-            settings or data; another study at work in the folder.
-        StudyError: runs failed; the others are done.
+        FlixError: a mistake in the settings or data of any arm, found before anything is trained; a finished run with
+            other settings or data; another study that is working in the folder.
+        StudyError: some runs failed; the others are done.
     """
     display = display or Display()
     for name in only:
@@ -137,7 +137,7 @@ def study(
 
 
 def planned(settings: Study) -> list[tuple[Run, str]]:
-    """All runs that can be told now, and how far each is: those of arms whose choice is not made are the default's."""
+    """All runs, and how far each is. The last runs of an arm without a choice yet have its default settings."""
     plan = Plan(settings, Counting())
     plan.check()
     work = Work(settings, plan, Display(), list(plan.arms), 1)
@@ -175,7 +175,7 @@ def choose(work: Work) -> None:
     for arm, said in work.chosen.items():
         for key in said.get("edge", []):
             work.display.say(
-                f"note: {arm}: the best {key}, {said['choice'][key]}, is the edge of the grid; a better one may lie beyond"
+                f"note: {arm}: the best {key}, {said['choice'][key]}, is at the edge of the grid; a better one may lie outside"
             )
 
 
@@ -327,7 +327,7 @@ def check_same(runs: Sequence[Run], work: Work) -> None:
     for run in runs:
         if is_finished(run.folder) and (why := difference(run, work.plan.counted(run.arm, run.phase))):  # fmt: skip
             raise RunError(
-                f"{run.folder} is a finished run of other settings: {why}; remove the folder to do it again, or give "
+                f"{run.folder} is a finished run of other settings: {why}; remove the folder to repeat the run, or set "
                 "another output:"
             )
 
@@ -368,7 +368,7 @@ def alone_in(output: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RunError(f"{output}: another flix study is at work in this folder") from None
+            raise RunError(f"{output}: another flix study is working in this folder") from None
         yield
     finally:
         os.close(handle)

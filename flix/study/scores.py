@@ -1,4 +1,4 @@
-"""``scores.json``: what every finished run of a study answered, cell by cell, and what is missing."""
+"""Writes ``scores.json``: what every finished run of a study answered, cell by cell, and which runs are missing."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from flix.training.settings import Form
 
 Seed = Annotated[int, Number, Field(ge=0, lt=2**32)]
 Layers = Union[Name, dict[Name, Any], list[Union[Name, dict[Name, Any]]]]
-"""Settings of ``flix train``, or a file that holds them, or several, each over the one before."""
+"""Settings of ``flix train``, a file that holds them, or a list of both; later entries override earlier ones."""
 Choices = dict[Name, Union[Annotated[list[Any], Field(min_length=1)], dict[Name, Any]]]
-"""By setting, the values to choose from; a mapping names them."""
+"""For each setting, the values to choose from; a mapping gives them names."""
 Cells = list[Union[Name, dict[Name, Name]]]
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -25,10 +25,10 @@ class LoraSettings(Form):
     """An arm that is one LoRA, or one for each feature of a group.
 
     Attributes:
-        each: a group, each of whose features gets a LoRA; or ``cell``, one for each trained combination; default: one
-            LoRA that every row has.
-        equal_compute: an arm; the rank is what a row of it activates.
-        equal_parameters: an arm; the ranks together are those of all its features.
+        each: a group: each of its features gets a LoRA of its own; or ``cell``: each trained combination gets one.
+            Default: one LoRA for all rows.
+        equal_compute: the name of an arm; the rank is the one that a row of that arm activates.
+        equal_parameters: the name of an arm; all ranks together are as many as those of all its features.
         rank: the rank itself.
     """
 
@@ -49,12 +49,13 @@ class ArmSettings(Form):
     """One method of the comparison.
 
     Attributes:
-        title: for people.
-        settings: of ``flix train``, over the common ones; a mapping is merged key by key, ``ranks`` replaced.
-        lora: makes the arm a LoRA; its ranks are computed.
-        adapt: false: the base as it is.
-        leave_out: data sets that the arm lacks, by a feature that all their rows have.
-        choices: its own values, by setting, in place of the study's.
+        title: how people read the arm's name.
+        settings: settings of ``flix train`` that override the common ones; mappings are merged key by key, but
+            ``ranks`` is replaced as a whole.
+        lora: turns the arm into a LoRA, whose ranks are computed.
+        adapt: false for the base without training.
+        leave_out: features; the arm does without the data sets whose rows all have one of them.
+        choices: for each setting, the arm's own values, which replace the study's.
     """
 
     title: Name | None = None
@@ -69,7 +70,9 @@ class ArmSettings(Form):
         if self.lora is not None and "ranks" in self.settings:
             raise ValueError("lora: computes the ranks; leave out settings.ranks")
         if not self.adapt and (self.lora is not None or self.choices):
-            raise ValueError("adapt: false is the base as it is: without lora: and choices:")
+            raise ValueError(
+                "adapt: false is the base without training; leave out lora: and choices:"
+            )
         return self
 
 
@@ -78,11 +81,11 @@ class ChoosingSettings(Form):
 
     Attributes:
         common: settings that all arms have in this phase; default: the study's.
-        steps: of its runs; default: as the last ones have.
-        seed: of its runs.
-        choices: by setting (``training.learning_rate``, or ``prompt`` of all data sets), the values.
-        by: what the best has most of: the mean score of the ``seen`` cells, of the held-out cells for ``choosing``, or
-            the mean of these two, ``both``.
+        steps: how many steps its runs take; default: as many as the last runs.
+        seed: the seed of its runs.
+        choices: for each setting (``training.learning_rate``, or ``prompt`` for all data sets), the values to try.
+        by: the score that decides: the mean over the ``seen`` cells, the mean over the held-out cells for
+            ``choosing``, or the mean of these two, ``both``.
     """
 
     common: Layers | None = None
@@ -93,20 +96,21 @@ class ChoosingSettings(Form):
 
 
 class HeldOutSettings(Form):
-    """Cells that no arm trains on: those that choices may be made by, and those for the last word."""
+    """Cells that no arm trains on: those on which choices are made, and those for the last word."""
 
     choosing: Cells = Field(default_factory=list)
     last_word: Cells = Field(default_factory=list)
 
 
 class ClaimSettings(Form):
-    """What an arm is claimed to have over others.
+    """By how much an arm is claimed to be ahead of others.
 
     Attributes:
         arm: the arm.
-        against: others.
-        cells: which cells: ``seen``, ``choosing``, ``last_word`` or ``zero_shot``, which is the same.
-        at_least: points.
+        against: the other arms.
+        cells: which cells: ``seen``, ``choosing``, ``last_word``, or ``zero_shot``, which means the same as
+            ``last_word``.
+        at_least: by how many points, at least.
     """
 
     arm: Name
@@ -127,16 +131,16 @@ class StudySettings(Form):
     """A study: arms and seeds under one budget.
 
     Attributes:
-        output: the folder that it writes.
-        seeds: how many, from 0; or a list.
+        output: the folder to write.
+        seeds: how many seeds, counted from 0, or a list of seeds.
         common: settings that all arms have.
-        held_out: cells never trained on; default: those that the settings of the phases hold out.
-        arms: by name.
+        held_out: cells never trained on; default: those that the settings of the two phases hold out.
+        arms: the arms, by name.
         choosing: the first phase; default: there is none.
-        weights: by group, factors for its features in held-out cells, chosen without training anew; ``searched`` is
-            evaluated beside them.
-        claims: what is to be shown.
-        small: what differs in the small form of the study; ``arms`` is then a list of names.
+        weights: for each group, factors for its features in held-out cells. They are chosen without more training;
+            ``searched`` weights are evaluated too, but never chosen.
+        claims: what the study should show.
+        small: what changes in the small form of the study; here ``arms`` is a list of names.
     """
 
     output: Name
@@ -154,7 +158,7 @@ class StudySettings(Form):
         for name, arm in self.arms.items():
             if not PLAIN.fullmatch(name):
                 raise ValueError(
-                    f"arms: an arm's name is that of a folder: letters, digits, '-', '_' and '.', got {name!r}"
+                    f"arms: an arm's name is also a folder's: it may hold letters, digits, '-', '_' and '.', got {name!r}"
                 )
             for other in (arm.lora.equal_compute, arm.lora.equal_parameters) if arm.lora else ():
                 if other is not None:
@@ -167,9 +171,9 @@ class StudySettings(Form):
             for other in (claim.arm, *claim.against):
                 self._need_arm(other, f"claims[{number}]")
         if self.weights and self.choosing is None:
-            raise ValueError("weights: are chosen on the cells of choosing:, which is missing")
+            raise ValueError("weights: needs choosing:, because weights are chosen on its cells")
         if len(set(self.all_seeds)) < len(self.all_seeds):
-            raise ValueError("seeds: one is given twice")
+            raise ValueError("seeds: a seed is given twice")
         return self
 
     def _need_arm(self, name: str, where: str) -> None:

@@ -1,4 +1,4 @@
-"""A study's scores in a table. Pure. Arms that are not whole have no figures in it."""
+"""A study's scores as rows of a table. Pure. Arms with a missing run have no figures in it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _GROUPS = ("seen", "choosing", "last_word")
 def average(
     cells: Mapping[str, Mapping[str, Any]], group: str, among: Collection[str] | None = None
 ) -> float | None:
-    """The mean score of a run's cells of a group, each counting alike; None without any.
+    """The mean score of a run's cells in a group, each with the same weight; None if there are none.
 
     Args:
         cells: as ``scores.json`` has them.
         group: ``"seen"``, ``"choosing"`` or ``"last_word"``.
-        among: cells that count; default: all.
+        among: the cells to count; default: all.
     """
     scores = [
         cell["score"]
@@ -32,9 +32,9 @@ def average(
 
 
 def rows(scores: Mapping[str, Any]) -> list[list[Any]]:
-    """A row an arm: means over seeds, with their standard deviation, or that it is not whole.
+    """One row for each arm: means over seeds with their standard deviation, or "unfinished".
 
-    Only cells that all arms were evaluated on count: one that lacks a task would have another mean.
+    Only cells that every arm evaluated count. Otherwise the mean of an arm that lacks a task would be over other cells.
     """
     missing = [name.rpartition(", seed ")[0] for name in scores["missing"]]
     runs = [run["cells"].keys() for arm in scores["arms"].values() for run in arm["seeds"].values()]
@@ -42,7 +42,7 @@ def rows(scores: Mapping[str, Any]) -> list[list[Any]]:
     found = []
     for name, arm in scores["arms"].items():
         seeds, absent = arm["seeds"].values(), missing.count(name)
-        figures = ["not whole"] * len(_GROUPS)
+        figures = ["unfinished"] * len(_GROUPS)
         if not absent:
             each = ([average(run["cells"], group, shared) for run in seeds] for group in _GROUPS)
             figures = [_spread(values) for values in each]
@@ -52,11 +52,11 @@ def rows(scores: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def rank_rows(arms: Iterable[Mapping[str, Any]]) -> list[list[str]]:
-    """Ranks, parameters and time by arm, as text.
+    """Ranks, parameters and training time of each arm, as text.
 
     Args:
-        arms: each with ``title``, ``ranks``, ``active_rank``, ``total_rank``, ``trainable`` and ``seconds`` of its
-            training, or ``seeds`` that have them.
+        arms: each with ``title``, ``ranks``, ``active_rank``, ``total_rank``, ``trainable``, and either the ``seconds``
+            of its training or ``seeds`` that have them.
     """
     return [
         [

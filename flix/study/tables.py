@@ -1,4 +1,4 @@
-"""A study's tables. An arm that is not finished stands in none; scores of different metrics are never averaged."""
+"""A study's tables. No table has an arm that is not finished. Scores of different metrics are never averaged."""
 
 from __future__ import annotations
 

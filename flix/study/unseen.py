@@ -1,15 +1,16 @@
 """``python -m flix.study.unseen STUDY``: languages that a study never trained on, served in several ways.
 
-The study's runs are taken as they are; a language without a feature of its own is served by
+The study's runs are not trained further. A language without a feature of its own is served in these ways:
 
 * ``skip``: without any language's feature,
-* ``mean``: all trained languages, each with 1/n,
-* ``parent``: its relatives, those trained languages that are nearest in the family tree, each with 1/n; without a
-  relative as ``skip``,
-* ``searched``: weights of all trained languages, searched on the first rows of each cell (:func:`flix.search_weights`),
+* ``mean``: with all trained languages, each with the weight 1/n,
+* ``parent``: with its relatives, the trained languages that are nearest in the family tree, each with the weight 1/n;
+  a language without relatives is served as with ``skip``,
+* ``searched``: with weights of all trained languages, searched on the first rows of each cell
+  (:func:`flix.search_weights`).
 
-and an arm whose languages have no features ``as it is``. The rows that are searched on are scored in no way, so all
-ways answer the same rows. Writes ``unseen.json`` beside ``scores.json``, in its form, with an arm for each way.
+An arm whose languages have no features is served ``as it is``. No way is scored on the rows of the search, so all ways
+answer the same rows. The result is ``unseen.json`` beside ``scores.json``, in the same form, with an arm for each way.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ class Served:
 
     Args:
         run: the run's folder.
-        rows: of each cell that weights are searched on, at most half of it; they are not scored.
-        limit: rows of a cell that are scored, at most.
-        group: whose features are unseen.
+        rows: how many rows of each cell the search uses, at most half of the cell; they are not scored.
+        limit: at most so many rows of each cell are scored.
+        group: the group whose features are unseen.
     """
 
     def __init__(self, run: Path, *, rows: int = ROWS, limit: int | None = None, group: str = "language") -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a job does in its process: train, or answer with the base as it is, and weigh features in held-out cells."""
+"""What a job does in its process: train, or evaluate the untrained base; then weigh features in held-out cells."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SEARCHED = "searched"
 
 
 def do(job: Job, reporter: Reporter) -> None:
-    """Do a job: what of it is done already is not done again."""
+    """Do a job. Parts of it that are done already are not repeated."""
     settings = read_settings(job.beside(".yaml"))
     if job.anew or not is_finished(job.folder):
         if job.adapt:

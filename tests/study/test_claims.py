@@ -194,7 +194,7 @@ def test_arms_of_other_seeds_are_not_paired(tmp_path: Path) -> None:
     study = study_of(tmp_path, seeds=(0, 1, 2))
     arm = study.arm("flix")
     other = type(arm)("other", "other", runs={seed: arm.runs[seed] for seed in (0, 1)})
-    with pytest.raises(EvidenceError, match=r"other seeds, \[0, 1, 2\] and \[0, 1\]"):
+    with pytest.raises(EvidenceError, match=r"different seeds, \[0, 1, 2\] and \[0, 1\]"):
         paired(arm, other, ["language=deu,task=inflect"])
 
 
@@ -288,7 +288,7 @@ def test_nothing_has_no_mean() -> None:
     for tables in ([], [np.zeros((2, 0))], [np.zeros(3)]):
         with pytest.raises(EvidenceError, match="at least one cell"):
             estimate(tables)
-    with pytest.raises(EvidenceError, match="the same seeds"):
+    with pytest.raises(EvidenceError, match="the same number of seeds"):
         estimate([np.zeros((2, 3)), np.zeros((3, 3))])
 
 

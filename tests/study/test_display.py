@@ -56,7 +56,9 @@ def test_a_terminal_has_a_line_for_each_run_and_what_failed_stays(monkeypatch):
 def test_lines_say_steps_tests_and_ends(capsys):
     events(Display().follow(JOBS))
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "flix, seed 0: step 50/100, loss 1.250" and said[1] == "flix, seed 0: testing"
+    assert (
+        said[0] == "flix, seed 0: step 50/100, loss 1.250" and said[1] == "flix, seed 0: evaluating"
+    )
     assert said[2] == "flix, seed 2: failed: OSError: the disk is full"
     assert said[4] == "flix, seed 0: done" and said[5].startswith("1 of 4 runs done, 1 failed")
     Display(to_stderr=True).say("aside")

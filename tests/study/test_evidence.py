@@ -40,9 +40,9 @@ def test_answers_may_be_a_text_of_digits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (lambda cell: cell.update(right=[0, 2]), "right must hold 0 and 1 alone"),
-        (lambda cell: cell.update(right=[0, 1]), "20 rows, but right says of 2"),
-        (lambda cell: cell.update(right="01x"), "right must hold 0 and 1 alone"),
+        (lambda cell: cell.update(right=[0, 2]), "right must be null or hold only 0 and 1"),
+        (lambda cell: cell.update(right=[0, 1]), "20 rows, but right has 2 entries"),
+        (lambda cell: cell.update(right="01x"), "right must be null or hold only 0 and 1"),
         (
             lambda cell: cell.update(group="other"),
             "group must be one of seen, choosing, last_word, unseen",

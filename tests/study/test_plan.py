@@ -80,7 +80,7 @@ def test_one_lora_a_cell(plan):
     run = made.run("other", LAST, 0, made.choices("other")[0])
     assert run.settings.held_out == [{"language": "hau", "task": "pos"}, {"cell": "pos/hau"}]
     made = plan(arms=arm(lora={"each": "cell", "rank": 1}, settings={"datasets": [{"hub": "x", "features": {"task": "ner"}}]}))  # fmt: skip
-    with pytest.raises(SettingsError, match=r"'other'.*a LoRA a cell needs files whose names tell their cells; the data set with 'x'"):  # fmt: skip
+    with pytest.raises(SettingsError, match=r"'other'.*one LoRA for each cell needs files whose names tell their cells; the data set with 'x'"):  # fmt: skip
         made.check()
 
 
@@ -132,7 +132,7 @@ def test_names_of_choices_are_those_of_folders():
         "0.001": 1e-3, "0.002": 0.002, "number-3": "a b", "cosine": "cosine", "8": 8,
     }  # fmt: skip
     assert choice_name({}) == "as-it-is"
-    with pytest.raises(SettingsError, match="the name of a value is that of a folder"):
+    with pytest.raises(SettingsError, match="the name of a value is also a folder's"):
         named({"a/b": 1})
 
 
@@ -147,19 +147,19 @@ TRAINED = [{"language": "swa", "task": "pos"}]
         ({"arms": arm(settings={"training": {"step": 1}})}, r"arm 'other' in the phase 'choosing': unknown key 'step' in training"),
         ({"arms": arm(settings={"training": {"steps": 1}})}, r"arms.other.settings.training.steps: is the same for all arms, got 1"),
         ({"arms": arm(settings={"seed": 1})}, r"arms.other.settings.seed: is the same for all arms"),
-        ({"arms": {"a b": {}}}, "an arm's name is that of a folder.* got 'a b'"),
+        ({"arms": {"a b": {}}}, "an arm's name is also a folder's.* got 'a b'"),
         ({"arms": arm(lora={})}, "needs one of equal_compute:, equal_parameters: and rank:"),
         ({"arms": arm(lora={"equal_compute": "flux"})}, r"arms.other.lora: there is no arm 'flux' \(did you mean 'flix'\?\)"),
         ({"arms": arm(lora={"equal_compute": "other"})}, "'other' has no ranks of its own to be equal to"),
         ({"arms": arm(lora={"rank": 2}, settings={"ranks": 3})}, "lora: computes the ranks; leave out settings.ranks"),
         ({"arms": arm(lora={"rank": 2, "each": "tasks"})}, "lora.each: there is no group 'tasks'"),
-        ({"arms": arm(adapt=False, lora={"rank": 2})}, "adapt: false is the base as it is"),
-        ({"arms": arm(leave_out=["task=nerr"])}, "leave_out: no data set has all its rows of task=nerr"),
-        ({"common": "gone.yaml"}, "toy.yaml: common: there is no file '.*gone.yaml'"),
+        ({"arms": arm(adapt=False, lora={"rank": 2})}, "adapt: false is the base without training"),
+        ({"arms": arm(leave_out=["task=nerr"])}, "leave_out: there is no data set whose rows all have task=nerr"),
+        ({"common": "gone.yaml"}, "toy.yaml: common names the file '.*gone.yaml', which does not exist"),
         ({"claims": [{"arm": "x", "against": ["flix"], "cells": "seen", "at_least": 1}]}, r"claims\[0\]: there is no arm 'x'"),
         ({"claims": [{"arm": "flix", "against": ["lora-compute"], "cells": "seem", "at_least": 1}]}, "cells: must be one of .*did you mean 'seen'"),
-        ({"choosing": None, "weights": {"language": [1]}}, "weights: are chosen on the cells of choosing:"),
-        ({"seeds": [1, 1]}, "seeds: one is given twice"),
+        ({"choosing": None, "weights": {"language": [1]}}, "weights: needs choosing:, because weights are chosen on its cells"),
+        ({"seeds": [1, 1]}, "seeds: a seed is given twice"),
         ({"seeds": 0}, "seeds"),
         ({"choosing": {"choices": {"training.steps": [1, 2]}}}, "choices: training.steps is the same for all arms"),
         ({"choosing": {"by": "test"}}, "choosing.by"),
@@ -227,7 +227,7 @@ def test_the_small_form_is_over_the_rest(tmp_path, toys):
     path = write_study(tmp_path, toys, small={"arms": ["flux"]})
     with pytest.raises(SettingsError, match=r"small.arms: there is no arm 'flux' \(did you mean"):
         read_study(path, small=True)
-    with pytest.raises(SettingsError, match="it has no small form"):
+    with pytest.raises(SettingsError, match="this study has no small form"):
         read_study(write_study(tmp_path, toys), small=True)
 
 
@@ -281,7 +281,7 @@ def test_an_arm_that_is_not_whole_has_no_figures():
     scores["arms"]["flix"]["seeds"]["0"]["cells"] = {**cells, "c": {"group": "seen", "score": 0.0}}
     whole, part = rows(scores)
     assert whole[1:4] == ["50.0 ±0.0", "-", "10.0 ±0.0"] and whole[-1] == "2"
-    assert part[1:4] == ["not whole"] * 3 and part[-1] == "1 of 2"
+    assert part[1:4] == ["unfinished"] * 3 and part[-1] == "1 of 2"
 
 
 def test_the_resolved_configuration_reads_again(plan):

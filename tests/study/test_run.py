@@ -210,6 +210,6 @@ def test_two_studies_never_work_in_one_folder(tmp_path, toys, here):
     path = write_study(tmp_path, toys, arms={"flix": {}}, choosing=None)
     read = read_study(path)
     read.output.mkdir()
-    with running.alone_in(read.output), pytest.raises(RunError, match="another flix study is at work"):  # fmt: skip
+    with running.alone_in(read.output), pytest.raises(RunError, match="another flix study is working"):  # fmt: skip
         study(read)
     assert here == []

@@ -17,7 +17,7 @@ def study(
         str, typer.Argument(metavar="CONFIG", help="A study's YAML file, or the name of one that is shipped.")
     ],
     data: Annotated[
-        Path | None, typer.Option("--data", metavar="DIR", help="What relative paths in it are relative to; default: its folder.")
+        Path | None, typer.Option("--data", metavar="DIR", help="Where relative paths in it start; default: its folder (the current one for a shipped study).")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The folder to write, in place of output:.")
