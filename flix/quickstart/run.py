@@ -132,7 +132,7 @@ def of_arm(data: QuickstartData, arm: Arm, jobs: list[Job]) -> dict[str, Any]:
 
 
 def samples(data: QuickstartData, job: Job, count: int = 10) -> list[list[str]]:
-    """A few predictions of FLix in several scripts, right and wrong as they come, zero-shot ones among them."""
+    """A few predictions of FLix in several scripts, right or wrong, including zero-shot ones."""
     names = {cell["cell"]: name_of(cell) for cell in job.read("metrics.json")["cells"]}
     answers: dict[str, list[list[str]]] = {}
     for line in (job.folder / "predictions.jsonl").read_bytes().splitlines():

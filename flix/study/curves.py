@@ -1,4 +1,4 @@
-"""Speed or level: how the dev score of each arm grows with steps and seconds, from the runs' ``log.jsonl``."""
+"""Speed or level: how the dev score of each arm changes over steps and seconds, from the runs' ``log.jsonl``."""
 
 from __future__ import annotations
 

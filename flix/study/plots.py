@@ -1,7 +1,7 @@
 """A study's pictures, as SVG files that read well in light and dark, on a page and alone.
 
-Lines and dots carry their names where they stand, not in a legend; colours are told apart by people who do not see red
-and green, and every series has a mark of its own, too.
+Lines and dots have their names beside them, not in a legend. People who cannot tell red from green can tell the
+colours apart, and every series also has a mark of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ text {{ font-family: system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }}
 
 @dataclass(frozen=True)
 class Dot:
-    """A figure with its interval; NaN where there is none."""
+    """A figure with its interval; NaN if there is none."""
 
     value: float
     low: float = float("nan")
@@ -163,7 +163,7 @@ class Plots(Figures):
         marks: bool = True,
         ticks: Sequence[tuple[float, str]] = (),
     ) -> str:
-        """Lines with their names at their right ends.
+        """Draw lines with their names at their right ends.
 
         Args:
             title: for those who hear the picture read.

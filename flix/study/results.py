@@ -1,12 +1,12 @@
-"""``python -m flix.study.results STUDY ...``: the results page, its pictures, and the scores that both are made from.
+"""``python -m flix.study.results STUDY ...`` makes the results page and its pictures from the scores of studies.
 
 ::
 
     python -m flix.study.results study-words study-african --docs docs/results.md
 
-keeps each study's scores as JSON in ``docs/results`` (answers as digits), and from what is kept there draws the
-pictures beside it and fills the page's blocks, ``<!-- results: words main -->`` to ``<!-- end -->``. Without a folder,
-page and pictures are made anew from what is kept. A block whose runs are missing says so.
+This keeps each study's scores as JSON in ``docs/results`` (answers as digits). From all scores there it draws the
+pictures, and it fills the page's blocks, from ``<!-- results: words main -->`` to ``<!-- end -->``. Without a study's
+folder, it makes page and pictures again from the scores that are kept. A block whose runs are missing says so.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _BLOCK = re.compile(r"(<!-- results: (?P<study>[\w.-]+) (?P<what>[\w-]+) -->\n).
 
 @dataclass(frozen=True)
 class Kept:
-    """What ``docs/results`` holds.
+    """The scores that ``docs/results`` keeps.
 
     Attributes:
         folder: the folder.
-        draws: of the bootstraps.
-        plots: draws.
+        draws: how many draws the bootstraps take.
+        plots: draws the pictures.
     """
 
     folder: Path
@@ -50,10 +50,10 @@ class Kept:
     plots: Plots
 
     def study(self, name: str) -> Study:
-        """A study that is kept.
+        """The scores of a study.
 
         Raises:
-            EvidenceError: it is not.
+            EvidenceError: its scores are not kept.
         """
         file = self.folder / f"{name}.json"
         if not file.is_file():
@@ -61,10 +61,10 @@ class Kept:
         return read_scores(file)
 
     def raw(self, name: str) -> dict[str, Any]:
-        """The JSON of a file that is kept.
+        """The JSON of a file in the folder.
 
         Raises:
-            EvidenceError: it is not.
+            EvidenceError: there is no such file.
         """
         file = self.folder / f"{name}.json"
         if not file.is_file():
@@ -73,12 +73,12 @@ class Kept:
         return said
 
     def many(self) -> list[Study]:
-        """The studies of different numbers of languages."""
+        """The studies with different numbers of languages."""
         return [read_scores(file) for file in sorted(self.folder.glob(f"{MANY}-*.json"))]
 
 
 def command_of(name: str) -> str:
-    """How to run a study."""
+    """The command that runs a study."""
     after = {"unseen": " and `python -m flix.study.unseen study-unseen`"}
     if name == "official":
         return "`python -m flix.study.official`"
@@ -89,7 +89,7 @@ def keep(folder: Path, out: Path) -> list[str]:
     """Keep a study's scores; returns the names of what was kept.
 
     Raises:
-        EvidenceError: there are no scores, or a run has no curve that should have one.
+        EvidenceError: there are no scores, or a run that should have a curve has none.
     """
     kept = []
     said = json.loads((folder / SCORES).read_bytes()) if (folder / SCORES).is_file() else None
@@ -120,11 +120,11 @@ def keep(folder: Path, out: Path) -> list[str]:
 
 
 def completed(folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
-    """A study's scores with what its folder says beside them: its arms, seeds and claims, when, and rows of training.
+    """A study's scores, completed from its folder: arms, seeds, claims, date, and numbers of training rows.
 
     Args:
-        folder: of the study.
-        said: what ``scores.json`` holds.
+        folder: the study's folder.
+        said: the content of ``scores.json``.
     """
     found, config = dict(said), _config(folder)
     seeds, arms = config.get("seeds"), config.get("arms") or {}
@@ -149,7 +149,7 @@ def completed(folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The study's resolved configuration; empty where there is none."""
+    """The study's resolved configuration; empty if there is none."""
     import yaml
 
     file = folder / "config.yaml"
@@ -167,7 +167,7 @@ def _put(file: Path, said: Mapping[str, Any]) -> None:
 
 
 def compact(said: Mapping[str, Any]) -> dict[str, Any]:
-    """The same scores with answers as digits, and what all runs say of a cell once."""
+    """The same scores in a shorter form: answers as digits, and what all runs say about a cell written once."""
     shared: dict[str, dict[str, Any]] = {}
 
     def short(cells: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def compact(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def source_line(made: Mapping[str, Any], name: str) -> str:
-    """Commit, machine, command and date of what a table stands on."""
+    """The commit, machine, command and date of the scores behind a table."""
     machine, given = made.get("machine") or {}, made.get("command")
     told = [
         f"`{' '.join(given) if isinstance(given, list) else given}`" if given else "",
@@ -282,20 +282,20 @@ BLOCKS: dict[str, Block] = {
 def write_results(
     folders: Sequence[Path], *, docs: Path, out: Path | None = None, draws: int = DRAWS
 ) -> dict[str, str]:
-    """Keep the scores of some studies, draw all pictures anew and fill the page.
+    """Keep the scores of some studies, draw all pictures again and fill the page.
 
     Args:
-        folders: of studies; what is kept already is used, too.
-        docs: the page; its blocks say what stands where.
-        out: where JSON and pictures are kept; default: ``results`` beside the page.
-        draws: of the bootstraps.
+        folders: the folders of studies; scores that are kept already are used, too.
+        docs: the page; its blocks say what belongs where.
+        out: the folder for JSON and pictures; default: ``results`` beside the page.
+        draws: how many draws the bootstraps take.
 
     Returns:
-        Of each block that is left out, why.
+        For each block that is left out, the reason.
 
     Raises:
-        EvidenceError: a folder without scores, or a block that nothing fills.
-        ReportError: damaged scores.
+        EvidenceError: a folder has no scores, or nothing fills a block.
+        ReportError: scores are damaged.
         MissingFrameworkError: matplotlib is not installed.
         OSError: the page cannot be read or written.
     """
@@ -322,7 +322,7 @@ def write_results(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 with one line on standard error for a mistake that can be mended."""
+    """Return 0, or 2 with one line on standard error after a mistake that the user can correct."""
     parser = argparse.ArgumentParser("python -m flix.study.results", description=(__doc__ or "").partition("::")[0])  # fmt: skip
     add = parser.add_argument
     add("studies", nargs="*", type=Path, help="folders that flix study wrote")

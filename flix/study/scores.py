@@ -20,12 +20,12 @@ Group = Callable[[Mapping[str, Any]], str]
 
 
 def of_run(output: Path, group: Group, hidden: str | None = None) -> dict[str, Any]:
-    """What a finished run answered.
+    """The answers of a finished run.
 
     Args:
-        output: its folder.
-        group: what each cell is for.
-        hidden: a group of features that this arm alone has; cells are named without it.
+        output: the run's folder.
+        group: returns what a cell is for.
+        hidden: a group of features that only this arm has; names of cells leave it out.
     """
     metrics = json.loads((output / folders.METRICS).read_bytes())
     right: dict[str, list[bool | None]] = {}
@@ -66,7 +66,7 @@ def name_of(cell: Mapping[str, Any], hidden: str | None) -> str:
 
 
 def trainable(output: Path) -> int:
-    """The parameters that a finished run trained."""
+    """How many parameters a finished run trained."""
     metrics = json.loads((output / folders.METRICS).read_bytes())
     return int(metrics["training"]["trainable_parameters"])
 
@@ -78,10 +78,10 @@ def write_scores(
 
     Args:
         path: the file.
-        study: what it is called, its seeds, held-out cells, claims and arms.
-        data: the SHA-256 of each file that was read; names are written without the folder that all are in.
-        arms: by name: title, ranks, choice and so on, and ``seeds``.
-        missing: the runs that are not finished.
+        study: the study's name, seeds, held-out cells, claims and arms.
+        data: the SHA-256 of each file that was read; names are written without the folder that they share.
+        arms: for each arm's name, its title, ranks, choice and so on, and its ``seeds``.
+        missing: the names of the runs that are not finished.
     """
     inside = [str(Path(name).parent) for name in data if Path(name).is_absolute()]
     folder = os.path.commonpath(inside) + os.sep if inside else ""
@@ -101,7 +101,7 @@ def write_scores(
 
 
 def commit() -> str | None:
-    """The commit of the sources that run, with ``+`` if they differ from it; None where there is no repository."""
+    """The commit of flix's own sources, with ``+`` if they differ from it; None without a repository."""
     folder = str(Path(__file__).parent)
     try:
         found = [

@@ -19,14 +19,14 @@ MINUS = "−"
 
 @dataclass(frozen=True)
 class Table:
-    """A table as text, and a line under it."""
+    """A table as text, with a line of text under it."""
 
     headings: tuple[str, ...]
     rows: list[tuple[str, ...]]
     note: str = ""
 
     def markdown(self) -> str:
-        """As GitHub reads it: the first column to the left, the others to the right."""
+        """The table as Markdown: the first column to the left, the others to the right."""
         lines = ["| " + " | ".join(self.headings) + " |"]
         lines.append("|---" + "|---:" * (len(self.headings) - 1) + "|")
         lines += ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in self.rows]
@@ -48,17 +48,17 @@ def count(value: int | None) -> str:
 
 
 def p_text(value: float, draws: int) -> str:
-    """A p value; one that no draw can be below is written as a bound."""
+    """A p value; the smallest that the draws allow is written as a bound."""
     return f"< {2 / (draws + 1):.4f}" if value <= 1.5 / (draws + 1) else f"{value:.4f}"
 
 
 def means(arm: ArmScores, cells: Sequence[str]) -> list[float]:
-    """Of each seed the mean over some cells, each counting once."""
+    """For each seed, the mean over some cells; each cell counts once."""
     return [float(np.mean([run.cells[name].score for name in cells])) for _, run in sorted(arm.runs.items())]  # fmt: skip
 
 
 def mean_sd(values: Sequence[float]) -> str:
-    """The mean over seeds, and their standard deviation where there are several."""
+    """The mean over seeds, with their standard deviation if there are several."""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1f}{spread}"
 
@@ -69,7 +69,7 @@ def metric_text(metric: str) -> str:
 
 
 def columns_of(study: Study, groups: Sequence[str] = ("seen", "last_word")) -> list[tuple[str, str, str]]:  # fmt: skip
-    """The groups of cells and their metrics, as (heading, group, metric), of those that the finished arms have."""
+    """The groups of cells that finished arms have and their metrics, as (heading, group, metric)."""
     found: dict[tuple[str, str], None] = {}
     for arm in study.whole():
         for group in groups:
@@ -82,7 +82,7 @@ def columns_of(study: Study, groups: Sequence[str] = ("seen", "last_word")) -> l
 
 
 def cells_of(arm: ArmScores, group: str, metric: str) -> list[str]:
-    """The arm's cells of a group that are scored by a metric; none where it has none."""
+    """The arm's cells in a group with a metric; an empty list if it has none."""
     try:
         return by_metric(arm, group).get(metric, [])
     except EvidenceError:
@@ -90,37 +90,37 @@ def cells_of(arm: ArmScores, group: str, metric: str) -> list[str]:
 
 
 def shared_cells(arms: Sequence[ArmScores], group: str, metric: str) -> list[str]:
-    """The cells of a group and metric that all of some arms have, but for arms that have none at all.
+    """The cells of a group and metric that all of some arms have; arms without any such cell do not count.
 
-    Arms that learn one task more have its cells, too: means over other cells would say nothing of the arms.
+    An arm with one more task also has its cells. Means over different cells would say nothing about the arms.
     """
     sets = [cells for arm in arms if (cells := cells_of(arm, group, metric))]
     return [name for name in sets[0] if all(name in some for some in sets)] if sets else []
 
 
 def main_arms(study: Study, untrained: bool = False) -> list[ArmScores]:
-    """The arms that the study's claims are about, if they are finished; without claims, all that are.
+    """The finished arms that the study's claims name, or all finished arms if there are no claims.
 
     Args:
         study: the scores.
-        untrained: the base as it is, too.
+        untrained: include the untrained base.
     """
     names = claimed_arms(study) or list(study.planned)
     return [arm for arm in study.whole() if arm.name in names or (untrained and not arm.trainable)]
 
 
 def unfinished(study: Study) -> str:
-    """What the tables leave out, as a sentence; nothing if all is there."""
+    """A sentence about what the tables leave out; empty if nothing is missing."""
     lacking = study.lacking(list(study.planned))
     return f"Not finished, and left out with all runs of the method: {listed(lacking, 30)}." if lacking else ""  # fmt: skip
 
 
 def main_table(study: Study, every: bool = False) -> Table:
-    """The main arms: what a row activates, what is trained, and means over the cells that all of them have.
+    """The main arms: active rank, parameters, and means over the cells that all of them have.
 
     Args:
         study: the scores.
-        every: all finished arms.
+        every: include all finished arms, not only the main ones.
     """
     columns = columns_of(study)
     arms = study.whole() if every else main_arms(study, untrained=True)
@@ -141,7 +141,7 @@ def main_table(study: Study, every: bool = False) -> Table:
 
 
 def claims_table(study: Study, draws: int) -> Table:
-    """The study's claims, each with what was found, its interval and its p value."""
+    """The study's claims, each with the difference that was found, its interval and its p value."""
     rows: list[tuple[str, ...]] = []
     for found in findings(study, draws=draws):
         d = found.difference
@@ -166,14 +166,14 @@ def claims_table(study: Study, draws: int) -> Table:
 def grouped(
     study: Study, group: str, key: Callable[[str], str], heading: str, order: Sequence[str] = ()
 ) -> Table:
-    """The main arms over parts of a group's cells.
+    """The main arms on parts of a group's cells.
 
     Args:
         study: the scores.
-        group: of cells.
-        key: of a cell's name, the part that it is in.
-        heading: of the column of parts.
-        order: of the parts; default: as they come.
+        group: the group of cells.
+        key: returns the part that a cell is in, from its name.
+        heading: the heading of the column of parts.
+        order: the order of the parts; default: as they come.
     """
     arms = main_arms(study)
     rows = []
@@ -196,7 +196,7 @@ def by_task(study: Study, group: str = "seen") -> Table:
 
 
 def size_parts(study: Study, parts: int = 4) -> dict[str, list[str]]:
-    """The seen cells in so many parts of like number, by the rows that they are trained on."""
+    """The seen cells, sorted by their training rows, in so many parts of equal number."""
     arms = main_arms(study)
     if not arms:
         return {}
@@ -233,7 +233,7 @@ def cell_title(name: str) -> str:
 
 
 def ablations(study: Study, draws: int = 2_000) -> Table:
-    """How far every other arm is from the first, on seen and on zero-shot cells, with intervals."""
+    """The distance of every other arm from the first, on seen and on zero-shot cells, with intervals."""
     whole = study.whole()
     first, rows = whole[0] if whole else None, []
     columns = columns_of(study)
@@ -252,7 +252,7 @@ def ablations(study: Study, draws: int = 2_000) -> Table:
 
 
 def cost(study: Study) -> Table:
-    """What each finished arm costs beside what it scores."""
+    """What each finished arm costs, and how well it scores."""
     columns, rows = columns_of(study), []
     cells = {column: shared_cells(study.whole(), *column[1:]) for column in columns}
     for arm in study.whole():
@@ -268,11 +268,11 @@ def cost(study: Study) -> Table:
 
 
 def weights(study: Study, raw: Mapping[str, Any]) -> Table:
-    """Zero-shot cells with each of the weights that the study tried, of every arm that has features to weigh.
+    """Scores on zero-shot cells with each of the weights that the study tried, for every arm that has weights.
 
     Args:
         study: the scores.
-        raw: the same as it is kept.
+        raw: the same scores as JSON.
     """
     rows: list[tuple[str, ...]] = []
     shared = raw.get("cells") or {}
@@ -305,7 +305,7 @@ def _weights_text(given: Mapping[str, Any]) -> str:
 
 
 def unseen(study: Study) -> Table:
-    """Languages that were never trained on, in any task, by how they are served."""
+    """Scores on languages that were in no task, by how they are served."""
     relatives = study.made.get("relatives") or {}
     rows = []
     for arm in study.whole():
@@ -330,7 +330,7 @@ def languages_of(study: Study) -> int:
 
 
 def common_cells(studies: Sequence[Study]) -> list[str]:
-    """The seen cells that all of some studies have, in the order of the first's."""
+    """The seen cells that all of some studies have, in the order of the first study."""
     sets = []
     for study in studies:
         arm = study.whole()[0]
@@ -340,7 +340,7 @@ def common_cells(studies: Sequence[Study]) -> list[str]:
 
 
 def by_languages(studies: Sequence[Study]) -> Table:
-    """The same arms over mixtures of more and more languages, on all seen cells and on those that all have."""
+    """The same arms on mixtures of more and more languages: all seen cells, and those that all mixtures have."""
     studies = sorted((s for s in studies if s.whole()), key=languages_of)
     if not studies:
         raise EvidenceError("no study of a number of languages has a finished arm")
@@ -364,7 +364,7 @@ def by_languages(studies: Sequence[Study]) -> Table:
 
 
 def of_one_metric(arm: ArmScores, group: str) -> list[str]:
-    """An arm's cells of a group, all scored by one metric; none where it has none.
+    """An arm's cells in a group, which must all have one metric; an empty list if it has none.
 
     Raises:
         EvidenceError: they have several metrics.

@@ -111,13 +111,13 @@ class Served:
         return list(dict.fromkeys(map(self._name, self.rows)))
 
     def relatives(self, parents: Mapping[str, str]) -> dict[str, list[str]]:
-        """Of each language that is served its relatives among the trained ones; none where it has none."""
+        """For each language that is served, its relatives among the trained ones; an empty list if it has none."""
         registry = FeatureRegistry({self.group: self.trained})
         found = by_parents(registry, self.group, parents)
         return {name: found.get(name, []) for name in self.unseen}
 
     def answered(self, of: Callable[[dict[str, Any], int], Mapping[str, Any]]) -> dict[str, Any]:
-        """The scores by cell where each row activates what ``of`` says of it and of its cell."""
+        """The scores by cell when each row activates what ``of`` returns for it and its cell."""
         from flix.core.progress import Silent
 
         evaluator: Evaluator = self.evaluator
@@ -158,7 +158,7 @@ class Served:
         yield "searched", self.answered(lambda row, cell: {group: found.get(cell)})
 
     def searched(self, rows: Sequence[Mapping[str, Any]]) -> Any:
-        """The weights of the trained languages that cost a cell's rows least."""
+        """The weights of the trained languages with the lowest loss on a cell's rows."""
         from flix.backends.torch import search_weights
         from flix.tasks.collating import on_device
 
@@ -181,22 +181,22 @@ def serve(
     parents: Mapping[str, str] | None = None,
     progress: Progress = lambda _: None,
 ) -> Path:
-    """Serve the unseen languages of a study's finished runs in all ways; what was served already is kept.
+    """Serve the unseen languages of a study's finished runs in all ways; runs that were served already are kept.
 
     Args:
         study: the folder that ``flix study`` wrote.
-        arms: which; default: all.
-        rows: of each cell that weights are searched on.
-        limit: rows of a cell that are scored, at most.
-        parents: of each language its family; default: of the study's data.
-        progress: told of each run and way.
+        arms: the arms to serve; default: all.
+        rows: how many rows of each cell the search uses.
+        limit: at most so many rows of each cell are scored.
+        parents: the family of each language; default: that of the study's data.
+        progress: called with a line for each run and way.
 
     Returns:
         The file, ``unseen.json``.
 
     Raises:
         EvidenceError: there are no scores, or a run evaluates no unseen language.
-        FlixError: a run that cannot be loaded.
+        FlixError: a run cannot be loaded.
     """
     parents = parents or {code: language.branch for code, language in LANGUAGES.items()}
     scores, file = read_scores(study), study / UNSEEN
@@ -238,7 +238,7 @@ def serve(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 with one line on standard error for a mistake that can be mended."""
+    """Return 0, or 2 with one line on standard error after a mistake that the user can correct."""
     parser = argparse.ArgumentParser("python -m flix.study.unseen", description=(__doc__ or "").partition("\n")[0])  # fmt: skip
     add = parser.add_argument
     add("study", type=Path, help="the folder that flix study wrote")

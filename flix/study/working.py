@@ -67,10 +67,10 @@ def folder_json(path: Path) -> Any:
 
 
 def answer_untrained(settings: Settings, reporter: Reporter) -> None:
-    """Evaluate the base as it is, and write what a run writes.
+    """Evaluate the base without training, and write the files of a run.
 
     Raises:
-        SettingsError: a task whose head would be random.
+        SettingsError: the head of a task would be random.
     """
     import yaml
 
@@ -129,9 +129,9 @@ def _weighed(
 
 
 def rights(kind: str, right: Sequence[bool | None]) -> list[int | None]:
-    """Which rows are right, as 0 and 1, where a cell's score is the share of these; else None for each row.
+    """Which rows are right, as 0 and 1, if a cell's score is the share of right rows; otherwise None for each row.
 
-    A tagged sentence may be right as a whole, but its cell's score is of entities or words.
+    A tagged sentence may be right as a whole, but the score of its cell counts entities or words.
     """
     counts = kind in ("seq2seq", "causal", "classification")
     return [int(one) if counts and one is not None else None for one in right]
