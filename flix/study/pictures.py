@@ -1,4 +1,4 @@
-"""Which figures of a study stand in which picture."""
+"""Chooses the figures of a study that each picture shows."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def dot(found: Estimate) -> Dot:
 
 
 def unit_of(columns: Sequence[tuple[str, str, str]]) -> str:
-    """What the axis of some columns is: their metric, if they have one."""
+    """The text at the axis of some columns: their metric, if all have the same."""
     metrics = {metric for _, _, metric in columns}
     return f"{tables.metric_text(metrics.pop())}, %" if len(metrics) == 1 else "score"
 
 
 def main(study: Study, plots: Plots) -> str:
-    """The main arms, and the base as it is, on seen and on zero-shot cells."""
+    """The main arms and the untrained base, on seen and on zero-shot cells."""
     arms, columns = tables.main_arms(study, untrained=True), tables.columns_of(study)
     cells = {column: tables.shared_cells(arms, *column[1:]) for column in columns}
     panels = {
@@ -44,7 +44,7 @@ def main(study: Study, plots: Plots) -> str:
 
 
 def heading_of(column: tuple[str, str, str], columns: Sequence[tuple[str, str, str]]) -> str:
-    """What a panel about one column is headed: its cells, and their metric where there are several."""
+    """The heading of a panel for one column: its cells, and their metric if there are several metrics."""
     _, group, metric = column
     several = len({metric for _, _, metric in columns}) > 1
     return f"{tables.LABELS[group]} cells{', ' + tables.metric_text(metric) if several else ''}"
@@ -103,7 +103,7 @@ def zero_shot(study: Study, plots: Plots) -> str:
 
 
 def ablations(study: Study, plots: Plots) -> str:
-    """How far every other arm is from the first."""
+    """The distance of every other arm from the first."""
     whole, columns = study.whole(), tables.columns_of(study)
     _need(whole[1:], study)
     panels: dict[str, list[dict[str, Dot]]] = {}
@@ -119,7 +119,7 @@ def ablations(study: Study, plots: Plots) -> str:
 
 
 def cost(study: Study, plots: Plots) -> str:
-    """Seen cells against the parameters that are trained."""
+    """The score on seen cells against the number of trained parameters."""
     columns = tables.columns_of(study, ["seen"])
     _need(columns, study)
     _, group, metric = columns[0]
@@ -136,7 +136,7 @@ def cost(study: Study, plots: Plots) -> str:
 
 
 def apart_in_size(study: Study) -> list[ArmScores]:
-    """The main arms, and others whose parameters are a tenth more or less than those of each before."""
+    """The main arms, and others whose number of parameters is at least a tenth away from that of each arm before."""
     arms = tables.main_arms(study, untrained=True)
     for arm in study.whole():
         size = arm.trainable
@@ -164,7 +164,7 @@ def unseen(study: Study, plots: Plots) -> str:
 
 
 def languages(studies: Sequence[Study], plots: Plots) -> str:
-    """The same arms over mixtures of more and more languages."""
+    """The same arms on mixtures of more and more languages."""
     studies = sorted((s for s in studies if s.whole()), key=tables.languages_of)
     if not studies:
         raise EvidenceError("no study of a number of languages has a finished arm")

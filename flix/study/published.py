@@ -1,10 +1,10 @@
-"""What others published on the shared tasks' own test sets, beside our figures on the same rows.
+"""Shows our figures on the shared tasks' own test sets beside those that others published, on the same rows.
 
 Segmentation: F1 of morphs by language, in percent, from the shared task's repository, ``results/README.md`` at commit
 6ab20a4 of https://github.com/sigmorphon/2022SegmentationST ("Part1: Word-level task results"; it calls them
 preliminary). Inflection: the shared task's paper (Goldman and others, SIGMORPHON-UniMorph 2023 Shared Task 0:
 Typologically Diverse Morphological Inflection, https://aclanthology.org/2023.sigmorphon-1.13) has its baselines'
-accuracy by language; no copy of that table could be checked here, so none of it is repeated.
+accuracy by language. We could not check a copy of that table, so none of it is repeated here.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ SEGMENTATION: dict[str, dict[str, float]] = {
 def morph_f1(pairs: Iterable[tuple[str, str]]) -> float:
     """F1 of morphs in percent, as the shared task counts them.
 
-    A morph that is answered is right if it is among the word's morphs; precision is over all that are answered,
-    recall over all that there are, of all words together.
+    A morph in an answer is right if it is among the word's morphs. Precision is over all morphs in answers,
+    and recall is over all morphs in the references, both for all words together.
 
     Args:
-        pairs: of each word the answer and what is wanted, morphs joined by ``|``.
+        pairs: for each word, the answer and the reference, with morphs joined by ``|``.
 
     Raises:
-        EvidenceError: no pair.
+        EvidenceError: there is no pair.
     """
     hits = answered = wanted = 0
     for answer, target in pairs:

@@ -54,6 +54,19 @@ def test_loras_have_the_ranks_that_they_are_equal_to(plan):
     assert settings.training.learning_rate == 0.02
 
 
+def test_a_lora_keeps_the_feature_dropout_and_weights_of_its_own_settings(plan):
+    own = {
+        "feature_dropout": {"per_group": {"task": 0.1}},
+        "evaluation": {"unseen_group_weights": {"task": 0.5}},
+    }
+    made = plan(arms=arm(lora={"each": "task", "equal_compute": "flix"}, settings=own))
+    made.check()
+    settings = made.run("other", LAST, 0, {"training.learning_rate": "0.02"}).settings
+    # Not those of the common settings, which are for languages.
+    assert settings.feature_dropout.per_group == {"task": 0.1}
+    assert settings.evaluation.unseen_group_weights == {"task": 0.5}
+
+
 @pytest.mark.parametrize(
     "lora, ranks",
     [
