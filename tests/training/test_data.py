@@ -227,6 +227,7 @@ def test_rows_of_either_form_are_held_out(config: Callable[..., Path], tmp_path:
     assert sum(found.mixture.sizes.values()) == 3 and len(evaluation) == 2
 
 
+@pytest.mark.filterwarnings("default:group 'language':UserWarning")
 def test_names_that_are_almost_one_get_a_warning(config: Callable[..., Path], tmp_path: Path) -> None:  # fmt: skip
     rows = [{"lang": name, "source": "a", "target": "b"} for name in ("eng", "Eng")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
