@@ -99,5 +99,5 @@ def test_what_cannot_be_followed_is_refused():
     model.model.embed_tokens.weight = torch.nn.Parameter(
         torch.zeros(double, model.config.hidden_size)
     )
-    with pytest.raises(flix.TargetError, match=r"embed_tokens.* has the sizes .* now"):
+    with pytest.raises(flix.TargetError, match=r"embed_tokens.* now has the sizes"):
         _run(model, torch.tensor([[1, 2]]))
