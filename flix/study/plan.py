@@ -174,7 +174,7 @@ class Plan:
                 other = form.lora.equal_compute or form.lora.equal_parameters
                 found = as_lora(found, form.lora, own, self.counted(other, phase) if other else None)  # fmt: skip
                 # It drops the common settings' feature dropout and weights, but not the arm's own.
-                mine = {key: form.settings[key] for key in ("feature_dropout", "evaluation") if key in form.settings}  # fmt: skip
+                mine: dict[str, Any] = {key: form.settings[key] for key in ("feature_dropout", "evaluation") if key in form.settings}  # fmt: skip
                 found = over_settings(found, mine)
         except SettingsError as error:
             raise error if self.study.name in str(error) else SettingsError(f"{where}: {error}") from None  # fmt: skip
