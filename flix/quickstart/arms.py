@@ -1,9 +1,8 @@
 """The quickstart's arms: a FLix mixture and the two LoRAs it is compared with, as configurations of ``flix train``.
 
-Ranks and other choices follow from trials. The mixture works well because of features that several datasets share: a
-task's family, and one feature that all rows share. The language feature is dropped in half of the training rows, so
-that tasks learn to work without it. If a language and a task were never trained together, the language's update is
-left out.
+Ranks and other choices follow from trials. The mixture works because datasets share features: a task's family, and one
+that all rows have. The language feature is dropped in half of the training rows, so that tasks learn to do without it.
+If a language and a task were never trained together, the language's update is left out.
 
 Each LoRA is one feature that every row activates, and the other features have rank 0. So all arms run through the same
 code, on the same batches.

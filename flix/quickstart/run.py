@@ -42,8 +42,7 @@ def main(
 
     Args:
         seeds: train every arm with seeds 0 .. seeds - 1.
-        fast: use few steps and examples, which takes about a minute. It shows that everything works; the figures mean
-            nothing.
+        fast: few steps and examples, about a minute: it shows that everything works; its figures mean nothing.
         as_json: print the results as JSON on standard output, and nothing else there.
         out: the folder for results; default ``quickstart-output``.
         steps: optimizer steps of an arm.
