@@ -174,6 +174,7 @@ def read_scores(path: Path) -> Study:
         "steps",
         "missing",
         "relatives",
+        "parts",
     )
     return Study(
         name=part.get("study").text() or file.parent.name,

@@ -93,8 +93,8 @@ def segmentation(said: Mapping[str, Any]) -> Table:
         ours = _rounded([run.get("f1") for run in entry["runs"]])
         rows.append((language, count(entry["rows"]), count(entry["trained"]), _kind(entry), ours, *theirs))  # fmt: skip
     note = (
-        f"F1 of morphs. {_notes(said)} Published: [the shared task's results]({SOURCE}), of its whole test sets; the first "
-        "three are its baselines, which see no segmented words, the others learned from all of its training data."
+        f"F1 of morphs. {_notes(said)} Published: [the shared task's results]({SOURCE}), on its whole test sets. The first "
+        "three are its baselines, which see no segmented words; the others learned from all of its training data."
     )
     return Table(("language", "rows", "trained on", "cell", "ours", *SEGMENTATION), rows, note)
 
@@ -106,9 +106,9 @@ def inflection(said: Mapping[str, Any]) -> Table:
         told = [_rounded([run.get(key) for run in entry["runs"]]) for key in ("exact", "exact_new")]
         rows.append((language, count(entry["rows"]), count(entry["trained"]), _kind(entry), *told, count(entry["rows_new"])))  # fmt: skip
     note = (
-        f"Exact match. {_notes(said)} New words: rows none of whose words, nor their lemmas, any task trained on. The "
-        "baselines' figures by language are in [the shared task's paper](https://aclanthology.org/2023.sigmorphon-1.13); "
-        "they could not be checked here against a copy, and are not repeated."
+        f"Exact match. {_notes(said)} New words: rows whose words and lemmas are in no task's training rows. The "
+        "baselines' figures by language are in [the shared task's paper](https://aclanthology.org/2023.sigmorphon-1.13). "
+        "We had no copy to check them against, so they are not repeated here."
     )
     return Table(("language", "rows", "trained on", "cell", "all", "new words", "rows of these"), rows, note)  # fmt: skip
 

@@ -4,9 +4,10 @@
 
     python -m flix.study.results study-words study-african --docs docs/results.md
 
-This keeps each study's scores as JSON in ``docs/results`` (answers as digits). From all scores there it draws the
-pictures, and it fills the page's blocks, from ``<!-- results: words main -->`` to ``<!-- end -->``. Without a study's
-folder, it makes page and pictures again from the scores that are kept. A block whose runs are missing says so.
+This keeps each study's scores as JSON in ``docs/results`` (answers as digits); with ``--add``, beside the other seeds
+of the study that are kept already. From all scores there it draws the pictures, and it fills the page's blocks, from
+``<!-- results: words main -->`` to ``<!-- end -->``. Without a study's folder, it makes page and pictures again from
+the scores that are kept. A block whose runs are missing says so.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 from flix.core.errors import FlixError, listed
 from flix.core.files import make_folder, write_file
 from flix.study import pictures, published, tables
+from flix.study.adding import added, parts_of, settings_of
 from flix.study.claims import DRAWS, claimed_arms
 from flix.study.curves import Curve, headings, read_curves, rows_of
 from flix.study.evidence import SCORES, EvidenceError, Study, read_scores
@@ -85,11 +87,16 @@ def command_of(name: str) -> str:
     return f"`flix study {name}`{after.get(name, '')}"
 
 
-def keep(folder: Path, out: Path) -> list[str]:
+def keep(folder: Path, out: Path, add: bool = False) -> list[str]:
     """Keep a study's scores; returns the names of what was kept.
 
+    Args:
+        folder: the study's folder.
+        out: where the scores are kept.
+        add: add the study's seeds to those of the same study that are kept already.
+
     Raises:
-        EvidenceError: there are no scores, or a run that should have a curve has none.
+        EvidenceError: there are no scores, or a run that should have a curve has none; or the seeds cannot be added.
     """
     kept = []
     said = json.loads((folder / SCORES).read_bytes()) if (folder / SCORES).is_file() else None
@@ -104,7 +111,10 @@ def keep(folder: Path, out: Path) -> list[str]:
         if name == "settle":
             found = read_curves(folder, {arm.name: arm.title for arm in study.whole()})
             said["curves"] = [curve.to_json() for curve in found]
-        _put(out / f"{name}.json", compact(said))
+        short, file = compact(said), out / f"{name}.json"
+        if add and file.is_file():
+            short = added(json.loads(file.read_bytes()), short)
+        _put(file, short)
         kept.append(name)
     if served.is_file():
         _put(out / UNSEEN, compact(json.loads(served.read_bytes())))
@@ -120,7 +130,7 @@ def keep(folder: Path, out: Path) -> list[str]:
 
 
 def completed(folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
-    """A study's scores, completed from its folder: arms, seeds, claims, date, and numbers of training rows.
+    """A study's scores, completed from its folder: arms, settings, seeds, claims, date, and numbers of training rows.
 
     Args:
         folder: the study's folder.
@@ -137,6 +147,11 @@ def completed(folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
     for name, arm in said["arms"].items():
         for seed, run in arm["seeds"].items():
             at = folder / "runs" / f"{name}-{seed}"
+            if "settings" not in found["arms"][name] and (settings := settings_of(at)):
+                found["arms"] = {
+                    **found["arms"],
+                    name: {**found["arms"][name], "settings": settings},
+                }
             if (at / "run.json").is_file():
                 dates.append(str(json.loads((at / "run.json").read_bytes()).get("started") or ""))
             if not (at / "mixture.json").is_file():
@@ -194,16 +209,29 @@ def compact(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def source_line(made: Mapping[str, Any], name: str) -> str:
-    """The commit, machine, command and date of the scores behind a table."""
+    """The commit, machine, command and date of the scores behind a table; of each part, if there are several."""
+    parts = parts_of(made)
+    told = [_part(part, numbers(part["seeds"]) if len(parts) > 1 else "") for part in parts]
+    return f"<sub>{'; '.join(told)} · [raw scores](results/{name}.json)</sub>"
+
+
+def _part(made: Mapping[str, Any], seeds: str) -> str:
     machine, given = made.get("machine") or {}, made.get("command")
     told = [
+        seeds,
         f"`{' '.join(given) if isinstance(given, list) else given}`" if given else "",
         f"commit {str(made['commit'])[:10]}" if made.get("commit") else "",
         f"{machine.get('system', '')}, {machine.get('processors')} processors, {machine.get('device', '')}" if machine else "",
         str(made.get("date") or "")[:10],
-        f"[raw scores](results/{name}.json)",
     ]  # fmt: skip
-    return f"<sub>{' · '.join(filter(None, told))}</sub>"
+    return " · ".join(filter(None, told))
+
+
+def numbers(seeds: Sequence[int]) -> str:
+    """Seeds as people read them: seed 0, seeds 1 to 4, seeds 0, 2."""
+    run = len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1))
+    told = f"{seeds[0]} to {seeds[-1]}" if run else ", ".join(map(str, seeds))
+    return f"seed{'s' * (len(seeds) != 1)} {told}"
 
 
 Block = Callable[[Kept, str], list[str]]
@@ -242,7 +270,7 @@ def _speed(kept: Kept, _: str) -> list[str]:
     if not curves:
         raise EvidenceError("no curve yet: `flix study settle`")
     missing = [arm for arm in claimed_arms(study) if arm not in [curve.arm for curve in curves]]
-    note = f"Not finished, and left out: {listed(missing)}." if missing else ""
+    note = f"These runs are not finished and are left out: {listed(missing)}." if missing else ""
     table = tables.Table(headings(), rows_of(curves), note)
     parts = [_picture(kept, "settle-speed", pictures.speed(curves, kept.plots)), table.markdown()]
     return [*parts, source_line(study.made, "settle")]
@@ -280,7 +308,12 @@ BLOCKS: dict[str, Block] = {
 
 
 def write_results(
-    folders: Sequence[Path], *, docs: Path, out: Path | None = None, draws: int = DRAWS
+    folders: Sequence[Path],
+    *,
+    docs: Path,
+    out: Path | None = None,
+    draws: int = DRAWS,
+    add: bool = False,
 ) -> dict[str, str]:
     """Keep the scores of some studies, draw all pictures again and fill the page.
 
@@ -289,19 +322,20 @@ def write_results(
         docs: the page; its blocks say what belongs where.
         out: the folder for JSON and pictures; default: ``results`` beside the page.
         draws: how many draws the bootstraps take.
+        add: add the studies' seeds to those that are kept, instead of replacing them.
 
     Returns:
         For each block that is left out, the reason.
 
     Raises:
-        EvidenceError: a folder has no scores, or nothing fills a block.
+        EvidenceError: a folder has no scores, or nothing fills a block; or seeds cannot be added.
         ReportError: scores are damaged.
         MissingFrameworkError: matplotlib is not installed.
         OSError: the page cannot be read or written.
     """
     folder = out or docs.parent / "results"
     for given in folders:
-        keep(given, folder)
+        keep(given, folder, add)
     kept, missing = Kept(folder, draws, Plots()), dict[str, str]()
     make_folder(folder)
 
@@ -329,9 +363,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--docs", type=Path, default=Path("docs/results.md"), help="the page (%(default)s)")
     add("--out", type=Path, help="where JSON and pictures are kept (results, beside the page)")
     add("--draws", type=int, default=DRAWS, help="of the bootstraps (%(default)s)")
+    add("--add", action="store_true", help="add the seeds of these studies to those that are kept")
     given = parser.parse_args(arguments)
     try:
-        missing = write_results(given.studies, docs=given.docs, out=given.out, draws=given.draws)
+        missing = write_results(given.studies, docs=given.docs, out=given.out, draws=given.draws, add=given.add)  # fmt: skip
     except (FlixError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

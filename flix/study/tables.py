@@ -112,7 +112,7 @@ def main_arms(study: Study, untrained: bool = False) -> list[ArmScores]:
 def unfinished(study: Study) -> str:
     """A sentence about what the tables leave out; empty if nothing is missing."""
     lacking = study.lacking(list(study.planned))
-    return f"Not finished, and left out with all runs of the method: {listed(lacking, 30)}." if lacking else ""  # fmt: skip
+    return f"These runs are not finished, so their methods are left out: {listed(lacking, 30)}." if lacking else ""  # fmt: skip
 
 
 def main_table(study: Study, every: bool = False) -> Table:
@@ -224,7 +224,9 @@ def by_size(study: Study) -> Table:
 
 def by_cell(study: Study, group: str = "last_word") -> Table:
     """The main arms cell by cell."""
-    return grouped(study, group, cell_title, "cell")
+    table = grouped(study, group, cell_title, "cell")
+    rows = [(row[0], *row[2:]) for row in table.rows]  # each row is one cell: no need to count
+    return Table((table.headings[0], *table.headings[2:]), rows, table.note)
 
 
 def cell_title(name: str) -> str:
@@ -264,7 +266,7 @@ def cost(study: Study) -> Table:
         rows.append((arm.title, count(arm.trainable), count(arm.active_rank), time, a_step, *scores))  # fmt: skip
     _need(rows, study)
     headings = ("method", "parameters", "active rank", "seconds a run", "seconds a step", *(c[0] for c in columns))  # fmt: skip
-    return Table(headings, rows, _joined("Runs shared the machine's processors: seconds compare methods, not machines.", unfinished(study)))  # fmt: skip
+    return Table(headings, rows, _joined("Several runs shared the machine, so the seconds compare methods, not machines.", unfinished(study)))  # fmt: skip
 
 
 def weights(study: Study, raw: Mapping[str, Any]) -> Table:
@@ -294,7 +296,10 @@ def weights(study: Study, raw: Mapping[str, Any]) -> Table:
             for metric, seeds in of.items():
                 rows.append((arm.title, told, "yes" if is_chosen else "", metric_text(metric), mean_sd(seeds)))  # fmt: skip
     _need(rows, study)
-    note = "Chosen on the tuning cells. Searched weights saw some rows of the cell itself, which are not scored: they are told, and never chosen."
+    searched = any("searched" in told for _, told, *_ in rows)
+    note = "The weights were chosen on the tuning cells."
+    if searched:
+        note += " Searched weights learn from some rows of the cell itself. Those rows are not scored, and searched weights are never chosen."
     return Table(("method", "weights of features", "chosen", "score", "zero-shot"), rows, _joined(note, unfinished(study)))  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def test_the_main_table_has_every_finished_arm(tmp_path: Path) -> None:
     assert column(table, "method") == ["flix", "lora, parameters"]
     assert column(table, "active rank") == ["12", "14"] and column(table, "parameters") == ["100,000", "300,000"]  # fmt: skip
     assert (
-        "Not finished, and left out with all runs of the method: lora-compute, seed 1."
+        "These runs are not finished, so their methods are left out: lora-compute, seed 1."
         in table.note
     )
     assert "9 seen, 2 zero-shot" in table.note and "2 seeds" in table.note
