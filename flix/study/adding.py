@@ -78,8 +78,8 @@ def added(kept: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         steps = {run.get("steps") for part in (before, said) for run in part["seeds"].values()}
         if len(steps) > 1:
             raise EvidenceError(f"{name}: {arm}: runs of {listed(sorted(map(str, steps)))} steps cannot be one study")  # fmt: skip
-        seeds = {**before["seeds"], **said["seeds"]}
-        arms[arm] = {**before, "seeds": {seed: seeds[seed] for seed in sorted(seeds, key=int)}}
+        runs = {**before["seeds"], **said["seeds"]}
+        arms[arm] = {**before, "seeds": {seed: runs[seed] for seed in sorted(runs, key=int)}}
     for arm, said in arms.items():
         arms[arm] = {**said, "complete": False}
     planned = {**(kept.get("planned") or {}), **(more.get("planned") or {})}
