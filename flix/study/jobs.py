@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -99,6 +100,10 @@ class Events(Reporter):
 
 def work(number: int, job: Job, events: Any) -> None:
     """Do a job; this runs in a process of its own."""
+    if hasattr(
+        os, "setpgid"
+    ):  # the terminal's Ctrl-C is for the first process alone, which passes it on once
+        os.setpgid(0, 0)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(job.beside(".log"), "w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 2)
@@ -154,7 +159,10 @@ def run_jobs(jobs: Sequence[Job], follow: Follow, parallel: int) -> dict[str, Fa
                 failed[jobs[number].name] = Failed(event["reason"], log[-3000:], event.get("diverged", False))  # fmt: skip
             follow(jobs[number], event)
     except KeyboardInterrupt:
-        for process in running.values():  # they have the signal, too
+        for process in running.values():
+            if hasattr(os, "setpgid") and process.pid is not None and process.is_alive():
+                os.kill(process.pid, signal.SIGINT)
+        for process in running.values():
             process.join(timeout=60)
         raise
     finally:
