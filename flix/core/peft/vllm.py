@@ -70,7 +70,7 @@ class Problem:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.rule}; got {self.found}: {self.remedy}"
+        return f"its rule is that {self.rule}; got {self.found}: {self.remedy}"
 
 
 @dataclass(frozen=True)

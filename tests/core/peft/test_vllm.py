@@ -118,6 +118,7 @@ def test_bases_that_take_no_lora(architecture):
 def test_encoder_decoders_are_refused():
     report = check(lora(), architecture="T5ForConditionalGeneration", encoder_decoder=True)
     refused(report, "is a decoder", "T5ForConditionalGeneration")
+    assert str(report).startswith("vLLM would not serve it: its rule is that the base is a decoder")
 
 
 @pytest.mark.parametrize("architecture", [None, "MyForCausalLM"])
