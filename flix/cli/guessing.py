@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flix.cli.looking import Column, Looked, described
 from flix.core.errors import listed
@@ -11,6 +11,14 @@ from flix.data.errors import DataError
 
 KINDS = ("seq2seq", "causal", "classification", "regression", "tagging", "masked")
 GENERATIVE = ("seq2seq", "causal")
+_READS = {
+    "seq2seq": "source + target (or input + output, src + tgt), or text + label",
+    "causal": "messages, prompt + completion, source + target, or text + label",
+    "classification": "text + label, or premise + hypothesis + label, with few different labels",
+    "regression": "text + score, whose numbers are not all whole",
+    "tagging": "tokens + tags",
+    "masked": "text",
+}
 _PAIRS = (
     ("source", "target"), ("src", "tgt"), ("input", "output"), ("question", "answer"), ("document", "summary"),
 )  # fmt: skip
@@ -65,15 +73,29 @@ def guess(looked: Looked, kind: str | None = None) -> Guess:
         DataError: no kind fits its columns, or the one that was said does not.
     """
     columns = {n: c for n, c in looked.columns.items() if n not in looked.feature_columns.values()}
-    found = [g for g in _guesses(columns) if kind is None or g.kind == kind]
+    guesses = _guesses(columns)
+    if (
+        kind in GENERATIVE
+    ):  # a label of words is a text to write, too, but only if that is asked for
+        guesses += [replace(g, kind=kind, labels=0) for g in guesses if _in_words(g, columns)]
+    found = [g for g in guesses if kind is None or g.kind == kind]
     if found:
         return found[0]
     what = f"{looked.files.pattern}: " + (f"its columns do not fit {kind}" if kind else "its kind cannot be guessed")  # fmt: skip
-    raise DataError(
-        f"{what}; they are: {described(columns)}. Known forms are, e.g., source + target, text + "
-        f"label, tokens + tags, messages, or "
-        "text alone; rename columns, or write the configuration by hand"
+    forms = (
+        f"{kind} needs {_READS[kind]}"
+        if kind
+        else "Known forms are, e.g., source + target, text + label, tokens + tags, messages, or text alone"
     )
+    raise DataError(
+        f"{what}; they are: {described(columns)}. {forms}; rename columns, or write the configuration by hand"
+    )
+
+
+def _in_words(guess: Guess, columns: Mapping[str, Column]) -> bool:
+    """Whether a data set has labels that are words, not numbers."""
+    name = guess.columns.get("target", "target")
+    return guess.kind == "classification" and _is(columns, name, "text")
 
 
 def _guesses(columns: Mapping[str, Column]) -> list[Guess]:

@@ -82,12 +82,22 @@ def test_two_texts_with_a_label_make_a_prompt() -> None:
 
 def test_a_kind_that_is_said_is_held_to_the_columns() -> None:
     assert kind_of([{"prompt": f"s {i}", "response": f"t {i}"} for i in range(9)], kind="seq2seq").kind == "seq2seq"  # fmt: skip
-    with pytest.raises(DataError, match=r"data\.jsonl: its columns do not fit tagging; they are: text \(text\), label \(text\)"):  # fmt: skip
+    with pytest.raises(DataError, match=r"data\.jsonl: its columns do not fit tagging; they are: text \(text\), label \(text\)\. tagging needs tokens \+ tags;"):  # fmt: skip
         kind_of(TOPIC, kind="tagging")
     with pytest.raises(
         DataError, match=r"data\.jsonl: its kind cannot be guessed; they are: x \(number\)"
     ):
         kind_of([{"x": 1}])
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "causal"])
+def test_labels_in_words_are_texts_to_write_if_that_is_asked_for(kind: str) -> None:
+    found = kind_of(TOPIC, kind=kind)
+    assert (found.kind, found.columns, found.labels) == (kind, {"source": "text", "target": "label"}, 0)  # fmt: skip
+    two = [{"premise": f"p {i}", "hypothesis": f"h {i}", "label": f"l {i % 2}"} for i in range(9)]
+    assert kind_of(two, kind=kind).prompt == "{premise} {hypothesis}"
+    with pytest.raises(DataError, match=f"do not fit {kind}.*{kind} needs"):
+        kind_of([{"sentence": f"s {i}", "label": i % 3} for i in range(9)], kind=kind)
 
 
 def test_files_of_one_folder_are_a_data_set_with_languages_in_their_names() -> None:
