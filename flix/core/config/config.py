@@ -11,7 +11,7 @@ from flix.core.checks import finite, is_whole, rate, whole
 from flix.core.config.layout import LayerLayout
 from flix.core.config.overrides import Overrides, nested
 from flix.core.config.patterns import compiled
-from flix.core.config.ranks import Rule, by_feature
+from flix.core.config.ranks import Rule, applied, by_feature
 from flix.core.config.renaming import (
     Translate,
     kept_dropout,
@@ -316,13 +316,13 @@ class FlixConfig:
 
 def _resolve_ranks(registry: FeatureRegistry, ranks: object) -> dict[Feature, int]:
     if callable(ranks):
-        ranks = ranks(registry)
+        ranks = applied(ranks, registry)
     if is_whole(ranks):
         ranks = dict.fromkeys(registry.live, ranks)
     if not isinstance(ranks, Mapping):
         raise ConfigError(
-            "ranks must be a rule of flix.ranks, one rank, or {(group, feature): rank}, "
-            f"got {ranks!r}"
+            "ranks must be a rule (of flix.ranks, or a function of the registry), one rank, or "
+            f"{{(group, feature): rank}}, got {ranks!r}"
         )
     # A removed feature keeps its id, and rank 0 under it.
     given = {key: rank for key, rank in ranks.items() if key not in registry.removed}

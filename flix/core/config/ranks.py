@@ -7,10 +7,11 @@ Each function returns a rule; ``rule(registry)`` gives ``{(group, feature): rank
 from __future__ import annotations
 
 import heapq
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flix.core.checks import finite, whole
+from flix.core.checks import finite, is_whole, whole
 from flix.core.errors import RankError, listed, shown
 from flix.core.features.encoding import Row
 from flix.core.features.names import Feature, normal, normal_group, written
@@ -186,6 +187,30 @@ def parameter_matched(*, lora_rank: int) -> Rule:
         return {f: share + (i < rest) for i, f in enumerate(registry.live)}
 
     return rule
+
+
+def applied(rule: Callable[[FeatureRegistry], Any], registry: FeatureRegistry) -> Any:
+    """What a rule says of a registry: ranks, or one rank.
+
+    Raises:
+        RankError: it cannot be called with a registry alone, or gives something else. Often it makes rules, and was
+            not called.
+    """
+    name = getattr(rule, "__name__", repr(rule))
+    asked = (
+        f"a rank rule is called with the registry and returns {{(group, feature): rank}}; {name}"
+    )
+    call = f"; if it makes rules, call it first: ranks={name}(...)" if name.isidentifier() else ""
+    try:
+        inspect.signature(rule).bind(registry)
+    except TypeError as error:
+        raise RankError(f"{asked} does not accept that ({error}){call}") from error
+    except ValueError:  # written in C, without a signature to read
+        pass
+    found = rule(registry)
+    if not isinstance(found, Mapping) and not is_whole(found):
+        raise RankError(f"{asked} returned {shown(found)}{call}")
+    return found
 
 
 def by_feature(

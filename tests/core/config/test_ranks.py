@@ -34,6 +34,21 @@ def test_simple_rules():
             ranks.uniform(bad)
 
 
+def test_a_rule_of_ones_own_is_a_function_of_the_registry():
+    def halved(first):
+        return lambda registry: {f: first >> registry.groups.index(f[0]) for f in registry.live}
+
+    config = flix.FlixConfig(registry=REGISTRY, ranks=halved(8))
+    assert config.ranks["language", "yor"] == 8 and config.ranks["task", "pos"] == 4
+    with pytest.raises(RankError, match=r"halved returned <function .*call it first: ranks=halved"):
+        flix.FlixConfig(registry=REGISTRY, ranks=halved)
+    for wrong in (ranks.by_group, dict):
+        with pytest.raises(RankError, match=r"called with the registry.*does not accept that"):
+            flix.FlixConfig(registry=REGISTRY, ranks=wrong)
+    with pytest.raises(RankError, match="returned None"):
+        flix.FlixConfig(registry=REGISTRY, ranks=lambda registry: None)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     sizes=SIZES,
