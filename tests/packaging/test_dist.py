@@ -56,6 +56,11 @@ def test_flix_and_its_kit_go_together() -> None:
     assert (ROOT / "LICENSE").read_bytes() == (ROOT / "conformance" / "LICENSE").read_bytes()
 
 
+def test_an_editable_install_is_a_path() -> None:
+    """With a finder instead, a Python in the folder above the clone imports the clone as an empty package."""
+    assert project(ROOT)["tool"]["setuptools"]["package-dir"] == {"": "."}
+
+
 def test_the_kit_brings_no_framework() -> None:
     bare = {
         re.split(r"[<>=!\[]", d)[0]
