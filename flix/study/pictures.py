@@ -189,13 +189,13 @@ def languages(studies: Sequence[Study], plots: Plots) -> str:
 
 
 def speed(curves: Sequence[Curve], plots: Plots) -> str:
-    """Dev scores on seen cells over steps and over seconds."""
+    """Where runs of different lengths end on seen cells, over their steps and over their seconds."""
     panels = {
-        "over steps": [Line(c.title, [p.step for p in c.points], [p.seen for p in c.points]) for c in curves],
+        "over steps": [Line(c.title, [p.steps for p in c.points], [p.seen for p in c.points]) for c in curves],
         "over seconds": [Line(c.title, [p.seconds for p in c.points], [p.seen for p in c.points]) for c in curves],
     }  # fmt: skip
-    across = {"over steps": "step", "over seconds": "seconds of training"}
-    return plots.lines("Speed or level: dev scores on the way", panels, across, "seen cells, dev rows", marks=False)  # fmt: skip
+    across = {"over steps": "steps of the run", "over seconds": "seconds of training"}
+    return plots.lines("Speed or level: where runs of different lengths end", panels, across, "seen cells")  # fmt: skip
 
 
 def _need(things: object, study: Study) -> None:

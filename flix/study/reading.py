@@ -51,6 +51,7 @@ def read_study(
     data: str | Path | None = None,
     out: str | Path | None = None,
     small: bool = False,
+    steps: int | None = None,
 ) -> Study:
     """Read and check a study's configuration.
 
@@ -60,6 +61,7 @@ def read_study(
             for a shipped study.
         out: the folder to write, in place of ``output``.
         small: read the small form.
+        steps: how many steps the last runs take, in place of ``training.steps``; needs ``out``.
 
     Raises:
         SettingsError: there is no such file, it is not YAML, or it (or a file that it names) has an unknown key or a
@@ -78,7 +80,13 @@ def read_study(
         form = _small(form, text, name)
     folder = Path(data) if data is not None else Path() if shipped else file.parent
     home = Path() if shipped else file.parent
+    if steps is not None and out is None:
+        raise SettingsError(
+            f"{name}: --steps {steps} makes another study; give it a folder of its own with --out"
+        )
     common = _layered(form.common, folder, f"{name}: common")
+    if steps is not None:
+        common = over_settings(common, {"training": {"steps": steps}})
     choosing = None
     if form.choosing is not None:
         own = form.choosing.common

@@ -26,14 +26,15 @@ from flix.core.errors import FlixError, listed
 from flix.core.files import make_folder, write_file
 from flix.study import pictures, published, tables
 from flix.study.adding import added, parts_of, settings_of
-from flix.study.claims import DRAWS, claimed_arms
-from flix.study.curves import Curve, headings, read_curves, rows_of
+from flix.study.claims import DRAWS
+from flix.study.curves import curves_of, headings, rows_of, steps_of
 from flix.study.evidence import SCORES, EvidenceError, Study, read_scores
 from flix.study.plots import Plots
 
 UNSEEN, OFFICIAL = "unseen.json", "official.json"
-#: A number of studies that differ in their languages alone are kept as languages-2, languages-10 and so on.
-MANY = "languages"
+#: Studies that differ in their languages alone are kept as languages-02, languages-10 and so on; those that differ in
+#: their steps alone as settle-03000, settle-12000.
+MANY, LENGTHS = "languages", "settle"
 _BLOCK = re.compile(r"(<!-- results: (?P<study>[\w.-]+) (?P<what>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)  # fmt: skip
 
 
@@ -74,9 +75,16 @@ class Kept:
         said: dict[str, Any] = json.loads(file.read_bytes())
         return said
 
-    def many(self) -> list[Study]:
-        """The studies with different numbers of languages."""
-        return [read_scores(file) for file in sorted(self.folder.glob(f"{MANY}-*.json"))]
+    def many(self, name: str) -> list[Study]:
+        """The studies of a series, ``languages`` or ``settle``.
+
+        Raises:
+            EvidenceError: none is kept.
+        """
+        files = sorted(self.folder.glob(f"{name}-*.json"))
+        if not files:
+            raise EvidenceError(f"no run yet: {command_of(name)}")
+        return [read_scores(file) for file in files]
 
 
 def command_of(name: str) -> str:
@@ -96,7 +104,7 @@ def keep(folder: Path, out: Path, add: bool = False) -> list[str]:
         add: add the study's seeds to those of the same study that are kept already.
 
     Raises:
-        EvidenceError: there are no scores, or a run that should have a curve has none; or the seeds cannot be added.
+        EvidenceError: there are no scores, or the seeds cannot be added.
     """
     kept = []
     said = json.loads((folder / SCORES).read_bytes()) if (folder / SCORES).is_file() else None
@@ -107,10 +115,9 @@ def keep(folder: Path, out: Path, add: bool = False) -> list[str]:
         name = f"{study.name}-small" if folder.resolve().name.endswith("-small") else study.name
         if name == MANY:
             name = f"{MANY}-{tables.languages_of(study):02d}"
+        if name == LENGTHS:
+            name = f"{LENGTHS}-{steps_of(study):05d}"
         said = {**completed(folder, said), "study": name}
-        if name == "settle":
-            found = read_curves(folder, {arm.name: arm.title for arm in study.whole()})
-            said["curves"] = [curve.to_json() for curve in found]
         short, file = compact(said), out / f"{name}.json"
         if add and file.is_file():
             short = added(json.loads(file.read_bytes()), short)
@@ -256,24 +263,24 @@ def _picture(kept: Kept, name: str, svg: str) -> str:
 
 
 def _languages(kept: Kept, _: str) -> list[str]:
-    studies = kept.many()
-    if not studies:
-        raise EvidenceError(f"no run yet: {command_of(MANY)}")
+    studies = kept.many(MANY)
     table = tables.by_languages(studies)
     parts = [_picture(kept, MANY, pictures.languages(studies, kept.plots)), table.markdown()]
     return [*parts, *(source_line(study.made, study.name) for study in studies)]
 
 
 def _speed(kept: Kept, _: str) -> list[str]:
-    study, said = kept.study("settle"), kept.raw("settle")
-    curves = [Curve.of_json(curve) for curve in said.get("curves", [])]
+    studies = kept.many(LENGTHS)
+    curves = curves_of(studies)
     if not curves:
-        raise EvidenceError("no curve yet: `flix study settle`")
-    missing = [arm for arm in claimed_arms(study) if arm not in [curve.arm for curve in curves]]
-    note = f"These runs are not finished and are left out: {listed(missing)}." if missing else ""
+        raise EvidenceError(f"no arm is finished: {command_of(LENGTHS)}")
+    note = " ".join(filter(None, map(tables.unfinished, studies)))
     table = tables.Table(headings(), rows_of(curves), note)
-    parts = [_picture(kept, "settle-speed", pictures.speed(curves, kept.plots)), table.markdown()]
-    return [*parts, source_line(study.made, "settle")]
+    parts = [
+        _picture(kept, f"{LENGTHS}-speed", pictures.speed(curves, kept.plots)),
+        table.markdown(),
+    ]
+    return [*parts, *(source_line(study.made, study.name) for study in studies)]
 
 
 def _published(kept: Kept, where: str) -> list[str]:

@@ -244,6 +244,17 @@ def test_the_small_form_is_over_the_rest(tmp_path, toys):
         read_study(write_study(tmp_path, toys), small=True)
 
 
+def test_another_length_is_another_study(tmp_path, toys):
+    path = write_study(tmp_path, toys, choosing={"choices": {"training.learning_rate": [0.01, 0.02]}})  # fmt: skip
+    read = read_study(path, steps=40, out=tmp_path / "longer")
+    assert read.output == tmp_path / "longer"
+    made, choice = Plan(read, Counting()), {"training.learning_rate": "0.01"}
+    assert [made.run("flix", phase, 0, choice).settings.training.steps for phase in (CHOOSING, LAST)] == [40, 40]  # fmt: skip
+    assert read_study(path).common["training"]["steps"] == 6
+    with pytest.raises(SettingsError, match="--steps 40 makes another study; give it a folder of its own with --out"):  # fmt: skip
+        read_study(path, steps=40)
+
+
 def test_the_command_says_what_is_wrong_in_a_line(tmp_path, toys):
     result = CliRunner().invoke(app, ["study", str(tmp_path / "gone.yaml")])
     assert result.exit_code == 2 and "gone.yaml: cannot be read" in result.stderr

@@ -16,7 +16,6 @@ from flix.study.evidence import EvidenceError, read_scores
 from flix.study.plots import SERIES, Dot, Line, Plots, apart, large
 from flix.study.results import compact, keep, main, write_results
 from tests.study import made
-from tests.study.test_curves import evaluation, log
 
 
 def page(folder: Path, *blocks: str) -> Path:
@@ -142,14 +141,19 @@ def test_studies_of_some_languages_are_kept_by_their_number(tmp_path: Path) -> N
     assert "| 2 |" in block(file, "languages many") and "| 4 |" in block(file, "languages many")
 
 
-def test_curves_are_kept_with_the_scores(tmp_path: Path) -> None:
-    folder = study(tmp_path, "settle", seeds=[0])
-    for arm in made.RATES:
-        log(folder / "runs" / f"{arm}-0", evaluation(10, 1.0, 20.0), evaluation(20, 2.0, 40.0))
+def test_studies_of_different_lengths_make_one_picture(tmp_path: Path) -> None:
     file = page(tmp_path, "settle speed")
-    assert write_results([folder], docs=file) == {}
-    assert "| flix | 40.0 | 20 |" in block(file, "settle speed")
-    assert (file.parent / "results" / "settle-speed.svg").is_file()
+    for steps in (3000, 12000):
+        said = made.scores(study="settle", seeds=[0])
+        for arm in said["arms"].values():
+            arm["seeds"]["0"]["steps"] = steps
+        folder = made.write(tmp_path / f"study-settle-{steps}", said)
+        assert write_results([folder], docs=file) == {}
+    kept = sorted(p.name for p in (file.parent / "results").iterdir())
+    assert kept == ["settle-03000.json", "settle-12000.json", "settle-speed.svg"]
+    told = block(file, "settle speed")
+    assert "| flix | 3,000 |" in told and "| flix | 12,000 |" in told
+    assert "results/settle-03000.json" in told and "results/settle-12000.json" in told
 
 
 def test_official_test_sets_stand_beside_what_was_published(tmp_path: Path) -> None:

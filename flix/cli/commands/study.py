@@ -26,6 +26,9 @@ def study(
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="ARM", help="This arm alone; again for more.")
     ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, max=10**9, help="Steps of the last runs, in place of training.steps; give --out, too.")
+    ] = None,
     parallel: Annotated[
         int | None, typer.Option("--parallel", min=1, max=1024, help="Runs at a time; default: as many as processors.")
     ] = None,
@@ -38,7 +41,7 @@ def study(
     from flix.study.display import Display
     from flix.study.reading import read_study
 
-    read = read_study(config, data=data, out=out, small=small)
+    read = read_study(config, data=data, out=out, small=small, steps=steps)
     from flix.study import run
 
     quiet()
