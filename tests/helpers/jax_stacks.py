@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from flix.backends.jax import FlixParam, adapt, value_and_grad
+from flix.backends.jax.primitives import read, write
 from tests.helpers.jax import jax, jnp, nnx, randomize
-from tests.helpers.registry import config
+from tests.helpers.registry import IDS, WEIGHTS, config
+from tests.helpers.tolerance import assert_close
 
 DEPTH, WIDTH = 3, 4
 TOKENS = np.random.default_rng(5).integers(0, 11, (5, 3))
@@ -115,10 +119,50 @@ def settings(**changes: Any) -> Any:
 
 def pair(way: str = "scan", **changes: Any) -> tuple[Any, Any]:
     """Both models, adapted, with the same pairs."""
-    from flix.backends.jax import adapt
-    from flix.backends.jax.primitives import read, write
-
     models = adapt(Stacked(way), settings(**changes)), adapt(Looped(), settings(**changes))
     randomize(models[0])
     write(models[1], read(models[0]))
     return models
+
+
+ROWS = jnp.asarray(IDS)
+CALL = {"flix_features": IDS, "flix_weights": WEIGHTS}
+
+
+def same(one: Any, two: Any, times: float = 1.0) -> None:
+    """Both models hold the same values in the same layers."""
+    got, wanted = read(one), read(two)
+    assert got.keys() == wanted.keys()
+    for path, pairs in got.items():
+        assert pairs.keys() == wanted[path].keys()
+        for feature, own in pairs.items():
+            for value, other in zip(own, wanted[path][feature], strict=True):
+                assert_close(value, other, dtype="float32", times=times, name=f"{path} {feature}")
+
+
+def loss(model: Any, ids: Any, x: Any) -> Any:
+    return (model(x, flix_features=ids) ** 2).mean()
+
+
+@nnx.jit
+def step(model: Any, optimizer: Any, ids: Any, x: Any) -> Any:
+    value, grads = value_and_grad(loss)(model, ids, x)
+    optimizer.update(model, grads)
+    return value
+
+
+@nnx.jit
+def dense_step(model: Any, optimizer: Any, ids: Any, x: Any) -> Any:
+    value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, FlixParam))(model, ids, x)
+    optimizer.update(model, grads, flix_features=ids)
+    return value
+
+
+@functools.cache
+def both() -> tuple[Any, Any]:
+    return pair()
+
+
+@nnx.jit(graph_updates=False)
+def called(model: Any, x: Any, ids: Any, weights: Any = None) -> Any:
+    return model(x, flix_features=ids, flix_weights=weights)

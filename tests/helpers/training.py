@@ -20,7 +20,6 @@ from flix.training.reading import read_settings
 
 run = CliRunner().invoke
 Write = Callable[..., Path]
-
 WORDS = {"hau": ["gida", "ruwa", "kogi"], "swa": ["nyumba", "maji", "mto"], "yor": ["ile", "omi"]}
 TASKS = ("ner", "pos", "rev")
 
@@ -182,3 +181,9 @@ def trained(config: Write, tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
         return path, tmp_path / "run" / "adapter"
 
     return train
+
+
+def weights_of(run_folder: Path) -> dict[str, bytes]:
+    """The trained values, bit for bit. (The file's header may order its metadata differently.)"""
+    tensors = flix.load_adapter(run_folder / "adapter").tensors
+    return {name: value.tobytes() for name, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""Layers whose own forward is called, and kernels with a scale: quantised ones, subclasses of Linear and Embed."""
+"""Layers whose own forward is called: quantised ones, subclasses of Linear and Embed."""
 
 from __future__ import annotations
 
@@ -20,129 +20,21 @@ from flix.backends.jax import (
     adamw,
     adapt,
     disable,
-    embed,
-    init,
-    linear,
     load,
     mask_absent,
     merge,
-    merge_kernels,
     save,
     value_and_grad,
 )
 from flix.backends.jax.adapt import flix_layers
 from tests.helpers.claims import over
 from tests.helpers.dense import by_id, dense
-from tests.helpers.jax import pairs_of, random_bank, randomize
+from tests.helpers.jax_around import LAYERS, OUT, ROW, SIZE, Int4, Net, Own, adapted, inputs
 from tests.helpers.registry import IDS, WEIGHTS, config, registry
 from tests.helpers.tolerance import assert_close, assert_far, same_bits
 
-SIZE, OUT = 6, 4
-ROW = {"language": {"swa": 0.5, "zul": -1.0}, "task": "pos"}
 BASES = {"backend": "jax-bases", "argument": "kind"}
-
-
-def kernel(seed: int = 0, shape: tuple[int, ...] = (SIZE, OUT)) -> Any:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-class Int8Linear(nnx.Linear):
-    """A kernel of integers, and a scale for each output beside it."""
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        super().__init__(SIZE, OUT, rngs=rngs)
-        scale = jnp.abs(kernel()).max(0, keepdims=True) / 127
-        self.kernel = nnx.Variable(jnp.round(kernel() / scale).astype(jnp.int8))
-        self.scale = nnx.Variable(scale)
-        self.bias = nnx.Param(kernel(1, (OUT,)))
-
-    def __call__(self, x: Any) -> Any:
-        return x @ (self.kernel[...] * self.scale[...]) + self.bias[...]
-
-
-class Int4(nnx.Module):
-    """No nnx.Linear: four bits, a scale for each block of three inputs, and no bias."""
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.in_features, self.out_features = SIZE, OUT
-        blocks = kernel().reshape(2, 3, OUT)
-        scale = jnp.abs(blocks).max(1, keepdims=True) / 7
-        self.qvalue = nnx.Variable(jnp.round(blocks / scale).astype(jnp.int4))
-        self.scale = nnx.Variable(scale)
-        self.deterministic = True
-
-    def __call__(self, x: Any) -> Any:
-        whole = self.qvalue[...].astype(jnp.float32) * self.scale[...]
-        return x @ whole.reshape(SIZE, OUT)
-
-
-class Float8(nnx.Linear):
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        super().__init__(SIZE, OUT, rngs=rngs)
-        self.kernel = nnx.Variable(kernel().astype(jnp.float8_e4m3fn))
-
-    def __call__(self, x: Any) -> Any:
-        return x @ self.kernel[...].astype(x.dtype)
-
-
-class Own(nnx.Linear):
-    def __call__(self, x: Any) -> Any:
-        return jnp.einsum("...i,io->...o", x, self.kernel[...])
-
-
-class Doubled(nnx.Linear):
-    def __call__(self, x: Any) -> Any:
-        return super().__call__(x) * 2
-
-
-class Clipped(nnx.Linear):
-    def __call__(self, x: Any) -> Any:
-        return super().__call__(x).clip(-0.5, 0.5)
-
-
-class Int8Embed(nnx.Embed):
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        super().__init__(SIZE, OUT, rngs=rngs)
-        self.embedding = nnx.Variable(jnp.round(kernel() * 40).astype(jnp.int8))
-
-    def __call__(self, tokens: Any) -> Any:
-        return self.embedding[...][tokens] / 40.0
-
-
-LAYERS: dict[str, Any] = {
-    "int8": Int8Linear,
-    "int4": Int4,
-    "float8": Float8,
-    "subclass": lambda rngs: Own(SIZE, OUT, rngs=rngs),
-    "doubled": lambda rngs: Doubled(SIZE, OUT, rngs=rngs),
-    "clipped": lambda rngs: Clipped(SIZE, OUT, rngs=rngs),
-    "embed": Int8Embed,
-}
 QUANTISED = ["int8", "int4", "float8"]
-
-
-class Net(nnx.Module):
-    def __init__(self, kind: str) -> None:
-        self.q = LAYERS[kind](nnx.Rngs(0))
-        self.o = nnx.Linear(OUT, OUT, rngs=nnx.Rngs(1))
-
-    def __call__(self, x: Any) -> Any:
-        return self.o(jnp.tanh(self.q(x)))
-
-
-def adapted(kind: str, strategy: str = "auto", **changes: Any) -> Any:
-    targets = {"target_modules": ["q", "o"], **changes}
-    model = adapt(Net(kind), config(**targets), strategy=strategy)
-    randomize(model)
-    return model
-
-
-def inputs(kind: str) -> Any:
-    rng = np.random.default_rng(3)
-    shape = (len(IDS), 3)
-    if kind == "embed":
-        return jnp.asarray(rng.integers(0, SIZE, shape))
-    return jnp.asarray(rng.normal(size=(*shape, SIZE)), jnp.float32)
 
 
 @nnx.jit
@@ -329,91 +221,3 @@ def test_subclasses_of_layers_with_several_axes_are_left_out_by_name() -> None:
 
     with pytest.raises(flix.TargetError, match="its class General has a call of its own"):
         adapt(Two(), config(target_modules=["q"]))
-
-
-VALUES = jnp.round(kernel() * 30).astype(jnp.int8)
-KERNELS: dict[str, Any] = {
-    "channel": ({"kernel": VALUES, "scale": jnp.full((1, OUT), 1 / 30)}, VALUES / 30),
-    "block": (
-        {"qvalue": VALUES, "scale": jnp.asarray([[0.1], [0.2], [0.3]])},
-        VALUES * np.repeat([[0.1], [0.2], [0.3]], 2, 0),
-    ),
-    "zero": (
-        {"kernel": VALUES, "scale": jnp.float32(0.05), "zero_point": jnp.full((OUT,), 3, jnp.int8)},
-        (VALUES - 3.0) * 0.05,
-    ),
-    "function": (lambda x: x @ (VALUES / 30), VALUES / 30),
-}
-
-
-@pytest.mark.parametrize("strategy", ["auto", "gather", "masked"])
-@pytest.mark.parametrize("form", KERNELS)
-def test_pure_functions_take_kernels_with_a_scale(form: str, strategy: str) -> None:
-    given, whole = KERNELS[form]
-    settings = config()
-    layer = random_bank(settings, {"q": (SIZE, OUT)})["q"]
-    x = inputs("int8")
-    dy = np.random.default_rng(4).normal(size=(*x.shape[:-1], OUT)).astype(np.float32)
-    pairs = pairs_of(layer, settings)
-    wanted = dense(x, IDS, pairs, WEIGHTS, kernel=np.asarray(whole, np.float64).T, dy=dy)
-
-    @jax.jit
-    def run(x: Any, layer: Any) -> Any:
-        def call(x: Any, layer: Any) -> Any:
-            return linear(x, given, layer, IDS, WEIGHTS, strategy=strategy)
-
-        y, back = jax.vjp(call, x, layer)
-        return y, back(jnp.asarray(dy))
-
-    y, (dx, tables) = run(x, layer)
-    assert_close(y, wanted.y)
-    assert_close(dx, wanted.x)
-    for i, feature in enumerate(settings.registry.features):
-        a, b = tables.pair(*feature)
-        assert_close(a, wanted.A[i])
-        assert_close(b, wanted.B[i])
-
-
-@pytest.mark.parametrize("form", ["channel", "block", "zero", "function"])
-def test_pure_embeddings_take_tables_with_a_scale(form: str) -> None:
-    given, whole = KERNELS[form]
-    given = (lambda tokens: VALUES[tokens] / 30) if form == "function" else given
-    settings = config()
-    layer = random_bank(settings, {"e": (SIZE, OUT, "embedding")})["e"]
-    tokens = inputs("embed")
-    wanted = dense(
-        np.eye(SIZE)[np.asarray(tokens)], IDS, pairs_of(layer, settings), kernel=np.asarray(whole).T
-    )
-    assert_close(embed(tokens, given, layer, IDS), wanted.y)
-
-
-def test_kernels_with_a_scale_are_merged_if_asked() -> None:
-    settings = config()
-    bank = random_bank(settings, {"q": (SIZE, OUT)})
-    given, whole = KERNELS["channel"]
-    row = registry().encode([ROW])
-    x = inputs("int8")[:1]
-    for kernels in ({"q": given}, {"q": VALUES}):
-        with pytest.raises(flix.TargetError, match=r"'q' cannot be merged.*quantised \(int8\)"):
-            merge_kernels(settings, bank, kernels, ROW)
-    found = merge_kernels(settings, bank, {"q": given}, ROW, dequantize=True)["q"]
-    assert found.dtype == jnp.float32
-    assert_close(x @ found, linear(x, whole, bank["q"], row.ids, row.weights), times=2)
-    with pytest.raises(flix.TargetError, match="got a function"):
-        merge_kernels(settings, bank, {"q": KERNELS["function"][0]}, ROW, dequantize=True)
-
-
-@pytest.mark.parametrize(
-    "given,message",
-    [
-        ({"kernel": VALUES}, r"mapping with 'scale'"),
-        ({"scale": jnp.ones(OUT)}, r"mapping with 'scale'"),
-        ({"kernel": VALUES, "scale": jnp.ones((4, 1))}, r"its scale \[4, 1\]"),
-        ({"kernel": VALUES.T, "scale": jnp.ones(())}, r"the kernel is \[4, 6\]"),
-        (lambda x: x, r"the kernel's function gives \[5, 3, 6\], not \[5, 3, 4\]"),
-    ],
-)
-def test_kernels_of_other_forms_are_refused_by_name(given: Any, message: str) -> None:
-    layer = init(config(), {"q": (SIZE, OUT)})["q"]
-    with pytest.raises(flix.TargetError, match=f"layer 'q'.*{message}"):
-        linear(inputs("int8"), given, layer, IDS)

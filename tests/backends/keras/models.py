@@ -2,11 +2,15 @@
 
 import keras
 import numpy as np
+from keras import ops
 
 from flix.backends.keras import adapt
 from flix.backends.keras.paths import flix_layers
 from tests.helpers.registry import config
 
+JAX = keras.backend.backend() == "jax"
+D_IN, D_OUT = 5, 4
+ABSENT = ("language.zul", "task.pos")
 TARGETS = ["emb", "q", "mha.query", "mha.attention_output", "out"]
 SMALL = ["q", "out"]
 _rng = np.random.default_rng(0)
@@ -60,3 +64,7 @@ def adapted(whole=False, randomized=True, **changes):
     if randomized:
         randomize(layer for _, layer in flix_layers(model.base))
     return model, {"inputs": X if whole else FLOATS, "flix_features": IDS}
+
+
+def numpy_of(x):
+    return np.asarray(ops.convert_to_numpy(x), np.float64)

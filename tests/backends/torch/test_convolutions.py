@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import pickle
 
 import numpy as np
 import pytest
@@ -13,93 +11,30 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from flix import AdapterError, RoutingError, TargetError, load_adapter  # noqa: E402
+from flix import RoutingError, TargetError  # noqa: E402
 from flix.backends.torch import (  # noqa: E402
     adapt,
     disable,
-    export_peft,
-    import_peft,
-    load,
     merge,
-    merge_in_place,
     route,
     routed,
-    save,
-    unmerge,
 )
 from flix.backends.torch.convolutions import FlixConvolution  # noqa: E402
 from flix.backends.torch.layer import flix_layers  # noqa: E402
 from flix.core.adapter.changes import fresh_pairs  # noqa: E402
 from tests.helpers.claims import over  # noqa: E402
+from tests.helpers.convolutions import (  # noqa: E402
+    ROW,
+    SETTINGS,
+    Net,
+    by_row,
+    drawn,
+    made,
+    run,
+)
 from tests.helpers.registry import ROWS, config  # noqa: E402
 from tests.helpers.tolerance import assert_close, assert_far  # noqa: E402
 from tests.helpers.torch import live_pairs, project_back, randomize, routing  # noqa: E402
-
-ROW = {"language": "swa", "task": "pos"}
-KINDS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-SETTINGS = {
-    "plain": (2, {"kernel_size": 3}),
-    "patches": (2, {"kernel_size": 2, "stride": 2}),
-    "padded": (2, {"kernel_size": (3, 2), "padding": (1, 2), "stride": (2, 1), "bias": False}),
-    "same": (2, {"kernel_size": (4, 3), "padding": "same"}),
-    "dilated": (2, {"kernel_size": 2, "dilation": (3, 2), "padding": 2}),
-    "reflected": (2, {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}),
-    "circular": (1, {"kernel_size": 3, "padding": 1, "padding_mode": "circular"}),
-    "points": (2, {"kernel_size": 1}),
-    "sound": (1, {"kernel_size": 4, "stride": 3}),
-    "film": (3, {"kernel_size": (2, 3, 2), "stride": (1, 2, 2), "padding": (0, 1, 0)}),
-}
-
-
-class Net(nn.Module):
-    """A convolution, and a linear layer over its channels."""
-
-    def __init__(self, places=2, **settings):
-        super().__init__()
-        self.conv = KINDS[places](3, 5, **settings)
-        self.out = nn.Linear(5, 2)
-
-    def forward(self, pixel_values):
-        return self.out(self.conv(pixel_values).tanh().flatten(2).mean(2))
-
-
-def drawn(places, rows=4, size=7):
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(rows, 3, *[size] * places, generator=generator, dtype=torch.float64)
-
-
-def made(name="plain", seed=0, strategy="auto", **changes):
-    places, settings = SETTINGS[name]
-    torch.manual_seed(0)
-    changes = {"target_modules": ["conv", "out"], **changes}
-    model = adapt(Net(places, **settings).double(), config(**changes), strategy=strategy)
-    randomize(model, seed, std=0.3)
-    return model.eval(), drawn(places)
-
-
-def by_row(model, x, rows=ROWS, layer="conv"):
-    """The convolution alone, each row by a kernel of its own, and the leaves that stand for pairs and weights."""
-    conv, settings = model.get_submodule(layer), model.flix_config
-    pairs = {n: p.detach().clone().requires_grad_() for n, p in live_pairs(model).items()}
-    ids, weights = routing(rows)
-    weights = weights.double().requires_grad_()
-    found = []
-    for row in range(len(rows)):
-        kernel = conv.weight.detach()
-        for entry, number in enumerate(ids[row].tolist()):
-            feature = settings.registry.features[number]
-            a = pairs.get(f"{layer}.A.{feature[0]}.{feature[1]}")
-            if number >= 0 and a is not None:
-                b = pairs[f"{layer}.B.{feature[0]}.{feature[1]}"]
-                factor = weights[row, entry] * settings.scale(layer, feature)
-                kernel = kernel + factor * (b @ a).view_as(kernel)
-        found.append(conv._conv_forward(x[row : row + 1], kernel, conv.bias))
-    return torch.cat(found), pairs, weights
-
-
-def run(model, x, rows=ROWS):
-    ids, weights = routing(rows)
-    return model(x, flix_features=ids, flix_weights=weights)
 
 
 def gradients(model):
@@ -305,95 +240,6 @@ def test_convolutions_are_adapted_where_they_are_named(recwarn):
         "conv",
         "out",
     ]
-
-
-def test_files_copies_and_merged_models(tmp_path):
-    model, x = made("padded")
-    expected = run(model, x)
-    save(model, tmp_path)
-    torch.manual_seed(0)
-    fresh = load(Net(2, **SETTINGS["padded"][1]).double(), tmp_path).eval()
-    assert_close(run(fresh, x), expected)
-    stored = load_adapter(tmp_path)
-    assert stored.layers["conv"].d_in == 18 and stored.layers["conv"].kind == "linear"
-    assert stored.base is not None and stored.base.fingerprint is not None
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert_close(run(twin, x), expected)
-    merged = merge(model, ROW)
-    assert type(merged.conv) is nn.Conv2d and type(merged) is Net
-    rows = run(model, x, [ROW] * 4)
-    assert_close(merged(x), rows)
-    kernel = model.conv.weight
-    merge_in_place(model, ROW)
-    assert_close(model(x), rows)
-    unmerge(model)
-    assert model.conv.weight is kernel
-    assert_close(run(model, x), expected)
-
-
-def test_a_base_of_another_kernel_is_told(tmp_path):
-    model, _ = made()
-    save(model, tmp_path)
-    torch.manual_seed(1)
-    with pytest.warns(UserWarning, match="fingerprint|trained on"):
-        load(Net(2, **SETTINGS["plain"][1]).double(), tmp_path)
-
-
-@pytest.mark.parametrize("name", ["plain", "padded", "patches", "points", "sound", "film"])
-def test_an_exported_composition_opens_in_peft(name, tmp_path):
-    peft = pytest.importorskip("peft")
-    model, x = made(name)
-    export_peft(model, ROW, tmp_path)
-    torch.manual_seed(0)
-    places, settings = SETTINGS[name]
-    served = (
-        peft.PeftModel.from_pretrained(Net(places, **settings).double(), tmp_path).double().eval()
-    )
-    expected = run(model, x, [ROW] * 4)
-    assert_close(served(x), expected, dtype="float32")
-    with served.disable_adapter():
-        assert_far(served(x), expected)
-
-
-@pytest.mark.parametrize("name", ["dilated", "reflected"])
-def test_what_peft_would_compute_otherwise_is_not_exported(name, tmp_path):
-    model, _ = made(name)
-    with pytest.raises(
-        AdapterError, match=r"'conv' is a convolution with (dilation|padding_mode)="
-    ):
-        export_peft(model, ROW, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_pefts_loras_of_convolutions_become_features(tmp_path):
-    peft = pytest.importorskip("peft")
-    x, expected = drawn(2), {}
-    for number, language in enumerate(("hau", "swa")):
-        torch.manual_seed(0)
-        settings = peft.LoraConfig(
-            r=3 + number, lora_alpha=5, target_modules=["conv", "out"], init_lora_weights=False
-        )
-        lora = peft.get_peft_model(Net(2, **SETTINGS["padded"][1]).double(), settings).double()
-        lora.save_pretrained(tmp_path / language)
-        expected[language] = lora.eval()(x)
-    torch.manual_seed(0)
-    folders = {language: tmp_path / language for language in expected}
-    model = import_peft(Net(2, **SETTINGS["padded"][1]).double(), folders, group="language").eval()
-    encoded = model.flix_config.registry.encode([{"language": n} for n in ("hau", "swa")])
-    found = model(x[:2], flix_features=encoded)
-    assert_close(found[0], expected["hau"][0], dtype="float32")
-    assert_close(found[1], expected["swa"][1], dtype="float32")
-
-
-def test_an_exported_file_has_pefts_form(tmp_path):
-    from safetensors.numpy import load_file
-
-    model, _ = made("padded")
-    report = export_peft(model, ROW, tmp_path, compress_to=2)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert tensors["base_model.model.conv.lora_A.weight"].shape == (report.rank, 3, 3, 2)
-    assert tensors["base_model.model.conv.lora_B.weight"].shape == (5, report.rank, 1, 1)
-    assert "conv" in json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
 
 
 TARGETS = {

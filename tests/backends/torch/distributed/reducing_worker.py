@@ -1,161 +1,54 @@
 """One process of a run that checks ``reduce_features``; started by test_reducing.py, told who it is by the environment.
 
-Every check is a function of this module; the processes run them in the order in which they stand, and print the names
-of those that hold. A check that fails prints its error, and the next one goes on in a process group of its own.
+Every check is a function of this module or of reducing_wrappers.py. The processes run them in the order of ``CHECKS``,
+and print the names of those that hold. A check that fails prints its error, and ends the run.
 """
 
 from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 import flix
-from flix.backends.torch import adapt, add_feature, freeze, page, remove_feature
+from flix.backends.torch import add_feature, freeze, remove_feature
 from flix.backends.torch.distributed import reduce_features
-from flix.core.errors import ConfigError
-from tests.helpers.registry import config
-
-D = 6
-ROWS: list[Any] = [
-    {"language": "hau", "task": "ner"},
-    {"language": {"swa": 0.5, "hau": -1.5}},
-    {"task": ["ner", "pos"]},
-    {"language": "swa", "task": "pos"},
-]
-"""Two of each process. "yor" has rank 0, and "zul" acts nowhere."""
-
-NONE: list[Any] = [{}, {}]
-
-
-class Net(nn.Module):
-    """Three linear layers and a head, with checkpoints around the inner ones if they are asked for."""
-
-    def __init__(self, checkpoints: str = "") -> None:
-        super().__init__()
-        self.a, self.b, self.c, self.head = (nn.Linear(D, D) for _ in range(4))
-        self.checkpoints = checkpoints
-        self.hidden: Any = None
-
-    def forward(self, x: Any) -> Any:
-        x = torch.tanh(self.a(x))
-        for layer in (self.b, self.c):
-            if self.checkpoints:
-                x = x + checkpoint(layer, x, use_reentrant=self.checkpoints == "reentrant")
-            else:
-                x = x + torch.tanh(layer(x))
-        self.hidden = x
-        return {"out": [self.head(x)]}
-
-
-def made(heads: bool = False, seed: int = 0, checkpoints: str = "", **changes: Any) -> Any:
-    """An adapted model with values that are zero nowhere."""
-    torch.manual_seed(seed)
-    net = Net(checkpoints).double()
-    settings = {"target_modules": ["a", "b", "c"], **changes}
-    model = adapt(net, config(**settings)).train()
-    with torch.no_grad():
-        for parameter in model.flix_bank.parameters():
-            parameter.normal_(std=0.3)
-    if heads:
-        model.head.requires_grad_(True)
-    return model
-
-
-def optimizer_of(model: Any) -> Any:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.5)
-
-
-def inputs(rows: int = 4) -> Any:
-    return torch.randn(rows, 3, D, generator=torch.Generator().manual_seed(7)).double()
-
-
-def loss_of(model: Any, x: Any, rows: Sequence[Any]) -> Any:
-    encoded = (
-        model.module if isinstance(model, DistributedDataParallel) else model
-    ).flix_config.registry.encode(rows)
-    return model(x, flix_features=encoded)["out"][0].square().mean()
-
-
-def own(rows: Sequence[Any]) -> slice:
-    """This process's part of some rows."""
-    half = len(rows) // 2
-    return slice(dist.get_rank() * half, (dist.get_rank() + 1) * half)
-
-
-def values(model: Any) -> dict[str, Any]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if "flix_bank" in n or "head" in n}  # fmt: skip
-
-
-def assert_same(one: Any, two: Any, tolerance: float = 1e-12) -> None:
-    found, wanted = values(one), values(two)
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
-
-
-def assert_bits_everywhere(model: Any) -> None:
-    """All processes hold the same values, bit for bit."""
-    flat = torch.cat([v.reshape(-1) for v in values(model).values()])
-    found = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, flat)
-    assert all(torch.equal(found[0], other) for other in found)
-
-
-def step(model: Any, optimizer: Any, x: Any, rows: Sequence[Any], clip: float = 0.05) -> float:
-    loss = loss_of(model, x, rows)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(norm)
-
-
-BATCHES = (ROWS, ROWS[::-1], [*ROWS[:2], *NONE], [*NONE, *ROWS[:2]], [*NONE, *NONE], ROWS)
-
-
-def follow(model: Any, reference: Any, run: Any = None, batches: Any = BATCHES) -> None:
-    """Train both, one in two processes and one on whole batches, and hold them to each other, step by step."""
-    optimizers = optimizer_of(model), optimizer_of(reference)
-    before, x = values(model), inputs()
-    for rows in batches:
-        part = own(rows)
-        norm = step(run or model, optimizers[0], x[part], rows[part])
-        wanted = step(reference, optimizers[1], x, rows)
-        assert abs(norm - wanted) <= 1e-12, "clipped before it was reduced"
-    assert_same(model, reference)
-    assert_bits_everywhere(model)
-    for name, value in values(model).items():
-        still = name.endswith(":zul") or (not model.head.weight.requires_grad and "head" in name)
-        assert torch.equal(before[name], value) == still, name
-
-
-def raised(call: Callable[[], Any], *words: str) -> None:
-    """The call raises a ConfigError with these words, in every process."""
-    try:
-        call()
-    except ConfigError as error:
-        text = str(error)
-    else:
-        text = ""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, text)
-    for rank, said in enumerate(found):
-        assert said, f"nothing was raised in rank {rank}"
-        for word in words:
-            assert word in said, f"{word!r} is not in {said!r}"
-
-
-# The checks
+from tests.backends.torch.distributed.reducing_models import (
+    BATCHES,
+    NONE,
+    ROWS,
+    assert_bits_everywhere,
+    assert_same,
+    follow,
+    inputs,
+    loss_of,
+    made,
+    optimizer_of,
+    own,
+    raised,
+    step,
+    values,
+)
+from tests.backends.torch.distributed.reducing_wrappers import (
+    a_compiled_model,
+    a_compiled_model_under_ddp_alone_is_refused,
+    a_copy_under_ddp_is_refused,
+    a_paged_model,
+    a_scaler_sees_the_averages,
+    accumulation_inside_ddp,
+    accumulation_sends_once_a_step,
+    checkpoints_of_both_kinds,
+    ddp_by_itself_is_right,
+    ddp_reduces_the_heads_alone,
+    fsdp1_is_refused,
+    heads_without_ddp,
+)
 
 
 def two_processes_equal_one() -> None:
@@ -232,30 +125,6 @@ def a_process_without_a_batch_takes_part_at_the_step() -> None:
     assert_bits_everywhere(model)
 
 
-def accumulation_sends_once_a_step(wrapped: bool = False) -> None:
-    model = made(heads=True)
-    reference = copy.deepcopy(model)
-    reducer = reduce_features(model)
-    run = DistributedDataParallel(model) if wrapped else model
-    optimizers, x = (optimizer_of(model), optimizer_of(reference)), inputs()
-    for rows in (ROWS, ROWS[::-1]):
-        part, other = own(rows), ROWS[1:] + ROWS[:1]
-        sent = reducer.total.calls
-        with run.no_sync():
-            loss_of(run, x[part], rows[part]).backward()
-        assert reducer.total.calls == sent
-        step(run, optimizers[0], x[part] + 1, other[part])
-        assert reducer.total.calls == sent + 2
-        loss_of(reference, x, rows).backward()
-        step(reference, optimizers[1], x + 1, other)
-    assert_same(model, reference)
-    assert_bits_everywhere(model)
-
-
-def accumulation_inside_ddp() -> None:
-    accumulation_sends_once_a_step(wrapped=True)
-
-
 def a_step_inside_no_sync_is_reduced_before_it() -> None:
     model = made()
     reference = copy.deepcopy(model)
@@ -290,15 +159,6 @@ def two_backwards_and_two_forwards() -> None:
     assert_bits_everywhere(model)
 
 
-def checkpoints_of_both_kinds() -> None:
-    for kind in ("reentrant", "plain"):
-        model = made(checkpoints=kind)
-        reference = copy.deepcopy(model)
-        reducer = reduce_features(model)
-        follow(model, reference)
-        assert reducer.total.steps == len(BATCHES)
-
-
 def a_loss_that_leaves_the_outputs_out() -> None:
     model = made()
     reference = copy.deepcopy(model)
@@ -328,61 +188,6 @@ def by_hand_before_clipping() -> None:
         assert abs(float(norm) - step(reference, optimizers[1], x, rows)) <= 1e-12
     assert reducer.total.steps == len(BATCHES)
     assert_same(model, reference)
-
-
-def a_scaler_sees_the_averages() -> None:
-    model = made()
-    reference = copy.deepcopy(model)
-    reduce_features(model)
-    x, part = inputs(), own(ROWS)
-    for m, p in ((model, part), (reference, slice(None))):
-        optimizer, scaler = optimizer_of(m), torch.amp.GradScaler("cpu", init_scale=1024.0)
-        for number in range(4):
-            loss = loss_of(m, x[p], ROWS[p])
-            if number == 2 and (m is reference or dist.get_rank() == 1):
-                loss = loss * float("inf")  # in one process alone: all of them pass the step over
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(m.parameters(), 0.05)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-    assert_same(model, reference)
-    assert_bits_everywhere(model)
-
-
-def heads_without_ddp() -> None:
-    model = made(heads=True)
-    reference = copy.deepcopy(model)
-    reduce_features(model)
-    follow(model, reference)
-
-
-def ddp_reduces_the_heads_alone() -> None:
-    model = made(heads=True)
-    reference = copy.deepcopy(model)
-    reducer = reduce_features(model)
-    run = DistributedDataParallel(model)
-    assert sum(p.numel() for p in run._module_parameters if p.requires_grad) == D * D + D
-    follow(model, reference, run)
-    held = {*model.flix_bank.parameters()}
-    most = sum(p.nbytes for p in held)
-    assert reducer.last.sent < most, "the head, or an absent feature, was sent, too"
-
-
-def ddp_by_itself_is_right() -> None:
-    model = made(heads=True)
-    reference = copy.deepcopy(model)
-    follow(model, reference, DistributedDataParallel(model, find_unused_parameters=True))
-
-
-def a_copy_under_ddp_is_refused() -> None:
-    model = made(heads=True)
-    reduce_features(model)
-    twin = copy.deepcopy(model)
-    assert twin.flix_state.reducer is None
-    run, part = DistributedDataParallel(twin), own(ROWS)
-    raised(lambda: loss_of(run, inputs()[part], ROWS[part]), "reduce_features(model) before DDP")
 
 
 def a_reducer_that_was_stopped_sends_nothing() -> None:
@@ -483,49 +288,6 @@ def a_change_in_one_process_is_named() -> None:
     )
 
 
-def a_compiled_model() -> None:
-    """Absent features keep their bits in all processes, whatever each of them sees."""
-    model = made(heads=True)
-    reference = copy.deepcopy(model)
-    reducer = reduce_features(model)
-    ids = {"features": None}
-
-    def forward(m: Any, x: Any, rows: Any) -> Any:
-        encoded = model.flix_config.registry.encode(rows, width=3)
-        ids["features"] = torch.from_numpy(encoded.ids), torch.from_numpy(encoded.weights)
-        return m(x, flix_features=ids["features"][0], flix_weights=ids["features"][1])
-
-    run = torch.compile(model, backend="aot_eager", fullgraph=True)
-    optimizers, x, before = (optimizer_of(model), optimizer_of(reference)), inputs(), values(model)
-    for rows in BATCHES:
-        part, norms = own(rows), []
-        for m, o, runner, p in (
-            (model, optimizers[0], run, part),
-            (reference, optimizers[1], reference, slice(None)),
-        ):
-            forward(runner, x[p], rows[p])["out"][0].square().mean().backward()
-            norms.append(float(nn.utils.clip_grad_norm_(m.parameters(), 0.05)))
-            o.step()
-            o.zero_grad()
-        assert abs(norms[0] - norms[1]) <= 1e-12
-    assert_same(model, reference)
-    assert_bits_everywhere(model)
-    assert torch.equal(values(model)["flix_bank.language:zul"], before["flix_bank.language:zul"])
-    assert reducer.total.steps == len(BATCHES) and reducer.last.features == 4
-
-
-def a_compiled_model_under_ddp_alone_is_refused() -> None:
-    model = made(heads=True)
-    run = DistributedDataParallel(
-        torch.compile(model, backend="aot_eager"), find_unused_parameters=True
-    )
-    encoded, optimizer, part = config().registry.encode(ROWS), optimizer_of(model), own(ROWS)
-    ids, weights = torch.from_numpy(encoded.ids), torch.from_numpy(encoded.weights)
-    out = run(inputs()[part], flix_features=ids[part], flix_weights=weights[part])["out"][0]
-    out.square().mean().backward()
-    raised(optimizer.step, "reduce_features(model)", "a group of one")
-
-
 def processes_that_train_apart() -> None:
     """A group of one: nothing is sent."""
     rank = dist.get_rank()
@@ -539,34 +301,6 @@ def processes_that_train_apart() -> None:
         step(reference, optimizers[1], x[:2], ROWS[:2])
     assert_same(model, reference, 0)
     assert reducer.total.bytes == reducer.total.calls == 0
-
-
-def a_paged_model() -> None:
-    model = made()
-    reference = copy.deepcopy(model)
-    page(model, 1 << 20)
-    reduce_features(model)
-    follow(model, reference)
-
-
-def fsdp1_is_refused() -> None:
-    import warnings
-
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    for original in (True, False):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = made()
-            if not original:
-                model.requires_grad_(True)  # what FSDP1 asks for there
-            run = FullyShardedDataParallel(
-                model, use_orig_params=original, device_id=torch.device("cpu")
-            )
-        encoded = config().registry.encode(ROWS)
-        raised(
-            lambda run=run, ids=encoded: run(inputs(), flix_features=ids), "FSDP1", "fully_shard"
-        )
 
 
 CHECKS = [

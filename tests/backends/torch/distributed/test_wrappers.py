@@ -13,7 +13,7 @@ pytest.importorskip("torch.distributed.fsdp")  # once it is imported, forwards l
 
 from flix.backends.torch.distributed import reduce_features  # noqa: E402
 from flix.core.errors import ConfigError, TargetError  # noqa: E402
-from tests.backends.torch.distributed.reducing_worker import ROWS, inputs, loss_of, made  # noqa: E402
+from tests.backends.torch.distributed.reducing_models import ROWS, inputs, loss_of, made  # noqa: E402
 
 
 def test_parameters_that_are_tensors_for_one_call_are_no_fsdp1() -> None:
