@@ -1,4 +1,4 @@
-"""Words of 48 languages: what their forms, sounds, parts and names are, as cells of a mixture.
+"""Words of 48 languages, with their forms, sounds, parts and names, as cells of a mixture.
 
 ::
 
@@ -8,8 +8,8 @@
         print(cell.name, cell.held_out, len(cell.train))
     train = datasets.Dataset.from_list(list(data.rows("train")))
 
-or as files and a configuration of ``flix train``: ``python -m flix.study.words clones --out words``. docs/study.md
-says what each task is, and how splits and held-out cells are made.
+``python -m flix.study.words clones --out words`` writes them as files, with configurations of ``flix train``.
+docs/study.md says what each task is, and how splits and held-out cells are made.
 """
 
 from flix.study.words.design import HELD_OUT, LANGUAGES, QUICKSTART_TASKS, TASKS

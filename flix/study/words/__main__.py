@@ -13,7 +13,7 @@ from flix.study.words.writing import write_words
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the clones and write the data; 0, or 2 with one line on standard error for a mistake that can be mended."""
+    """Read the clones and write the data. Returns 0, or 2 after one line on standard error if the user can mend it."""
     parser = argparse.ArgumentParser("python -m flix.study.words", description=__doc__)
     add = parser.add_argument
     add("clones", help="the folder with the clones 2023InflectionST, 2022SegmentationST, wikipron")

@@ -36,9 +36,9 @@ class Built:
     """Cells of one language.
 
     Attributes:
-        cells: by task.
-        trained: the keys of all words that they train on.
-        short: cells of too few rows, and which split has too few; they are not among ``cells``.
+        cells: at most one for each task.
+        trained: the keys of all words that the cells train on.
+        short: cells with too few rows, each with the split that has too few. They are not in ``cells``.
     """
 
     cells: list[Cell] = field(default_factory=list)
@@ -49,14 +49,14 @@ class Built:
 def splits_of(
     language: str, texts: Texts, borrowed: Borrowed, seed: int, claims: Iterable[Claim] = ()
 ) -> Splits:
-    """The splits of a language's words: by lemma where the inflection task has it, else by word.
+    """The splits of a language's words: by lemma if the inflection task has the word, otherwise by word.
 
     Args:
         language: ISO 639-3.
-        texts: what the repositories say of it.
-        borrowed: the quickstart's cells; what they say counts after the inflection task's lemmas.
-        seed: of what nobody says.
-        claims: the words of the segmentation task; they count last.
+        texts: what the repositories have in this language.
+        borrowed: the quickstart's cells. Their splits count after those of the inflection task.
+        seed: draws the split of words that no source puts in one.
+        claims: the words of the segmentation task with their splits, which count last.
     """
     inflected = [(lemma, form, split) for lemma, _, form, split in texts.inflected]
     others = [
@@ -83,12 +83,12 @@ def build_language(
 
     Args:
         language: ISO 639-3.
-        texts: what the repositories say of it.
-        splits: of its words, as :func:`splits_of` makes them.
+        texts: what the repositories have in this language.
+        splits: of its words, from :func:`splits_of`.
         borrowed: the quickstart's cells.
-        denoise: whether there is a cell of unlabelled text.
-        complete: whether cells train on all rows that they have, copies and held-out cells included; those that the
-            quickstart holds out have none.
+        denoise: whether to add a cell of unlabelled text.
+        complete: whether cells train on all of their rows, copies included. Held-out cells are then trained on too,
+            except those that the quickstart holds out, which have no training rows.
     """
     built = Built()
     for task in (task for task in TASKS if task != "denoise"):
@@ -116,7 +116,7 @@ def _add(
     splits: Splits,
     copies: float = COPY_SHARE,
 ) -> None:
-    """Add a cell of these rows, if there are any, or say that they are too few."""
+    """Add a cell of these rows if there are any, or note that they are too few."""
     if not rows:
         return
     parts: dict[Split, list[tuple[Row, set[str]]]] = {split: [] for split in SPLITS}
@@ -152,7 +152,7 @@ def _add_pairs(
     wanted: Mapping[Split, int],
     half: Half | None = None,
 ) -> bool:
-    """Add a cell, or say that it has too few pairs; whether it was added."""
+    """Add a cell, or note that it has too few pairs. Returns whether it was added."""
     for split in SPLITS:
         fewest = FEWEST_TRAIN if split == "train" else FEWEST_EVALUATED
         if wanted[split] and len(pairs[split]) < fewest:
@@ -174,13 +174,13 @@ def take(
     place: tuple[object, ...],
     share: float = COPY_SHARE,
 ) -> list[tuple[Row, set[str]]]:
-    """Rows drawn by the seed.
+    """Draw rows by the seed.
 
     Args:
-        rows: with their keys.
-        size: how many, if there are so many.
-        place: the seed and the cell, for what is drawn.
-        share: at most this share of them are copies; 1: however many are drawn.
+        rows: the rows, with their keys.
+        size: how many to draw; fewer if there are fewer.
+        place: the seed and the cell, which decide what is drawn.
+        share: at most this share of the drawn rows are copies; 1 means that any number may be.
     """
     order = sorted(rows, key=lambda r: unit(*place, "order", r[0].source, r[0].target))
     if share >= 1:
@@ -190,13 +190,13 @@ def take(
     allowed = int(min(size * share, len(changed) * share / (1 - share)))
     copies = [r for r in order if r[0].source == r[0].target][:allowed]
     kept = {id(r) for r in (*changed[: max(0, size - len(copies))], *copies)}
-    # drawn anew: of many copies the few that are kept would all come first
+    # In the first order, the few copies that are kept of many would all come first.
     found = [r for r in order if id(r) in kept]
     return sorted(found, key=lambda r: unit(*place, "place", r[0].source, r[0].target))
 
 
 def _add_unlabelled(built: Built, language: str, texts: Texts, splits: Splits) -> None:
-    """Add the cell of unlabelled text: the lines of a split are of that split's words alone."""
+    """Add the cell of unlabelled text. The lines of a split contain only words of that split."""
     words: dict[Split, list[str]] = {split: [] for split in SPLITS}
     for word in sorted(set(texts.words())):
         split = splits.split_of(splits.keys([word]))
@@ -238,5 +238,5 @@ def check_cells(cells: Sequence[Cell]) -> None:
 
 
 def families_of(borrowed: Borrowed) -> Mapping[str, str]:
-    """The family of each task, the study's own first."""
+    """The family of each task; the study's own tasks come first."""
     return {**{task: info.family for task, info in TASKS.items()}, **borrowed.families}

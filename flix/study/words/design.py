@@ -13,7 +13,7 @@ BUILD_VERSION = 1
 
 DEV_ROWS = 40
 TEST_ROWS = 100
-#: Fewer rows than these in a split make no cell.
+#: A cell needs at least this many rows in a split.
 FEWEST_TRAIN = 20
 FEWEST_EVALUATED = 10
 MAX_BYTES = 80
@@ -44,7 +44,7 @@ TASKS: dict[str, Task] = {
     "denoise": Task("repair", 4000),
 }
 
-#: Tasks of the quickstart's data that belong to the study; families and sizes are the quickstart's.
+#: Tasks of the quickstart that the study uses, with the quickstart's families and sizes.
 QUICKSTART_TASKS = ("num2dig", "num2en", "date2iso", "date2en", "name2en")
 
 
@@ -56,9 +56,9 @@ class Language:
         branch: its family, in Glottolog's terms (https://glottolog.org, Hammarström, Forkel, Haspelmath and Bank, CC
             BY 4.0): the branch of Indo-European or Afro-Asiatic, elsewhere the family itself.
         script: ISO 15924.
-        share: the size of its data in each task relative to the largest. The spread is set here, on purpose: the
-            sources would give every language about as much.
-        inflection: what its files of the inflection task are called.
+        share: the size of its data in each task, relative to the largest. We set the spread here on purpose, because
+            the sources have about as much for every language.
+        inflection: the name of its files in the inflection task.
         pronunciation: its file in WikiPron, without ``.tsv``.
         segmentation: whether the segmentation task has it.
         accents: whether its words carry marks that are worth restoring.
@@ -128,8 +128,8 @@ LANGUAGES: dict[str, Language] = {
     "zul": Language("atlantic-congo", "Latn", 0.03, "", "zul_latn_broad"),
 }
 
-#: Cells never trained on, (task, language): those to choose by, and those for the last word. Of the quickstart's
-#: tasks the quickstart itself says which.
+#: Cells that are never trained on, by (task, language): some for choices, the others for the last word. For the
+#: quickstart's tasks, the quickstart itself says which cells are held out.
 HELD_OUT: dict[tuple[str, str], Half] = {
     **{
         (task, language): "tuning"
@@ -167,6 +167,6 @@ def unit(*parts: object) -> float:
 
 
 def train_size(seed: int, task: str, language: str) -> int:
-    """How many training rows a cell should have where its source has that many."""
+    """How many training rows a cell should have, if its source has so many."""
     wobble = math.exp(0.8 * (unit(seed, "size", language, task) - 0.5))
     return max(30, round(TASKS[task].size * LANGUAGES[language].share * wobble))

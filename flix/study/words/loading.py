@@ -28,7 +28,7 @@ from flix.study.words.splits import Claim, key_of
 from flix.study.words.tasks import Inflected, Row, Segmented, Texts, inflect_row, segment_row
 from flix.study.words.types import SPLITS, Cell, Split, WordsData
 
-#: Words of a segmentation file that are looked at, drawn by the seed: the largest files have 750,000.
+#: At most this many words of a segmentation file are used, drawn by the seed. The largest files have 750,000.
 _MOST_SEGMENTED = 30_000
 
 OFFICIAL = ("inflect", "segment")
@@ -49,21 +49,21 @@ def load_words(
 ) -> WordsData:
     """The cells of the study.
 
-    Splits are by lemma where the inflection task has the word, else by word; nothing that one task tests in a language
-    is trained on in another task of it. The fingerprint says what the data was made of: files with their SHA-256,
-    commits, licences, packages, what was missing.
+    Words are split by lemma if the inflection task has them, otherwise by word. If a language's word is tested in one
+    task, no other task of that language trains on it. The fingerprint lists what the data was made from: files with
+    their SHA-256, commits, licences, packages, and what was missing.
 
     Args:
-        folder: holds the clones ``2023InflectionST``, ``2022SegmentationST`` and ``wikipron``.
-        seed: of the splits that nobody publishes, of sizes and draws.
+        folder: contains the clones ``2023InflectionST``, ``2022SegmentationST`` and ``wikipron``.
+        seed: decides sizes, draws, and the splits that no source gives.
         languages: ISO 639-3; default: all of :data:`flix.study.words.LANGUAGES`.
-        denoise: with a cell of unlabelled text in every language.
-        complete: train every cell on all rows that it has, held-out cells, too: for comparing with what others
-            published. Only what the quickstart holds out stays so.
-        quickstart: the quickstart's numbers, dates and names: loaded (True), left out (False), or as given.
-        allow_missing: leave out cells whose files are missing or too short. Without its training file, a segmentation
-            is trained on a part of its development file.
-        commits: of the clones, by folder; default: what their ``.git`` says.
+        denoise: add a cell of unlabelled text in every language.
+        complete: train every cell on all of its rows, held-out cells included, to compare with published systems. Only
+            the cells that the quickstart holds out stay held out.
+        quickstart: the quickstart's numbers, dates and names: load them (True), leave them out (False), or use these.
+        allow_missing: leave out cells whose files are missing or too short. If only the training file of a segmentation
+            is missing, it is trained on a part of its development file.
+        commits: of the clones, by folder; default: read from their ``.git``.
         progress: called with (language, languages done, languages in all).
 
     Raises:
@@ -126,16 +126,15 @@ def load_words(
 
 
 def official_rows(folder: str | Path, data: WordsData, task: str, language: str) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """A shared task's own test set, whole and in its order, as rows of ``flix.data``, for comparing with what its
-    participants published. No row of it is in a training set of its task.
+    """A shared task's own test set as rows of ``flix.data``, to compare with what its participants published.
 
-    Each row has ``trained_on``, too: whether one of its words occurs in the training rows of some task of the language,
-    or is the lemma of one that does. The participants had their task's training set alone: say so, or leave these rows
-    out.
+    The set is whole and in its own order. None of its rows is in a training set of its task. Each row also has
+    ``trained_on``: whether one of its words, or a form of it, is in the training rows of any task of the language. The
+    participants had only their task's training set. So either say this beside the figures, or leave these rows out.
 
     Args:
-        folder: of the clones.
-        data: what was made of them.
+        folder: contains the clones.
+        data: the data that was made from them.
         task: one of :data:`OFFICIAL`.
         language: ISO 639-3.
 
@@ -164,7 +163,7 @@ def _official(task: str, path: Path) -> Iterator[Row]:
 
 
 def _chosen(languages: Sequence[str] | None) -> tuple[str, ...]:
-    """The languages in the design's order.
+    """The languages, in the order of the design.
 
     Raises:
         DataError: one is not in the design, or there is none.
@@ -186,7 +185,7 @@ def _commits(folder: Path, given: Mapping[str, str]) -> dict[str, str | None]:
     """The commit of each clone.
 
     Raises:
-        DataError: one is given for a folder that is no clone of the study, or is not the clone's.
+        DataError: a given commit is for a folder that is no clone of the study, or the clone is at another commit.
     """
     folders = [repository.folder for repository in REPOSITORIES.values()]
     for name in given:
@@ -206,7 +205,7 @@ def _commits(folder: Path, given: Mapping[str, str]) -> dict[str, str | None]:
 def read_texts(
     files: Files, language: str, seed: int, complete: bool
 ) -> tuple[Texts, Iterator[Claim]]:
-    """What a language's files say, and the splits that the segmentation task puts its words in."""
+    """What a language's files contain, and the splits into which the segmentation task puts its words."""
     inflected: list[Inflected] = []
     if len(files.inflection) == len(SPLITS):
         inflected = [
@@ -224,7 +223,7 @@ def read_texts(
                 yield from ((word, split) for word, _ in read_segmentation(path))
 
     segmented: list[Segmented] = []
-    # Some words are in several files; those of the test set are of it alone.
+    # Some words are in several files. Words of the test file count only there.
     tested: set[str] = set()
     for split in reversed(SPLITS):
         if path := files.segmentation.get(split):

@@ -1,4 +1,4 @@
-"""The quickstart's numbers, dates and names, as the study takes them: all that it knows of the quickstart."""
+"""The quickstart's numbers, dates and names for the study, which uses nothing else from the quickstart."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Borrowed:
     Attributes:
         families: the family of each task.
         rows: by (task, language), the rows in the quickstart's splits.
-        held_out: by (task, language), of those never trained on.
-        sources: the packages that they come from, and their versions.
+        held_out: by (task, language), the half of each cell that is never trained on.
+        sources: the packages that the rows come from, and their versions.
     """
 
     families: Mapping[str, str] = field(default_factory=dict)
@@ -52,10 +52,10 @@ def borrow(
 
 
 def borrowed(data: Any) -> Borrowed:
-    """What the study takes of the quickstart's data, in the form of ``flix.quickstart.data.load_data``.
+    """The part that the study uses of what ``flix.quickstart.data.load_data`` returned.
 
     Raises:
-        DataError: a task of the study is not among the quickstart's.
+        DataError: the quickstart lacks a task of the study.
     """
     if lacking := [task for task in QUICKSTART_TASKS if task not in data.family_of_task]:
         raise DataError(

@@ -1,6 +1,6 @@
-"""Three public repositories in their own layout: where their files are, and what their lines say.
+"""Three public repositories in their own layout: where their files are, and what their lines mean.
 
-All text is brought to Unicode's NFC, in every repository and every split.
+All text is converted to Unicode's NFC.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flix.study.words.types import SPLITS, Split
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A repository: the folder a clone has, where in it the data is, its address, and the data's licence."""
+    """A repository: the name of a clone's folder, the data's place in it, its address, and the data's licence."""
 
     folder: str
     data: str
@@ -55,12 +55,12 @@ _SEGMENTATION = {"train": "word.train", "dev": "word.dev", "test": "word.test.go
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one language that are there.
+    """The files that exist for one language.
 
     Attributes:
         inflection, segmentation: by split.
-        pronunciation: the one file, None where the study has none of the language or it is missing.
-        missing: files that the study wants and the clones lack.
+        pronunciation: its file; None if the study uses none for this language, or if it is missing.
+        missing: files that the study needs and the clones lack.
     """
 
     inflection: Mapping[Split, Path]
@@ -69,7 +69,7 @@ class Files:
     missing: tuple[Path, ...] = ()
 
     def all(self) -> list[tuple[str, Path]]:
-        """(repository, file) for each."""
+        """(repository, file) for each file."""
         found = [("inflection", path) for path in self.inflection.values()]
         found += [("segmentation", path) for path in self.segmentation.values()]
         return found + ([("pronunciation", self.pronunciation)] if self.pronunciation else [])
@@ -82,7 +82,7 @@ def find_repositories(folder: Path) -> dict[str, Path]:
         folder: the folder that holds the three clones.
 
     Raises:
-        DataError: it is missing, lacks a clone, or a clone has another layout.
+        DataError: the folder or a clone is missing, or a clone has another layout.
     """
     if not folder.is_dir():
         raise DataError(f"{str(folder)!r} is no folder; name the one that holds the three clones")
@@ -105,7 +105,7 @@ def find_repositories(folder: Path) -> dict[str, Path]:
 
 
 def find_language(folders: Mapping[str, Path], language: str) -> Files:
-    """The files of a language; what the study wants and is not there is listed, not refused."""
+    """The files of a language. Missing ones are listed and not refused."""
     info = LANGUAGES[language]
     wanted: list[tuple[str, Split | None, Path]] = []
     if info.inflection:
@@ -136,9 +136,9 @@ def read_inflection(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def read_segmentation(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(word, its morphs) of each line; the category that some files have is passed over.
+    """(word, its morphs) of each line. Some files also have a category, which is ignored.
 
-    A few words of the task have a first morph that begins with ``@@`` or an empty one; morphs stay as they stand.
+    A few words have an empty first morph, or one that begins with ``@@``. Morphs are returned as they are.
 
     Raises:
         DataError: as :func:`read_inflection`.
@@ -166,7 +166,7 @@ def _malformed(where: str, form: str, fields: list[str]) -> DataError:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """(``file:line``, fields) of each line, in NFC; blank lines are passed over."""
+    """(``file:line``, fields) of each line, in NFC; blank lines are skipped."""
     try:
         with open(path, "rb") as opened:
             for number, raw in enumerate(opened, start=1):
@@ -204,7 +204,7 @@ def describe(path: Path) -> dict[str, object]:
 
 
 def commit_of(clone: Path) -> str | None:
-    """The commit that a clone is at, from its ``.git``; None if it has none that can be read."""
+    """The commit of a clone, from its ``.git``; None if that cannot be read."""
     git = clone / ".git"
     try:
         if git.is_file():  # a worktree or a submodule

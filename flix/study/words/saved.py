@@ -1,4 +1,4 @@
-"""The data from files that :func:`.write_words` wrote, held to their fingerprint."""
+"""Reads the files that :func:`.write_words` wrote, and compares them with their fingerprint."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from flix.study.words.writing import FINGERPRINT
 
 
 def read_words(folder: str | Path) -> WordsData:
-    """The data in a folder that :func:`.write_words` wrote, equal to what was written but for ``trained``.
+    """The data in a folder that :func:`.write_words` wrote. It equals what was written, but ``trained`` is empty.
 
     Raises:
-        DataError: the folder is not one, was not written to its end or by another version, or a file of it is
-            missing or not as it was written.
+        DataError: no such folder, an unfinished one, or one of another version; a file that is missing or was changed.
     """
     folder = Path(folder)
     said = _fingerprint(folder)

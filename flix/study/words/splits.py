@@ -1,8 +1,8 @@
-"""Which split a row belongs to, so that no word and no lemma is in two splits of a language, whatever the tasks.
+"""Which split a row belongs to. No word and no lemma of a language is in two splits, in whatever tasks.
 
-Every word has a *key*: its casefolded form, in most scripts without combining marks. A key is in one split alone: the
-one that a shared task put it in, or else one drawn by the seed. A row's keys are those of all its words and of the
-lemmas that these are known to be forms of. A row whose keys are not all in one split is in none.
+Every word has a *key*: its casefolded form, in most scripts without combining marks. Each key is in exactly one split:
+the one that a shared task put it in, or otherwise one that the seed draws. A row's keys are those of its words, and of
+the lemmas that these are known forms of. A row is used only if all of its keys are in the same split.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from functools import lru_cache
 from flix.study.words.design import DEV_SHARE, TEST_SHARE, unit
 from flix.study.words.types import SPLITS, Split
 
-# Elsewhere, combining marks are vowels, tones and voicing, and words without them would be other words.
+# In other scripts, combining marks are vowels, tones and voicing. Without them, a word would be another word.
 _MARKS_ASIDE = frozenset({"Arab", "Cyrl", "Grek", "Hebr", "Latn"})
 
 Claim = tuple[str, Split]
-"""(a word, the split that a source puts it in)."""
+"""(a word, the split into which a source puts it)."""
 
 
 def plain(text: str) -> str:
@@ -33,7 +33,7 @@ def plain(text: str) -> str:
 
 @lru_cache(maxsize=1 << 17)
 def key_of(word: str, script: str) -> str:
-    """The key of a word; words of one key are never in two splits of their language."""
+    """The key of a word. Words with the same key are always in the same split of their language."""
     return unicodedata.normalize(
         "NFC", (plain(word) if script in _MARKS_ASIDE else word).casefold()
     )
@@ -44,9 +44,10 @@ class Splits:
     """The splits of one language's words.
 
     Attributes:
-        language, script, seed: of the language; the seed draws the splits of what nothing is said of.
-        claimed: the split of each key that a source says something of.
-        lemmas: the keys of the lemmas that a key is known to be a form of.
+        language, script: the language.
+        seed: draws the split of keys that no source puts in one.
+        claimed: the split of each key that a source puts in one.
+        lemmas: for each key, the keys of the lemmas of which it is a known form.
     """
 
     language: str
@@ -61,11 +62,11 @@ class Splits:
         return found.union(*(self.lemmas.get(key, ()) for key in found))
 
     def split_of(self, keys: Iterable[str], official: Split | None = None) -> Split | None:
-        """The split of a row of these keys, None if they are not all in one.
+        """The split of a row with these keys; None if they are in several.
 
         Args:
-            keys: as :meth:`keys` gives them.
-            official: the split that its shared task has the row in.
+            keys: from :meth:`keys`.
+            official: the split in which the row's shared task has it.
         """
         found = {self.claimed.get(key) or self._drawn(key) for key in keys}
         if official is not None:
@@ -87,13 +88,13 @@ def make_splits(
     """The splits of a language's words.
 
     Args:
-        language: for what is drawn.
+        language: ISO 639-3; it changes what is drawn.
         script: ISO 15924.
-        seed: of what is drawn.
-        inflected: lemmas, forms and the split of their shared task. A form is where its lemma is; if lemmas of several
-            splits have it, it is where the last of train, dev and test is, so that test sets stay whole.
-        others: what other sources claim, the first source's word counting most; within a source, the last of train,
-            dev and test.
+        seed: of the draws.
+        inflected: lemmas, forms, and the split of their shared task. A form is in the split of its lemma. If it has
+            lemmas in several splits, the last of train, dev and test counts, so that test sets stay whole.
+        others: what other sources claim. Earlier sources count more. Within a source, the last of train, dev and test
+            counts.
     """
     splits = Splits(language, script, seed)
     claims: list[Claim] = []
@@ -109,7 +110,7 @@ def make_splits(
 
 
 def _settle(known: dict[str, Split], claims: Iterable[Claim]) -> None:
-    """Add a source's claims for keys that no source before it claims."""
+    """Add a source's claims for keys that no earlier source claims."""
     own: dict[str, Split] = {}
     for key, split in claims:
         if key not in known and (key not in own or SPLITS.index(split) > SPLITS.index(own[key])):

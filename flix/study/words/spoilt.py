@@ -1,4 +1,4 @@
-"""Unlabelled text as a task: lines of a language's words with some characters spoilt, to be written as they were."""
+"""Unlabelled text as a task: some characters of a line are spoilt, and the model writes the line as it was."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from flix.study.words.types import Pair
 
 MOST_WORDS = 3
-#: How many of a line's characters are spoilt: between these shares, and one at least.
+#: The share of a line's characters that are spoilt is between these, and at least one character is.
 LEAST_SPOILT, MOST_SPOILT = 0.08, 0.3
 
 
 def spoil(line: str, draw: random.Random) -> str:
-    """A spoilt copy: characters lost, doubled, swapped with the next, hidden behind ``_`` or taken for another.
+    """A spoilt copy: characters are lost, doubled, swapped with the next, hidden behind ``_``, or replaced.
 
-    Never the line itself, unless it has one character.
+    The copy always differs from the line, unless the line has one character.
     """
     share = LEAST_SPOILT + (MOST_SPOILT - LEAST_SPOILT) * draw.random()
     signs = list(line)
@@ -42,9 +42,9 @@ def spoil(line: str, draw: random.Random) -> str:
 
 
 def spoilt_pairs(words: Sequence[str], draw: random.Random) -> Iterator[Pair]:
-    """Lines of one to three words, spoilt and whole, without end; none if there are no words.
+    """Lines of one to three words, each spoilt and whole. They never end, unless there are no words.
 
-    ``draw.random()`` alone is used: it is the same on every Python.
+    Only ``draw.random()`` is used, because it gives the same numbers in every version of Python.
     """
     while words:
         count = 1 + int(draw.random() * MOST_WORDS)

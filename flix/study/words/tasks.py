@@ -1,4 +1,4 @@
-"""From what the repositories say of a language to the rows of each task."""
+"""The rows of each task, from what the repositories have in a language."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from flix.study.words.splits import plain
 from flix.study.words.types import Pair, Split
 
 JOIN = "|"
-"""Between the morphs of a target."""
+"""Stands between the morphs of a target."""
 
 Inflected = tuple[str, str, str, Split]
 Segmented = tuple[str, tuple[str, ...], "Split | None"]
 
 
 class Row(NamedTuple):
-    """A pair, the words that its split goes by, and the split that its shared task has it in, if one has."""
+    """A pair, the words that decide its split, and the split in which its shared task has it, if there is one."""
 
     source: str
     target: str
@@ -33,11 +33,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Texts:
-    """What the repositories say of one language.
+    """What the repositories have in one language.
 
     Attributes:
         inflected: (lemma, tags, form, split).
-        segmented: (word, morphs, split; None where none is kept).
+        segmented: (word, morphs, split); the split is None if the shared task's is not kept.
         spoken: (word, pronunciation).
     """
 
@@ -46,7 +46,7 @@ class Texts:
     spoken: Sequence[tuple[str, str]] = ()
 
     def words(self) -> Iterator[str]:
-        """Every single word, in no order, some of them often."""
+        """Every entry that is a single word, in no particular order and with repetitions."""
         for lemma, _, form, _ in self.inflected:
             yield from (word for word in (lemma, form) if _single(word))
         for word, _, _ in self.segmented:
@@ -56,20 +56,20 @@ class Texts:
 
 
 def inflect_row(lemma: str, tags: str, form: str, split: Split | None) -> Row:
-    """``lemma tags`` to the form."""
+    """From ``lemma tags`` to the form."""
     return Row(f"{lemma} {tags}", form, (lemma, form), split)
 
 
 def segment_row(word: str, morphs: Sequence[str], split: Split | None) -> Row:
-    """A word to its morphs."""
+    """From a word to its morphs."""
     return Row(word, JOIN.join(morphs), (word,), split)
 
 
 def rows_of(task: str, texts: Texts, *, accents: bool) -> list[Row]:
-    """The rows of a task, in no order; a source that has several targets has none.
+    """The rows of a task, in no particular order. Sources with several targets are left out.
 
     Args:
-        task: of :data:`.design.TASKS`; ``denoise`` has no rows here.
+        task: one of :data:`.design.TASKS`, except ``denoise``.
         texts: of the language.
         accents: whether its words carry marks that are worth restoring.
     """
@@ -100,7 +100,7 @@ def _segment(texts: Texts) -> Iterator[Row]:
 
 
 def _spoken(texts: Texts) -> Iterator[tuple[str, str]]:
-    """Single words of two letters or more that are pronounced in one way."""
+    """Single words of at least two letters that have exactly one pronunciation."""
     ways: dict[str, set[str]] = defaultdict(set)
     for word, sounds in texts.spoken:
         ways[word].add(sounds)
@@ -130,7 +130,7 @@ def _single(word: str) -> bool:
 
 
 def _unambiguous(rows: Iterator[Row]) -> list[Row]:
-    """Each source once, those with several targets left out."""
+    """Each source once; those with several targets are left out."""
     found: dict[str, Row] = {}
     several: set[str] = set()
     for row in rows:

@@ -12,7 +12,7 @@ SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
 
 class Pair(NamedTuple):
-    """What a model reads, without any tag, and what it should write."""
+    """What a model reads (without a tag), and what it should write."""
 
     source: str
     target: str
@@ -26,9 +26,9 @@ class Cell:
         language: ISO 639-3.
         task: see :data:`flix.study.words.TASKS`.
         train, dev, test: the pairs. ``dev`` is for choices, ``test`` for the last word.
-        held_out: None for cells that are trained on. A ``"tuning"`` cell has ``dev`` pairs alone, a ``"test"`` cell
-            ``test`` pairs alone: nobody chooses by a last-word cell by mistake.
-        low_resource: whether the language's data is kept small in all tasks.
+        held_out: None for cells that are trained on. A ``"tuning"`` cell has only ``dev`` pairs, and a ``"test"`` cell
+            only ``test`` pairs, so that nobody bases a choice on a last-word cell by mistake.
+        low_resource: whether the study keeps the language's data small in all tasks.
     """
 
     language: str
@@ -41,7 +41,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """``task/language``, as its files are called."""
+        """``task/language``, which is also the name of its files."""
         return f"{self.task}/{self.language}"
 
     def pairs(self, split: Split) -> tuple[Pair, ...]:
@@ -58,8 +58,8 @@ class WordsData:
         families: the family of each task.
         branches: the language family of each language.
         seed: what the data was drawn with.
-        trained: by language, the keys of all words that some task trains on (see :mod:`.splits`).
-        fingerprint: what the data was made of; see :func:`flix.study.words.load_words`.
+        trained: by language, the keys of all words that any task trains on (see :mod:`.splits`).
+        fingerprint: what the data was made from; see :func:`flix.study.words.load_words`.
     """
 
     cells: tuple[Cell, ...]
@@ -92,11 +92,11 @@ class WordsData:
         return tuple(task for task in self.families if task in found)
 
     def held_out(self, half: Half | None = None) -> tuple[Cell, ...]:
-        """The cells never trained on: all, or one half."""
+        """The cells that are never trained on: all of them, or one half."""
         return tuple(c for c in self.cells if c.held_out is not None and half in (None, c.held_out))
 
     def rows(self, split: Split) -> Iterator[dict[str, str]]:
-        """The rows of a split as ``flix.data`` takes them, cell after cell.
+        """The rows of a split in the form that ``flix.data`` reads, cell after cell.
 
         A row has ``source`` and ``target`` and the groups ``language``, ``task``, ``family`` (of the task), ``branch``
         (of the language) and ``shared``, which is the same everywhere.

@@ -29,23 +29,23 @@ def write_words(
 ) -> Path:
     """Write the data into a new or empty folder.
 
-    ``TASK/LANGUAGE.train.jsonl.gz``, ``.dev`` and ``.test`` hold rows as :meth:`.WordsData.rows` has them; held-out
-    cells have ``.dev`` or ``.test`` alone. ``official/TASK/LANGUAGE.test.jsonl.gz`` holds the shared tasks' test sets.
-    ``choosing.yaml`` evaluates what choices may be made by, ``last_word.yaml`` the rest. ``fingerprint.json`` says
-    what went in and what came out. The same data is written to the same bytes.
+    ``TASK/LANGUAGE.train.jsonl.gz``, ``.dev`` and ``.test`` contain the rows that :meth:`.WordsData.rows` gives.
+    Held-out cells have only ``.dev`` or only ``.test``. ``official/TASK/LANGUAGE.test.jsonl.gz`` contains the shared
+    tasks' test sets. ``choosing.yaml`` evaluates on rows that are for choices, and ``last_word.yaml`` on the others.
+    ``fingerprint.json`` describes sources and files. The same data always gives the same bytes.
 
     Args:
         data: what to write.
         out: the folder.
-        folder: of the clones, for the official test sets; None: without them.
+        folder: contains the clones, for the official test sets; None leaves these out.
         model: the base model of the configurations.
-        branches: give features to language families in the configurations, too.
+        branches: also give features to language families in the configurations.
 
     Returns:
-        The file that chooses, ``choosing.yaml``.
+        The path of ``choosing.yaml``.
 
     Raises:
-        DataError: the folder holds something: rows of another data set would be read with these.
+        DataError: the folder is not empty; rows of another data set would be read with these.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -94,7 +94,7 @@ def write_words(
 
 
 def _packed(text: bytes) -> bytes:
-    """gzip with neither a name nor a time in it: the same text gives the same bytes."""
+    """gzip without a name or a time in it, so that the same text gives the same bytes."""
     packed = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
         file.write(text)
@@ -104,14 +104,14 @@ def _packed(text: bytes) -> bytes:
 def configuration(
     data: WordsData, split: str, *, model: str = "google/byt5-small", branches: bool = False
 ) -> str:
-    """A configuration of ``flix train`` that evaluates on ``dev`` or on ``test``, beside the files.
+    """A configuration of ``flix train`` that lies beside the files and evaluates on ``dev`` or on ``test``.
 
     Args:
-        data: what the files hold.
-        split: ``"dev"``: trained cells, and the held-out ones that are for choices. ``"test"``: trained cells, and the
-            held-out ones for the last word.
+        data: what the files contain.
+        split: ``"dev"`` evaluates trained cells and the held-out cells that are for choices; ``"test"`` evaluates
+            trained cells and the held-out cells for the last word.
         model: the base model.
-        branches: give features to language families, too.
+        branches: also give features to language families.
     """
     half = {"dev": "tuning", "test": "test"}[split]
     said = (
