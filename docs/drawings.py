@@ -1,7 +1,8 @@
 """Draw the site's pictures: ``python docs/drawings.py`` writes docs/images/drawings/*.svg.
 
 On the site they stand inside the page and follow its theme; elsewhere they follow the reader's light or dark mode.
-The figures of ``speed.svg`` are read from docs/speed.md. A test checks that what is committed is what this draws.
+The figures of ``speed.svg`` are read from docs/speed.md, and those of ``quickstart.svg`` from docs/quickstart.md. A
+test checks that what is committed is what this draws.
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ def zero_shot() -> Drawing:
         "zero-shot",
         680,
         248,
-        "Three of four pairs of language and task are trained; the fourth is the sum of two trained features",
+        "Three of four combinations of language and task are trained; the fourth is the sum of two trained features",
     )
     it.text(16, 24, "Trained on three cells ...", "bold")
     it.chip(120, 44, "NER", 104)
@@ -280,25 +281,57 @@ def speed() -> Drawing:
     found = measured()
     said = "; ".join(f"{ROWS[row][0]} {value:.2f}" for row, value in found.items())
     it = Drawing(
-        "speed", 680, 210, f"Training step of a mixed batch over the frozen model's: {said}"
+        "speed", 460, 266, f"Training step of a mixed batch over the frozen model's: {said}"
     )
-    it.text(
-        16,
-        24,
-        "A training step of a mixed batch, over the frozen model's (lower is better)",
-        "bold",
-    )
+    it.text(16, 24, "A training step of a mixed batch, over the frozen", "bold")
+    it.text(16, 42, "model's (lower is better)", "bold")
     for n, (row, value) in enumerate(found.items()):
-        y, (label, colour) = 44 + n * 36, ROWS[row]
-        it.text(268, y + 18, label, "", "end")
-        it.box(278, y + 2, value * 180, 22, colour or "line")
-        it.text(286 + value * 180, y + 18, f"{value:.2f}", "bold")
-    it.text(
-        16,
-        202,
-        "T5-small's size, two features a row, CPU, one thread. What flix costs says how it was measured.",
-        "soft",
-    )
+        y, (label, colour) = 58 + n * 42, ROWS[row]
+        it.text(16, y + 12, label)
+        it.box(16, y + 17, value * 210, 16, colour or "line")
+        it.text(24 + value * 210, y + 30, f"{value:.2f}", "bold")
+    it.text(16, 242, "T5-small's size, two features a row, CPU, one thread.", "soft")
+    it.text(16, 258, "What flix costs says how it was measured.", "soft")
+    return it
+
+
+ARMS = {
+    "FLix, language + task + family + shared": ("FLix", "a"),
+    "LoRA, equal parameters": ("LoRA, equal parameters", "b"),
+    "LoRA, equal compute": ("LoRA, equal compute", "line"),
+}
+CELLS = [
+    "Combinations seen in training (73)",
+    "Of these, low-resource",
+    "Combinations that were never trained (8)",
+]
+
+
+def scored() -> dict[str, list[float]]:
+    """The quickstart's exact match of each method, from docs/quickstart.md: seen, low-resource, zero-shot."""
+    page = (HERE / "quickstart.md").read_text(encoding="utf-8")
+    table = page.split("| exact match, % | seen (73 cells) |")[1].split("\n\n")[0]
+    found = {}
+    for arm in ARMS:
+        row = re.search(rf"^\| {re.escape(arm)}.*$", table, re.M)[0]  # type: ignore[index]
+        found[arm] = [float(cell.strip(" *")) for cell in row.split("|")[2:5]]
+    return found
+
+
+def quickstart() -> Drawing:
+    """The scores of the quickstart's three methods."""
+    found = scored()
+    said = "; ".join(f"{ARMS[arm][0]} {', '.join(map(str, of))}" for arm, of in found.items())
+    it = Drawing("quickstart", 460, 338, f"Exact match on test items: {said}")
+    it.text(16, 24, "make quickstart: exact match on test items, %", "bold")
+    for n, cell in enumerate(CELLS):
+        y = 38 + n * 94
+        it.text(16, y + 14, cell)
+        for k, (arm, of) in enumerate(found.items()):
+            (label, colour), top = ARMS[arm], y + 20 + k * 21
+            it.box(16, top, of[n] * 4.4, 18, colour)
+            it.text(24 + of[n] * 4.4, top + 14, f"{of[n]:.1f} {label}", "" if k else "bold")
+    it.text(16, 330, "The LoRA of equal parameters does 5× the arithmetic.", "soft")
     return it
 
 
@@ -309,6 +342,7 @@ DRAWINGS = {
     "dropout": dropout,
     "zero-shot": zero_shot,
     "speed": speed,
+    "quickstart": quickstart,
 }
 
 

@@ -24,7 +24,7 @@ from .scores import COLUMNS, by_cell, copies, name_of, score_rows, summary
 
 STEPS = 1500
 FAST_STEPS = 40
-#: Test items a pair in a run of one seed; all 60 with several.
+#: Test items of a cell in a run of one seed; all 60 with several.
 LIMIT = 40
 #: Sample predictions come from these languages first: several scripts, large and small.
 SHOWN = ("ka", "ru", "cy", "sw", "tr", "fi", "hu", "de")
@@ -91,8 +91,8 @@ def describe(data: QuickstartData) -> str:
     sizes = sorted(len(cell.train) for cell in data.trained())
     held_out = sum(1 for _ in data.zero_shot())
     return (
-        f"data: {len(data.languages)} languages x {len(data.tasks)} tasks; {len(sizes)} trained pairs of "
-        f"{sizes[0]} to {sizes[-1]} examples ({sum(sizes):,} in all), {held_out} pairs held out for "
+        f"data: {len(data.languages)} languages x {len(data.tasks)} tasks; {len(sizes)} trained cells of "
+        f"{sizes[0]} to {sizes[-1]} examples ({sum(sizes):,} in all), {held_out} cells held out for "
         "zero-shot"
     )
 

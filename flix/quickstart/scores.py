@@ -34,7 +34,7 @@ def by_cell(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def average(data: QuickstartData, cells: By, column: str, metric: str) -> float:
-    """The mean over the column's cells; every (language, task) pair has the same weight, large or small."""
+    """The mean over the column's cells; every one of them has the same weight, large or small."""
     chosen = [cell.name for cell in data.cells if COLUMNS[column](cell) and cell.name in cells]
     return statistics.fmean(cells[name][metric] for name in chosen) if chosen else float("nan")
 

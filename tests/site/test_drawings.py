@@ -1,4 +1,4 @@
-"""The site's pictures are what docs/drawings.py draws, and its figures are those of docs/speed.md."""
+"""The site's pictures are what docs/drawings.py draws, and their figures are those of the pages."""
 
 from __future__ import annotations
 
@@ -31,3 +31,8 @@ def test_figures_are_those_of_the_page():
     found = drawings.measured()
     assert found["frozen model"] == 1.0 and len(found) == 4
     assert all(1 < value < 10 for row, value in found.items() if row != "frozen model")
+    scores = drawings.scored()
+    assert [len(of) for of in scores.values()] == [3, 3, 3]
+    assert all(
+        0 < score < 56 for of in scores.values() for score in of
+    )  # wider bars leave the picture
