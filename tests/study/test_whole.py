@@ -12,7 +12,7 @@ pytest.importorskip("sacrebleu")
 
 from flix.core.progress import Silent
 from flix.study import run as running
-from flix.study.curves import read_curves
+from flix.study.curves import curves_of
 from flix.study.evidence import read_scores
 from flix.study.reading import CONFIGS, read_study
 from flix.study.results import write_results
@@ -66,8 +66,8 @@ def test_a_study_of_tiny_runs_fills_its_page(
     for how in ("1", "searched"):
         assert f"| FLix | language {how} |" in told
     assert block(docs, "toy claims").count("| FLix |") == 2
-    curves = read_curves(folder, {"flix": "FLix"})
-    assert [point.step for point in curves[0].points] == [3, 6]
+    curve = curves_of([read_scores(folder)])[0]
+    assert curve.title == "FLix" and [point.steps for point in curve.points] == [6]
 
 
 @pytest.mark.parametrize("name", ALONE)
