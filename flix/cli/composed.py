@@ -19,7 +19,12 @@ from flix.tasks.recipe import read_recipe
 
 
 def composed(
-    folder: Path, base: str, features: Sequence[str], out: Path, force: bool
+    folder: Path,
+    base: str,
+    features: Sequence[str],
+    out: Path,
+    force: bool,
+    dtype: str = "auto",
 ) -> tuple[Any, Any, dict[str, float], list[Feature]]:
     """The base with the adapter in it, the composition as a row, what it activates, and what of that has no update."""
     adapter = load_adapter(folder)
@@ -27,7 +32,7 @@ def composed(
     row = parse_features(features, adapter.config.registry)
     active = composition(adapter.config, row)
     check_out(out, force, Path(folder), Path(base))
-    loaded = load_base(adapter, base)
+    loaded = load_base(adapter, base, dtype)
     acting = {feature for feature, _ in active}
     idle = [feature for feature in untrained(adapter) if feature in acting]
     return loaded, row, {written(feature): weight for feature, weight in active}, idle
@@ -45,12 +50,12 @@ def _refuse_heads(folder: Path) -> None:
         )
 
 
-def load_base(adapter: Adapter, base: str) -> Any:
-    """The base with the adapter in it; trained heads come with it."""
+def load_base(adapter: Adapter, base: str, dtype: str = "auto") -> Any:
+    """The base with the adapter in it; trained heads come with it. ``"auto"`` keeps the dtype of its file."""
     quiet()
     from flix.tasks import load_model, locate
 
-    model = load_model(locate(base), dtype="auto")
+    model = load_model(locate(base), dtype=dtype)
     from flix.backends.torch import load_into
 
     return load_into(model, adapter).eval()

@@ -76,9 +76,9 @@ def base(tmp_path):
     return folder
 
 
-def merge_command(base: Path, out: Path) -> Any:
+def merge_command(base: Path, out: Path, *more: str) -> Any:
     adapter = str(base.parent / "adapter")
-    arguments = ["merge", adapter, "--base", str(base), "--features", FEATURES]
+    arguments = ["merge", adapter, "--base", str(base), "--features", FEATURES, *more]
     result = CliRunner().invoke(app, [*arguments, "--out", str(out), "--json"])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
@@ -109,6 +109,28 @@ def test_the_command_writes_a_whole_folder(base, tmp_path):
     kept = transformers.GenerationConfig.from_pretrained(out)
     assert (kept.max_new_tokens, kept.temperature) == (7, 0.3)
     assert transformers.AutoTokenizer.from_pretrained(out)("ab").input_ids
+
+
+def test_the_dtype_is_that_of_the_bases_file_or_as_one_says(base, tmp_path):
+    """A base in half precision, as most are, rounds what was trained in float32; the command says so."""
+    half = make("llama").to(torch.float16)
+    half.save_pretrained(base)
+    model = _adapted("llama", half.to(torch.float32))
+    shutil.rmtree(base.parent / "adapter")
+    save(model, base.parent / "adapter")
+    exact = merge(model, ROW)
+    for dtype, off in (("float16", 1e-2), ("float32", 1e-5)):
+        more = [] if dtype == "float16" else ["--dtype", dtype]
+        assert merge_command(base, tmp_path / dtype, *more)["dtype"] == dtype
+        found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / dtype)
+        assert str(found.dtype) == f"torch.{dtype}"
+        for (name, a), b in zip(exact.named_parameters(), found.parameters(), strict=True):
+            torch.testing.assert_close(b.float(), a, rtol=off, atol=off, msg=name)
+    arguments = ["merge", str(base.parent / "adapter"), "--base", str(base), "--features", FEATURES]
+    said = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
+    assert "in float16" in said.output and "--dtype float32 rounds less" in said.output
+    said = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "x"), "--dtype", "float23"])
+    assert said.exit_code == 2 and "did you mean 'float32'" in said.stderr
 
 
 def test_without_a_tokenizer_it_says_so(base, tmp_path):

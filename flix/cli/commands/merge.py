@@ -11,6 +11,7 @@ import typer
 from flix.cli.composed import composed, idle_json, note_idle, told
 from flix.cli.console import show, show_json
 from flix.cli.options import AdapterFolder, Base, Force, Json, Out
+from flix.core.errors import ConfigError, listed, near
 from flix.core.folders import whole_folder
 
 _MODEL = (
@@ -18,6 +19,7 @@ _MODEL = (
     "adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
     "chat_template*",
 )  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def merge(
@@ -33,21 +35,35 @@ def merge(
     ],
     out: Out,
     force: Force = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            help="Of the merged model: float32, bfloat16 or float16; default: as the base's file.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fold one composition into the base: a plain transformers folder."""
-    model, row, active, idle = composed(adapter, base, features, out, force)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype: no dtype {dtype!r}{near(dtype, DTYPES)}; the dtypes are: {listed(DTYPES)}")  # fmt: skip
+    model, row, active, idle = composed(adapter, base, features, out, force, dtype or "auto")
     from flix.backends.torch import merge as merged_with
 
     merged = merged_with(model, row)
     with whole_folder(out, key="config.json", keep=_is_no_model) as aside:
         merged.save_pretrained(aside)
         tokenizer = _copy_tokenizer(base, aside)
+    found = str(merged.dtype).removeprefix("torch.")
     if as_json:
-        show_json({"out": str(out), "features": active, "tokenizer": tokenizer, **idle_json(idle)})
+        said = {"features": active, "dtype": found, "tokenizer": tokenizer}
+        show_json({"out": str(out), **said, **idle_json(idle)})
         return
     note_idle(idle)
-    show(f"merged {told(active)} into {base}: {out}")
+    show(f"merged {told(active)} into {base}, in {found}: {out}")
+    if dtype is None and found in ("bfloat16", "float16"):
+        show("note: this is the dtype of the base's file, and the sum is rounded to it; --dtype float32 rounds less")  # fmt: skip
     if not tokenizer:
         show("the base has no tokenizer; none was copied")
 
