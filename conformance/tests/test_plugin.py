@@ -111,7 +111,7 @@ def test_abilities_that_are_declared_absent_are_not_offered(folder: Path) -> Non
         assert re.search(rf"^{name} +pass$", found.stdout, re.MULTILINE), found.stdout
 
 
-def test_not_implemented_is_not_offered_if_the_backend_says_so(folder: Path) -> None:
+def test_not_implemented_is_to_be_done_if_the_backend_says_so(folder: Path) -> None:
     _partial(
         folder, "    def gradients(self, *given):\n        raise NotImplementedError('no tape')\n"
     )
@@ -119,14 +119,23 @@ def test_not_implemented_is_not_offered_if_the_backend_says_so(folder: Path) -> 
         folder, "--flix-backend", "partial=partial", "-k", "gradient_x or output_dtype", "-rs"
     )
     assert found.returncode == 0, found.stdout
-    assert re.search(r"^gradient_x +-$", found.stdout, re.MULTILINE), found.stdout
-    assert "no tape" in found.stdout
+    assert re.search(r"^gradient_x +todo$", found.stdout, re.MULTILINE), found.stdout
+    assert "no tape" in found.stdout and "NotImplementedError (1 checks)" in found.stdout
     other = "import numpy\n\nclass Odd:\n    def __array__(self, *given, **named):\n        raise NotImplementedError\n"
     (folder / "library.py").write_text(other, encoding="utf-8")
     body = "    def gradients(self, *given):\n        import library\n        return numpy.asarray(library.Odd())\n"
     _partial(folder, "\n    import numpy\n" + body.replace("return numpy", "return self.numpy"))
     found = run(folder, "--flix-backend", "partial=partial", "-k", "gradient_x")
     assert found.returncode == 1, found.stdout
+
+
+def test_a_backend_without_outputs_does_not_pass(folder: Path) -> None:
+    _partial(folder, "    def call(self, *given):\n        raise NotImplementedError\n")
+    chosen = ("-k", "forward or repeatable or test_installed")
+    found = run(folder, "--flix-backend", "partial=partial", *chosen)
+    assert found.returncode == 1, found.stdout
+    assert re.search(r"^forward +FAIL$", found.stdout, re.MULTILINE), found.stdout
+    assert re.search(r"^repeatable +todo$", found.stdout, re.MULTILINE), found.stdout
 
 
 def test_what_a_harness_lacks_is_marked(folder: Path) -> None:

@@ -207,7 +207,10 @@ def _outcome(report: pytest.TestReport) -> tuple[str, str]:
     if report.failed and text.startswith("[XPASS(strict)]"):
         return "unexpected pass", text
     if report.skipped:
-        return "not offered", text
+        from flix_conformance.runner import UNFINISHED
+
+        unfinished = f"Skipped: {UNFINISHED}" in text
+        return "not implemented" if unfinished else "not offered", text
     return report.outcome, text[-2000:]
 
 

@@ -16,6 +16,7 @@ MARKS = {
     "expected failure": "xfail",
     "unexpected pass": "XPASS",
     "not offered": "-",
+    "not implemented": "todo",
     "not installed": "not installed",
 }
 
@@ -71,6 +72,10 @@ class Report:
         if any(cell.get("core") for cell in self.cells.values()):
             parts.append(
                 "*: the core's code alone ran; the harness shows none of the backend's own"
+            )
+        if todo := sum(cell["outcome"] == "not implemented" for cell in self.cells.values()):
+            parts.append(
+                f"todo: the backend's own code raised NotImplementedError ({todo} checks); these show nothing yet"
             )
         return "\n\n".join(parts)
 
