@@ -58,9 +58,9 @@ class Predictor:
         recipe = read_recipe(folder)
         if recipe is None:
             raise AdapterError(
-                f"{folder} holds no recipe.json, which flix train writes beside an adapter's "
-                f"files: so it is not known what its rows are. Load it with "
-                f"flix.backends.torch.load"
+                f"{folder} holds no recipe.json, which flix train writes beside an adapter's files and which says what its "
+                "rows are. If this adapter was made from one of flix train, copy the file from there, and add new "
+                "combinations to its list 'seen'; otherwise load it with flix.backends.torch.load"
             )
         tokenizer = tokenizer_of(folder, base=base)
         self.recipe = recipe
