@@ -81,6 +81,17 @@ def inline(app: Sphinx, tree: nodes.document, name: str) -> None:
             image.replace_self(nodes.raw("", html, format="html"))
 
 
+def breakable(app: Sphinx, tree: nodes.document, name: str) -> None:
+    """Names of modules in headings may break after their dots, as on a phone they must."""
+    for title in tree.findall(nodes.title):
+        for text in list(title.findall(nodes.Text)):
+            if app.builder.format == "html" and re.fullmatch(r"\w+(\.\w+)+", text):
+                parts: list[nodes.Node] = []
+                for part in re.findall(r"\w+\.?", text):
+                    parts += [nodes.Text(part), nodes.raw("", "<wbr>", format="html")]
+                text.parent.replace(text, parts[:-1])
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_domain(Names, override=True)
     app.connect("builder-inited", lazy)
@@ -88,4 +99,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", source)
     app.connect("doctree-read", numbers)
     app.connect("doctree-resolved", inline)
+    app.connect("doctree-resolved", breakable)
     return {"parallel_read_safe": False, "parallel_write_safe": True}
