@@ -202,12 +202,15 @@ def applied(rule: Callable[[FeatureRegistry], Any], registry: FeatureRegistry) -
     )
     call = f"; if it makes rules, call it first: ranks={name}(...)" if name.isidentifier() else ""
     try:
-        inspect.signature(rule).bind(registry)
+        signature = inspect.signature(rule)
+    except ValueError:  # written in C, without a signature to read: what it raises itself has to do
+        signature = None
+    try:
+        found = rule(registry) if signature is None else signature.bind(registry)
     except TypeError as error:
         raise RankError(f"{asked} does not accept that ({error}){call}") from error
-    except ValueError:  # written in C, without a signature to read
-        pass
-    found = rule(registry)
+    if signature is not None:
+        found = rule(registry)  # a TypeError from inside it is its own
     if not isinstance(found, Mapping) and not is_whole(found):
         raise RankError(f"{asked} returned {shown(found)}{call}")
     return found
