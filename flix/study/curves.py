@@ -114,6 +114,7 @@ def rows_of(curves: Sequence[Curve]) -> list[tuple[str, ...]]:
         for point in curve.points:
             last = point is curve.points[-1]
             held = "–" if point.held_out is None else f"{point.held_out:.1f}"
-            told = ("; ".join(passed), "yes" if curve.settled else "no") if last else ("", "")
+            settled = "–" if len(curve.points) == 1 else "yes" if curve.settled else "no"
+            told = ("; ".join(passed), settled) if last else ("", "")
             rows.append((curve.title, f"{point.steps:,}", f"{point.seconds:,.0f}", f"{point.seen:.1f}", held, *told))  # fmt: skip
     return rows

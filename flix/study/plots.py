@@ -52,6 +52,7 @@ class Plots(Figures):
     """Draws a study's pictures; each call returns the text of an SVG file."""
 
     def _file(self, width: float, height: float, title: str, draw: Any) -> str:
+        self._count = 0  # a file of its own: its ids do not depend on the pictures before it
         svg = self._drawn(width, height, draw)
         svg = svg.replace('aria-hidden="true" focusable="false"', f'role="img" aria-label="{html.escape(title)}"', 1)  # fmt: skip
         head, _, rest = svg.partition(">")

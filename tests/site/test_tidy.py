@@ -36,4 +36,7 @@ def test_names_of_modules_may_break_after_their_dots(words, shown):
 
 def test_citations_become_links():
     text = "see docs/specification.md §1.5 and docs/serving.md"
-    assert tidy.cited(text) == ("see :ref:`§1.5 <spec-1.5>` and :doc:`docs/serving.md </serving>`")
+    section = text.split()[2]  # written once: a citation without its page is a fault elsewhere
+    assert (
+        tidy.cited(text) == f"see :ref:`{section} <spec-1.5>` and :doc:`docs/serving.md </serving>`"
+    )
