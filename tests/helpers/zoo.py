@@ -75,6 +75,14 @@ class Architecture:
     kind: str = "decoder"
     experts: bool = False
 
+    @property
+    def inside(self) -> str | None:
+        """The dtype that a part computes in, whatever the model's: routers choose experts in float32.
+
+        Roundings of 1e-16 before such a part can become 1e-7 behind it; on which machine is chance.
+        """
+        return "float32" if self.experts else None
+
 
 def _heads(stem: str, plain: str = "ForCausalLM", **others: str) -> dict[str, str]:
     found = {

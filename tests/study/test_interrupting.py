@@ -18,6 +18,11 @@ __all__ = ["models", "one_thread", "toys"]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no process groups")
 
 
+def hearing():
+    """Hear Ctrl-C even if this process was started in a shell's background, where it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("whole_group", [False, True], ids=["the first process alone", "all, as a terminal does"])  # fmt: skip
 def test_an_interrupted_study_saves_its_steps(tmp_path, toys, whole_group):
     # No checkpoint is due before the last step: what there is after Ctrl-C was saved because of it.
@@ -26,7 +31,7 @@ def test_an_interrupted_study_saves_its_steps(tmp_path, toys, whole_group):
     command = [sys.executable, "-m", "flix.cli", "study", str(path), "--parallel", "1"]
     run = tmp_path / "study" / "runs" / "flix-0"
     with open(tmp_path / "said", "w", encoding="utf-8") as said:
-        began = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+        began = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True, preexec_fn=hearing)  # fmt: skip
         until(lambda: (run / "log.jsonl").is_file() and len((run / "log.jsonl").read_bytes().splitlines()) > 3, began, tmp_path)  # fmt: skip
         (os.killpg if whole_group else os.kill)(began.pid, signal.SIGINT)
         assert began.wait(timeout=90) != 0

@@ -183,7 +183,7 @@ def test_long_tests_are_rows_with_what_they_recorded(tmp_path):
         "def test_that_is_skipped(): pass\n"
     )
     report = tmp_path / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", str(tmp_path / "test_it.py"), f"--junitxml={report}"]  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", str(tmp_path / "test_it.py"), f"--junitxml={report}"]  # fmt: skip
     subprocess.run(command, cwd=tmp_path, capture_output=True)
     one, two, three = long._rows("torch", report)
     assert (one["what"], one["growth"]) == ("torch: that memory stays", "0.25")
