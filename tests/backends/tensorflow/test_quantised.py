@@ -255,7 +255,7 @@ def test_quantised_layers_are_not_merged_in_silence(mode):
         merge(model, ROW)
 
 
-@over(CONFIGS, "dequantized", **BASES)
+@over(CONFIGS, "dequantized", **{**BASES, "slow": ["int4 by channel", "int4", "float8"]})
 def test_quantised_layers_become_plain_ones_if_asked(mode, tmp_path):
     model, _ = quantised(mode)
     merged = merge(model, ROW, dequantize=True)
