@@ -161,7 +161,6 @@ class Plots(Figures):
         up: str,
         *,
         log: bool = False,
-        marks: bool = True,
         ticks: Sequence[tuple[float, str]] = (),
     ) -> str:
         """Draw lines with their names at their right ends.
@@ -172,7 +171,6 @@ class Plots(Figures):
             across: by heading, what x is.
             up: what y is.
             log: x by doublings.
-            marks: a mark at each point.
             ticks: of x, with names.
         """
 
@@ -184,7 +182,7 @@ class Plots(Figures):
                     if line.ends:
                         low, high = zip(*line.ends, strict=True)
                         place.fill_between(line.x, low, high, color=colour, alpha=0.13, lw=0)
-                    place.plot(line.x, line.y, color=colour, lw=2, marker=mark if marks else None, ms=5)  # fmt: skip
+                    place.plot(line.x, line.y, color=colour, lw=2, marker=mark, ms=5)  # fmt: skip
                 place.set_title(heading if len(panels) > 1 else "", fontsize=10, weight="bold", loc="left")  # fmt: skip
                 place.set_xlabel(across[heading])
                 place.set_ylim(bottom=0)
