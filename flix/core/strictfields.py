@@ -16,10 +16,6 @@ def _no_bool(value: Any) -> Any:
 
 
 def _of_text(value: str) -> str:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("holds half of a surrogate pair, which is not text") from None
     if "\0" in value:
         raise ValueError("holds a NUL character, which no name and no path can contain")
     return value

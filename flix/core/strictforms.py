@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from flix.core.errors import SettingsError, listed, near, shown
 from flix.core.strictyaml import Place, Tree, read_tree
@@ -54,8 +54,6 @@ class Reading:
             return self.form.model_validate({**tree.data, **given})
         except ValidationError as error:
             raise SettingsError(_message(self, error.errors(), tree, name)) from None
-        except RecursionError:
-            raise SettingsError(f"{name}: values nest too deeply") from None
 
 
 def _line(place: Place, lines: dict[Place, int]) -> int:
@@ -71,7 +69,10 @@ def _message(how: Reading, errors: Sequence[Any], tree: Tree, name: str) -> str:
     for error in errors:
         place = _yaml_place(tuple(error["loc"]), lines)
         placed.append((_line(place, lines), len(placed), place, error))
-    # Of the alternatives of one value, the one that got furthest into it says most.
+    # Of the alternatives of one value, the one that got furthest into it says most: what others say of the whole
+    # (a list is no text) is not the mistake.
+    above = {place[:length] for _, _, place, _ in placed for length in range(len(place))}
+    placed = [item for item in placed if item[2] not in above]
     line, _, place, error = min(
         placed,
         key=lambda item: (item[0], item[3]["type"] != "extra_forbidden", -len(item[2]), item[1]),
@@ -144,26 +145,25 @@ def _reason(error: Any) -> str:
 
 def _known_keys(how: Reading, place: Place) -> list[str]:
     """The keys of the form at a pydantic location."""
-    form = how.form
+    form, free = how.form, False
     for part in place:
-        if isinstance(part, int):
-            continue
-        field = form.model_fields.get(str(part))
-        if field is None:
+        if free or isinstance(part, int):
+            free = False  # a name that the file chose, which may be that of a field
+        elif part in form.model_fields:
+            form, free = next(_models(form.model_fields[part].annotation), (form, False))
+        else:
             form = next((m for m in how.alternatives if _tag(how, m) == part), form)
-            continue
-        if models := list(_models(field.annotation)):
-            form = models[0]
     return [name for name in form.model_fields if name not in how.hidden]
 
 
-def _models(annotation: Any) -> Iterator[Any]:
+def _models(annotation: Any, free: bool = False) -> Iterator[tuple[Any, bool]]:
+    """The models in an annotation, and whether they stand under names that the file chooses."""
     from pydantic import BaseModel
 
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
+        yield annotation, free
     for inner in get_args(annotation):
-        yield from _models(inner)
+        yield from _models(inner, free or get_origin(annotation) is dict)
 
 
 def _tag(how: Reading, model: Any) -> Any:
