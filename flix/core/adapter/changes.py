@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from flix.core.adapter.initial import initial_pairs
 from flix.core.adapter.lowrank import resized_mean
 from flix.core.adapter.sharing import chosen_features, combining, select_features
 from flix.core.config.config import FlixConfig
-from flix.core.errors import RankError
+from flix.core.errors import FeatureError, RankError, shown
 from flix.core.features.names import Feature
 
 V = TypeVar("V")
@@ -135,7 +135,11 @@ def growing(
         FeatureError: an unknown group or origin, or a name that exists already.
         RankError: no rank and nothing to take it from.
     """
-    names = [init_from] if isinstance(init_from, str) else list(init_from or ())
+    names = [init_from] if isinstance(init_from, str) else init_from or ()
+    if not isinstance(names, Iterable):
+        raise FeatureError(
+            f"init_from must be a name or names of group {group!r}, got {shown(names)}"
+        )
     registry = config.registry
     origins = tuple(registry.features[registry.id(group, origin)] for origin in names)
     if rank is None:

@@ -15,7 +15,7 @@ from flix.core.adapter.described import Base
 from flix.core.config.config import FlixConfig
 from flix.core.config.overrides import nested
 from flix.core.config.targets import exactly
-from flix.core.errors import AdapterError, ConfigError, FeatureError, listed
+from flix.core.errors import AdapterError, ConfigError, FeatureError, listed, shown
 from flix.core.features.names import EVERY, Feature, pair, written
 from flix.core.features.registry import FeatureRegistry
 
@@ -30,8 +30,9 @@ def chosen_features(registry: FeatureRegistry, features: object) -> tuple[Featur
     """
     found: list[Feature] = []
     if isinstance(features, Mapping):
-        for group, names in features.items():
-            found += [(group, n) for n in ([names] if isinstance(names, str) else names)]
+        named = {g: [some] if isinstance(some, str) else some for g, some in features.items()}
+        if all(isinstance(some, Iterable) for some in named.values()):
+            found = [(group, name) for group, some in named.items() for name in some]
     elif isinstance(features, Iterable) and not isinstance(features, str):
         found = [pair(feature) for feature in features]
     if not found:
@@ -143,12 +144,15 @@ def combine_adapters(
 
 
 def _named(adapters: Mapping[str, Adapter] | Sequence[Adapter]) -> dict[str, Adapter]:
+    named: dict[str, Adapter] = {}
     if isinstance(adapters, Mapping):
         named = dict(adapters)
-    else:
+    elif isinstance(adapters, Iterable):
         named = {f"adapter {number}": adapter for number, adapter in enumerate(adapters)}
-    if not named:
-        raise AdapterError("combining needs at least one adapter, got none")
+    if not named or not all(isinstance(adapter, Adapter) for adapter in named.values()):
+        raise AdapterError(
+            f"adapters to combine are [adapter, ...] or {{name: adapter}}, at least one, got {shown(adapters)}"
+        )
     return named
 
 

@@ -61,7 +61,12 @@ def _differences(one: Any, other: Any, path: str) -> Iterator[str]:
     elif isinstance(one, Sequence) and isinstance(other, Sequence) and not isinstance(one, str):
         missing = [item for item in other if item not in one]
         extra = [item for item in one if item not in other]
-        yield _named(path, missing, extra) if missing or extra else f"{path}: in another order"
+        if missing or extra:
+            yield _named(path, missing, extra)
+        elif sorted(map(repr, one)) == sorted(map(repr, other)):
+            yield f"{path}: in another order"
+        else:
+            yield f"{path}: {one!r} against {other!r}"
     else:
         yield f"{path}: {one!r} against {other!r}"
 

@@ -73,7 +73,7 @@ def proportional(
     temperature = finite(temperature, "temperature", RankError, positive=True)
 
     def rule(registry: FeatureRegistry) -> Ranks:
-        size = by_feature(registry, sizes, "sizes", number=True)
+        size = by_feature(registry, sizes, "sizes")
         if missing := [f for f in registry.live if f not in size]:
             raise RankError(
                 f"sizes must name every feature; missing: {listed(map(written, missing))}"
@@ -216,9 +216,7 @@ def applied(rule: Callable[[FeatureRegistry], Any], registry: FeatureRegistry) -
     return found
 
 
-def by_feature(
-    registry: FeatureRegistry, values: ByFeature, what: str, *, number: bool = False
-) -> dict[Feature, Any]:
+def by_feature(registry: FeatureRegistry, values: ByFeature, what: str) -> dict[Feature, Any]:
     """Values by feature, from any of the accepted forms; unknown names are refused.
 
     Raises:

@@ -78,11 +78,6 @@ def matches(path: str, patterns: Patterns) -> bool:
     return any(path == suffix or path.endswith("." + suffix) for suffix in patterns)
 
 
-def pattern_matches(path: str, pattern: str) -> bool:
-    """Whether a key of ``rank_pattern`` matches a path: a regular expression for its last components."""
-    return compiled(pattern, "rank_pattern", ending=True)(path)
-
-
 def select(
     layers: Sequence[LayerInfo], targets: Patterns, excluded: Patterns = ()
 ) -> tuple[LayerInfo, ...]:
@@ -178,6 +173,6 @@ def _shown(patterns: Patterns) -> str:
 
 
 __all__ = [
-    "ALL_LINEAR", "CHANGES_BASE", "HEADS", "LayerInfo", "Patterns", "exactly", "is_head", "left_out", "matches", "pattern_matches",
+    "ALL_LINEAR", "CHANGES_BASE", "HEADS", "LayerInfo", "Patterns", "exactly", "is_head", "left_out", "matches",
     "select",
 ]  # fmt: skip

@@ -116,6 +116,17 @@ def pair(feature: object) -> Feature:
     raise FeatureError(f"a feature is named as a pair (group, name), got {shown(feature)}")
 
 
+def pairs(features: object, what: str) -> tuple[Feature, ...]:
+    """Features' names, from pairs in any form, as they are kept.
+
+    Raises:
+        FeatureError: no list of pairs, or an ill-formed name; ``what`` says what the list is.
+    """
+    if isinstance(features, str) or not isinstance(features, Iterable):
+        raise FeatureError(f"{what} must be a list of (group, feature), got {shown(features)}")
+    return tuple(pair(feature) for feature in features)
+
+
 def written(feature: Sequence[str]) -> str:
     """A feature as users write it and messages show it: ``language=hau``."""
     return "=".join(feature)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from flix.core.checks import is_number, whole
 from flix.core.errors import ConfigError, RoutingError, shown
-from flix.core.features.names import Feature, written
+from flix.core.features.names import Feature, normal_group, pair, written
 from flix.core.features.routing import check_form
 from flix.core.features.table import FeatureTable
 
@@ -117,16 +117,21 @@ def per_feature(
     if not isinstance(given, Mapping):
         return dict.fromkeys(registry.live, check(given, what))
     found: dict[Feature, T] = {}
+    seen: set[str | Feature] = set()
     for key in sorted(given, key=lambda key: not isinstance(key, str)):
         value = check(given[key], f"{what} of {shown(key)}")
+        name: str | Feature
         if isinstance(key, str):
-            chosen = registry.ids_of(key)
+            chosen, name = registry.ids_of(key), normal_group(key)
         elif isinstance(key, tuple) and len(key) == 2:
-            chosen = (registry.id(*key),)
+            chosen, name = (registry.id(*key),), pair(key)
         else:
             raise ConfigError(
                 f"{what} names features as (group, name), or groups, got {shown(key)}"
             )
+        if name in seen:
+            raise ConfigError(f"{what} is given twice for {shown(key)}, in two Unicode forms")
+        seen.add(name)
         found.update(dict.fromkeys((registry.features[i] for i in chosen), value))
     return found
 

@@ -6,7 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from flix.core.errors import FeatureError
 from flix.core.features.encoding import Row, Unknown, encode
-from flix.core.features.names import EVERY, Feature, normal_group, normal_name, pair, warn_alike
+from flix.core.features.names import (
+    EVERY,
+    Feature,
+    normal_group,
+    normal_name,
+    pairs,
+    warn_alike,
+    written,
+)
 from flix.core.features.routing import Routing
 from flix.core.features.table import FeatureTable
 
@@ -47,7 +55,7 @@ class FeatureRegistry(FeatureTable):
         group = normal_group(group)
         feature = (group, normal_name(group, name))
         declared = {**self._implies}
-        if implies := tuple(implies):
+        if implies := pairs(implies, f"what {written(feature)} implies"):
             declared[feature] = implies
         if feature in self._removed:
             made = self._derive(self._groups, self._features, declared, self._removed - {feature})
@@ -110,7 +118,7 @@ class FeatureRegistry(FeatureTable):
         Raises:
             FeatureError: an unknown feature, or none at all.
         """
-        chosen = [self.id(*pair(feature)) for feature in features]
+        chosen = [self.id(*feature) for feature in pairs(features, "the features of a subset")]
         if not chosen:
             raise FeatureError("a registry needs at least one feature, but none was chosen")
         kept, pending = {*chosen}, chosen

@@ -13,6 +13,7 @@ from flix.core.features.names import (
     normal_group,
     normal_name,
     pair,
+    pairs,
     warn_alike,
     written,
 )
@@ -369,9 +370,5 @@ def _declared(
         source = pair(given)
         if source in found:
             raise FeatureError(f"what {written(source)} implies is given twice")
-        if isinstance(targets, str) or not isinstance(targets, Iterable):
-            raise FeatureError(
-                f"what {written(source)} implies must be a list of (group, feature), got {shown(targets)}"
-            )
-        found[source] = tuple(pair(target) for target in targets)
+        found[source] = pairs(targets, f"what {written(source)} implies")
     return found

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from flix import Adapter, AdapterError, FeatureRegistry, FlixConfig, TargetError
-from flix.core.adapter.adapter import LayerShape, expected_tensors
+from flix.core.adapter.adapter import LayerShape, checked_pairs, expected_tensors
+from flix.core.config.targets import LayerInfo
 
 REGISTRY = FeatureRegistry({"language": ["hau", "swa"], "task": ["n.e.r", "ñ ü"]})
 LAYERS = {"a.q": LayerShape(5, 3), "emb": LayerShape(7, 4, "embedding")}
@@ -58,3 +59,33 @@ def test_sizes_as_users_give_them():
 def test_sizes_of_another_form_are_refused(sizes):
     with pytest.raises(TargetError, match=r"layer 'q': sizes are \(d_in, d_out\)"):
         LayerShape.of("q", sizes)
+
+
+def test_renaming_that_gives_no_path_is_refused():
+    for rename, message in (
+        (5, "rename must be a mapping of layer paths or a callable, got 5"),
+        ({"a.q": ""}, "rename must give a layer path, got '' for 'a.q'"),
+        (lambda path: None, "rename must give a layer path, got None for 'a.q'"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            adapter().renamed(rename)
+
+
+def test_the_shape_of_a_layer_that_a_backend_told_of():
+    info = LayerInfo("q", "linear", 5, 3, experts=4, active=2)
+    assert LayerShape.told(info) == LayerShape(5, 3, "linear", 4, 2)
+
+
+def test_pairs_are_checked_against_layers_and_ranks():
+    whole = adapter()
+    pairs = {path: {f: whole.pair(path, f) for f in REGISTRY.features} for path in LAYERS}
+    found = dict(checked_pairs(whole.config, LAYERS, pairs))
+    assert found.keys() == whole.tensors.keys()
+    assert all(found[name] is tensor for name, tensor in whole.tensors.items())
+    with pytest.raises(AdapterError, match=r"layer 'a\.q' has no pair of task=n\.e\.r"):
+        gone = {f: p for f, p in pairs["a.q"].items() if f != ("task", "n.e.r")}
+        checked_pairs(whole.config, LAYERS, {**pairs, "a.q": gone})
+    a, b = pairs["emb"]["language", "hau"]
+    with pytest.raises(AdapterError, match=r"layer 'emb': the pair of language=hau must have the shapes \[2, 7\] and \[4, 2\], got \[7, 2\]"):  # fmt: skip
+        wrong = {**pairs["emb"], ("language", "hau"): (a.T, b)}
+        checked_pairs(whole.config, LAYERS, {**pairs, "emb": wrong})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 import flix
-from flix import Adapter, FeatureRegistry, FlixConfig
+from flix import Adapter, FeatureError, FeatureRegistry, FlixConfig, RankError
 from flix.core.adapter.adapter import LayerShape, expected_tensors
-from flix.core.adapter.changes import growing, joining, removing, renaming
+from flix.core.adapter.changes import fresh_pairs, growing, joining, removing, renaming
 
 LAYERS = {"a.q": LayerShape(5, 3), "a.b.q": LayerShape(4, 2), "emb": LayerShape(7, 4, "embedding")}
 RULES = {("task", "*"): [("shared", "all")]}
@@ -97,3 +98,33 @@ def test_what_changes_leave_goes_on():
         fallback = "ha" if ("language", "ha") in config.registry else "hau"
         assert kept.pop("unknown") in ({"ibo": fallback}, {"ibo": [fallback]})
         assert kept == {name: value for name, value in said.items() if name != "unknown"}
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({}, RankError, "add_feature needs a rank, or init_from to take it from"),
+        ({"init_from": 5}, FeatureError, "init_from must be a name or names of group 'language', got 5"),
+        ({"init_from": ["hua"]}, FeatureError, r"no feature 'hua' \(did you mean 'hau'"),
+        ({"init_from": "ner"}, FeatureError, "no feature 'ner'"),
+        ({"rank": 2, "implies": 5}, FeatureError, "what language=new implies must be a list of .*, got 5"),
+        ({"rank": -1}, RankError, "rank must be a whole number of 0 or more, got -1"),
+    ],
+)  # fmt: skip
+def test_growth_that_is_refused(given, error, message):
+    config = FlixConfig(registry=FeatureRegistry(GROUPS), ranks=2)
+    with pytest.raises(error, match=message):
+        growing(config, "language", "new", **given)
+
+
+def test_a_feature_starts_afresh_where_its_origin_has_no_pair():
+    config = FlixConfig(registry=FeatureRegistry(GROUPS), ranks=2, rank_pattern={"emb": {"language": {"hau": 0}}})  # fmt: skip
+    growth = growing(config, "language", "new", init_from="hau")
+    whole = adapter(implies=None)
+    pairs = {"a.q": {("language", "hau"): whole.pair("a.q", ("language", "hau"))}}
+    change = growth.change({"a.q": LAYERS["a.q"], "emb": LAYERS["emb"]}, pairs)
+    fresh = fresh_pairs(growth.config, "emb", LAYERS["emb"])["language", "new"]
+    for found, wanted in zip(change.pairs("emb")["language", "new"], fresh, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    for found, wanted in zip(change.pairs("a.q")["language", "new"], pairs["a.q"]["language", "hau"], strict=True):  # fmt: skip
+        np.testing.assert_array_equal(found, wanted)

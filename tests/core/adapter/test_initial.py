@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flix.core.adapter import initial
-from flix.core.adapter.initial import initial_a, initial_b, initial_pairs, orthonormal
+from flix.core.adapter.initial import dropout_seed, initial_a, initial_b, initial_pairs, orthonormal
 
 
 def test_initial_values():
@@ -71,3 +71,12 @@ def test_pairs_start_orthogonal_where_asked_each_by_itself():
     for e in range(2):
         own = initial_pairs(seed=1, layer=f"q.{e}", ranks=ranks, init="orthogonal", **sizes)
         np.testing.assert_array_equal(experts["g", "a"][0][e], own["g", "a"][0])
+
+
+def test_a_layers_own_generator_of_masks_begins_where_seed_and_layer_say():
+    seeds = {dropout_seed(seed, layer) for seed in range(20) for layer in ("a.q", "a.k")}
+    assert len(seeds) == 40 and all(0 <= seed < 1 << 31 for seed in seeds)
+    assert dropout_seed(0, "a.q") == PINNED_SEED
+
+
+PINNED_SEED = 816125863

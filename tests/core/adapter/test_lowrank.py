@@ -17,3 +17,12 @@ def test_resized_mean_is_the_nearest_of_its_rank():
         assert a.shape == (rank, 9) and b.shape == (7, rank)
         lost = np.linalg.norm(np.linalg.svd(mean)[1][rank:])
         assert np.linalg.norm(1.5 * b @ a - mean) == pytest.approx(lost, abs=1e-9)
+
+
+def test_one_pair_of_the_wanted_rank_is_copied_at_its_own_scale():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(3, 9)), rng.normal(size=(7, 3))
+    found_a, found_b = resized_mean([(a, b)], [2.0], np.zeros((3, 9)), 0.5, 1)
+    np.testing.assert_array_equal(found_a, a)
+    np.testing.assert_array_equal(found_b, 4 * b)
+    assert found_a is not a

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ import flix
 from flix import Adapter, AdapterError, ConfigError, FeatureError, FeatureRegistry, FlixConfig
 from flix.core.adapter.adapter import LayerShape, expected_tensors
 from flix.core.adapter.composition import composition, delta
+from flix.core.adapter.described import Base
 
 LAYERS = {"a.q": LayerShape(5, 3), "a.b.q": LayerShape(4, 2), "emb": LayerShape(7, 4, "embedding")}
 RULES = {("task", "*"): [("shared", "all")]}
@@ -216,3 +219,33 @@ def test_renamed_layers_keep_their_own_ranks_even_where_paths_end_alike():
     renamed = given.renamed({"one": "q", "x.two": "x.q"})
     assert renamed.config.rank("q", ("task", "ner")) == 1
     assert renamed.config.rank("x.q", ("task", "ner")) == 2
+
+
+@pytest.mark.parametrize("features", [5, None, "task", [], {}, {"task": 5}, {"task": "ner", "language": 5}])  # fmt: skip
+def test_choices_in_no_form_there_is_are_refused(features):
+    with pytest.raises(FeatureError, match=r"features are chosen as \[\(group, name\), ...\] or"):
+        flix.select_features(adapter(), features)
+
+
+@pytest.mark.parametrize("given", [5, None, [], {}, [1], {"a": 1}, "ab"])
+def test_what_is_no_adapters_is_not_combined(given):
+    with pytest.raises(AdapterError, match=r"adapters to combine are \[adapter, ...\] or .*, got"):
+        flix.combine_adapters(given)
+    with pytest.raises(AdapterError, match="at least one, got Adapter"):
+        flix.combine_adapters(adapter())
+
+
+def test_adapters_of_two_bases_are_not_combined():
+    first, second = (replace(adapter(), base=Base(name, None, name)) for name in ("one", "two"))
+    with pytest.raises(AdapterError, match=r"adapters are combined on one base: adapter 0 was trained on 'one' .*, adapter 1 on 'two'"):  # fmt: skip
+        flix.combine_adapters([first, second])
+
+
+def test_what_is_said_in_other_words_and_means_the_same_is_no_difference():
+    """One says by the group what the other says by each feature."""
+    spelled = {("task", name): [("shared", "all")] for name in GROUPS["task"]}
+    both = flix.combine_adapters([adapter(), adapter(implies=spelled)])
+    assert both.config.registry.implied(both.config.registry.id("task", "ner"))
+    ranks = {"language": 2, "task": 0, "shared": 2}
+    without = flix.combine_adapters([adapter(ranks=ranks), adapter(ranks=ranks, implies=spelled)])
+    assert without.config.rank("a.q", ("task", "ner")) == 0

@@ -29,3 +29,17 @@ def test_ranks_that_differ_alike_are_named_together() -> None:
 def test_long_lists_are_cut() -> None:
     found = disagreement([{str(i): i for i in range(40)}, {str(i): -i - 1 for i in range(40)}])
     assert found is not None and found.endswith("and 34 more differences") and len(found) < 200
+
+
+def test_what_is_missing_or_more_at_the_top_is_named_without_a_place() -> None:
+    for other, found in (
+        ({"a": 1, "b": 2}, "with 'b'"),
+        ({}, "without 'a'"),
+        ({"b": 1}, "without 'a', with 'b'"),
+    ):
+        assert disagreement([{"a": 1}, other]) == f"rank 1 against rank 0: {found}"
+
+
+def test_a_list_that_has_an_entry_more_often_is_in_no_other_order() -> None:
+    for first, other in (([1], [1, 1]), ([1, 1, 2], [1, 2, 2])):
+        assert disagreement([{"x": first}, {"x": other}]) == f"rank 1 against rank 0: x: {other} against {first}"  # fmt: skip

@@ -75,3 +75,12 @@ def test_a_kernels_axes_are_flattened_in_its_own_order():
     assert (form.d_in, form.d_out, form.sizes, form.order) == (15, 8, (2, 4), (1, 3, 0, 2))
     matrix = np.arange(120).reshape(15, 8)
     assert form.unflatten(matrix)[1, 2, 3, 4] == matrix[2 * 5 + 4, 1 * 4 + 3]
+
+
+@pytest.mark.parametrize("form", [Form((1, 3), (0, 2), (2, 3, 4, 5)), Form((0,), (1,), (6, 4))])
+def test_entries_of_the_matrix_are_found_in_the_kernel(form):
+    """Where a fingerprint of a base looks: the entry [row, column] of the matrix ``[d_out, d_in]``."""
+    kernel = np.arange(np.prod(form.shape)).reshape(form.shape)
+    matrix = kernel.transpose(form.order).reshape(form.d_in, form.d_out).T
+    rows, columns = np.divmod(np.arange(matrix.size), form.d_in)
+    np.testing.assert_array_equal(kernel[form.at(rows, columns)], matrix[rows, columns])

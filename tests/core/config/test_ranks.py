@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -134,3 +136,38 @@ def test_rules_count_implied_features():
     )
     rule = flix.ranks.compute_matched(lora_rank=9, datasets=[{"task": "ner"}])
     assert rule(registry) == {("task", "ner"): 5, ("shared", "all"): 4}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ranks.proportional(budget=9, sizes={}, minimum=3, maximum=2), "minimum must not exceed maximum, got 3 and 2"),
+        (lambda: ranks.proportional(budget=9, sizes={"language": -1, "task": 2})(REGISTRY), "the size of language=hau must be 0 or more, got -1"),
+        (lambda: ranks.proportional(budget=9, sizes=5)(REGISTRY), "sizes must be a mapping by feature or by group, got 5"),
+        (lambda: ranks.proportional(budget=9, sizes={"task": 5})(REGISTRY), "sizes must name every feature; missing: language=hau, "),
+        (lambda: ranks.explicit({("task", "ner"): 1, "task=ner": 2})(REGISTRY), "explicit ranks give task=ner twice"),
+    ],
+)  # fmt: skip
+def test_numbers_by_feature_that_are_refused(call, message):
+    with pytest.raises(RankError, match=message):
+        call()
+
+
+def test_a_group_that_is_given_twice_is_refused():
+    registry = FeatureRegistry({"t\u00e9": ["x"]})
+    with pytest.raises(RankError, match="give the group 't\u00e9' twice, in two Unicode forms"):
+        ranks.explicit({"t\u00e9": 1, "te\u0301": 2})(registry)
+
+
+def test_a_rule_without_a_readable_signature_is_simply_called():
+    """What is written in C may have none; what it returns or raises has to do."""
+    rule = next(f for f in (max, min, dict, map) if not _readable(f))
+    with pytest.raises(RankError, match=f"{rule.__name__} (does not accept that|returned)"):
+        flix.FlixConfig(registry=REGISTRY, ranks=rule)
+
+
+def _readable(function):
+    try:
+        return inspect.signature(function)
+    except ValueError:
+        return None

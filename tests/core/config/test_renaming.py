@@ -63,3 +63,24 @@ def test_rank_rules_pass_over_removed_features(rule):
     after = registry().without_feature("language", "hau")
     assert set(rule(after)) == set(after.live)
     assert FlixConfig(registry=after, ranks=rule).ranks["language", "hau"] == 0
+
+
+def test_a_part_of_a_configuration_keeps_no_numbers_of_groups_that_are_gone():
+    config = FlixConfig(
+        registry=registry(),
+        ranks=2,
+        rank_pattern={"q": {"language": 5, "task": {"ner": 4, "pos": 3}}, "emb": 1},
+        feature_dropout=flix.FeatureDropout(0.1, per_group={"language": 0.5, "task": 0.25}),
+    )
+    part = config.subset([("task", "ner")])
+    assert part.registry.features == (("task", "ner"), ("shared", "all"))
+    assert part.rank_pattern == {"q": {"task": {"ner": 4}}, "emb": 1}
+    assert part.feature_dropout == flix.FeatureDropout(0.1, per_group={"task": 0.25})
+    assert FlixConfig.from_dict(part.to_dict()) == part
+
+
+def test_one_feature_has_an_alpha_of_its_own_where_the_others_have_none():
+    config = FlixConfig(registry=registry(), ranks=2)
+    grown = config.with_feature("language", "yor", rank=4, alpha=2.0)
+    assert grown.scale("x", ("language", "yor")) == 0.5
+    assert all(grown.scale("x", feature) == 1.0 for feature in config.registry.features)

@@ -199,3 +199,14 @@ def test_names_that_hold_the_signs_of_cells_are_quoted():
 def test_texts_that_are_no_cells(text):
     with pytest.raises(FeatureError, match=r"written as group=name|given twice"):
         read_cell(text)
+
+
+def test_entries_are_counted_shown_and_checked_against_the_cells():
+    held = HeldOut([{"language": "hau", "task": "ner"}, "task=pos"])
+    assert len(held) == 2
+    assert repr(held) == "HeldOut([{'language': 'hau', 'task': 'ner'}, {'task': 'pos'}])"
+    cells = [cell_of({"language": "hau", "task": task}) for task in ("ner", "pos")]
+    held.check_matched(cells)
+    with pytest.raises(MixtureError, match=r"held_out\[1\] \(task=pos\) matches no row"):
+        held.check_matched(cells[:1])
+    HeldOut([]).check_matched(cells)

@@ -82,3 +82,11 @@ def test_bad_rates_are_refused():
         FeatureDropout(0.1, keep_one=1)
     with pytest.raises(FeatureError, match="no feature group 'tasks'"):
         FeatureDropout(0.1, per_group={"tasks": 0.2})(routing(1), seed=0, step=0)
+
+
+def test_keep_one_changes_nothing_where_no_row_lost_all():
+    assert (
+        FeatureDropout(0.0, keep_one=True)(routing(8), seed=0, step=0).ids == routing(8).ids
+    ).all()
+    rare = FeatureDropout(0.0, per_group={"task": 1.0}, keep_one=True)(routing(8), seed=0, step=0)
+    assert (rare.ids[:, 0] == 1).all() and (rare.ids[:, 1:] == -1).all()

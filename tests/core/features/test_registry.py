@@ -201,3 +201,34 @@ def test_other_forms_of_a_registry_are_refused(change):
         assert (group, name) not in FeatureRegistry({"g": ["a"]})
         with pytest.raises(FeatureError):
             FeatureRegistry({"g": ["a"]}).id(group, name)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r: r.with_feature("task", "x", implies=5), "what task=x implies must be a list of .group, feature., got 5"),
+        (lambda r: r.with_feature("task", "x", implies=None), "what task=x implies must be .*, got None"),
+        (lambda r: r.with_feature("task", "x", implies="task=ner"), "what task=x implies must be .*, got 'task=ner'"),
+        (lambda r: r.with_feature("task", "x", implies=("task", "ner")), "named as a pair .group, name., got 'task'"),
+        (lambda r: r.subset(5), "the features of a subset must be a list of .group, feature., got 5"),
+        (lambda r: r.subset("task"), "the features of a subset must be .*, got 'task'"),
+        (lambda r: r.subset([("task",)]), r"named as a pair .group, name., got \('task',\)"),
+        (lambda r: r.subset([]), "at least one feature, but none was chosen"),
+        (lambda r: r.subset([("task", "nre")]), "no feature 'nre' .did you mean 'ner'"),
+    ],
+)  # fmt: skip
+def test_features_that_are_named_in_no_form_there_is(call, message):
+    with pytest.raises(FeatureError, match=message):
+        call(registry())
+
+
+def test_a_new_feature_implies_what_it_is_told_to():
+    given = (pair for pair in [("language", "hau")])
+    grown = registry().with_feature("task", "qa", implies=given)
+    assert grown.encode([{"task": "qa"}]).ids.tolist() == [[0, 4]]
+
+
+def test_equal_registries_hash_alike_and_are_equal_to_nothing_else():
+    first, second = registry(), registry()
+    assert first == second and hash(first) == hash(second) and len({first, second}) == 1
+    assert first != registry().with_feature("task", "qa") and first != 3 and first != "registry"

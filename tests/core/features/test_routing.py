@@ -136,3 +136,36 @@ def test_weights_beyond_float32_are_refused() -> None:
     beyond = r"got -1e\+39, beyond float32 in row 1 for language=swa"
     with pytest.raises(flix.RoutingError, match=beyond):
         check_routing(ids, weights, registry())
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[0, -1], [1, 99]], r"the id 99 in row 1 \(position \[1, 1\]\); valid ids are 0 to {last}, and -1"),
+        ([[[0], [-2]], [[0], [0]]], r"the id -2 in row 0 \(position \[0, 1, 0\]\); valid ids are 0 to {last}"),
+    ],
+)  # fmt: skip
+def test_ids_beyond_the_registry_are_refused(ids: Any, message: str) -> None:
+    with pytest.raises(flix.RoutingError, match=message.format(last=len(registry()) - 1)):
+        check_routing(np.array(ids), None, registry())
+
+
+def test_ids_and_weights_that_break_no_rule_pass() -> None:
+    group, name = registry().features[1]
+    gone = registry().without_feature(group, name)
+    ids = np.array([[0, -1], [2, 0]])
+    check_routing(ids, np.ones((2, 2), np.float16), gone, batch=2)
+    with pytest.raises(
+        flix.RoutingError, match=rf"id 1 in row 1: {group}={name}, which was removed"
+    ):
+        check_routing(ids - np.array([[0], [1]]), None, gone)
+
+
+def test_rows_of_a_routing_are_taken_by_number_slice_or_array() -> None:
+    rows = [{group: name} for group, name in registry().features[:3]]
+    whole = registry().encode(rows)
+    for chosen, wanted in ((1, [1]), (np.int64(2), [2]), (slice(1, 3), [1, 2]), ([2, 0], [2, 0])):
+        part = whole[chosen]
+        np.testing.assert_array_equal(part.ids, whole.ids[wanted])
+        np.testing.assert_array_equal(part.weights, whole.weights[wanted])
+        assert part.registry is whole.registry

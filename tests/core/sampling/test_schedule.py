@@ -158,3 +158,13 @@ def test_schedule_errors(change, message):
         Schedule(**{"sizes": [1, 2], "probabilities": [0.5, 0.5], "length": 3, **change})
     with pytest.raises(MixtureError, match="an epoch must be a whole number of 0 or more, got -1"):
         Schedule([1], [1.0], length=1).rows(-1)
+
+
+def test_an_epoch_that_is_known_is_not_worked_out_again(monkeypatch):
+    schedule = Schedule([7, 3], probabilities([7, 3], 1.0), length=5, seed=1)
+    made = []
+    rows = Schedule.rows
+    monkeypatch.setattr(Schedule, "rows", lambda self, epoch: (made.append(epoch), rows(self, epoch))[1])  # fmt: skip
+    one_by_one = [int(schedule.draw([position])[0]) for position in range(15)]
+    assert made == [0, 1, 2]
+    assert one_by_one == schedule.draw(range(15)).tolist()
