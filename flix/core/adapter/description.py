@@ -11,7 +11,7 @@ from flix.core.adapter.adapter import LayerShape
 from flix.core.adapter.described import Base
 from flix.core.checks import is_whole
 from flix.core.config.config import FlixConfig
-from flix.core.errors import AdapterError, FlixError
+from flix.core.errors import AdapterError, FlixError, shown
 from flix.core.strictjson import parsed
 
 FORMAT = "flix"
@@ -79,13 +79,13 @@ def from_metadata(metadata: Mapping[str, str], where: str) -> Description | None
     version = metadata.get("version")
     if metadata.get("format") != FORMAT or version is None:
         return None
-    data: dict[str, Any] = {"format": FORMAT, "version": version}
-    if version == str(VERSION):
-        data["version"] = VERSION
-        for name in _PARTS:
-            if name in metadata:
-                data[name] = parsed(metadata[name], f"{where}: {name}")
-        data["sha256"] = metadata.get("digest", "none")
+    if version != str(VERSION):
+        raise _other_version(version[:40], where)
+    data: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+    for name in _PARTS:
+        if name in metadata:
+            data[name] = parsed(metadata[name], f"{where}: {name}")
+    data["sha256"] = metadata.get("digest", "none")
     return read(data, where)
 
 
@@ -103,9 +103,7 @@ def read(data: Any, where: str) -> Description:
         raise AdapterError(f"{where} does not describe a flix adapter (no 'format': 'flix')")
     version = data.get("version")
     if not is_whole(version) or version not in (1, VERSION):
-        raise AdapterError(
-            f"{where} has format version {str(version)[:40]}; this flix reads versions 1 and {VERSION}"
-        )
+        raise _other_version(shown(version, 40), where)
     try:
         config = FlixConfig.from_dict(data["config"])
         layers = {
@@ -133,8 +131,18 @@ def read(data: Any, where: str) -> Description:
             or any(not is_whole(size) or not 0 <= size <= _LARGEST for size in sizes)
             or (shape.experts and shape.kind != "linear")
         ):
-            raise AdapterError(f"{where} describes the layer {name[:200]!r} wrongly: {str(shape)[:200]}")  # fmt: skip
+            said = zip(("kind", "d_in", "d_out", "experts"), (shape.kind, *sizes), strict=True)
+            raise AdapterError(
+                f"{where} describes the layer {name[:200]!r} wrongly: "
+                + ", ".join(f"{part} {shown(value, 40)}" for part, value in said)
+            )
     return Description(config, layers, tuple(heads), base, digest)
+
+
+def _other_version(version: str, where: str) -> AdapterError:
+    return AdapterError(
+        f"{where} has format version {version}; this flix reads versions 1 and {VERSION}"
+    )
 
 
 def _base(data: Any) -> Base | None:

@@ -170,7 +170,7 @@ def read_description(path: Path_) -> tuple[FlixConfig, dict[str, LayerShape]]:
     given = Path(path)
     folder = given if given.is_dir() else given.parent
     tensors = folder / TENSOR_FILE
-    found = None
+    found = broken = None
     if (given.is_dir() or given.name == CONFIG_FILE) and tensors.is_file():
         where = repr(str(tensors))
         try:
@@ -179,8 +179,12 @@ def read_description(path: Path_) -> tuple[FlixConfig, dict[str, LayerShape]]:
         except (OSError, ValueError) as error:
             if isinstance(error, AdapterError):
                 raise
+            broken = AdapterError(f"{where} is damaged (truncated or altered): {error}")
     if found is None:
-        found = _read_copy(given / CONFIG_FILE if given.is_dir() else given)
+        copy = given / CONFIG_FILE if given.is_dir() else given
+        if broken is not None and not copy.is_file():
+            raise broken
+        found = _read_copy(copy)
     return found.config, found.layers
 
 

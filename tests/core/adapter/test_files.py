@@ -324,24 +324,3 @@ def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(AdapterError, match="saved as a folder, but"):
         save_adapter(adapter(), tmp_path / "x")
-
-
-def test_descriptions_are_read_without_tensors(tmp_path):
-    wanted = (adapter().config.to_dict(), dict(adapter().layers))
-
-    def read(path):
-        config, layers = read_description(path)
-        return config.to_dict(), layers
-
-    save_adapter(adapter(), tmp_path)
-    (tmp_path / "flix_config.json").write_text("stale")
-    for path in (tmp_path, str(tmp_path / "flix_config.json")):
-        assert read(path) == wanted
-    save_adapter(adapter(), tmp_path)
-    (tmp_path / "flix.safetensors").unlink()
-    (tmp_path / "flix_config.json").rename(tmp_path / "plan.json")
-    assert read(tmp_path / "plan.json") == wanted
-    with pytest.raises(AdapterError, match=r"is not an adapter: it has no flix_config\.json"):
-        read(tmp_path)
-    with pytest.raises(AdapterError, match=r"no\.json' does not exist"):
-        read_description(tmp_path / "no.json")

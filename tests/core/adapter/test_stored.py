@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import time
 
 import numpy as np
@@ -162,3 +163,23 @@ def test_a_large_header_that_is_refused_takes_no_longer_than_one_that_is_read(tm
 def test_what_is_no_file_is_refused():
     with pytest.raises((ValueError, io.UnsupportedOperation)):
         StoredTensors(io.BytesIO(b""))
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    with (
+        open(os.devnull, "rb", buffering=0) as file,
+        pytest.raises(ValueError, match="it is not a regular file"),
+    ):
+        StoredTensors(file)
+
+
+def test_a_large_tensor_of_a_file_that_shrinks_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_BUFFER", 16)
+    data = save({"a": np.arange(1000, dtype="f4")})
+    (tmp_path / "x").write_bytes(data)
+    with open(tmp_path / "x", "r+b", buffering=0) as file:
+        stored = StoredTensors(file)
+        file.truncate(len(data) - 400)
+        for read in (lambda: stored["a"], stored.digest):
+            with pytest.raises(ValueError, match="the file ends within a tensor"):
+                read()
