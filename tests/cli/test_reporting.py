@@ -9,21 +9,11 @@ import pytest
 from rich.console import Console
 
 from flix.cli import console
-from flix.core.progress import described, of_tasks
 
 VALUES: dict[str, Any] = {
     "loss": 2.125, "learning_rate": 4.9e-3, "grad_norm": 0.5,
     "by_feature": {"language=hau": 1.0, **{f"task=t{i}": float(i) for i in range(14)}},
 }  # fmt: skip
-
-
-def test_lines_say_the_losses_of_tasks() -> None:
-    assert described(VALUES) == (
-        "loss 2.12  lr 0.0049  gradient 0.5  t0 0  t1 1  t2 2  t3 3  t4 4  t5 5"
-    )
-    assert described({"eval_loss": 1.5, "eval_seen.loss": 1.25}) == "eval loss 1.5  eval seen.loss 1.25"  # fmt: skip
-    assert of_tasks({"language=hau": 1.0, "domain=x": 2.0}) == {"hau": 1.0}
-    assert of_tasks({}) == {}
 
 
 def test_a_live_table_of_steps_losses_and_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -276,6 +276,8 @@ def _is_there(folder: Path, place: int | None, name: str) -> bool:
         if place is not None and not os.path.samestat(os.fstat(place), os.stat(folder)):
             raise
         return False
+    except OSError:
+        return True  # opening it says what is wrong
     return True
 
 
@@ -301,7 +303,9 @@ def _tensors(
         found = {name: widened(stored[name], stored.dtypes[name]) for name in names}
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise AdapterError(f"{str(path)!r} cannot be read: {error}") from error
+    except ValueError as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{str(path)!r} is damaged (truncated or altered): {error}") from error

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from flix import ConfigError, FeatureRegistry, FlixConfig
+from flix.core.config import overrides
 from flix.core.config.overrides import Overrides
 
 A, B = ("g", "a"), ("g", "b")
@@ -64,3 +65,33 @@ def test_what_people_have_is_not_refused():
     each.check_size(paths)
     assert time.process_time() - began < 5
     assert [each.rank(p, ("g", "3")) for p in paths] == [1 + i % 7 for i in range(800)]
+
+
+def test_what_takes_too_long_is_refused_by_counting(monkeypatch):
+    """The bounds themselves: the limits of seconds above are not held where lines are traced."""
+    monkeypatch.setattr(overrides, "_MOST_RANKS", 5)
+    with pytest.raises(ConfigError, match="rank_pattern gives more than 5 ranks"):
+        config({"x.*": 1, "y": 2}, 3)
+    config({"x": 1}, 5)
+    apart = config({"x.*1": {"g": {"0": 1}}, "y": {"g": {"0": 2}}}, 2)
+    apart.check_size(["x1", "y"])
+    with pytest.raises(ConfigError, match="rank_pattern gives more than 5 ranks"):
+        apart.check_size(["x1", "y", "z"])
+    monkeypatch.setattr(overrides, "_MOST_TRIED", 2)
+    with pytest.raises(
+        ConfigError, match=r"rank_pattern has [12] patterns, which are too many, or too involved"
+    ):
+        apart.check_size(["x1"] * 3)
+
+
+def test_a_pattern_keeps_the_form_it_was_given_in():
+    registry = FeatureRegistry({"g": ["a", "b"], "h": ["c"]})
+    for given, kept in (
+        ({"g": 1, "g=a": 2}, {"g": {"a": 2, "b": 1}}),
+        ({"g": 1, ("g", "b"): 3, "h": 4}, {"g": {"a": 1, "b": 3}, "h": 4}),
+        ({"g": 1}, {"g": 1}),
+        (5, 5),
+    ):
+        made = FlixConfig(registry=registry, ranks=0, rank_pattern={"q": given})
+        assert made.rank_pattern == {"q": kept}
+        assert FlixConfig.from_dict(made.to_dict()) == made

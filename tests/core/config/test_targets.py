@@ -83,3 +83,19 @@ def test_layers_that_must_be_named_are_none_of_all_linear():
     for named in (["deep"], ".*"):
         with pytest.raises(TargetError, match="it has groups"):
             select(layers, named)
+
+
+def test_a_regular_expression_that_matches_nothing_and_names_that_cannot_be_adapted():
+    with pytest.raises(TargetError, match=r"target_modules: '\.\*zz' matches no layer; layers that can be adapted: "):  # fmt: skip
+        paths(".*zz")
+    layers = [LayerInfo("a.q", "linear", 2, 2), LayerInfo("a.norm", "", reason="it has no matrix"), LayerInfo("a.act", "")]  # fmt: skip
+    for names, message in (
+        (["q", "norm"], r"target_modules=\['q', 'norm'\] names 'a\.norm', which cannot be adapted: it has no matrix"),
+        (["q", "act"], r"names 'a\.act', which cannot be adapted: it is neither linear nor an embedding"),
+        (["act"], r"names 'a\.act', which cannot be adapted: it is neither linear nor an embedding"),
+        ("a\\..*", r"target_modules='a\\\\\.\.\*' matches 'a\.norm', which cannot be adapted: it has no matrix"),
+    ):  # fmt: skip
+        with pytest.raises(TargetError, match=message):
+            select(layers, names)
+    # A regular expression may also catch containers.
+    assert [info.path for info in select(layers, r"a\.(q|act)")] == ["a.q"]

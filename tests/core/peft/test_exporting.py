@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from flix import Adapter, AdapterError, FeatureRegistry, FlixConfig
 from flix.core.adapter.adapter import LayerShape, expected_tensors
 from flix.core.adapter.composition import composition, delta
-from flix.core.peft.exporting import PeftFacts, as_peft, suffixes, write_peft
+from flix.core.peft.exporting import PeftFacts, as_peft, suffixes, with_modules, write_peft
 from flix.core.peft.importing import read_peft
 from tests.helpers.beside import writing
 from tests.helpers.stops import leftovers, stops
@@ -141,3 +141,33 @@ def test_a_reader_beside_writers_of_other_ranks_reads_whole_loras(tmp_path):
             np.testing.assert_array_equal(b, tensors["base_model.model.a.q.lora_B.weight"])
             ranks.add(a.shape[0])
     assert ranks == {2, 5} and {p.name for p in tmp_path.iterdir()} == {"lora"}
+
+
+def test_layers_that_peft_computes_otherwise_are_refused():
+    facts = PeftFacts([], "BertModel", {}, unread={"a.q": "is read by PEFT as something else"})
+    with pytest.raises(AdapterError, match=r"layer 'a\.q' is read by PEFT as something else: .*leave the layer out \(exclude_modules\)"):  # fmt: skip
+        facts.check(["a.q"])
+    PeftFacts([], "BertModel", {}).check(["a.q", "a.gate"])
+
+
+@pytest.mark.parametrize(("family", "layer"), [("mixtral", "a.w1"), ("qwen2_moe", "a.mlp.up_proj")])
+def test_layers_that_peft_takes_for_experts_are_refused(family, layer):
+    facts = PeftFacts([], "OlmoeForCausalLM", {}, family=family)
+    name = layer.rpartition(".")[2]
+    with pytest.raises(AdapterError, match=f"PEFT takes layers of OlmoeForCausalLM named '{name}' for its experts'"):  # fmt: skip
+        facts.check(["a.q", layer])
+    facts.check(["a.q"])
+
+
+def test_whole_modules_stand_beside_the_lora():
+    config, tensors = exported(1, language="hau")
+    state = {"weight": np.ones((2, 3), "f4"), "bias": np.zeros(2, "f4")}
+    both, all_tensors = with_modules(config, tensors, {"head.out": state})
+    assert both == {**config, "modules_to_save": ["head.out"]}
+    assert set(all_tensors) - set(tensors) == {
+        "base_model.model.head.out.weight",
+        "base_model.model.head.out.bias",
+    }
+    assert all_tensors["base_model.model.head.out.weight"] is state["weight"]
+    assert with_modules(config, tensors, {}) == (config, tensors)
+    assert config["modules_to_save"] is None

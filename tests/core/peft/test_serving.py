@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,3 +90,37 @@ def test_what_vllm_would_not_serve_is_named_once(tmp_path):
     made = _served(tmp_path, rows, architecture="GPT2LMHeadModel")
     assert made.command == "" and made.flags == ""
     assert made.message.count("vLLM would not serve hau, swa") == 1
+
+
+def test_what_was_cut_is_said_with_the_worst(tmp_path):
+    made = _served(tmp_path, {name: {"language": name, "task": "ner"} for name in ("hau", "swa")})
+    for cut, said in (
+        (
+            {"hau": 0.25, "swa": 0.0},
+            "1 were cut; the largest relative error of an update is 2.50e-01, of hau",
+        ),
+        (
+            {"hau": 0.125, "swa": 0.5},
+            "2 were cut; the largest relative error of an update is 5.00e-01, of swa",
+        ),
+    ):
+        loras = tuple(
+            replace(lora, export=replace(lora.export, error=cut[lora.name])) for lora in made.loras
+        )
+        found = replace(made, loras=loras)
+        assert found.message.splitlines()[1:] == [said]
+        assert [lora["error"] for lora in found.to_dict()["loras"]] == [*cut.values()]
+
+
+def test_notes_are_said_once_at_the_end(tmp_path):
+    made = _served(tmp_path, {n: {"language": n} for n in ("hau", "swa")}, architecture="MyModel")
+    notes = [line for line in made.message.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and "whether vLLM takes LoRAs for MyModel is not known here" in notes[0]
+
+
+def test_a_name_that_nothing_is_left_of_is_a_digest():
+    registry = FeatureRegistry({"g": ["...", "---"]})
+    rows = [{"g": "..."}, {"g": "---"}]
+    config = FlixConfig(registry=registry, ranks=1)
+    found = lora_names([composition(config, row) for row in rows], rows)
+    assert len(set(found)) == 2 and all(folder_name(name) == name for name in found)
