@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from functools import partial
@@ -9,7 +10,7 @@ from functools import partial
 import pytest
 
 from flix.core import files
-from flix.core.files import make_folder, sweep, write_file
+from flix.core.files import make_folder, sweep, sync_folder, write_file
 from tests.helpers.beside import writing
 from tests.helpers.stops import leftovers, stops
 
@@ -119,3 +120,38 @@ def test_new_folders_are_synced_into_those_above(tmp_path, monkeypatch):
     make_folder(tmp_path / "x" / "y")
     make_folder(tmp_path / "x" / "y")
     assert synced == [tmp_path / "x", tmp_path]
+
+
+def test_a_folder_that_cannot_be_synced_is_passed_over_and_a_failing_disk_is_not(
+    tmp_path, monkeypatch
+):
+    sync_folder(tmp_path / "nowhere")
+    real = os.fsync
+
+    def failing(number):
+        def fsync(handle):
+            raise OSError(number, os.strerror(number))
+
+        return fsync
+
+    for number in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems without it
+        monkeypatch.setattr(os, "fsync", failing(number))
+        sync_folder(tmp_path)
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        sync_folder(tmp_path)
+    monkeypatch.setattr(os, "fsync", real)
+
+
+def test_a_file_that_another_writer_sweeps_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+    real, taken = files.lock, []
+
+    def lock(handle):
+        if not taken:
+            taken.append(handle)
+            sweep(tmp_path, "a")
+        return real(handle)
+
+    monkeypatch.setattr(files, "lock", lock)
+    write_file(tmp_path / "a", b"new")
+    assert len(taken) == 1 and names(tmp_path) == {"a"} and (tmp_path / "a").read_bytes() == b"new"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flix.core import folders
+from flix.core import files, folders
 from flix.core.folders import alone, whole_folder
 from tests.helpers.stops import leftovers, stops
 
@@ -182,3 +182,62 @@ def test_writers_of_files_in_a_folder_take_turns(tmp_path):
     for thread in threads:
         thread.join()
     assert all(one == two for one, two in zip(order[::2], order[1::2], strict=True))
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_where_there_are_no_locks_folders_are_written_all_the_same(tmp_path, exchange, monkeypatch):
+    for module in (files, folders):
+        monkeypatch.setattr(module, "fcntl", None)
+    if not exchange:
+        monkeypatch.setattr(folders, "_exchange", lambda: None)
+    (tmp_path / ".x.0123456789ab.part").mkdir()
+    for version in ("old", "new"):
+        write(tmp_path / "x", version)
+        assert read(tmp_path / "x") == {version} and leftovers(tmp_path / "x") == []
+    with alone(tmp_path / "y"):
+        pass
+    assert not (tmp_path / "y").exists()  # it is made to be locked
+
+
+def test_what_is_moved_into_a_folder_replaces_files_folders_and_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "_exchange", lambda: None)
+    target = tmp_path / "x"
+    for name in ("a", "gone"):
+        (target / name / "deep").mkdir(parents=True)
+    (target / "b").symlink_to("nowhere")
+    (target / "link").symlink_to(tmp_path)
+    (target / "file").write_text("gone")
+    (target / "mine").write_text("kept")
+    write(target, "new", keep=lambda name: name == "mine")
+    assert read(target) == {"new"} and (target / "mine").read_text() == "kept"
+    assert {path.name for path in target.iterdir()} == {"a", "b", "key", "mine"}
+    assert not (target / "b").is_symlink() and tmp_path.is_dir()
+
+
+def test_where_files_cannot_be_linked_they_are_copied(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise OSError("no links here")
+
+    write(tmp_path / "x", "old")
+    (tmp_path / "x" / "mine").write_text("kept")
+    (tmp_path / "x" / "link").symlink_to("nowhere")
+    monkeypatch.setattr(os, "link", refused)
+    write(tmp_path / "x", "new")
+    assert read(tmp_path / "x") == {"new"} and (tmp_path / "x" / "mine").read_text() == "kept"
+    assert os.readlink(tmp_path / "x" / "link") == "nowhere"
+
+
+def test_a_system_without_the_call_exchanges_nothing(monkeypatch):
+    def missing(*_, **__):
+        raise OSError("no such library")
+
+    monkeypatch.setattr(folders.ctypes, "CDLL", missing)
+    assert folders._exchange() is None
+
+
+def test_a_working_folder_that_is_gone_is_no_hindrance(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    write(tmp_path / "x", "new")
+    assert read(tmp_path / "x") == {"new"}
