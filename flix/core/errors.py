@@ -60,7 +60,7 @@ class AdapterError(FlixError, ValueError):
 
 
 class MissingFrameworkError(FlixError, ImportError):
-    """A backend whose framework is not installed."""
+    """A framework that is not installed, or whose release is too old."""
 
 
 def listed(choices: Iterable[object], limit: int = 20) -> str:

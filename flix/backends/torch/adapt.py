@@ -35,6 +35,7 @@ from flix.backends.torch.rows import known_marks
 from flix.backends.torch.scaled import same_scale
 from flix.backends.torch.state import FlixState
 from flix.backends.torch.targets import adaptable, become, revert, target_of
+from flix.backends.torch.versions import require_known
 from flix.core.adapter.adapter import LayerShape
 from flix.core.adapter.flat import flat_layout
 from flix.core.config.config import FlixConfig
@@ -94,6 +95,7 @@ def attach(
 ) -> None:
     """Adapt the layers at these paths, whatever the configuration's patterns say, and freeze the base."""
     require_triton(strategy)
+    require_known(model)
     trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
     modules = dict(model.named_modules())
     for path in paths:

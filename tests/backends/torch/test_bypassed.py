@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -196,6 +197,13 @@ def _mamba():
     return MambaForCausalLM(MambaConfig(**settings)), {"input_ids": torch.arange(32).view(4, 8)}, "dt_proj"  # fmt: skip
 
 
+def _calls_its_layers():
+    """Whether this transformers' Mamba calls ``dt_proj``; later releases read its kernel."""
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    return "self.dt_proj(" in inspect.getsource(MambaMixer)
+
+
 @pytest.mark.parametrize("make", [_bloom, _wavlm, _mamba])
 @pytest.mark.parametrize("training", [False, True])
 def test_models_that_read_weights_are_right_without_those_layers(make, training):
@@ -203,11 +211,16 @@ def test_models_that_read_weights_are_right_without_those_layers(make, training)
     base, inputs, named = make()
     twin = copy.deepcopy(base)
     ids, weights = routing([ROW] * 4)
-    with pytest.raises(
-        TargetError, match=rf"{named}: adapted, but|{named}, .*: adapted, but"
-    ) as told:
-        _adapted(base).train(training)(**inputs, flix_features=ids)
-    left = eval(str(told.value).rsplit("exclude_modules=", 1)[1])  # the message's way out
+    adapted = _adapted(base).train(training)
+    if named == "dt_proj" and _calls_its_layers():
+        adapted(**inputs, flix_features=ids)
+        left = []
+    else:
+        with pytest.raises(
+            TargetError, match=rf"{named}: adapted, but|{named}, .*: adapted, but"
+        ) as told:
+            adapted(**inputs, flix_features=ids)
+        left = eval(str(told.value).rsplit("exclude_modules=", 1)[1])  # the message's way out
     model = _adapted(twin, exclude_modules=left)
     found = model.eval()(**inputs, flix_features=ids, flix_weights=weights).logits
     assert_close(found, merge(model, ROW)(**inputs).logits)
