@@ -40,6 +40,11 @@ def test_what_is_missing_or_more_at_the_top_is_named_without_a_place() -> None:
         assert disagreement([{"a": 1}, other]) == f"rank 1 against rank 0: {found}"
 
 
+def test_what_a_list_lacks_or_has_more_is_named() -> None:
+    found = disagreement([{"x": ["a", "b"]}, {"x": ["b", "c"]}])
+    assert found == "rank 1 against rank 0: x: without 'a', with 'c'"
+
+
 def test_a_list_that_has_an_entry_more_often_is_in_no_other_order() -> None:
     for first, other in (([1], [1, 1]), ([1, 1, 2], [1, 2, 2])):
         assert disagreement([{"x": first}, {"x": other}]) == f"rank 1 against rank 0: x: {other} against {first}"  # fmt: skip
