@@ -14,11 +14,11 @@ from typing import Final
 from flix.backends import missing as _missing
 
 try:
-    import flax.nnx as _nnx  # noqa: F401
     import jax as _jax  # noqa: F401
     import optax as _optax  # noqa: F401
+    from flax.nnx import as_pure as _as_pure  # noqa: F401 - which flax 0.12.6 lacks
 except ImportError as _error:  # pragma: no cover - exercised in a subprocess
-    raise _missing("jax", "JAX", _error) from _error
+    raise _missing("jax", "JAX with flax 0.12.7 or later", _error) from _error
 
 from flix.backends.jax import primitives
 from flix.backends.jax.banks import also_bare, load_bank, merge_kernels, to_bank
