@@ -15,7 +15,7 @@ MIXED := --randomly-seed=$(SEED)
 KIT := $(PYTEST) -p no:randomly --pyargs flix_conformance
 OURS := --flix-backend torch --flix-backend jax --flix-backend tensorflow
 
-.PHONY: quickstart test test-all test-core test-torch test-jax test-tensorflow test-minimum test-latest coverage lint types conformance conformance-nightly torture torture-smoke bench bench-smoke gpu docs format dist clean
+.PHONY: quickstart test test-all test-core test-torch test-jax test-tensorflow test-minimum test-latest coverage lint types conformance conformance-nightly torture torture-smoke bench bench-smoke gpu gpu-study docs format dist clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -134,6 +134,12 @@ bench-smoke: $(VENV)/.dev
 # benchmarks/out/gpu.json, goes to docs/speed.md by python -m benchmarks.report. Without a device: make gpu GPU=--dry-run.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU)
+
+# At most 10 minutes on such a machine, with a few wheels beside its own packages (docs/study.md): a base of 18 million parameters is
+# pretrained, and the three main arms train on it. WORDS is the study's data. Without a device: make gpu-study GPU=--dry-run.
+WORDS ?= words
+gpu-study:
+	$(PYTHON) -m benchmarks.gpu_study $(WORDS) $(GPU)
 
 # A minute or two; the site is docs/_build/html/index.html. A warning, a dead link, or a public name without its place is an error.
 docs: $(VENV)/.dev

@@ -20,12 +20,23 @@ _TAG_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 class LineSampler:
-    """Lines of one to five words of one language, frequent words more often, plus some numbers."""
+    """Lines of one to five words of one language, frequent words more often, plus some numbers.
+
+    Args:
+        lists: the words of each language, by frequency.
+        shares: how often a language is drawn, where it is not 1.
+        rng: draws everything.
+        head: 1 draws all words of a language equally often; more favours the head of its list.
+    """
 
     def __init__(
-        self, lists: dict[str, list[str]], shares: dict[str, float], rng: np.random.Generator
+        self,
+        lists: dict[str, list[str]],
+        shares: dict[str, float],
+        rng: np.random.Generator,
+        head: float = 2,
     ) -> None:
-        self._rng = rng
+        self._rng, self._head = rng, head
         self._languages = list(lists)
         share = np.array([shares.get(language, 1.0) for language in self._languages])
         self._probabilities = share / share.sum()
@@ -42,8 +53,8 @@ class LineSampler:
         if roll < 0.08:
             year, month, day = self._rng.integers((1900, 1, 1), (2100, 13, 29))
             return f"{year}-{month:02d}-{day:02d}"
-        # squaring a uniform draw favours the head of the list, which is sorted by frequency
-        word = words[int(self._rng.random() ** 2 * len(words))]
+        # a power of a uniform draw favours the head of the list
+        word = words[int(self._rng.random() ** self._head * len(words))]
         if self._rng.random() < self.jumbled:
             word = "".join(word[k] for k in self._rng.permutation(len(word)))
         roll = self._rng.random()

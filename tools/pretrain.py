@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,12 @@ SHARES = {
     **dict.fromkeys(("ka",), 3.0),
 }
 WORDS_EACH = 20000
-_BUFFERED = 16
+#: Batches that are made at a time.
+BUFFERED = 16
 
 
-def base_config() -> Any:
-    """The architecture: 3 + 2 layers, width 128, about 1.2 million parameters."""
+def base_config(**more: Any) -> Any:
+    """The architecture: 3 + 2 layers, width 128, about 1.2 million parameters; ``more`` overrides settings."""
     from transformers import T5Config
 
     settings: dict[str, Any] = {
@@ -57,23 +59,24 @@ def base_config() -> Any:
         "eos_token_id": EOS,
         "decoder_start_token_id": PAD,
         "tie_word_embeddings": True,
+        **more,
     }
     return T5Config(**settings)
 
 
-def new_model() -> Any:
-    """A model with fresh weights, drawn from torch's generator.
+def new_model(config: Any = None) -> Any:
+    """A model with fresh weights, drawn from torch's generator; ``config`` is that of the base unless it is given.
 
     Two departures from T5's usual start make copying, which every later task needs, appear within
     300 steps; with the usual start (and a rate of 3e-3) it had not after 1,000. The embeddings
     start smaller. And the position biases start with a preference in each head: the letter before,
-    the letter after (in the decoder: two before), the neighbourhood, and a wider one. All of this
-    is trained like the rest.
+    the letter after (in the decoder: two before), the neighbourhood, and a wider one. Heads after
+    the fourth start without. All of this is trained like the rest.
     """
     import torch
     from transformers import T5ForConditionalGeneration
 
-    model: Any = T5ForConditionalGeneration(base_config())
+    model: Any = T5ForConditionalGeneration(config or base_config())
     with torch.no_grad():
         model.shared.weight.normal_(std=0.5)
         for stack, bidirectional in ((model.encoder, True), (model.decoder, False)):
@@ -90,7 +93,7 @@ def new_model() -> Any:
                 (0, 12, 2),
             )
             table = attention.relative_attention_bias.weight.zero_()
-            for head, (centre, width, height) in enumerate(heads):
+            for head, (centre, width, height) in enumerate(heads[: table.shape[1]]):
                 wish = height * torch.exp(-(offsets - centre).abs() / width)
                 table[:, head].scatter_reduce_(0, buckets, wish, reduce="amax")
     return model
@@ -111,28 +114,37 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 class Batches:
-    """Endless batches of denoising pairs; each holds lines of similar length."""
+    """Endless batches of pairs; each holds pairs of similar length.
 
-    def __init__(self, sampler: LineSampler, batch: int, rng: np.random.Generator) -> None:
-        self._sampler, self._batch, self._rng = sampler, batch, rng
+    Args:
+        draw: makes the ids of a source and of its target.
+        batch: pairs in a batch.
+        rng: draws the order of batches.
+    """
+
+    def __init__(
+        self, draw: Callable[[], tuple[list[int], list[int]]], batch: int, rng: np.random.Generator
+    ) -> None:
+        self._draw, self._batch, self._rng = draw, batch, rng
         self._ready: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def _fill(self) -> None:
-        pairs = [
-            denoising_pair(self._sampler.line(), self._rng) for _ in range(_BUFFERED * self._batch)
-        ]
+    def block(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Source ids and labels of :data:`BUFFERED` batches, made from as many pairs as they hold."""
+        pairs = [self._draw() for _ in range(BUFFERED * self._batch)]
         pairs.sort(key=lambda pair: (len(pair[0]), len(pair[1])))
-        for k in self._rng.permutation(_BUFFERED):
+        found = []
+        for k in self._rng.permutation(BUFFERED):
             chosen = pairs[k * self._batch : (k + 1) * self._batch]
             targets = pad([target for _, target in chosen])
-            self._ready.append(
+            found.append(
                 (pad([source for source, _ in chosen]), np.where(targets == PAD, IGNORED, targets))
             )
+        return found
 
     def next(self) -> tuple[np.ndarray, np.ndarray]:
         """Source ids and labels of one batch."""
         if not self._ready:
-            self._fill()
+            self._ready = self.block()
         return self._ready.pop()
 
 
@@ -162,7 +174,7 @@ def train(
     rng = np.random.default_rng(seed)
     lists = word_lists()
     sampler = LineSampler(lists, SHARES, rng)
-    batches = Batches(sampler, batch, rng)
+    batches = Batches(lambda: denoising_pair(sampler.line(), rng), batch, rng)
     model = new_model().train()
     parameters = sum(p.numel() for p in model.parameters())
     words_in_all = sum(map(len, lists.values()))

@@ -17,9 +17,12 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def command() -> list[str]:
-    """The command line of this process."""
-    own = os.path.basename(sys.argv[0]) in ("flix", "__main__.py")
-    return ["flix" if own else sys.argv[0], *sys.argv[1:]]
+    """The command line of this process, as it was typed: ``flix ...``, ``python -m MODULE ...`` or a script."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    module = spec.name.removesuffix(".__main__") if spec is not None else ""
+    if module in ("flix", "flix.cli") or os.path.basename(sys.argv[0]) == "flix":
+        return ["flix", *sys.argv[1:]]
+    return [*(["python", "-m", module] if module else [sys.argv[0]]), *sys.argv[1:]]
 
 
 def versions(*packages: str) -> dict[str, str]:

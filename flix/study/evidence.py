@@ -175,6 +175,7 @@ def read_scores(path: Path) -> Study:
         "missing",
         "relatives",
         "parts",
+        "pretraining",
     )
     return Study(
         name=part.get("study").text() or file.parent.name,

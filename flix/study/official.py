@@ -17,10 +17,11 @@ from typing import Any
 
 from flix.core.errors import FlixError, listed
 from flix.core.files import write_file
-from flix.core.machine import command, machine, versions
+from flix.core.machine import command, versions
 from flix.study.evidence import EvidenceError
 from flix.study.published import morph_f1
 from flix.study.results import OFFICIAL
+from flix.study.scores import machine_of
 from flix.study.words import OFFICIAL as TASKS
 
 Progress = Callable[[str], None]
@@ -60,8 +61,10 @@ def official(
     if not any(files.values()):
         raise EvidenceError(f"{str(words / 'official')!r} holds no test set of {listed(tasks)}; make the data without --no-official")  # fmt: skip
     found: dict[str, dict[str, Any]] = {task: {} for task in tasks}
+    devices: set[str] = set()
     for run in runs:
         predictor = Predictor(run / "adapter", batch_size=256)
+        devices.add(str(next(predictor.model.parameters()).device))
         known = set(predictor.collator.registry.names("language"))
         for task, of in files.items():
             for file in of:
@@ -91,7 +94,7 @@ def official(
         "title": title or runs[0].name,
         "command": command(),
         "date": now,
-        "machine": machine("cpu"),
+        "machine": machine_of(devices),
         "versions": versions("torch", "transformers", "numpy"),
         "runs": [run.name for run in runs],
         "limit": limit,

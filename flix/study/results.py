@@ -26,6 +26,7 @@ from flix.core.errors import FlixError, listed
 from flix.core.files import make_folder, write_file
 from flix.study import pictures, published, tables
 from flix.study.adding import added, parts_of, settings_of
+from flix.study.base import base_table, with_base
 from flix.study.claims import DRAWS
 from flix.study.curves import curves_of, headings, rows_of, steps_of
 from flix.study.evidence import SCORES, EvidenceError, Study, read_scores
@@ -90,8 +91,8 @@ class Kept:
 def command_of(name: str) -> str:
     """The command that runs a study."""
     after = {"unseen": " and `python -m flix.study.unseen study-unseen`"}
-    if name == "official":
-        return "`python -m flix.study.official`"
+    if name in (own := {"official": "python -m flix.study.official", "gpu": "make gpu-study"}):
+        return f"`{own[name]}`"
     return f"`flix study {name}`{after.get(name, '')}"
 
 
@@ -117,7 +118,7 @@ def keep(folder: Path, out: Path, add: bool = False) -> list[str]:
             name = f"{MANY}-{tables.languages_of(study):02d}"
         if name == LENGTHS:
             name = f"{LENGTHS}-{steps_of(study):05d}"
-        said = {**completed(folder, said), "study": name}
+        said = with_base(folder, {**completed(folder, said), "study": name})
         short, file = compact(said), out / f"{name}.json"
         if add and file.is_file():
             short = added(json.loads(file.read_bytes()), short)
@@ -296,6 +297,7 @@ def _weights(kept: Kept, where: str) -> list[str]:
 
 
 BLOCKS: dict[str, Block] = {
+    "base": _table(lambda study, _: base_table(study)),
     "main": _table(lambda study, _: tables.main_table(study), pictures.main),
     "all": _table(lambda study, _: tables.main_table(study, every=True)),
     "claims": _table(lambda study, kept: tables.claims_table(study, kept.draws)),

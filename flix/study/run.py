@@ -263,6 +263,7 @@ def write(work: Work) -> dict[str, Any]:
     arms: dict[str, Any] = {}
     missing: list[str] = []
     data: dict[str, Any] = {}
+    devices: set[str] = set()
     for arm in work.plan.arms:
         counted = work.plan.counted(arm, LAST)
         lora = work.plan.arms[arm].lora
@@ -276,6 +277,7 @@ def write(work: Work) -> dict[str, Any]:
                 continue
             seeds[str(seed)] = of_run(run.folder, grouping(work, arm, LAST), hidden)
             count_of = trainable(run.folder)
+            devices.add(folder_json(run.folder / folders.RUN)["machine"]["device"])
         adapt = work.plan.arms[arm].adapt
         arms[arm] = {
             "title": arm_title(arm, work.plan.arms[arm]),
@@ -298,7 +300,7 @@ def write(work: Work) -> dict[str, Any]:
         "claims": [claim.model_dump(mode="json") for claim in said.claims],
         "planned": {name: arm_title(name, arm) for name, arm in work.plan.arms.items()},
     }  # fmt: skip
-    return write_scores(work.study.output / SCORES, of_study, data, arms, missing)
+    return write_scores(work.study.output / SCORES, of_study, data, arms, missing, devices)
 
 
 def final_runs_of(work: Work, arm: str, seed: int) -> Run | None:

@@ -72,7 +72,8 @@ def trainable(output: Path) -> int:
 
 
 def write_scores(
-    path: Path, study: Mapping[str, Any], data: Mapping[str, Any], arms: Mapping[str, Any], missing: Iterable[str]
+    path: Path, study: Mapping[str, Any], data: Mapping[str, Any], arms: Mapping[str, Any], missing: Iterable[str],
+    devices: Iterable[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Write ``scores.json`` whole.
 
@@ -82,6 +83,7 @@ def write_scores(
         data: the SHA-256 of each file that was read; names are written without the folder that they share.
         arms: for each arm's name, its title, ranks, choice and so on, and its ``seeds``.
         missing: the names of the runs that are not finished.
+        devices: those that the finished runs trained on.
     """
     inside = [str(Path(name).parent) for name in data if Path(name).is_absolute()]
     folder = os.path.commonpath(inside) + os.sep if inside else ""
@@ -90,7 +92,7 @@ def write_scores(
         "command": command(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "machine": machine("cpu"),
+        "machine": machine_of(devices),
         "versions": versions("torch", "transformers", "accelerate", "datasets", "numpy"),
         "data": {name.removeprefix(folder): digest for name, digest in data.items()},
         "arms": dict(arms),
@@ -98,6 +100,28 @@ def write_scores(
     }
     folders.write_json(path, said)
     return said
+
+
+def machine_of(devices: Iterable[str]) -> dict[str, Any]:
+    """The machine, with the names of the cards among the devices, such as ``cuda:0``, that were used."""
+    return machine(", ".join(sorted(map(card, set(devices)))) or "cpu")
+
+
+def card(device: str) -> str:
+    """The name of a CUDA device's card where it can be had, or the device as it is."""
+    if not device.startswith("cuda"):
+        return device
+    try:
+        import torch
+
+        return str(torch.cuda.get_device_name(device))
+    except (
+        ImportError,
+        RuntimeError,
+        AssertionError,
+        ValueError,
+    ):  # another machine than that of the runs
+        return device
 
 
 def commit() -> str | None:

@@ -29,8 +29,9 @@ from flix.core.errors import FlixError
 from flix.core.features.registry import FeatureRegistry
 from flix.core.features.relatives import by_parents
 from flix.core.files import write_file
-from flix.core.machine import command, machine, versions
+from flix.core.machine import command, versions
 from flix.study.evidence import SCORES, EvidenceError, read_scores
+from flix.study.scores import machine_of
 from flix.study.words.design import LANGUAGES
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def serve(
                 "command": command(),
                 "commit": scores.made.get("commit"),
                 "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "machine": machine("cpu"),
+                "machine": machine_of([str(next(served.model.parameters()).device)]),
                 "versions": versions("torch", "transformers", "numpy"),
                 **asked,
                 "seeds": list(scores.seeds or arm.runs),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,14 +23,24 @@ def test_the_machine_is_described_with_its_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("program", "said"),
-    [("/venv/bin/flix", "flix"), ("/src/flix/__main__.py", "flix"), ("own.py", "own.py"), ("", "")],
+    ("module", "program", "said"),
+    [
+        (None, "/venv/bin/flix", ["flix"]),
+        ("flix.__main__", "/src/flix/__main__.py", ["flix"]),
+        ("flix.cli.__main__", "/src/flix/cli/__main__.py", ["flix"]),
+        ("some.tool.__main__", "/src/some/tool/__main__.py", ["python", "-m", "some.tool"]),
+        ("some.tool", "/src/some/tool.py", ["python", "-m", "some.tool"]),
+        (None, "own.py", ["own.py"]),
+        (None, "", [""]),
+    ],
 )
-def test_a_command_line_of_flix_has_no_path(
-    program: str, said: str, monkeypatch: pytest.MonkeyPatch
+def test_a_command_line_is_as_it_was_typed_and_flix_has_no_path(
+    module: str | None, program: str, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    spec = None if module is None else SimpleNamespace(name=module)
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec))
     monkeypatch.setattr(sys, "argv", [program, "train", "a b.yaml"])
-    assert command() == [said, "train", "a b.yaml"]
+    assert command() == [*said, "train", "a b.yaml"]
 
 
 def test_versions_are_of_what_is_installed() -> None:
