@@ -50,4 +50,4 @@ def base_table(study: Study) -> Table:
         f"{said['final_loss']:.3f}",
     )
     headings = ("base", "parameters", "words", "languages", "steps", "seconds", "tokens a second", "loss")  # fmt: skip
-    return Table(headings, (row,), f"Pretrained on {said['device']}, {said['precision']}.")
+    return Table(headings, [row], f"Pretrained on {said['device']}, {said['precision']}.")
