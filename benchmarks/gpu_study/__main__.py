@@ -185,7 +185,10 @@ def free_bytes() -> int | None:
     """The free memory of the device; None without one."""
     import torch
 
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.empty_cache()  # what pretraining held
+    return torch.cuda.mem_get_info()[0]
 
 
 def write_json(file: Path, said: Any) -> None:
