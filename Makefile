@@ -66,7 +66,7 @@ ONE := $(VENV)/.core $(VENV)/.torch $(VENV)/.jax $(VENV)/.tensorflow
 $(VENV)/.core: NEEDS := ".[test]"
 $(VENV)/.torch: NEEDS := ".[transformers,cli,test]" "$(TORCH)"
 $(VENV)/.jax: NEEDS := ".[jax,test]"
-$(VENV)/.tensorflow: NEEDS := ".[test]" "tensorflow-cpu>=2.18" "keras>=3.13"
+$(VENV)/.tensorflow: NEEDS := ".[test]" "tensorflow-cpu>=2.18" "keras>=3.14"
 $(ONE): pyproject.toml conformance/pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e $(NEEDS) -e ./conformance
 	@touch $@
