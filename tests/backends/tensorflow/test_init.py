@@ -39,6 +39,7 @@ def test_missing_framework_says_what_to_install(name):
 
 
 def test_keras_on_another_backend_is_an_error():
+    pytest.importorskip("scipy", reason="Keras on numpy needs scipy")
     out = run(
         """
         try:
