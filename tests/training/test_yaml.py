@@ -103,10 +103,10 @@ HARM = {
 @pytest.mark.parametrize("kind", HARM)
 def test_what_harms_is_refused_in_seconds(kind: str) -> None:
     text, message = HARM[kind]
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(SettingsError, match=message) as caught:
         parse_settings(text, "c.yaml")
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
 
 
