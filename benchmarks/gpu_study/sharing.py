@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,7 +38,7 @@ class Pace:
 
     Attributes:
         start: seconds until it trains.
-        step: seconds a step, in its slowest stretch.
+        step: seconds a step, in the median of its stretches: in an early one, kernels may be compiled.
         batch: seconds that a batch of evaluation rows takes.
         rows: how many rows it answered.
     """
@@ -72,7 +73,7 @@ def pretraining_seconds(minutes: float) -> float:
 
 
 def pace_of(told: Sequence[Told], batch: int) -> Pace:
-    """The pace of the slowest run. Each figure is the worst of all runs, which were under way together.
+    """The pace of the slowest run. Each figure is the worst that a run has; all of them were under way together.
 
     Args:
         told: what the runs told.
@@ -94,7 +95,7 @@ def pace_of(told: Sequence[Told], batch: int) -> Pace:
         if not stretches or not {"training", "evaluating", "done"} <= at.keys():
             raise SettingsError(f"{run}: too short to be timed; it told of {len(marks)} steps")
         starts.append(at["training"])
-        steps.append(max(stretches))
+        steps.append(statistics.median(stretches))
         answered = next(o.event["steps"] for o in mine if o.event["event"] == "evaluating")
         # From its last step on: before it answers, it computes their loss.
         batches.append((at["done"] - marks[-1][1]) / math.ceil(answered / batch))
