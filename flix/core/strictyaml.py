@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,9 @@ def read_tree(text: str, name: str) -> Tree:
     loader = None
     try:
         # The one in C where it was built: five times as fast.
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+        kind = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        _check_depth(yaml.parse(text, kind), name)
+        loader = kind(text)
         node = loader.get_single_node()
         if node is None:
             return Tree(None, {}, {})
@@ -101,6 +104,20 @@ def read_tree(text: str, name: str) -> Tree:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _check_depth(events: Iterable[Any], name: str) -> None:
+    """Refuse what nests too deeply before its tree is built: PyYAML's part in C calls itself for every level, and on
+    Python 3.12 the process ends there, without an error that could be caught.
+    """
+    from yaml import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
+
+    depth = 0
+    for event in events:
+        if depth > DEEPEST and isinstance(event, CollectionStartEvent | ScalarEvent | AliasEvent):
+            line = event.start_mark.line + 1
+            raise SettingsError(f"{name}:{line}: values nest more than {DEEPEST} deep")
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
 
 
 class _Walk:

@@ -8,7 +8,7 @@ the others: the vectors of features that have no rank in them stay.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -62,6 +62,44 @@ class FlatLayout:
             if id(sizes) not in known:
                 known[id(sizes)] = tuple(accumulate(sizes, initial=0))
         return tuple(known[id(sizes)] for sizes in self.sizes)
+
+    @cached_property
+    def _begin(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """:attr:`starts` as an array ``[kinds, 2 layers + 1]`` of those that differ, and which each feature has."""
+        kinds = {starts: kind for kind, starts in enumerate(dict.fromkeys(self.starts))}
+        which = [kinds[starts] for starts in self.starts]
+        return np.asarray(list(kinds), np.int64), np.asarray(which, np.int64)
+
+    def addresses(
+        self,
+        places: Sequence[int],
+        features: Sequence[int],
+        at: Sequence[int],
+        within: NDArray[np.int64],
+        itemsize: int,
+    ) -> NDArray[np.int64]:
+        """Where each rank's row of A, and of B transposed, lies in memory: for kernels that read vectors as they are.
+
+        Args:
+            places: layers in which these features have the same ranks, all above 0, and which have no experts.
+            features: ids.
+            at: the address of each one's vector.
+            within: ``[U]``, which rank of its feature each of them is (``strategy.union.bank_rows``).
+            itemsize: bytes of a value.
+
+        Returns:
+            ``[layers, 2, U]``, of the U ranks of the features, one feature after the other.
+        """
+        ranks = [self.rank(feature, places[0]) for feature in features]
+        begin, which = self._begin
+        columns = 2 * np.asarray(places)[:, None] + [0, 1]
+        parts = begin[which[list(features)]][:, columns]  # [features, layers, 2]
+        sizes = np.asarray([(self.shapes[p].d_in, self.shapes[p].d_out) for p in places])
+        first = np.repeat(np.asarray(at, np.int64)[:, None, None] + itemsize * parts, ranks, axis=0)
+        found: NDArray[np.int64] = (first + itemsize * within[:, None, None] * sizes).transpose(
+            1, 2, 0
+        )
+        return found
 
     def length(self, feature: int) -> int:
         """The length of a feature's vector; 0 where it has no update in any layer."""

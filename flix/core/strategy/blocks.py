@@ -15,8 +15,11 @@ from typing import NamedTuple
 _PROGRAMS = 512
 _PROGRAMS_GRAD = 132
 _SLOTS = 64
-# Positions a row from which partial sums by row cost less traffic than reading tokens by feature.
-_PARTIAL_LENGTH = 64
+# Slots a position up to which partial sums by row are made: their traffic, beside that of the positions themselves.
+_PARTIAL_SLOTS = 4
+# Tokens that one program goes through at most for a feature's gradient, and bytes of the sums that several leave.
+_SERIAL = 512
+_SERIAL_BYTES = 64 * 2**20
 # Partial products into the ranks that a program of the next launch sums itself, times their slots.
 _CHUNKS = 128
 
@@ -91,8 +94,23 @@ def cut(count: int, length: int, slots: int, size: int, itemsize: int, grad: boo
 
 
 def partial(length: int, slots: int) -> bool:
-    """Whether gradients are summed piece by piece of a row first, rather than from each feature's tokens."""
-    return length >= _PARTIAL_LENGTH and slots <= _SLOTS
+    """Whether gradients are summed piece by piece of a row first, rather than from each feature's tokens.
+
+    A feature that all rows share has all tokens, which one program would go through one after the other.
+    """
+    return length > 1 and slots <= min(_SLOTS, _PARTIAL_SLOTS * length)
+
+
+def splits(tokens: int, rows: int, size: int) -> int:
+    """How many programs share the tokens of a feature, each with a sum of its own.
+
+    Args:
+        tokens: of the batch; a feature may be that of all of them.
+        rows: of the bank.
+        size: columns.
+    """
+    room = _SERIAL_BYTES // max(1, 4 * rows * size)
+    return max(1, min(parts(tokens, _SERIAL), room, 32))
 
 
 class TokenBlocks(NamedTuple):

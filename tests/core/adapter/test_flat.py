@@ -93,3 +93,21 @@ def test_chosen_features_are_packed_layer_by_layer(dtype):
     found = layout.packed(ids, pairs.items(), [("language", "swa"), ("language", "yor")], dtype)
     assert list(found) == [swa] and found[swa].dtype == dtype
     assert np.array_equal(found[swa], vector)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_addresses_are_those_of_the_rows_of_the_views(dtype):
+    layout = flat_layout(config(), SHAPES)
+    features = [REGISTRY.id("language", "swa"), REGISTRY.id("task", "ner")]
+    vectors = [np.zeros(layout.length(i), dtype) for i in features]
+    at, size = [v.ctypes.data for v in vectors], np.dtype(dtype).itemsize
+    places = [
+        layout.places["a"],
+        layout.places["c"],
+    ]  # of one layout: swa and ner have rank 2 in both
+    found = layout.addresses(places, features, at, np.asarray([0, 1, 0, 1]), size)
+    assert found.shape == (2, 2, 4) and found.dtype == np.int64
+    for place, sides in zip(places, found, strict=True):
+        views = [layout.views(v, i, place) for v, i in zip(vectors, features, strict=True)]
+        expected = [[row.ctypes.data for a, _ in views for row in a], [row.ctypes.data for _, b in views for row in b.T]]  # fmt: skip
+        assert sides.tolist() == expected

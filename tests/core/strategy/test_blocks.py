@@ -6,7 +6,16 @@ import itertools
 
 import pytest
 
-from flix.core.strategy.blocks import cut, cut_feature, cut_parts, cut_tokens, partial, parts, power
+from flix.core.strategy.blocks import (
+    cut,
+    cut_feature,
+    cut_parts,
+    cut_tokens,
+    partial,
+    parts,
+    power,
+    splits,
+)
 
 SHAPES = list(
     itertools.product(
@@ -45,9 +54,16 @@ def test_many_chunks_are_summed_by_a_launch_of_their_own():
     assert not cut(4, 64, 16, 512, 2, False).many
 
 
-def test_partial_sums_want_long_rows_and_one_block_of_slots():
-    assert partial(64, 64)
-    assert not partial(63, 64) and not partial(64, 65)
+def test_partial_sums_want_one_block_of_slots_and_few_for_each_position():
+    assert partial(64, 64) and partial(16, 64) and partial(5, 20)
+    assert not partial(64, 65) and not partial(15, 64) and not partial(5, 21)
+    assert not partial(1, 1)  # a launch of its own multiplies single tokens
+
+
+def test_many_tokens_are_shared_among_programs_as_far_as_memory_goes():
+    assert splits(512, 40, 64) == 1 and splits(513, 40, 64) == 2 and splits(10**6, 40, 64) == 32
+    assert splits(10**6, 1000, 4096) == 4  # 64 MB of sums
+    assert splits(10**6, 10**5, 4096) == 1 and splits(0, 0, 0) == 1
 
 
 @pytest.mark.parametrize("tokens", [1, 50, 5000])

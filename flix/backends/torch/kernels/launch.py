@@ -26,6 +26,7 @@ from flix.core.strategy.blocks import (
     cut_tokens,
     partial,
     parts,
+    splits,
 )
 
 _SOURCES = {
@@ -180,9 +181,11 @@ class _Sum(NamedTuple):
         self, v: Tensor, coefficient: Tensor, order: Tensor, starts: Tensor, out: Tensor
     ) -> None:
         """Fill ``out``, one side's gradient, from the tokens of each feature."""
-        table, (_, length, size) = self.table, v.shape
+        table, (count, length, size) = self.table, v.shape
         block_s, block_c, warps = cut_feature(table.widest, size)
-        grid = (table.rows, parts(size, block_c), parts(table.widest, block_s))
+        shared = splits(count * length, table.rows, size)
+        sums = out if shared == 1 else out.new_empty((shared, *out.shape), dtype=torch.float32)
+        grid = (table.rows, parts(size, block_c), parts(table.widest, block_s) * shared)
         kernels.gather_tokens[grid](
             v,
             coefficient,
@@ -191,8 +194,8 @@ class _Sum(NamedTuple):
             table.first,
             order,
             starts,
-            out,
-            *(length, self.slots, size),
+            sums,
+            *(length, self.slots, size, table.rows, shared),
             **_products(v),
             block_t=32,
             block_c=block_c,
@@ -200,6 +203,8 @@ class _Sum(NamedTuple):
             num_warps=warps,
             num_stages=3,
         )
+        if shared > 1:
+            out.copy_(sums.sum(0))
 
 
 def forward(

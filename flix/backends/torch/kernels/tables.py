@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -17,10 +17,12 @@ from torch import Tensor
 
 from flix.backends.torch.parameters import InForce
 from flix.core.adapter.flat import FlatLayout
+from flix.core.config.layout import LayerLayout
 from flix.core.errors import ConfigError
 from flix.core.strategy.union import bank_rows
 
 _KEPT = 4096  # tables; a table of 64 bank rows is 2 KB
+_BATCHES = 64  # what is kept of a model's layers, each time for other features
 
 
 class Table(NamedTuple):
@@ -45,10 +47,12 @@ class Table(NamedTuple):
     held: Any = None
 
 
+Made = TypeVar("Made")
+
 _tables: OrderedDict[Any, Table] = OrderedDict()
-_of_layouts: WeakKeyDictionary[FlatLayout, OrderedDict[Any, Table]] = WeakKeyDictionary()
+_of_layouts: WeakKeyDictionary[FlatLayout, OrderedDict[Any, dict[int, Table]]] = WeakKeyDictionary()
 # Those that CUDA graphs read at every replay, by the memory they point into: a graph is of no use after that is freed.
-_captured: WeakKeyDictionary[torch.UntypedStorage, dict[Any, Table]] = WeakKeyDictionary()
+_captured: WeakKeyDictionary[torch.UntypedStorage, dict[Any, Any]] = WeakKeyDictionary()
 
 
 def upload(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
@@ -67,8 +71,7 @@ def _table(
     addresses = np.asarray([p.data_ptr() for p in params], dtype=np.int64).reshape(2, -1)
     strides = np.asarray(sizes)[:, None] * dtype.itemsize
     values = np.stack([*(np.repeat(addresses, ranks, axis=1) + within * strides), own, first])
-    # Each row of the table begins aligned alike, which kernels are compiled for.
-    at_a, at_b, of, start = upload(np.pad(values, ((0, 0), (0, len(own) % 2))), device).unbind(0)
+    at_a, at_b, of, start = upload(_even(values), device).unbind(0)
     return Table((at_a, at_b), of, start, len(own), dtype, max(ranks))
 
 
@@ -101,7 +104,9 @@ def bank_table(a: Sequence[Tensor], b: Sequence[Tensor], device: torch.device) -
 def layer_table(found: InForce, place: int, active: tuple[int, ...], device: torch.device) -> Table:
     """The table of some features in one of a model's layers.
 
-    Where the features' vectors are alike it follows from their addresses, and no part of them has to be made.
+    Where the features' vectors are alike it follows from their addresses, and no part of them has to be made. Then the
+    tables of all layers with these ranks are made at once: batches of many features seldom have the same ones, and an
+    upload for each layer of each batch would cost more than the kernels.
 
     Args:
         found: the vectors.
@@ -113,39 +118,62 @@ def layer_table(found: InForce, place: int, active: tuple[int, ...], device: tor
         ConfigError: as :func:`bank_table`.
     """
     layout = found.bank.layout
-    shape, ranks = layout.shapes[place], layout.layouts[place].ranks
+    shape, own = layout.shapes[place], layout.layouts[place]
     if found.addresses is None or found.addresses[0] != device:  # parts are copied, each by itself
         a, b = (
-            [v.view(ranks[i], size) for i, v in zip(active, side, strict=True)]
+            [v.view(own.ranks[i], size) for i, v in zip(active, side, strict=True)]
             for side, size in zip(
                 found.values(active, place, device), (shape.d_in, shape.d_out), strict=True
             )
         )
         table = bank_table(a, b, device)
         return table._replace(held=(a, b, table.held))
+    kept = _of_layouts.setdefault(layout, OrderedDict())
+    key = id(own), active, found.addresses  # the layout holds its layers' layouts
+    tables = _kept(
+        kept, key, device, found.vector(active[0]), lambda: _tables_of(found, own, active, device)
+    )
+    return tables[place]
 
-    def make() -> Table:
-        a, b = found.values(active, place, device)
-        return _table([*a, *b], tuple(ranks[i] for i in active), (shape.d_in, shape.d_out), device)
 
-    tables = _of_layouts.setdefault(layout, OrderedDict())
-    return _kept(tables, (place, active, found.addresses), device, found.vector(active[0]), make)
+def _tables_of(
+    found: InForce, own: LayerLayout, active: tuple[int, ...], device: torch.device
+) -> dict[int, Table]:
+    """The tables of all layers with a layout, by place, by one upload."""
+    layout, vectors = found.bank.layout, [found.vector(i) for i in active]
+    places = [
+        place
+        for place, (one, shape) in enumerate(zip(layout.layouts, layout.shapes, strict=True))
+        if one is own and not shape.experts
+    ]
+    dtype, ranks = vectors[0].dtype, [own.ranks[i] for i in active]
+    first, of, within = bank_rows(ranks)
+    at = layout.addresses(places, active, [v.data_ptr() for v in vectors], within, dtype.itemsize)
+    values = np.concatenate([np.stack([of, first]), at.reshape(-1, len(of))])
+    rank, start, *rows = upload(_even(values), device).unbind(0)
+    sides = zip(places, rows[::2], rows[1::2], strict=True)
+    return {place: Table((a, b), rank, start, len(of), dtype, max(ranks)) for place, a, b in sides}
+
+
+def _even(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Rows that begin aligned alike, which kernels are compiled for."""
+    return np.pad(values, ((0, 0), (0, values.shape[1] % 2)))
 
 
 def _kept(
-    tables: OrderedDict[Any, Table],
+    tables: OrderedDict[Any, Made],
     key: Any,
     device: torch.device,
     part: Tensor,
-    make: Callable[[], Table],
-) -> Table:
-    """A table out of those that are kept, or made and kept; ``part`` lies in the memory that it points into."""
+    make: Callable[[], Made],
+) -> Made:
+    """What is kept, or made and kept; ``part`` lies in the memory that it points into."""
     found, capturing = tables.get(key), _capturing(device)
     if found is None:
         if capturing:
             raise _unprepared()
         found = tables[key] = make()
-        while len(tables) > _KEPT:
+        while len(tables) > (_KEPT if isinstance(found, Table) else _BATCHES):
             tables.popitem(last=False)
     tables.move_to_end(key)
     if capturing:

@@ -269,7 +269,7 @@ def gather_parts(
         tl.store(d_b + at, acc.to(d_b.dtype.element_ty), mask=cols < size_b)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "bank", "splits"])
 def gather_tokens(
     v,
     coefficient,
@@ -282,6 +282,8 @@ def gather_tokens(
     length,
     slots,
     size,
+    bank,
+    splits,
     precision: tl.constexpr,
     widen: tl.constexpr,
     block_t: tl.constexpr,
@@ -290,13 +292,16 @@ def gather_tokens(
 ):
     """A feature's gradient straight from its tokens, for rows too short to make partial sums worth their memory.
 
-    out[u, col] = Σ over entries and their tokens of scale · coefficient[m, slot] · v[m, col].
-    Grid: (bank rows, of which a feature's first works for all of its rows; chunks of columns; blocks of ranks).
+    out[split, u, col] = Σ over entries and their tokens of scale · coefficient[m, slot] · v[m, col]. Blocks of tokens
+    are dealt out to the splits, so that no program goes through all of those of a feature that every row has.
+    Grid: (bank rows, of which a feature's first works for all of its rows; chunks of columns; blocks of ranks of each
+    split in turn).
     """
     u = tl.program_id(0)
     start = tl.load(first + u)
     rank = tl.load(ranks + u)
-    block = tl.program_id(2) * block_s
+    split = tl.program_id(2) % splits
+    block = tl.program_id(2) // splits * block_s
     if (start == u) & (block < rank):
         j = block + tl.arange(0, block_s)
         cols = tl.program_id(1) * block_c + tl.arange(0, block_c)
@@ -304,7 +309,7 @@ def gather_tokens(
         begin = tl.load(starts + u)
         total = (tl.load(starts + u + 1) - begin) * length
         acc = tl.zeros([block_s, block_c], dtype=tl.float32)
-        for e in range(0, total, block_t):
+        for e in range(split * block_t, total, splits * block_t):
             item = e + tl.arange(0, block_t)
             here = item < total
             entry = tl.load(order + begin + item // length, mask=here, other=0)
@@ -322,7 +327,8 @@ def gather_tokens(
                 other=0.0,
             )
             acc = _dot(tl.trans(c.to(tile.dtype)), tile, acc, precision, widen)
-        at = (start + j)[:, None] * size + cols[None, :]
+        row = split.to(tl.int64) * bank + start + j
+        at = row[:, None] * size + cols[None, :]
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=(j < rank)[:, None] & inside[None, :])
 
 

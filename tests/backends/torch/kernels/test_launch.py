@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from flix import ConfigError  # noqa: E402
 from flix.backends.torch import FlixConv1D, adapt  # noqa: E402
+from flix.core.strategy import blocks  # noqa: E402
 from tests.helpers.isolation import WAYS, check  # noqa: E402
 from tests.helpers.kernels import DEVICE, layer_of, needs_kernels, step_of  # noqa: E402
 from tests.helpers.registry import ROWS, config  # noqa: E402
@@ -48,6 +49,18 @@ def test_every_shape_and_dtype_gives_gathers_numbers(shape, dtype):
 def test_several_chunks_of_columns_and_pieces_of_rows(length):
     ids, weights = routing(ROWS[:2])
     _compare((2, length, 530), 270, ids, weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [3, 70])
+def test_tokens_of_a_feature_that_programs_share(length, dtype, monkeypatch):
+    """As in a large batch: each program sums its blocks of tokens, and some have none."""
+    monkeypatch.setattr(blocks, "_SERIAL", 5)
+    monkeypatch.setattr(blocks, "_PARTIAL_SLOTS", 0)
+    _compare((4, length, 40), 19, *routing(), dtype)
+    ids, weights = torch.tensor([[0, 4]] * 4), torch.ones(4, 2)
+    wide = config(ranks=70, alpha=None)  # two blocks of ranks
+    _compare((4, length, 40), 150, ids, weights, dtype, settings=wide)
 
 
 @pytest.mark.parametrize("length", [1, 7, 70])

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from flix import ConfigError  # noqa: E402
-from flix.backends.torch import FlixLinear  # noqa: E402
+from flix.backends.torch import FlixLinear, adapt  # noqa: E402
 from flix.backends.torch.kernels import tables  # noqa: E402
 from flix.backends.torch.parameters import InForce  # noqa: E402
 from tests.helpers.kernels import INTERPRETED, layer_of, step_of  # noqa: E402
@@ -80,6 +80,36 @@ def test_memory_that_is_used_again_is_not_taken_for_what_lay_there():
         assert (table.dtype, table.rows) == (value.dtype, 2)
         assert table.at[0].tolist()[:2] == [at, at + 5 * value.itemsize]
         assert table.at[1].tolist()[:2] == [at + 10 * value.itemsize, at + 17 * value.itemsize]
+
+
+def test_one_upload_makes_the_tables_of_all_layers_of_a_layout(monkeypatch):
+    uploads = []
+    upload = tables.upload
+    monkeypatch.setattr(tables, "upload", lambda *given: uploads.append(given) or upload(*given))
+    layers = torch.nn.Sequential(
+        torch.nn.Embedding(9, 6), *(torch.nn.Linear(6, 6) for _ in range(4))
+    )
+    pattern = {"2": {"task": 1}}
+    model = adapt(layers, config(alpha=None, rank_pattern=pattern, target_modules=".*"))
+    bank = model.flix_state.bank
+    found, layout = InForce(bank, [0, 1, 4], None, False), bank.layout
+    for active in ((0, 4), (1, 4)):
+        del uploads[:]
+        for place, layer in enumerate(layers):
+            if isinstance(layer, torch.nn.Embedding):
+                continue
+            table = tables.layer_table(found, place, active, CPU)
+            assert table is tables.layer_table(found, place, active, CPU)
+            ranks = [layout.rank(i, place) for i in active]
+            for at, side, size in zip(
+                table.at, found.values(active, place, CPU), (6, 6), strict=True
+            ):
+                parts = [p.view(r, size) for p, r in zip(side, ranks, strict=True)]
+                assert at.tolist()[: table.rows] == [row.data_ptr() for p in parts for row in p]
+            assert table.ranks.tolist()[: table.rows] == [r for r in ranks for _ in range(r)]
+            assert (table.rows, table.widest) == (sum(ranks), max(ranks))
+            assert all(t.storage_offset() % 2 == 0 for t in (*table.at, table.ranks, table.first))
+        assert len(uploads) == 2  # layer "2" has ranks of its own
 
 
 @pytest.mark.parametrize("other", [torch.zeros(24, dtype=torch.bfloat16), torch.zeros(48)[::2]])
