@@ -115,8 +115,8 @@ def _check_depth(events: Iterable[Any], name: str) -> None:
     depth = 0
     for event in events:
         if depth > DEEPEST and isinstance(event, CollectionStartEvent | ScalarEvent | AliasEvent):
-            line = event.start_mark.line + 1
-            raise SettingsError(f"{name}:{line}: values nest more than {DEEPEST} deep")
+            mark: Any = event.start_mark
+            raise SettingsError(f"{name}:{mark.line + 1}: values nest more than {DEEPEST} deep")
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
 
 

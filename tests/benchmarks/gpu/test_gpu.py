@@ -73,7 +73,12 @@ def test_its_file_is_a_part_of_the_page(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("section", list(gpu.SECTIONS))
 def test_the_dry_run_goes_through_a_whole_section(section, tmp_path):
-    wanted = {"pallas": "jax", "model": "transformers", "experts": "transformers"}
+    wanted = {
+        "pallas": "jax",
+        "model": "transformers",
+        "small": "transformers",
+        "experts": "transformers",
+    }
     pytest.importorskip({**wanted, "quantised": "torchao"}.get(section, "triton"))
     pytest.importorskip("triton")
     out = tmp_path / "gpu.json"
@@ -89,4 +94,4 @@ def test_the_dry_run_goes_through_a_whole_section(section, tmp_path):
         assert part["figures"]["failed"] == []
     else:  # the base, and flix beside it
         assert "frozen" in text
-        assert ("flix" if section in ("experts", "quantised") else "fused") in text
+        assert ("flix" if section in ("small", "experts", "quantised") else "fused") in text
