@@ -53,14 +53,14 @@ def test_a_run_that_is_too_short_is_named(left_out):
 def test_steps_fill_the_time_with_some_to_spare():
     pace = Pace(start=20, step=0.1, batch=2, rows=450)
     steps = steps_for(230, pace, rows=4500, batch=1000)
-    assert steps == int(0.85 * (230 - 20 - 10) / 0.1)
+    assert steps == int(0.85 * (230 - 20 - 2 * (1 + 4 / 4)) / 0.1)  # five batches
     assert pace.seconds(steps, 4500, 1000) < 230
 
 
 def test_too_little_time_says_how_much_is_needed():
     pace = Pace(start=20, step=0.1, batch=2, rows=450)
     with pytest.raises(
-        SettingsError, match=r"30 s are left, and 100 steps .* take 42 s; give more"
+        SettingsError, match=r"30 s are left, and 100 steps .* take 36 s; give more"
     ):
         steps_for(30, pace, rows=4500, batch=1000)
 
