@@ -18,7 +18,7 @@ CLOSING = 25.0
 CAUTION = 0.85
 """Of the time that is left, the share that is planned: the pace may fall while all runs are under way."""
 FIRST_BATCH = 4
-"""How many times as long the first batch of evaluation rows takes, since kernels are compiled for it: with an H100, five
+"""How many times as long the first batch of evaluation rows takes, since kernels are compiled for it. On an H100, five
 batches took no longer than the one that was timed."""
 FEWEST_STEPS = 100
 LEAST_MINUTES = 4.0

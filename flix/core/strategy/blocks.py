@@ -15,8 +15,8 @@ from typing import NamedTuple
 _PROGRAMS = 512
 _PROGRAMS_GRAD = 132
 _SLOTS = 64
-# Slots a position up to which partial sums by row are made: their traffic, beside that of the positions themselves.
-_PARTIAL_SLOTS = 4
+# Bytes of partial sums by row that are made whatever the rows' length is.
+_PARTIAL_BYTES = 64 * 2**20
 # Tokens that one program goes through at most for a feature's gradient, and bytes of the sums that several leave.
 _SERIAL = 512
 _SERIAL_BYTES = 64 * 2**20
@@ -93,12 +93,21 @@ def cut(count: int, length: int, slots: int, size: int, itemsize: int, grad: boo
     )
 
 
-def partial(length: int, slots: int) -> bool:
+def partial(count: int, length: int, slots: int, sizes: int) -> bool:
     """Whether gradients are summed piece by piece of a row first, rather than from each feature's tokens.
 
-    A feature that all rows share has all tokens, which one program would go through one after the other.
+    A feature that all rows share has all tokens, which few programs would go through one after the other. Where rows
+    have more slots than tokens, partial sums would be larger than what they are made of.
+
+    Args:
+        count: rows.
+        length: their tokens.
+        slots: of a row.
+        sizes: columns of both sides.
     """
-    return length > 1 and slots <= min(_SLOTS, _PARTIAL_SLOTS * length)
+    if length == 1 or slots > _SLOTS:
+        return False
+    return slots <= length or 4 * count * slots * sizes <= _PARTIAL_BYTES
 
 
 def splits(tokens: int, rows: int, size: int) -> int:

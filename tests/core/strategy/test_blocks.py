@@ -54,10 +54,12 @@ def test_many_chunks_are_summed_by_a_launch_of_their_own():
     assert not cut(4, 64, 16, 512, 2, False).many
 
 
-def test_partial_sums_want_one_block_of_slots_and_few_for_each_position():
-    assert partial(64, 64) and partial(16, 64) and partial(5, 20)
-    assert not partial(64, 65) and not partial(15, 64) and not partial(5, 21)
-    assert not partial(1, 1)  # a launch of its own multiplies single tokens
+def test_partial_sums_want_one_block_of_slots_and_no_more_memory_than_the_tokens():
+    many = 10**6
+    assert partial(many, 64, 64, 8192) and partial(many, 15, 15, 8192)
+    assert not partial(many, 15, 16, 8192) and not partial(1, 65, 65, 8)
+    assert partial(128, 2, 16, 8192) and not partial(129, 2, 16, 8192)  # 64 MB
+    assert not partial(1, 1, 1, 8)  # a launch of its own multiplies single tokens
 
 
 def test_many_tokens_are_shared_among_programs_as_far_as_memory_goes():

@@ -311,7 +311,7 @@ def gradients(
         return dx.zero_(), torch.zeros_like(scale) if need_scale else None
     with _on(x):
         batch = _Sum(table, rows, scale)
-        by_parts = pairs is not None and partial(length, batch.slots)
+        by_parts = pairs is not None and partial(x.shape[0], length, batch.slots, d_in + d_out)
         if length == 1:
             dz = torch.empty_like(h)
             batch.single(dy, B, None, dx, dz)
