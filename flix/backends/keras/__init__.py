@@ -16,8 +16,8 @@ from flix.backends import missing as _missing
 try:
     import keras as _keras
 
-    if tuple(map(int, _keras.__version__.split(".")[:2])) < (3, 14):
-        raise ImportError(f"Keras {_keras.__version__} is installed, but Keras 3.14 is needed")
+    if tuple(map(int, _keras.__version__.split(".")[:2])) < (3, 15):
+        raise ImportError(f"Keras {_keras.__version__} is installed, but Keras 3.15 is needed")
 except ImportError as _error:
     raise _missing("tensorflow", "Keras 3", _error) from _error
 
