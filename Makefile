@@ -49,12 +49,12 @@ types: $(VENV)/.dev
 
 # First the core, where no framework can be imported; then the backends and what stands on them; then the kit.
 test: $(VENV)/.dev lint
-	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) $(MIXED) tests/core
+	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) $(MIXED) -n $(WORKERS) tests/core
 	$(PYTEST) $(MIXED) -n $(WORKERS) --dist loadfile -m "not slow" --durations 25 --ignore tests/core
 	$(MAKE) conformance
 
 test-all: $(VENV)/.dev lint
-	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) $(MIXED) tests/core
+	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) $(MIXED) -n $(WORKERS) tests/core
 	$(PYTEST) $(MIXED) -n $(WORKERS) --dist loadfile --durations 25 --ignore tests/core
 	$(MAKE) conformance
 	$(MAKE) torture-smoke
