@@ -290,7 +290,7 @@ def gather_tokens(
     block_c: tl.constexpr,
     block_s: tl.constexpr,
 ):
-    """A feature's gradient straight from its tokens, for rows too short to make partial sums worth their memory.
+    """A feature's gradient straight from its tokens, for rows with too many slots for partial sums.
 
     out[split, u, col] = Σ over entries and their tokens of scale · coefficient[m, slot] · v[m, col]. Blocks of tokens
     are dealt out to the splits, so that no program goes through all of those of a feature that every row has.
