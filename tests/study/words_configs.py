@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 #: Shipped studies that stand on these files alone.
-ALONE = ("settle", "unseen", "languages")
+ALONE = ("settle", "unseen", "languages", "ablations")
 _TEXT = """\
 model: google/byt5-small
 kind: seq2seq
