@@ -14,6 +14,7 @@ from flix.data.chosen import ChosenRows
 from flix.tasks import Answer, Task, interval, scores
 from flix.tasks.columns import TASK
 from flix.tasks.making import task_of
+from flix.tasks.scoring import need_for
 
 if TYPE_CHECKING:
     from flix.transformers import FlixCollator
@@ -35,6 +36,9 @@ class Evaluator:
         unseen_group_weights: factors for groups in cells that are not trained on.
         samples: answers of a cell that :meth:`samples` keeps.
         seed: of the intervals' draws.
+
+    Raises:
+        MissingFrameworkError: a package is not installed that scores of these rows need.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Evaluator:
         self.rows: list[dict[str, Any]] = chosen.__getitems__(range(len(chosen)))
         self.tasks = tuple(tasks)
         self.lengths = np.array([length_of(tasks, row) for row in self.rows], np.float64)
+        need_for([tasks[number] for number in sorted({int(row.get(TASK, 0)) for row in self.rows})])
         self.collator = collator.evaluation()
         self.elsewhere = collator.evaluation(unseen_group_weights or {})
         self.ids = self.collator.routing_of(self.rows).ids

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +12,11 @@ from numpy.typing import NDArray
 from flix.core import rng
 from flix.core.errors import ConfigError, listed, near
 from flix.tasks.answer import Answer
-from flix.tasks.entities import counted
+from flix.tasks.entities import counted, finder
 from flix.tasks.errors import DataError, missing_extra
+
+if TYPE_CHECKING:
+    from flix.tasks.task import Task
 
 _DRAWS = 1000  # bootstrap samples
 _TAIL = 2.5  # percent
@@ -41,6 +45,19 @@ def scores(kind: str, found: Sequence[Answer]) -> dict[str, float]:
     name, parts, measure = _main(kind, found)
     main = {name: round(float(measure(parts.sum(0))), 2)}
     return main | {name: round(value, 2) for name, value in _others(kind, name, found).items()}
+
+
+def need_for(tasks: Iterable[Task]) -> None:
+    """Ask for the packages that the scores of some tasks need, before the answers that would be lost without them.
+
+    Raises:
+        MissingFrameworkError: one is not installed.
+    """
+    for task in tasks:
+        if task.metric == "entity_f1":
+            finder()
+        elif task.kind in ("seq2seq", "causal"):
+            _sacrebleu()
 
 
 def interval(kind: str, found: Sequence[Answer], seed: int = 0) -> tuple[float, float]:
@@ -190,9 +207,13 @@ def _macro_f1(pairs: Sequence[tuple[str, str]]) -> float:
 
 
 def _chrf(found: Sequence[Answer]) -> float:
+    wanted = [[str(a.target).strip() for a in found]]
+    return float(_sacrebleu().corpus_chrf([a.output for a in found], wanted).score)
+
+
+def _sacrebleu() -> Any:
     try:
         import sacrebleu
     except ImportError as error:
         raise missing_extra("chrF", "train", error) from None
-    wanted = [[str(a.target).strip() for a in found]]
-    return float(sacrebleu.corpus_chrf([a.output for a in found], wanted).score)
+    return sacrebleu

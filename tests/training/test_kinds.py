@@ -95,6 +95,27 @@ def config(tmp_path: Path, encoder: Path) -> Path:
     return path
 
 
+def test_what_the_scores_need_is_asked_for_before_training(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("seqeval", "seqeval.metrics.sequence_labeling"):
+        monkeypatch.setitem(sys.modules, name, None)
+    found = run(app, ["train", str(config)])
+    assert found.exit_code == 2, found.stdout
+    assert "seqeval" in found.stderr and "flix-peft[train]" in found.stderr
+    assert not (config.parent / "run").exists()
+
+
+def test_what_no_row_needs_is_not_asked_for(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = yaml.safe_load(config.read_text())
+    said["datasets"] = [d for d in said["datasets"] if d["kind"] != "tagging"]
+    said["training"]["steps"] = 1
+    config.write_text(yaml.safe_dump(said))
+    for name in ("seqeval", "seqeval.metrics.sequence_labeling"):
+        monkeypatch.setitem(sys.modules, name, None)
+    ok("train", config)
+
+
 def test_four_kinds_from_one_configuration(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     metrics = ok("train", config)
     cells = {cell["cell"]: cell for cell in metrics["cells"]}
