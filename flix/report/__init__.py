@@ -4,7 +4,8 @@ It reads only the folders of runs (JSON, and adapters through :mod:`flix.core`) 
 ``report``.
 """
 
-from flix.report.page import Written, remove_report, write_report
+from flix.report.page import remove_report, write_report
 from flix.report.reading import ReportError
+from flix.report.writing import Written
 
 __all__ = ["ReportError", "Written", "remove_report", "write_report"]

@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from flix._version import __version__
-from flix.core.errors import MissingFrameworkError
-from flix.core.files import make_folder, write_file
 from flix.report.figures import Figures
 from flix.report.grid import Axes, choose_axes, decimal, metric_name
-from flix.report.reading import Part, ReportError
 from flix.report.records import Point, Scored
 from flix.report.runs import Run, read_runs
 from flix.report.view import Figure, Table, View
 from flix.report.views import view_of
-
-_MARK = '<meta name="generator" content="flix report'
-
-
-@dataclass(frozen=True)
-class Written:
-    """A report that was written.
-
-    Attributes:
-        out: the page.
-        size: its bytes.
-        short: the sentences at its top.
-        missing: what the page cannot show, and why.
-    """
-
-    out: Path
-    size: int
-    short: list[str]
-    missing: list[str]
+from flix.report.writing import Sentence, Written, check_out, is_report, marked, put, rendered, safe
 
 
 def write_report(
@@ -67,12 +40,9 @@ def write_report(
     """
     found = read_runs(runs)
     out = out if out is not None else runs[0] / "report.html"
-    _check_out(out, force)
+    check_out(out, force)
     text, short, missing = page(found, rows, columns)
-    data = text.encode("utf-8", "replace")
-    make_folder(out.parent)
-    write_file(out, data)
-    return Written(out, len(data), short, missing)
+    return Written(out, put(out, text), short, missing)
 
 
 def remove_report(run: Path) -> None:
@@ -81,7 +51,7 @@ def remove_report(run: Path) -> None:
     Raises:
         OSError: it cannot be read or removed.
     """
-    if (out := run / "report.html").is_file() and _is_report(out):
+    if (out := run / "report.html").is_file() and is_report(out):
         out.unlink()
 
 
@@ -99,20 +69,13 @@ def page(
     views = [view_of(run, number, first, axes, figures) for number, run in enumerate(runs)]
     missing = [f"{run.name}: {text}" if first else text for run in runs for text in run.missing]
     short = _short(views)
-    script = files("flix.report").joinpath("templates/page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     names = ", ".join(run.name for run in runs)
-    text = _template().render(
+    text = rendered(
+        "page.html",
         title=f"flix report: {names}",
         subtitle=_subtitle(runs),
-        generator=f"flix report {__version__}",
-        style=_safe(
-            files("flix.report").joinpath("templates/style.css").read_text(encoding="utf-8")
-        ),
-        script=_safe(script),
-        script_hash=f"sha256-{digest}",
         parts=_PARTS,
-        short=[_marked(parts) for parts in short],
+        short=[marked(parts) for parts in short],
         missing=missing,
         axes=axes,
         views=[_safe_figures(view) for view in views],
@@ -128,8 +91,6 @@ _PARTS = (
     ("scores", "Scores"), ("curves", "Learning curves"), ("shared", "What features share"), ("mixture", "Mixture"),
     ("examples", "Examples"), ("cost", "Cost"), ("origin", "Command, versions, data"),
 )  # fmt: skip
-Sentence = list[tuple[str, str]]
-"""Pieces of text, each with how it is set: "" plain, "b" bold, "code" as code."""
 
 
 def _short(views: Sequence[View]) -> list[Sentence]:
@@ -330,44 +291,8 @@ def _subtitle(runs: Sequence[Run]) -> str:
     return f"{said}Folder: {runs[0].folder}"
 
 
-def _check_out(out: Path, force: bool) -> None:
-    if out.is_dir():
-        raise ReportError(f"--out must be a file, but {str(out)!r} is a folder")
-    if out.exists() and not force and not _is_report(out):
-        raise ReportError(f"--out: {str(out)!r} is not a flix report; --force overwrites it anyway")
-
-
-def _is_report(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return _MARK.encode() in file.read(2000)
-
-
-def _template() -> Any:
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingFrameworkError(
-            'a report needs jinja2; install it with: pip install "flix-peft[report]"'
-        ) from error
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("flix.report", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html")
-
-
-def _safe(text: str) -> Any:
-    """A text of our own, which the template takes as it is."""
-    from markupsafe import Markup
-
-    return Markup(text)
-
-
 def _safe_figure(figure: Figure) -> Figure:
-    return Figure(_safe(figure.svg), figure.label, figure.caption)
+    return Figure(safe(figure.svg), figure.label, figure.caption)
 
 
 def _safe_figures(view: View) -> View:
@@ -378,14 +303,4 @@ def _safe_figures(view: View) -> View:
     return view
 
 
-def _marked(sentence: Sentence) -> Any:
-    """A sentence as HTML, its texts escaped."""
-    return _safe(
-        "".join(
-            f"<{tag}><bdi>{html.escape(text)}</bdi></{tag}>" if tag else html.escape(text)
-            for text, tag in sentence
-        )
-    )
-
-
-__all__ = ["Part", "Written", "page", "write_report"]
+__all__ = ["Written", "page", "remove_report", "write_report"]

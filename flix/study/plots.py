@@ -112,8 +112,11 @@ class Plots(Figures):
                 place.tick_params(axis="y", length=0)
                 place.tick_params(axis="x", labelbottom=True)
                 if not zero:
-                    place.set_xlim(left=0)
                     place.margins(x=0.12)
+            if (
+                not zero
+            ):  # after the last panel: the panels share an axis, and a limit ends its growth
+                axes[0].set_xlim(left=0)
             axes[0].set_yticks(range(len(rows)), rows)
             axes[0].set_ylim(len(rows) - 0.45, -0.55)
             if not alone:

@@ -62,7 +62,7 @@ class Evaluator:
         self.rows: list[dict[str, Any]] = chosen.__getitems__(range(len(chosen)))
         self.tasks = tuple(tasks)
         self.lengths = np.array([length_of(tasks, row) for row in self.rows], np.float64)
-        need_for([tasks[number] for number in sorted({int(row.get(TASK, 0)) for row in self.rows})])
+        need_for(tasks[at].metric for at in sorted({int(row.get(TASK, 0)) for row in self.rows}))
         self.collator = collator.evaluation()
         self.elsewhere = collator.evaluation(unseen_group_weights or {})
         self.ids = self.collator.routing_of(self.rows).ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,6 @@ from flix.core.errors import ConfigError, listed, near
 from flix.tasks.answer import Answer
 from flix.tasks.entities import counted, finder
 from flix.tasks.errors import DataError, missing_extra
-
-if TYPE_CHECKING:
-    from flix.tasks.task import Task
 
 _DRAWS = 1000  # bootstrap samples
 _TAIL = 2.5  # percent
@@ -47,16 +44,19 @@ def scores(kind: str, found: Sequence[Answer]) -> dict[str, float]:
     return main | {name: round(value, 2) for name, value in _others(kind, name, found).items()}
 
 
-def need_for(tasks: Iterable[Task]) -> None:
-    """Ask for the packages that the scores of some tasks need, before the answers that would be lost without them.
+def need_for(metrics: Iterable[str]) -> None:
+    """Ask for the packages that some tasks' scores need, before the answers that would be lost without them.
+
+    Args:
+        metrics: the main metric of each task.
 
     Raises:
         MissingFrameworkError: one is not installed.
     """
-    for task in tasks:
-        if task.metric == "entity_f1":
+    for metric in metrics:
+        if metric == "entity_f1":
             finder()
-        elif task.kind in ("seq2seq", "causal"):
+        elif metric == "exact_match":
             _sacrebleu()
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from flix.report import write_report
+from flix.study.page import write_study_report
 from tests.helpers.browser import Browser, Page, needed_browser
 from tests.helpers.runs import ARABIC, HEBREW, make_run
+from tests.study import made
 
 
 def axe() -> str:
@@ -47,6 +49,12 @@ def page_of_arms(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> 
     return write_report(runs).out
 
 
+@pytest.fixture(scope="module")
+def page_of_study(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Path:
+    folder = made.write(tmp_path_factory.mktemp("study"), made.scores())
+    return write_study_report(folder, draws=100).out
+
+
 WIDE = "document.documentElement.scrollWidth"
 
 
@@ -60,12 +68,19 @@ def test_a_page_of_360_cells_is_small_quick_and_quiet(page_of_many: Path, browse
         assert page.run("document.querySelectorAll('#scores ~ .by-column tbody td.h').length") == 360  # fmt: skip
 
 
+def test_a_study_fits_a_phone(page_of_study: Path, browser: Browser) -> None:
+    with Page(browser, 390) as page:
+        page.open(page_of_study)
+        assert page.console == [] and page.run(WIDE) <= 390
+
+
 # The page of arms has every kind of part that the large one has, and more; the large one takes axe 14 s.
 @pytest.mark.parametrize(
     ("pages", "dark"),
     [
         ("page_of_arms", False),
         ("page_of_arms", True),
+        ("page_of_study", False),
         pytest.param("page_of_many", False, marks=pytest.mark.slow),
     ],
 )

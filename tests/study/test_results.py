@@ -300,3 +300,20 @@ def test_weights_that_were_tried_stand_side_by_side(tmp_path: Path) -> None:
     assert "| flix | language 1 |  | exact match | 10.5 ± 0.7 |" in told and "| lora" not in told
     del flix["seeds"]["1"]["weights"], flix["seeds"]["0"]["weights"]
     assert list(write_results([made.write(tmp_path / "study", said)], docs=file)) == ["words weights"]  # fmt: skip
+
+
+def test_panels_that_share_an_axis_show_every_dot() -> None:
+    rows = {"low": [{"": Dot(10.0, 8.0, 12.0)}], "high": [{"": Dot(90.0, 85.0, 95.0)}]}
+    limits: list[tuple[float, float]] = []
+
+    class Watched(Plots):
+        def _file(self, width: float, height: float, title: str, draw: Any) -> str:
+            def watched(figure: Any) -> None:
+                draw(figure)
+                limits.extend(place.get_xlim() for place in figure.axes)
+
+            return super()._file(width, height, title, watched)
+
+    Watched().dots("panels", ["a"], rows, "score", numbers=True)
+    assert len(limits) == 2
+    assert all(low == 0 and high >= 95 for low, high in limits), limits

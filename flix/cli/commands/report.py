@@ -14,7 +14,7 @@ from flix.cli.options import Json
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN", help="Folders of runs; the first is compared with the others."),
+        typer.Argument(metavar="RUN", help="Folders of runs; the first is compared with the others. Or one folder of a study."),
     ],
     out: Annotated[
         Path | None,
@@ -33,10 +33,21 @@ def report(
     ] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Write a page about runs: scores, curves, what features share, the mixture, examples, cost, origin."""
-    from flix.report import write_report
+    """Write a page about runs: scores, curves, what features share, the mixture, examples, cost; or about a study."""
+    from flix.report import ReportError, write_report
+    from flix.study.page import is_study, write_study_report
 
-    written = write_report(runs, out, rows=rows, columns=columns, force=force)
+    studies = [run for run in runs if is_study(run)]
+    if studies and len(runs) > 1:
+        raise ReportError(
+            f"{str(studies[0])!r} is a study; a page is about one study, or about runs"
+        )
+    if studies and (rows or columns):
+        raise ReportError("--rows and --columns are for runs; a study has no grid")
+    if studies:
+        written = write_study_report(studies[0], out, force=force)
+    else:
+        written = write_report(runs, out, rows=rows, columns=columns, force=force)
     if as_json:
         show_json(
             {
