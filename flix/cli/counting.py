@@ -66,7 +66,9 @@ def planned(
             f"install it with: "
             'pip install "flix-peft[train]"'
         )
-    from flix.training.data import Data, idle_notes, implications, row_groups, trained_rows
+    from flix.data.display import idle_notes, trained_rows
+    from flix.tasks.starting import features_before
+    from flix.training.data import Data, implications, row_groups
     from flix.training.models import build_config
 
     groups, implies = row_groups(settings), implications(settings)
@@ -90,7 +92,7 @@ def planned(
             f"parameters and FLOPs are not known: {error}; to know them, install the extra: "
             'pip install "flix-peft[train]"'
         )
-    return config, layers, trained_rows(data), [*notes, *idle_notes(data, config.registry)]
+    return config, layers, trained_rows(mixture), [*notes, *idle_notes(mixture, config.registry, features_before(settings.start_from, settings.base_folder))]  # fmt: skip
 
 
 class Counted:

@@ -1,12 +1,15 @@
-"""A mixture as a table for people."""
+"""What people are told of a mixture: a table, rows by feature, and features that no row activates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flix.core.errors import listed
+from flix.core.features.names import Feature, written
+from flix.core.features.registry import FeatureRegistry
 from flix.core.tables import Cell, text_table
 
 if TYPE_CHECKING:
@@ -58,3 +61,36 @@ def described(mixture: Mixture, rows: int) -> dict[str, Any]:
         for name, cell, size in mixture.all_cells()
     ]
     return {"temperature": mixture.temperature, "epoch_size": mixture.epoch_size, "cells": cells}
+
+
+def feature_rows(mixture: Mixture, registry: FeatureRegistry) -> dict[Feature, int]:
+    """The training rows of every feature that a registry has; empty where streams name their rows' features."""
+    if mixture.opaque:
+        return {}
+    known = mixture.feature_sizes()
+    return {feature: known.get(feature, 0) for feature in registry.features}
+
+
+def trained_rows(mixture: Mixture) -> list[dict[str, list[str]]]:
+    """What the trained cells activate: the datasets that rank rules and plans ask for."""
+    return [{group: list(names) for group, names in cell} for cell in mixture.trained_cells()]
+
+
+def idle_notes(
+    mixture: Mixture, registry: FeatureRegistry, trained: Collection[Feature] = ()
+) -> list[str]:
+    """What to say of features that no training row activates.
+
+    Args:
+        mixture: the rows.
+        registry: the features.
+        trained: features that were trained before.
+    """
+    counts = feature_rows(mixture, registry)
+    idle = [written(f) for f, count in counts.items() if not count and f not in trained]
+    if not idle:
+        return []
+    are, they = ("is", "it") if len(idle) == 1 else ("are", "they")
+    return [
+        f"no training row activates {listed(idle)}, which {are} never trained: {they} will change nothing"
+    ]

@@ -50,6 +50,19 @@ def recipe_of(
     }
 
 
+def joined(recipe: Mapping[str, Any], start: Path) -> dict[str, Any]:
+    """A recipe with what the adapter that it started from learned before: its tasks and the cells it was trained on.
+
+    Raises:
+        AdapterError: the earlier recipe is damaged.
+    """
+    earlier = read_recipe(start) or {"tasks": [], "seen": []}
+    names = {task["name"] for task in recipe["tasks"]}
+    before = [task for task in earlier["tasks"] if task["name"] not in names]
+    seen = dict.fromkeys([*earlier.get("seen", []), *recipe["seen"]])
+    return {**recipe, "tasks": [*recipe["tasks"], *before], "seen": [*seen]}
+
+
 def _whole(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 

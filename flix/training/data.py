@@ -278,27 +278,3 @@ def _columns(settings: Settings, dataset: DatasetSettings) -> dict[str, str]:
 
 def _kind(settings: Settings, dataset: DatasetSettings) -> str:
     return dataset.kind or settings.kind or ""
-
-
-def sizes(data: Data, registry: FeatureRegistry) -> dict[Feature, int]:
-    """The training rows of every feature that the registry has."""
-    if data.mixture.opaque:  # streams whose rows say what they activate are not counted
-        return {}
-    known = data.mixture.feature_sizes()
-    return {feature: known.get(feature, 0) for feature in registry.features}
-
-
-def trained_rows(data: Data) -> list[dict[str, list[str]]]:
-    """What the trained cells activate: the datasets that rank rules and plans ask for."""
-    return [{group: list(names) for group, names in cell} for cell in data.mixture.trained_cells()]
-
-
-def idle_notes(data: Data, registry: FeatureRegistry) -> list[str]:
-    """What to say of features that no training row activates."""
-    idle = [written(feature) for feature, count in sizes(data, registry).items() if not count]
-    if not idle:
-        return []
-    are, they = ("is", "it") if len(idle) == 1 else ("are", "they")
-    return [
-        f"no training row activates {listed(idle)}, which {are} never trained: {they} will change nothing"
-    ]

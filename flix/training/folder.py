@@ -9,7 +9,8 @@ from typing import Any
 from flix.core.features.names import written
 from flix.core.machine import command, machine, versions
 from flix.tasks import locate
-from flix.tasks.recipe import RECIPE, recipe_of
+from flix.tasks.recipe import RECIPE, joined, recipe_of
+from flix.tasks.starting import start_folder
 from flix.training.data import Data
 from flix.training.models import Built
 from flix.training.settings import Settings
@@ -51,7 +52,8 @@ def write_recipe(output: Path, settings: Settings, data: Data, built: Built) -> 
         max_new_tokens=e.max_new_tokens,
         num_beams=e.num_beams,
     )
-    write_json(output / ADAPTER / RECIPE, recipe)
+    start = start_folder(settings.start_from, settings.base_folder)
+    write_json(output / ADAPTER / RECIPE, joined(recipe, start) if start else recipe)
 
 
 def run_json(settings: Settings, data: Data, built: Built, cost: Mapping[str, Any], **more: Any) -> dict[str, Any]:  # fmt: skip

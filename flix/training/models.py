@@ -16,6 +16,7 @@ from flix.core.config.ranks import Rule
 from flix.core.errors import FlixError, MissingFrameworkError
 from flix.core.features.dropout import FeatureDropout
 from flix.core.features.registry import FeatureRegistry
+from flix.data.display import feature_rows, trained_rows
 from flix.tasks import (
     Task,
     load_base,
@@ -27,8 +28,9 @@ from flix.tasks import (
 )
 from flix.tasks.recipe import as_trained
 from flix.tasks.specs import Spec
+from flix.tasks.starting import grown_from, start, start_folder
 from flix.training import settings as forms
-from flix.training.data import Data, sizes, trained_rows
+from flix.training.data import Data
 from flix.training.errors import missing_extra
 from flix.training.settings import Settings
 
@@ -109,10 +111,13 @@ def build(
         torch.set_num_threads(t.threads)
     name = locate(settings.model, settings.base_folder)
     tokenizer = load_tokenizer(locate(settings.tokenizer, settings.base_folder) if settings.tokenizer else name)  # fmt: skip
-    tasks = [_task(settings, spec, tokenizer) for spec in as_trained(data.specs, folder)]
+    begin = start_folder(settings.start_from, settings.base_folder) if adapter is None else None
+    tasks = [_task(settings, spec, tokenizer) for spec in as_trained(data.specs, folder or begin)]
     base = load_base(name, tasks, t.dtype)
     tasks = [replace(task, vocabulary=_vocabulary(base)) for task in tasks]
     model = train_heads(adapt(base, config)) if adapter is None else load_into(base, adapter).eval()
+    if begin is not None:
+        model = start(model, begin, tasks, settings.output_folder, freeze=settings.freeze_start)
     if adapter is not None and t.device == "auto" and torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     inner = TaskCollator(tasks, tokenizer, seed=settings.seed)
@@ -148,13 +153,13 @@ def build_config(settings: Settings, data: Data) -> FlixConfig:
     """The configuration of the adapted model.
 
     Raises:
-        ConfigError, RankError, FeatureError: a setting that breaks its rule.
+        ConfigError, RankError, FeatureError: a setting that breaks its rule, or that ``start_from`` has otherwise.
     """
     dropout = settings.feature_dropout
     registry = data.mixture.registry()
     if settings.registry is not None:
         registry = FeatureRegistry(settings.registry, data.implies)
-    return FlixConfig(
+    asked = FlixConfig(
         registry=registry,
         ranks=rank_rule(settings.ranks, data, registry),
         alpha=settings.alpha,
@@ -169,6 +174,7 @@ def build_config(settings: Settings, data: Data) -> FlixConfig:
         seed=settings.seed,
         init=settings.init,
     )
+    return grown_from(asked, settings.start_from, settings.base_folder)
 
 
 def rank_rule(ranks: Any, data: Data, registry: FeatureRegistry) -> Rule:
@@ -182,11 +188,11 @@ def rank_rule(ranks: Any, data: Data, registry: FeatureRegistry) -> Rule:
     if isinstance(ranks, forms.ProportionalRanks):
         return rules.proportional(
             budget=ranks.budget,
-            sizes=ranks.sizes if ranks.sizes is not None else sizes(data, registry),
+            sizes=ranks.sizes if ranks.sizes is not None else feature_rows(data.mixture, registry),
             temperature=ranks.temperature,
             minimum=ranks.minimum,
             maximum=ranks.maximum,
         )
     if isinstance(ranks, forms.ComputeMatchedRanks):
-        return rules.compute_matched(lora_rank=ranks.lora_rank, datasets=trained_rows(data))
+        return rules.compute_matched(lora_rank=ranks.lora_rank, datasets=trained_rows(data.mixture))
     return rules.parameter_matched(lora_rank=ranks.lora_rank)

@@ -11,12 +11,13 @@ from flix.core.config.config import FlixConfig
 from flix.core.files import write_file
 from flix.core.machine import peak_memory
 from flix.core.progress import Reporter
-from flix.data.display import described
+from flix.data.display import described, idle_notes
 from flix.data.lengths import SimilarLengths
 from flix.report import remove_report
 from flix.tasks.evaluation import Evaluator, length_of
+from flix.tasks.starting import features_before
 from flix.training import folder
-from flix.training.data import Data, idle_notes, read_data
+from flix.training.data import Data, read_data
 from flix.training.evaluation import evaluator_of
 from flix.training.models import Built, build, build_config, need
 from flix.training.settings import Settings, listed_of
@@ -117,7 +118,9 @@ def start(
     checkpoint, earlier = folders.claim(settings.output_folder, resume, overwrite)
     need("training", listed_of(settings.training.report_to))
     data, config = prepare(settings)
-    for text in idle_notes(data, config.registry):
+    for text in idle_notes(
+        data.mixture, config.registry, features_before(settings.start_from, settings.base_folder)
+    ):
         reporter.note(f"note: {text}")
     if checkpoint is not None:
         folders.check_same(checkpoint, folder.goes_by(settings, data), folder.FREE)

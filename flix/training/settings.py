@@ -314,6 +314,8 @@ class Settings(Form):
         temperature: combinations are drawn with p ∝ n^(1/temperature).
         cap: the most rows that a combination counts for, as for :class:`flix.data.Mixture`.
         init: as for ``FlixConfig``.
+        start_from: a run or an adapter to start from; features that it has keep their ids, ranks and alphas.
+        freeze_start: whether those features stay as they are.
         seed: the seed of initial values, sampling, dropout and training.
         training, evaluation: see there.
         base_folder: what relative paths are relative to; set by the reader.
@@ -341,6 +343,8 @@ class Settings(Form):
     cap: Union[Count, dict[Name, Union[Count, dict[Name, Count]]]] | None = None
     seed: Annotated[int, Number, Field(ge=0, lt=2**32)] = 0
     init: Literal["uniform", "orthogonal"] = "uniform"
+    start_from: Name | None = None
+    freeze_start: StrictBool = False
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     base_folder: Path = Field(default=Path("."), exclude=True, repr=False)
@@ -359,6 +363,8 @@ class Settings(Form):
 
     @model_validator(mode="after")
     def _kinds(self) -> Settings:
+        if self.freeze_start and self.start_from is None:
+            raise ValueError("freeze_start: goes with start_from:, which says what to freeze")
         for number, dataset in enumerate(self.datasets):
             if dataset.stream and self.training.similar_lengths:
                 raise ValueError(

@@ -13,7 +13,7 @@ import pytest
 import flix
 from flix.cli.app import app
 from flix.core.features.cells import MixtureError
-from flix.training.data import trained_rows
+from flix.data.display import trained_rows
 from flix.training.errors import DataError
 from tests.helpers.training import data_of, rows_of, run
 
@@ -142,8 +142,8 @@ def test_registry_and_sizes(config: Callable[..., Path]) -> None:
     assert data.mixture.registry().groups == ("task", "language", "shared")
     sizes = data.mixture.feature_sizes()
     assert sizes["shared", "all"] == 80 and sizes["task", "rev"] == 20
-    assert {"task": ["rev"], "language": ["yor"]} not in trained_rows(data)
-    assert len(trained_rows(data)) == 8
+    assert {"task": ["rev"], "language": ["yor"]} not in trained_rows(data.mixture)
+    assert len(trained_rows(data.mixture)) == 8
 
 
 @pytest.mark.parametrize(

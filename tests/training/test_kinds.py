@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -225,3 +226,36 @@ def test_killed_and_resumed(config: Path, tmp_path: Path) -> None:
     assert {k: v.values.tobytes() for k, v in one.heads.items()} == {k: v.values.tobytes() for k, v in two.heads.items()}  # fmt: skip
     assert resumed["cells"] == whole["cells"]
     assert resumed["training"]["losses"] == whole["training"]["losses"]
+
+
+def without(config: Path, task: str, **more: Any) -> Path:
+    """The configuration without a task, under another name."""
+    said = yaml.safe_load(config.read_text())
+    said["datasets"] = [d for d in said["datasets"] if d["features"]["task"] != task]
+    said["held_out"] = []
+    path = config.with_name(f"without-{task}.yaml")
+    path.write_text(yaml.safe_dump({**said, "output": f"without-{task}", **more}))
+    return path
+
+
+def test_a_task_joins_and_earlier_heads_keep_every_bit(config: Path, tmp_path: Path) -> None:
+    ok("train", without(config, "topic"))
+    said = yaml.safe_load(config.read_text())
+    for name, freeze in (("frozen", True), ("free", False)):
+        path = tmp_path / f"{name}.yaml"
+        more = {"start_from": "without-topic", "freeze_start": freeze, "output": name}
+        path.write_text(yaml.safe_dump({**said, **more}))
+        ok("train", path)
+    before, frozen, free = (flix.load_adapter(tmp_path / name / "adapter").heads for name in ("without-topic", "frozen", "free"))  # fmt: skip
+    assert any("ner" in name for name in before) and not any("topic" in name for name in before)
+    equal = [np.array_equal(frozen[name].values, head.values) for name, head in before.items()]
+    assert all(equal)
+    assert any("topic" in name for name in frozen)
+    assert not all(np.array_equal(free[name].values, head.values) for name, head in before.items())
+
+
+def test_heads_of_a_task_that_is_gone_are_not_lost(config: Path, tmp_path: Path) -> None:
+    ok("train", config)
+    result = run(app, ["train", str(without(config, "ner", start_from="run"))])
+    assert result.exit_code == 2
+    assert "the adapter has heads of ner, which no data set here is of" in result.stderr

@@ -71,8 +71,9 @@ def _planned(path: Path, explain: bool) -> tuple[FlixConfig, Layers, list[Row] |
     if counting.lacking():
         return counting.planned(settings, explain)
     quiet()
+    from flix.data.display import idle_notes, trained_rows
     from flix.tasks import locate, model_layers
-    from flix.training.data import idle_notes, trained_rows
+    from flix.tasks.starting import features_before
     from flix.training.run import prepare
 
     data, config = prepare(settings)
@@ -82,7 +83,10 @@ def _planned(path: Path, explain: bool) -> tuple[FlixConfig, Layers, list[Row] |
         config.target_modules,
         config.exclude_modules,
     )
-    return config, shapes, list(trained_rows(data)), idle_notes(data, config.registry)
+    notes = idle_notes(
+        data.mixture, config.registry, features_before(settings.start_from, settings.base_folder)
+    )
+    return config, shapes, list(trained_rows(data.mixture)), notes
 
 
 def _show_ranks(config: FlixConfig, rows: list[Row], notes: list[str], as_json: bool) -> None:
