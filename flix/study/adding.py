@@ -24,6 +24,8 @@ _SETTINGS = (
     "lora_dropout",
     "temperature",
     "cap",
+    "start_from",
+    "freeze_start",
 )
 _TRAINING = (
     "steps",
