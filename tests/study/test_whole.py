@@ -75,8 +75,13 @@ def test_shipped_configurations_are_of_the_form(tmp_path: Path, name: str) -> No
     placed(tmp_path)
     read = read_study(name, data=tmp_path)
     arms = read.settings.arms
-    assert list(arms) == ["flix", "lora-parameters", "lora-compute"]
-    assert read.common["training"]["steps"] >= 3000 and read.settings.output == f"study-{name}"
+    # The first is the one that others are told against.
+    assert list(arms)[:3] == ["flix", "lora-parameters", "lora-compute"]
+    assert len(arms) == 3 or name == "ablations"
+    assert (
+        read.common["training"]["steps"] >= (1500 if name == "ablations" else 3000)
+        and read.settings.output == f"study-{name}"
+    )
     assert (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").startswith("# ")
 
 
