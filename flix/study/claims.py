@@ -187,7 +187,10 @@ def level(study: Study, arm: str, cells: Iterable[str], *, draws: int = 2_000) -
     """
     mine, names = study.arm(arm), list(cells)
     seeds = sorted(mine.runs)
-    tables = [np.stack([_values(_of_run(mine, seed, name)) for seed in seeds]) for name in names]
+    tables = []
+    for name in names:
+        runs = [_of_run(mine, seed, name) for seed in seeds]
+        tables.append(np.stack([_values(run, _has_items(runs)) for run in runs]))
     return estimate(tables, draws=draws)
 
 
@@ -221,14 +224,14 @@ def paired(mine: ArmScores, theirs: ArmScores, names: Sequence[str]) -> list[Tab
     found = []
     for name in names:
         rows = []
-        for seed in seeds:
-            a, b = (_of_run(arm, seed, name) for arm in (mine, theirs))
+        pairs = [(_of_run(mine, seed, name), _of_run(theirs, seed, name)) for seed in seeds]
+        by_item = _has_items([run for pair in pairs for run in pair])
+        for a, b in pairs:
             if (a.rows, a.metric) != (b.rows, b.metric):
                 raise EvidenceError(
                     f"the cell {name!r} has {a.rows} rows by {a.metric} in the arm {mine.name!r} and {b.rows} by "
                     f"{b.metric} in {theirs.name!r}; only the same rows can be paired"
                 )
-            by_item = a.right is not None and b.right is not None
             rows.append(_values(a, by_item) - _values(b, by_item))
         if len({len(row) for row in rows}) > 1:
             raise EvidenceError(f"the cell {name!r} has different rows with different seeds")
@@ -248,7 +251,12 @@ def _of_run(arm: ArmScores, seed: int, name: str) -> CellScore:
     return cell
 
 
-def _values(cell: CellScore, by_item: bool = True) -> NDArray[np.float64]:
+def _has_items(runs: Sequence[CellScore]) -> bool:
+    """Whether all runs tell which rows of a cell they answered correctly; otherwise its score counts as one item."""
+    return all(run.right is not None for run in runs)
+
+
+def _values(cell: CellScore, by_item: bool) -> NDArray[np.float64]:
     """The points of each item, or the score of the cell as a single item."""
     if by_item and cell.right is not None:
         return 100.0 * cell.right.astype(np.float64)

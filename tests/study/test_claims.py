@@ -212,6 +212,19 @@ def test_cells_without_right_and_wrong_count_as_one_item(tmp_path: Path) -> None
     assert (found.items, by_item.items) == (9, 180)
 
 
+def test_rows_count_one_by_one_only_if_every_run_tells_them(tmp_path: Path) -> None:
+    said = made.scores(seeds=(0, 1))
+    for cell in said["arms"]["flix"]["seeds"]["1"]["cells"].values():
+        cell["right"] = None
+    study = read_scores(made.write(tmp_path / "study", said))
+    whole = study_of(tmp_path / "whole", seeds=(0, 1))
+    cells = by_metric(whole.arm("flix"), "seen")["exact_match"]
+    found, wanted = level(study, "flix", cells), level(whole, "flix", cells)
+    assert found.value == pytest.approx(wanted.value) and found.items == len(cells)
+    one, other = (differences(s, "flix", "lora-compute", "seen", draws=200)[0] for s in (study, whole))  # fmt: skip
+    assert one.value == pytest.approx(other.value) and one.items == len(cells)
+
+
 def test_metrics_are_kept_apart(tmp_path: Path) -> None:
     said = made.scores()
     for arm in said["arms"].values():
