@@ -10,6 +10,7 @@ from flix.cli.console import quiet, show
 from flix.cli.features import parse_features
 from flix.cli.folders import check_out
 from flix.core.adapter.adapter import Adapter
+from flix.core.adapter.base import differing
 from flix.core.adapter.composition import composition, untrained, untrained_note
 from flix.core.adapter.files import load_adapter
 from flix.core.errors import AdapterError, listed
@@ -20,22 +21,22 @@ from flix.tasks.recipe import read_recipe
 
 def composed(
     folder: Path,
-    base: str,
+    base: str | None,
     features: Sequence[str],
     out: Path,
     force: bool,
     dtype: str = "auto",
-) -> tuple[Any, Any, dict[str, float], list[Feature]]:
-    """The base with the adapter in it, the composition as a row, what it activates, and what of that has no update."""
+) -> tuple[Any, str, Any, dict[str, float], list[Feature]]:
+    """The base with the adapter in it, where the base is, the composition as a row, what it activates, and what of that
+    has no update."""
     adapter = load_adapter(folder)
     _refuse_heads(folder)
     row = parse_features(features, adapter.config.registry)
     active = composition(adapter.config, row)
-    check_out(out, force, Path(folder), Path(base))
-    loaded = load_base(adapter, base, dtype)
+    loaded, place = load_base(folder, adapter, base, out, force, dtype)
     acting = {feature for feature, _ in active}
     idle = [feature for feature in untrained(adapter) if feature in acting]
-    return loaded, row, {written(feature): weight for feature, weight in active}, idle
+    return loaded, place, row, {written(feature): weight for feature, weight in active}, idle
 
 
 def _refuse_heads(folder: Path) -> None:
@@ -50,15 +51,24 @@ def _refuse_heads(folder: Path) -> None:
         )
 
 
-def load_base(adapter: Adapter, base: str, dtype: str = "auto") -> Any:
-    """The base with the adapter in it; trained heads come with it. ``"auto"`` keeps the dtype of its file."""
+def load_base(
+    folder: Path, adapter: Adapter, base: str | None, out: Path, force: bool, dtype: str = "auto"
+) -> tuple[Any, str]:
+    """The base with the adapter and its heads in it, and where it is. ``"auto"`` keeps the dtype of its file."""
     quiet()
-    from flix.tasks import load_model, locate
+    from flix.tasks import load_model
+    from flix.tasks.pretrained import base_place
 
-    model = load_model(locate(base), dtype=dtype)
-    from flix.backends.torch import load_into
+    place, commit = base_place(folder, base)
+    check_out(out, force, Path(folder), Path(place))
+    model = load_model(place, dtype=dtype, revision=commit)
+    from flix.backends.torch import verbs
 
-    return load_into(model, adapter).eval()
+    verbs.check_fits(adapter, model)
+    # A base that was named is taken with a warning; one that is only looked for must be what it was.
+    if base is None and (said := differing(adapter.base, verbs.base_of(model, adapter.layers))):
+        raise AdapterError(f"{said}; --base names another place to look for it")
+    return verbs.load_into(model, adapter).eval(), place
 
 
 def idle_json(features: Sequence[Feature]) -> dict[str, list[str]]:

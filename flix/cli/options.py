@@ -15,7 +15,12 @@ ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A training configuration, YAML.")
 ]
 Base = Annotated[
-    str, typer.Option("--base", metavar="MODEL", help="The base model: folder or hub name.")
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="The base model: folder or hub name; default: where the adapter's files say that it is.",
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")]

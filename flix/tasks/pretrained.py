@@ -105,6 +105,23 @@ def tokenizer_of(adapter: Path_, *, base: Path_ | None = None, revision: str | N
     return load_tokenizer(locate(named) if named else place.name)
 
 
+def base_place(adapter: Path_, base: Path_ | None = None) -> tuple[str, str | None]:
+    """Where the base of an adapter is, a folder or a name on a hub, and the commit of it that the adapter stands on.
+
+    Args:
+        adapter: the adapter's folder.
+        base: where the base is now; default: where the adapter's files say.
+
+    Raises:
+        AdapterError: no adapter, or files that name no base.
+        ModelError: the base is not there.
+    """
+    folder = Path(hub.place(adapter))
+    with stored_adapter(folder) as stored:
+        place = _place(stored, folder, base)
+    return place.name, place.commit
+
+
 def tasks_of(adapter: Path_, tokenizer: Any, *, revision: str | None = None) -> list[Task]:
     """The tasks that an adapter was trained on, as its recipe describes them.
 

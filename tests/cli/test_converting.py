@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import flix
 from flix.backends.torch import load
 from flix.cli.app import app
 from tests.helpers.tolerance import assert_close, assert_far
-from tests.helpers.training import ok, run
+from tests.helpers.training import Write, ok, run
 
 
 def logits(model: Any, **routing: Any) -> torch.Tensor:
@@ -43,13 +45,56 @@ def test_merge_and_export(
     assert_close(logits(plain), wanted)
     assert transformers.AutoTokenizer.from_pretrained(merged)("a").input_ids
 
+    # Without --base it is the one that the adapter stands on.
+    again = tmp_path / "again"
+    ok("merge", adapter, *common[2:], "--out", again)
+    assert (again / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
+
     lora = tmp_path / "lora"
-    said = ok("export", adapter, *common, "--to", "peft", "--out", lora)
+    said = ok("export", adapter, *common[2:], "--to", "peft", "--out", lora)
     assert said["rank"] == said["vllm"]["max_lora_rank"] - 2 == 6
     assert said["vllm"]["ok"] is (model == "llama") and said["error"] == 0.0
     peft = pytest.importorskip("peft")
     opened = peft.PeftModel.from_pretrained(cls.from_pretrained(models[model]), lora)
     assert_close(logits(opened), wanted)
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_a_base_that_has_changed_is_refused_unless_it_is_named(
+    config: Write, models: dict[str, Path], tmp_path: Path, command: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(models["t5"], base)
+    ok(
+        "train",
+        config(
+            model=str(base), kind="seq2seq", training={"steps": 1}, evaluation={"at_end": False}
+        ),
+    )
+    adapter = tmp_path / "run" / "adapter"
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    model.save_pretrained(base)
+    given = [
+        command,
+        str(adapter),
+        "--features",
+        "language=hau,task=ner",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    result = run(app, given)
+    assert result.exit_code == 2 and "--base names another place" in result.stderr, result.stderr
+    assert not (tmp_path / "out").exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        result = run(app, [*given, "--base", str(base)])
+    assert result.exit_code == 0 and "other values" in result.stderr, result.stderr
+    shutil.rmtree(base)
+    result = run(app, [*given, "--force"])
+    assert result.exit_code == 2 and "base= says where it is now" in result.stderr, result.stderr
 
 
 def test_converting_mistakes(trained: Any, models: dict[str, Path], tmp_path: Path) -> None:

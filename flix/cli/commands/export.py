@@ -11,7 +11,6 @@ import typer
 from flix.cli.composed import composed, idle_json, load_base, note_idle, told
 from flix.cli.console import fail, show, show_json, show_table
 from flix.cli.features import parse_combinations
-from flix.cli.folders import check_out
 from flix.cli.options import AdapterFolder, Base, Force, Json, Out
 from flix.cli.vllm import ask_vllm
 from flix.core.adapter.composition import untrained
@@ -23,8 +22,8 @@ from flix.core.peft.serving import MAP_FILE
 
 def export(
     adapter: AdapterFolder,
-    base: Base,
     out: Out,
+    base: Base = None,
     features: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,7 +65,7 @@ def export(
 
 def export_one(
     folder: Path,
-    base: str,
+    base: str | None,
     features: Sequence[str],
     out: Path,
     compress_to: int | None,
@@ -74,7 +73,7 @@ def export_one(
     as_json: bool,
 ) -> None:
     """Write one composition as a LoRA that PEFT and vLLM open, and say whether vLLM serves it."""
-    model, row, active, idle = composed(folder, base, features, out, force)
+    model, _, row, active, idle = composed(folder, base, features, out, force)
     from flix.backends.torch import export_peft
 
     result = export_peft(model, row, out, compress_to=compress_to)
@@ -99,7 +98,7 @@ def export_one(
 
 def export_all(
     folder: Path,
-    base: str,
+    base: str | None,
     combinations: Sequence[str],
     out: Path,
     compress_to: int | None,
@@ -109,8 +108,7 @@ def export_all(
     """Write many compositions as LoRAs, with a map of them, and say how vLLM serves them side by side."""
     adapter = load_adapter(folder)
     rows = parse_combinations(combinations, adapter.config.registry)
-    check_out(out, force, Path(folder), Path(base))
-    model = load_base(adapter, base)
+    model, _ = load_base(folder, adapter, base, out, force)
     from flix.backends.torch import export_peft_all
 
     result = export_peft_all(model, rows, out, compress_to=compress_to)

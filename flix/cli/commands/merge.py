@@ -24,7 +24,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def merge(
     adapter: AdapterFolder,
-    base: Base,
     features: Annotated[
         list[str],
         typer.Option(
@@ -34,6 +33,7 @@ def merge(
         ),
     ],
     out: Out,
+    base: Base = None,
     force: Force = False,
     dtype: Annotated[
         str | None,
@@ -48,20 +48,20 @@ def merge(
     """Fold one composition into the base: a plain transformers folder."""
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype: no dtype {dtype!r}{near(dtype, DTYPES)}; the dtypes are: {listed(DTYPES)}")  # fmt: skip
-    model, row, active, idle = composed(adapter, base, features, out, force, dtype or "auto")
+    model, place, row, active, idle = composed(adapter, base, features, out, force, dtype or "auto")
     from flix.backends.torch import merge as merged_with
 
     merged = merged_with(model, row)
     with whole_folder(out, key="config.json", keep=_is_no_model) as aside:
         merged.save_pretrained(aside)
-        tokenizer = _copy_tokenizer(base, aside)
+        tokenizer = _copy_tokenizer(place, aside)
     found = str(merged.dtype).removeprefix("torch.")
     if as_json:
         said = {"features": active, "dtype": found, "tokenizer": tokenizer}
         show_json({"out": str(out), **said, **idle_json(idle)})
         return
     note_idle(idle)
-    show(f"merged {told(active)} into {base}, in {found}: {out}")
+    show(f"merged {told(active)} into {place}, in {found}: {out}")
     if dtype is None and found in ("bfloat16", "float16"):
         show("note: this is the dtype of the base's file, and the sum is rounded to it; --dtype float32 rounds less")  # fmt: skip
     if not tokenizer:
