@@ -79,6 +79,9 @@ def read_study(
     if small:
         form = _small(form, text, name)
     folder = Path(data) if data is not None else Path() if shipped else file.parent
+    form = form.model_copy(
+        update={"arms": {name: _at_home(arm, folder) for name, arm in form.arms.items()}}
+    )
     home = Path() if shipped else file.parent
     if steps is not None and out is None:
         raise SettingsError(
@@ -95,6 +98,11 @@ def read_study(
     if small and out is None:
         given = given.with_name(f"{given.name}-small")
     return Study(name, file.stem, form, given.resolve(), common, choosing)
+
+
+def _at_home(arm: ArmSettings, folder: Path) -> ArmSettings:
+    """An arm whose own settings have absolute paths."""
+    return arm.model_copy(update={"settings": placed(arm.settings, folder)})
 
 
 def _file(config: str | Path) -> tuple[Path, bool]:
@@ -186,7 +194,7 @@ def _layered(layers: Layers, folder: Path, where: str) -> Raw:
 def placed(raw: Mapping[str, Any], folder: Path) -> Raw:
     """Settings whose paths are absolute: what they were relative to may be elsewhere than what is written of them."""
     found = dict(raw)
-    for key in ("model", "tokenizer"):
+    for key in ("model", "tokenizer", "start_from"):
         if isinstance(name := found.get(key), str) and (path := _at(folder, name)).exists():
             found[key] = str(path)
     if isinstance(found.get("datasets"), list):

@@ -140,6 +140,16 @@ def test_an_arm_has_settings_prompts_and_data_of_its_own(plan):
     assert run.folder.name == "learning_rate=0.02,prompt=tagged"
 
 
+def test_paths_of_an_arm_start_where_the_common_ones_do(tmp_path, toys):
+    (tmp_path / "earlier").mkdir()
+    own = {"start_from": "earlier", "tokenizer": "org/none"}
+    read = read_study(write_study(tmp_path, toys, arms=arm(settings=own)))
+    assert read.settings.arms["other"].settings == {
+        "start_from": str(tmp_path / "earlier"),
+        "tokenizer": "org/none",
+    }
+
+
 def test_names_of_choices_are_those_of_folders():
     assert named([1e-3, 0.002, "a b", "cosine", 8]) == {
         "0.001": 1e-3, "0.002": 0.002, "number-3": "a b", "cosine": "cosine", "8": 8,
