@@ -58,7 +58,7 @@ _HOMES = {
     "heads": ("HeadedModel", "HeadedOutput"),
     "making": ("GENERATIVE", "KINDS", "collect_labels", "make_task"),
     "packing": ("PackingCollator", "packed"),
-    "pretrained": ("base_place", "load_pretrained", "tasks_of", "tokenizer_of"),
+    "pretrained": ("load_pretrained", "tasks_of", "tokenizer_of"),
     "scoring": ("interval", "scores"),
     "task": ("Task",),
 }

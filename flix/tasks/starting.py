@@ -49,7 +49,7 @@ def grown_from(asked: FlixConfig, name: str | None, base_folder: Path) -> FlixCo
 
     Raises:
         AdapterError: as for :func:`start_folder`.
-        ConfigError, FeatureError: as for :func:`flix.core.adapter.starting.grown`.
+        ConfigError: as for :func:`flix.core.adapter.starting.grown`.
     """
     if (folder := start_folder(name, base_folder)) is None:
         return asked

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from flix.core.adapter.adapter import Adapter
 from flix.core.config.config import FlixConfig
 from flix.core.errors import AdapterError, ConfigError, listed, shown
-from flix.core.features.names import Feature, written
+from flix.core.features.names import EVERY, Feature, written
+from flix.core.features.registry import FeatureRegistry
 
 #: Of a configuration, what decides which numbers an adapter's values stand for.
 _SAME = ("scaling", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
@@ -25,7 +26,6 @@ def grown(start: FlixConfig, asked: FlixConfig) -> FlixConfig:
 
     Raises:
         ConfigError: both differ in what the earlier adapter's values depend on, or in what a feature implies.
-        FeatureError: implications that form a cycle together.
     """
     for name in _SAME:
         if (mine := getattr(start, name)) != (wanted := getattr(asked, name)):
@@ -33,15 +33,9 @@ def grown(start: FlixConfig, asked: FlixConfig) -> FlixConfig:
                 f"{name} is {shown(mine)} in the adapter to start from, and {shown(wanted)} here; an adapter's values mean "
                 f"the same only with the same {name}"
             )
-    before, after = _implied(start), _implied(asked)
-    for source in before.keys() & after.keys():
-        if {*before[source]} != {*after[source]}:
-            raise ConfigError(
-                f"{written(source)} implies {listed(map(written, before[source]))} in the adapter to start from, and "
-                f"{listed(map(written, after[source]))} here; a feature's implications stay as they are"
-            )
-    registry = start.registry.union(asked.registry)
     known = {*start.registry.live}
+    _check_implied(start.registry, asked.registry, known | {(group, EVERY) for group, _ in known})
+    registry = start.registry.union(asked.registry)
     return replace(
         start,
         registry=registry,
@@ -55,8 +49,17 @@ def grown(start: FlixConfig, asked: FlixConfig) -> FlixConfig:
     )
 
 
-def _implied(config: FlixConfig) -> Mapping[Feature, tuple[Feature, ...]]:
-    return config.registry._implies
+def _check_implied(
+    start: FeatureRegistry, asked: FeatureRegistry, known: Collection[Feature]
+) -> None:
+    """Refuse implications that would change what the earlier adapter's features are."""
+    for source, targets in asked._implies.items():
+        before = start._implies.get(source, ())
+        if source in known and {*before} != {*targets}:
+            raise ConfigError(
+                f"{written(source)} implies {listed(map(written, before)) if before else 'nothing'} in the adapter to start from, and "
+                f"{listed(map(written, targets))} here; a feature's implications stay as they are"
+            )
 
 
 def _alphas(start: FlixConfig, asked: FlixConfig) -> float | Mapping[Feature, float] | None:

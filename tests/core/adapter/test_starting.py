@@ -11,7 +11,7 @@ import flix
 from flix.core.adapter.adapter import LayerShape
 from flix.core.adapter.changes import fresh_pairs
 from flix.core.adapter.starting import grown, started
-from flix.core.errors import AdapterError, ConfigError, FeatureError
+from flix.core.errors import AdapterError, ConfigError
 
 LAYERS = {"a": LayerShape(4, 6), "b": LayerShape(5, 3)}
 IMPLIES = {("task", "*"): [("shared", "all")]}
@@ -75,11 +75,20 @@ def test_what_values_depend_on_must_be_the_same(more: dict[str, Any], why: str) 
         grown(config(["hau"], ["ner"]), config(["hau"], ["ner"], **more))
 
 
-def test_implications_must_not_form_a_cycle_together() -> None:
-    start = config(["hau"], ["ner"], implies={("language", "hau"): [("task", "ner")]})
-    asked = config(["hau"], ["ner"], implies={("task", "ner"): [("language", "hau")]})
-    with pytest.raises(FeatureError, match="cycle"):
+@pytest.mark.parametrize("source", [("task", "*"), ("task", "ner")])
+def test_what_was_implied_by_nothing_is_implied_by_nothing(source: Any) -> None:
+    start = config(["hau"], ["ner"], implies={})
+    asked = config(["hau"], ["ner"], implies={source: [("shared", "all")]})
+    with pytest.raises(ConfigError, match=r"implies nothing in the adapter to start from"):
         grown(start, asked)
+
+
+def test_a_new_feature_may_imply_what_it_likes() -> None:
+    asked = config(["hau"], ["pos"], implies={("task", "pos"): [("shared", "all")]})
+    found = grown(config(["hau"], ["ner"], implies={}), asked)
+    ids = found.registry.encode([{"task": "pos"}, {"task": "ner"}]).ids
+    names = [{found.registry.features[i] for i in row if i >= 0} for row in ids.tolist()]
+    assert names == [{("task", "pos"), ("shared", "all")}, {("task", "ner")}]
 
 
 def test_values_are_the_earlier_ones_and_fresh_where_there_are_none() -> None:
