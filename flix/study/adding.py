@@ -53,7 +53,7 @@ def added(kept: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         more: the other scores, in the same form.
 
     Returns:
-        The scores of both. ``parts`` says of each part which seeds it has and how it was made.
+        The scores and claims of both. ``parts`` says of each part which seeds it has and how it was made.
 
     Raises:
         EvidenceError: a seed is in both, or the parts differ in data, cells, arms or steps; the first difference is
@@ -64,6 +64,8 @@ def added(kept: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         _equal(name, key, kept.get(key) or {}, more.get(key) or {})
     arms = {arm: dict(said) for arm, said in kept["arms"].items()}
     for arm, said in more["arms"].items():
+        if not said["seeds"]:  # left to the other part
+            continue
         if arm not in arms:
             arms[arm] = dict(said)
             continue
@@ -89,8 +91,10 @@ def added(kept: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     done = {arm: {int(seed) for seed in said["seeds"]} for arm, said in arms.items()}
     for arm, said in arms.items():
         said["complete"] = done[arm] >= {*seeds}
+    claims = list(kept.get("claims") or [])
     return {
         **kept,
+        "claims": claims + [claim for claim in more.get("claims") or [] if claim not in claims],
         "seeds": seeds,
         "planned": planned,
         "arms": arms,

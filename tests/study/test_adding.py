@@ -60,6 +60,19 @@ def test_an_arm_of_the_second_part_alone_is_missing_in_the_first() -> None:
     assert "new, seed 0" in whole["missing"] and "flix, seed 1" in whole["missing"]
 
 
+def test_an_arm_that_the_second_part_did_not_run_is_left_to_the_first_and_claims_are_put_together() -> (
+    None
+):
+    claim = {"arm": "new", "against": ["lora-compute"], "cells": "seen", "at_least": 10}
+    second = short((0,), rates={"new": (0.5, 0.5)}, claims=[claim])
+    second["arms"]["flix"] = {**short((0,))["arms"]["flix"], "seeds": {}, "trainable": None}
+    second["planned"]["flix"] = "flix"
+    whole = added(short((0,)), second)
+    assert whole["missing"] == [] and whole["arms"]["flix"]["trainable"] == 100_000
+    assert whole["claims"] == [*short((0,))["claims"], claim]
+    assert added(whole, short((1,)))["claims"] == whole["claims"]
+
+
 def steps(said: dict[str, Any]) -> None:
     said["arms"]["flix"]["seeds"]["1"]["steps"] = 7
 
