@@ -56,12 +56,14 @@ TINY = Sizes(batch=2, answered=512, limit=1, length=4, timed=5, timed_limit=1)
 def config_of(
     words: Path, base: Path, rates: Mapping[str, float], seed: int, steps: int, sizes: Sizes, *, timed: bool, dry: bool
 ) -> dict[str, Any]:  # fmt: skip
-    """The study's configuration: arms and claims of ``settle``, this base, these sizes.
+    """The study's configuration: the three main arms of ``settle`` with their claims, this base, these sizes.
 
     Raises:
         SettingsError: a rate for an arm that there is not.
     """
     settle = yaml.safe_load((CONFIGS / "settle.yaml").read_text(encoding="utf-8"))
+    settle["arms"] = {name: settle["arms"][name] for name in RATES}
+    settle["claims"] = [c for c in settle["claims"] if {c["arm"], *c["against"]} <= {*RATES}]
     if unknown := [arm for arm in rates if arm not in settle["arms"]]:
         raise SettingsError(f"--rate: there is no arm {unknown[0]!r}; the arms are: {listed(settle['arms'])}")  # fmt: skip
     arms = {}
