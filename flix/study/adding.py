@@ -86,7 +86,9 @@ def added(kept: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         arms[arm] = {**before, "seeds": {seed: runs[seed] for seed in sorted(runs, key=int)}}
     for arm, said in arms.items():
         arms[arm] = {**said, "complete": False}
-    planned = {**(kept.get("planned") or {}), **(more.get("planned") or {})}
+    before, after = kept.get("planned") or {}, more.get("planned") or {}
+    # A part that knows all arms knows their order.
+    planned = {**after} if {*before} <= {*after} else {**before, **after}
     seeds = sorted({*(kept.get("seeds") or ()), *(more.get("seeds") or ())})
     done = {arm: {int(seed) for seed in said["seeds"]} for arm, said in arms.items()}
     for arm, said in arms.items():

@@ -146,6 +146,12 @@ def claimed_arms(study: Study) -> list[str]:
     return list(dict.fromkeys(name for part in study.claims for name in _named(part)))
 
 
+def leading_arms(study: Study) -> list[str]:
+    """The arms that the study's claims put ahead, or the first arm if there are no claims."""
+    found = list(dict.fromkeys(_claim(part)[0] for part in study.claims))
+    return found or list(study.planned)[:1]
+
+
 def _named(part: Part) -> list[str]:
     arm, _, others, _ = _claim(part)
     return [arm, *others]

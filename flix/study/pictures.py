@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import textwrap
 from collections.abc import Sequence
 
 from flix.study import tables
-from flix.study.claims import Estimate, differences, level
+from flix.study.claims import Estimate, differences, leading_arms, level
 from flix.study.curves import Curve
 from flix.study.evidence import ArmScores, EvidenceError, Study
 from flix.study.plots import Dot, Line, Plots
@@ -40,7 +41,9 @@ def main(study: Study, plots: Plots) -> str:
     }  # fmt: skip
     _need(arms and panels, study)
     title = f"{study.name}: each method's mean over cells, with 95 % intervals"
-    return plots.dots(title, [short(arm) for arm in arms], panels, unit_of(columns), numbers=True)
+    ahead = leading_arms(study)
+    leading = sum(1 for _ in itertools.takewhile(lambda arm: arm.name in ahead, arms)) or 1
+    return plots.dots(title, [short(arm) for arm in arms], panels, unit_of(columns), numbers=True, leading=leading)  # fmt: skip
 
 
 def heading_of(column: tuple[str, str, str], columns: Sequence[tuple[str, str, str]]) -> str:

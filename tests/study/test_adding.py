@@ -69,8 +69,11 @@ def test_an_arm_that_the_second_part_did_not_run_is_left_to_the_first_and_claims
     second["planned"]["flix"] = "flix"
     whole = added(short((0,)), second)
     assert whole["missing"] == [] and whole["arms"]["flix"]["trainable"] == 100_000
+    assert [*whole["planned"]] == ["flix", "lora-compute", "lora-parameters", "new"]
     assert whole["claims"] == [*short((0,))["claims"], claim]
     assert added(whole, short((1,)))["claims"] == whole["claims"]
+    second["planned"] = dict.fromkeys(("flix", "new", "lora-compute", "lora-parameters"), "title")
+    assert [*added(short((0,)), second)["planned"]] == [*second["planned"]]
 
 
 def steps(said: dict[str, Any]) -> None:
