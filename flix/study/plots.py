@@ -188,13 +188,13 @@ class Plots(Figures):
                     place.plot(line.x, line.y, color=colour, lw=2, marker=mark, ms=5)  # fmt: skip
                 place.set_title(heading if len(panels) > 1 else "", fontsize=10, weight="bold", loc="left")  # fmt: skip
                 place.set_xlabel(across[heading])
-                place.set_ylim(bottom=0)
                 if log:
                     place.set_xscale("log", base=2)
                 if ticks:
                     place.set_xticks(*zip(*ticks, strict=True))
                     place.minorticks_off()
             axes[0].set_ylabel(up)
+            axes[0].set_ylim(bottom=0)  # after the last panel, as in dots
             top = axes[0].get_ylim()[1]
             for place, lines in zip(axes, panels.values(), strict=True):
                 named = [(line, number) for number, line in enumerate(lines) if len(line.y)]
@@ -202,6 +202,8 @@ class Plots(Figures):
                     (1 + broken(line.name).count("\n") for line, _ in named), default=1
                 )
                 heights = apart([line.y[-1] for line, _ in named], tall * top)
+                highest = max([*heights, 0.0]) + tall * top
+                axes[0].set_ylim(top=max(axes[0].get_ylim()[1], highest))
                 for (line, number), y in zip(named, heights, strict=True):
                     place.annotate(broken(line.name), (line.x[-1], y), (8, 0), textcoords="offset points", va="center", fontsize=8.5,
                                    color=SERIES[number % len(SERIES)], annotation_clip=False)  # fmt: skip

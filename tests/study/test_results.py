@@ -302,7 +302,8 @@ def test_weights_that_were_tried_stand_side_by_side(tmp_path: Path) -> None:
     assert list(write_results([made.write(tmp_path / "study", said)], docs=file)) == ["words weights"]  # fmt: skip
 
 
-def test_panels_that_share_an_axis_show_every_dot() -> None:
+@pytest.mark.parametrize("kind", ["dots", "lines"])
+def test_panels_that_share_an_axis_show_every_dot(kind: str) -> None:
     rows = {"low": [{"": Dot(10.0, 8.0, 12.0)}], "high": [{"": Dot(90.0, 85.0, 95.0)}]}
     limits: list[tuple[float, float]] = []
 
@@ -310,10 +311,14 @@ def test_panels_that_share_an_axis_show_every_dot() -> None:
         def _file(self, width: float, height: float, title: str, draw: Any) -> str:
             def watched(figure: Any) -> None:
                 draw(figure)
-                limits.extend(place.get_xlim() for place in figure.axes)
+                limits.extend(p.get_xlim() if kind == "dots" else p.get_ylim() for p in figure.axes)
 
             return super()._file(width, height, title, watched)
 
-    Watched().dots("panels", ["a"], rows, "score", numbers=True)
+    if kind == "dots":
+        Watched().dots("panels", ["a"], rows, "score", numbers=True)
+    else:
+        two = {name: [Line("a", [1, 2], [0, of[0][""].high])] for name, of in rows.items()}
+        Watched().lines("panels", two, dict.fromkeys(two, "steps"), "score")
     assert len(limits) == 2
     assert all(low == 0 and high >= 95 for low, high in limits), limits
