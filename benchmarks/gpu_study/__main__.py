@@ -3,9 +3,9 @@
     python -m benchmarks.gpu_study WORDS [--out benchmarks/out/gpu-study] [--minutes 10] [--dry-run]
 
 WORDS is a folder that ``python -m flix.study.words ... --denoise`` wrote. The base is pretrained on its unlabelled
-training rows; then the arms of the study ``settle`` train on it, side by side, for as many steps as fit. If the time is
-over first, what is done is kept, and the same command goes on. ``python -m flix.study.results FOLDER`` takes the result
-to docs/results.md. A dry run takes tiny sizes on the CPU; its figures mean nothing.
+training rows; then the three main arms of the study ``settle`` train on it, side by side, for as many steps as fit.
+If the time is over first, what is done is kept, and the same command goes on. ``python -m flix.study.results FOLDER``
+takes the result to docs/results.md. A dry run takes tiny sizes on the CPU; its figures mean nothing.
 """
 
 from __future__ import annotations
