@@ -38,6 +38,11 @@ def goes_by(settings: Settings, data: Data) -> dict[str, Any]:
     return {"format": FORMAT, "settings": settings.to_dict(), "data": digests, "processes": processes()}  # fmt: skip
 
 
+def read_again(before: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier flix with what it did not have yet at its default; ValueError for those of a later one."""
+    return Settings.model_validate(before).to_dict()
+
+
 def write_recipe(output: Path, settings: Settings, data: Data, built: Built) -> None:
     """``adapter/recipe.json``."""
     e, own = settings.evaluation, settings.tokenizer

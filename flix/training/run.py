@@ -123,7 +123,8 @@ def start(
     ):
         reporter.note(f"note: {text}")
     if checkpoint is not None:
-        folders.check_same(checkpoint, folder.goes_by(settings, data), folder.FREE)
+        now = folder.goes_by(settings, data)
+        folders.check_same(checkpoint, now, folder.FREE, folder.read_again)
     built = made(settings, data, config)
     evaluator = evaluator_of(settings, data, built)
     say(reporter, data, built, evaluator)

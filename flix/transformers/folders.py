@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,20 @@ def begin(output: Path, earlier: Iterable[Path], goes_by: Mapping[str, Any] | No
         write_json(output / CHECKPOINTS / RUN, goes_by)
 
 
-def check_same(checkpoint: Path, now: Mapping[str, Any], free: Collection[str]) -> None:
+def check_same(
+    checkpoint: Path,
+    now: Mapping[str, Any],
+    free: Collection[str],
+    read: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
     """Refuse to continue a run under what changes what its steps mean.
 
     Args:
         checkpoint: to continue from.
         now: what the run would go by: ``format``, ``settings``, ``data`` and ``processes``.
         free: settings that may differ, such as ``"training.steps"``.
+        read: the settings that the run started with, as this flix reads them: those that were not there yet have their
+            defaults. It raises ValueError for settings that this flix does not know.
 
     Raises:
         RunError: it would; the first difference is named.
@@ -119,6 +126,14 @@ def check_same(checkpoint: Path, now: Mapping[str, Any], free: Collection[str]) 
         raise RunError(f"{file}: holds no settings of a run")
     if said.get("format") != FORMAT:
         raise RunError(f"cannot resume: {file} is of format {said.get('format')!r}, not {FORMAT}")
+    # A run of an earlier flix does not name the settings that came after it, and one of a later flix names more.
+    try:
+        before = read(before)
+    except ValueError as error:
+        why = " ".join(str(error).split())
+        raise RunError(
+            f"cannot resume: {file} holds settings that this flix cannot read: {why}"
+        ) from None
     for key, was, is_now in _pairs(before, now["settings"]):
         if was != is_now and key not in free:
             raise RunError(f"cannot resume: {key} was {was!r} and is {is_now!r} now")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,34 @@ def test_resume_and_overwrite_mistakes(config: Write, tmp_path: Path) -> None:
     result = run(app, ["train", str(config(kind="causal", **small)), "--overwrite"])
     assert result.exit_code == 2 and (tmp_path / "run" / "adapter").is_dir()
     ok("train", config(**small), "--overwrite")
+
+
+def test_a_run_of_an_earlier_flix_goes_on_and_one_of_a_later_flix_is_refused(
+    config: Write, tmp_path: Path
+) -> None:
+    def written(change: Callable[[dict[str, Any]], object]) -> None:
+        said = json.loads(file.read_text())
+        change(said["settings"])
+        file.write_text(json.dumps(said))
+
+    small = {"training": {"steps": 1}, "evaluation": {"at_end": False}}
+    ok("train", config(**small))
+    longer = config(name="longer.yaml", **{**small, "training": {"steps": 2}})
+    file = tmp_path / "run" / "checkpoints" / "run.json"
+    # What the earlier one did not have yet was at its default, at the top, in training: and in each dataset.
+    for later in ("freeze_start", "start_from"):
+        written(lambda s, later=later: s.pop(later))
+    written(lambda s: s["training"].pop("packing"))
+    written(lambda s: s["datasets"][0].pop("stream"))
+    assert ok("train", longer, "--resume")["training"]["steps"] == 2
+    written(lambda s: s.pop("seed"))
+    result = run(app, ["train", str(config(seed=4, **small)), "--resume"])
+    assert result.exit_code == 2 and "seed was 0 and is 4 now" in result.stderr
+    written(lambda s: s.update(of_tomorrow=1))
+    result = run(app, ["train", str(longer), "--resume"])
+    assert (
+        result.exit_code == 2 and "of_tomorrow" in result.stderr and "cannot read" in result.stderr
+    )
 
 
 def test_nothing_of_an_earlier_run_is_left(config: Write, tmp_path: Path) -> None:
