@@ -1,5 +1,6 @@
 """What every test process needs before the first framework is loaded, and what it lets go of between modules."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -10,6 +11,16 @@ if importlib.util.find_spec("triton") and not os.environ.get("FLIX_WITHOUT_FRAME
     # torch loads triton late, and triton's LLVM ends a process in which TensorFlow's is loaded already; the other
     # order is fine. Tests load both frameworks, in any order.
     import triton  # noqa: F401
+
+
+def pytest_collection_finish():
+    """The frameworks' millions of objects are never garbage, and Keras and JAX collect garbage by name, hundreds of times."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -124,7 +124,8 @@ def make_plain(layer: Any, kernel: NDArray[Any]) -> None:
         variable = vars(layer).get(held)
         if known != "bias" and variable is not None:
             layer._untrack_variable(variable)
-            delattr(layer, held)
+            # Keras's own collects the process's garbage for each variable: minutes for a model of many layers.
+            super(keras.layers.Layer, layer).__delattr__(held)
     layer._is_quantized, layer.quantization_config = False, None
     layer._dtype_policy = source
     with layer._open_name_scope():
