@@ -14,7 +14,7 @@ if importlib.util.find_spec("triton") and not os.environ.get("FLIX_WITHOUT_FRAME
 
 
 def pytest_collection_finish():
-    """The frameworks' millions of objects are never garbage, and Keras and JAX collect garbage by name, hundreds of times."""
+    """The frameworks' millions of objects are no garbage, and Keras and JAX call the collector hundreds of times."""
     gc.collect()
     gc.freeze()
 
