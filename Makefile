@@ -104,7 +104,7 @@ MEASURED := -p no:flix_conformance $(BRANCHES)
 coverage: $(VENV)/.dev
 	FLIX_WITHOUT_FRAMEWORKS=1 $(PYTEST) $(MIXED) -m "not timed" tests/core $(MEASURED) --cov flix/core --cov-fail-under 95
 	$(PYTEST) $(MIXED) -n $(WORKERS) --dist loadfile -m "not slow and not timed" tests/backends $(MEASURED) --cov flix/backends
-	$(PYTEST) $(MIXED) -m "slow and not timed" tests/backends/torch/distributed $(MEASURED) --cov flix/backends --cov-append
+	$(PYTEST) $(MIXED) -m "slow and not timed" tests/backends/torch/distributed tests/backends/keras $(MEASURED) --cov flix/backends --cov-append
 	$(KIT) -n $(WORKERS) $(OURS) $(BRANCHES) --cov flix/backends --cov-append --cov-fail-under 90
 
 # The kit's own tests (it must catch every mutant), the kit on the example backend, the kit on ours.

@@ -169,8 +169,10 @@ class Plan:
             found = without(found, form.leave_out)
             if form.lora is not None:
                 found = by_cell(found) if form.lora.each == CELL else found
-                # Whatever ranks the common settings have: one of each feature, to see which there are.
-                own = self._count(checked({**found, "ranks": 1}, where))
+                # Whatever ranks the common settings have: one of each feature, to see which there are. An adapter to
+                # start from is a LoRA of the same kind, which the settings do not describe before they are one.
+                plain = {**found, "ranks": 1, "start_from": None, "freeze_start": False}
+                own = self._count(checked(plain, where))
                 other = form.lora.equal_compute or form.lora.equal_parameters
                 found = as_lora(found, form.lora, own, self.counted(other, phase) if other else None)  # fmt: skip
                 # It drops the common settings' feature dropout and weights, but not the arm's own.
