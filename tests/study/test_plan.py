@@ -9,13 +9,18 @@ pytest.importorskip("datasets")
 pytest.importorskip("pydantic")
 from typer.testing import CliRunner
 
+from flix import Adapter, save_adapter
 from flix.cli.app import app
+from flix.core.adapter.adapter import LayerShape
+from flix.core.adapter.changes import fresh_pairs
 from flix.core.errors import FlixError, SettingsError
 from flix.study.choosing import best, best_weights, edges, means
 from flix.study.counting import Counting
 from flix.study.plan import CHOOSING, LAST, Plan, choice_name, named
 from flix.study.reading import read_study
 from flix.study.summary import rows
+from flix.training.data import read_data
+from flix.training.models import build_config
 from tests.helpers.training import one_thread
 from tests.study.toys import make_data, write_study
 
@@ -148,6 +153,23 @@ def test_paths_of_an_arm_start_where_the_common_ones_do(tmp_path, toys):
         "start_from": str(tmp_path / "earlier"),
         "tokenizer": "org/none",
     }
+
+
+@pytest.mark.parametrize("each", [None, "language", "cell"])
+def test_a_lora_starts_from_a_lora(plan, tmp_path, each):
+    lora = {"rank": 3, "each": each} if each else {"rank": 3}
+    settings = plan(arms=arm(lora=lora)).run("other", LAST, 0, {}).settings
+    first = build_config(settings, read_data(settings))
+    layer = LayerShape(4, 6)
+    pairs = fresh_pairs(first, "a", layer).items()
+    tensors = {
+        f"a.{side}.{g}.{n}": x for (g, n), two in pairs for side, x in zip("AB", two, strict=True)
+    }
+    save_adapter(Adapter(first, {"a": layer}, tensors), tmp_path / "first")
+    later = plan(arms=arm(lora=lora, settings={"start_from": "first"}))
+    later.check()
+    assert later.counted("other", LAST).ranks == {f: first.ranks[f] for f in first.registry.live}
+    assert later.run("other", LAST, 0, {}).settings.start_from == str(tmp_path / "first")
 
 
 def test_names_of_choices_are_those_of_folders():
