@@ -30,6 +30,7 @@ from flix.backends.keras import (
     rename_feature,
     route,
     save,
+    search_weights,
     summary,
     thaw,
 )
@@ -345,6 +346,32 @@ def test_a_base_that_keras_quantised():
     start = named_pairs(model)
     model.fit(given, np.zeros((6, 3), "f"), verbose=0)
     assert [n for n, v in named_pairs(model).items() if v.tobytes() != start[n].tobytes()]
+
+
+@pytest.mark.parametrize("method", ["gradient", "evolution"])
+def test_the_weights_that_made_the_examples_are_found(method):
+    model, _ = adapted()
+    goal = {"language": {"hau": 0.6, "zul": -0.3}, "task": "ner"}
+    rows = {"inputs": np.random.default_rng(3).normal(size=(32, 5)).astype(np.float32)}
+    routing = config().registry.encode([goal] * 32)
+    batch = {**rows, "labels": numpy_of(model({**rows, "flix_features": routing}, training=False))}
+    before = [numpy_of(v) for v in model.variables]
+    found = search_weights(
+        model,
+        batch,
+        {"task": "ner"},
+        groups=["language"],
+        loss=lambda y, given: ops.mean((y - ops.cast(given["labels"], y.dtype)) ** 2),
+        method=method,
+        steps=80,
+        l1=0.0,
+    )
+    assert found.loss < 0.02 * found.before
+    assert found.row["language"]["hau"] == pytest.approx(0.6, abs=0.08)
+    assert found.row["language"]["zul"] == pytest.approx(-0.3, abs=0.08)
+    assert found.row["task"] == {"ner": 1.0}
+    for variable, value in zip(model.variables, before, strict=True):
+        assert np.array_equal(numpy_of(variable), value), variable.path
 
 
 @pytest.mark.skipif(
