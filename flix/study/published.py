@@ -2,9 +2,11 @@
 
 Segmentation: F1 of morphs by language, in percent, from the shared task's repository, ``results/README.md`` at commit
 6ab20a4 of https://github.com/sigmorphon/2022SegmentationST ("Part1: Word-level task results"; it calls them
-preliminary). Inflection: the shared task's paper (Goldman and others, SIGMORPHON-UniMorph 2023 Shared Task 0:
-Typologically Diverse Morphological Inflection, https://aclanthology.org/2023.sigmorphon-1.13) has its baselines'
-accuracy by language. We could not check a copy of that table, so none of it is repeated here.
+preliminary). Pronunciation: the word error rate of the shared task's neural baseline on the test sets, from its
+repository, ``README.md`` at commit 821bcde of https://github.com/sigmorphon/2021-task1 ("Baseline"). Inflection: the
+shared task's paper (Goldman and others, SIGMORPHON-UniMorph 2023 Shared Task 0: Typologically Diverse Morphological
+Inflection, https://aclanthology.org/2023.sigmorphon-1.13) has its baselines' accuracy by language. We could not check a
+copy of that table, so none of it is repeated here.
 """
 
 from __future__ import annotations
@@ -39,6 +41,14 @@ SEGMENTATION: dict[str, dict[str, float]] = {
     "DeepSPIN-3": {
         "ces": 93.84, "eng": 93.63, "fra": 95.73, "ita": 97.43, "lat": 99.38, "mon": 98.51, "hun": 98.72, "spa": 99.04,
     },
+}  # fmt: skip
+
+PRONUNCIATION_SOURCE = "https://github.com/sigmorphon/2021-task1/blob/821bcdece5a47820872215969f275004b0abe80c/README.md"
+
+#: By language: the word error rate of the baseline, an ensemble of neural transducers, and the words it learned from.
+PRONUNCIATION: dict[str, tuple[float, int]] = {
+    "ell": (21.0, 800), "fra": (8.5, 8000), "hun": (1.8, 8000), "ita": (19.0, 800), "jpn": (5.2, 8000),
+    "mlt": (19.0, 800), "nld": (14.7, 8000), "vie": (2.5, 8000),
 }  # fmt: skip
 
 
@@ -111,6 +121,22 @@ def inflection(said: Mapping[str, Any]) -> Table:
         "We had no copy to check them against, so they are not repeated here."
     )
     return Table(("language", "rows", "trained on", "cell", "all", "new words", "rows of these"), rows, note)  # fmt: skip
+
+
+def pronunciation(said: Mapping[str, Any]) -> Table:
+    """Exact match by language on the pronunciation task's test sets, ours and its baseline's."""
+    rows = []
+    for language, entry in _of(said, "pron").items():
+        told = [_rounded([run.get(key) for run in entry["runs"]]) for key in ("exact", "exact_new")]
+        wrong, words = PRONUNCIATION[language]
+        rows.append((language, count(entry["rows"]), count(entry["trained"]), _kind(entry), *told, count(entry["rows_new"]), f"{100 - wrong:.1f}", count(words)))  # fmt: skip
+    note = (
+        f"Exact match, which is 100 less the word error rate. {_notes(said)} New words: rows whose words are in no task's "
+        f"training rows. Baseline: [the shared task's]({PRONUNCIATION_SOURCE}), an ensemble of neural transducers for each "
+        "language. It learned from the task's own training set, ours from other words of a later WikiPron."
+    )
+    head = ("language", "rows", "trained on", "cell", "ours", "new words", "rows of these", "baseline", "it trained on")  # fmt: skip
+    return Table(head, rows, note)
 
 
 def _kind(entry: Mapping[str, Any]) -> str:

@@ -286,7 +286,11 @@ def _speed(kept: Kept, _: str) -> list[str]:
 
 def _published(kept: Kept, where: str) -> list[str]:
     said = kept.raw("official")
-    make = published.segmentation if where.endswith("segmentation") else published.inflection
+    make = {
+        "segmentation": published.segmentation,
+        "inflection": published.inflection,
+        "pronunciation": published.pronunciation,
+    }[where.rpartition(" ")[2]]
     return [make(said).markdown(), source_line(said, "official")]
 
 
@@ -313,6 +317,7 @@ BLOCKS: dict[str, Block] = {
     "speed": _speed,
     "segmentation": _published,
     "inflection": _published,
+    "pronunciation": _published,
 }
 
 

@@ -1,11 +1,11 @@
-"""Tiny clones of the three repositories, in their layouts, and a small quickstart: all words are made up."""
+"""Tiny clones of the four repositories, in their layouts, and a small quickstart: all words are made up."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
 
-from flix.study.words.design import LANGUAGES, QUICKSTART_TASKS
+from flix.study.words.design import LANGUAGES, PRONUNCIATION_TEST, QUICKSTART_TASKS
 from flix.study.words.reading import REPOSITORIES
 
 #: Enough that every task is trained somewhere and some cells are held out in each half.
@@ -80,6 +80,13 @@ def make_clones(root: Path, languages: tuple[str, ...] = SOME) -> Path:
         if info.pronunciation:
             words = [*others, *lemmas, *(f"{lemma}en" for lemma in lemmas), "zwölf"]
             write_lines(folder_of(root, "pronunciation") / f"{info.pronunciation}.tsv", spoken(words))  # fmt: skip
+        if language in PRONUNCIATION_TEST:
+            # the second half of these are words that the inflection task trains on; the last is in no other file
+            words = [*others[:20], *lemmas[:20], "nowhere"]
+            path = (
+                folder_of(root, "pronunciation test") / f"{PRONUNCIATION_TEST[language]}_test.tsv"
+            )
+            write_lines(path, spoken(words))
     return root
 
 

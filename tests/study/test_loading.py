@@ -160,10 +160,44 @@ def test_official_test_sets_are_whole_and_apart(clones: Path, data: WordsData):
     trained = {pair.source for pair in data.cell("segment", "eng").train}
     assert "twice" in {row["source"] for row in rows}
     assert not trained & {row["source"] for row in rows}
-    with pytest.raises(DataError, match="'pron' has no official test set; these have: inflect, segment"):  # fmt: skip
-        next(official_rows(clones, data, "pron", "deu"))
+    with pytest.raises(DataError, match="'spell' has no official test set; these have: inflect, segment, pron"):  # fmt: skip
+        next(official_rows(clones, data, "spell", "deu"))
     with pytest.raises(DataError, match="no official test set for segment/deu"):
         next(official_rows(clones, data, "segment", "deu"))
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_words_of_the_pronunciation_task_are_pronounced_and_spelled_in_no_training_row(clones: Path, complete: bool):  # fmt: skip
+    made = load_words(clones, languages=SOME, quickstart=borrowed(small_quickstart()), complete=complete)  # fmt: skip
+    rows = list(official_rows(clones, made, "pron", "fra"))
+    asked = {row["source"] for row in rows}
+    assert [row["source"] for row in rows] == [*made_up(500, 20), *made_up(0, 20), "nowhere"]
+    assert rows[-1]["target"] == "NOWHERE"
+    cells = made.cell("pron", "fra"), made.cell("spell", "fra")
+    assert not asked & {pair.source for pair in cells[0].train + cells[0].dev}
+    assert not asked & {pair.target for pair in cells[1].train + cells[1].dev}
+    assert asked & {pair.source for pair in cells[0].test} or complete
+    told = {row["source"] for row in rows if row["trained_on"]}
+    assert told and told <= set(
+        made_up(0, 20)
+    )  # by the inflection task, which has them in its training file
+    assert_disjoint(made)
+    assert made.fingerprint["repositories"]["2021-task1"]["files"][0]["lines"] == 41
+
+
+def test_the_clone_of_the_pronunciation_task_may_be_missing(clones: Path, tmp_path: Path):
+    some = shutil.copytree(clones, tmp_path / "clones")
+    shutil.rmtree(some / "2021-task1")
+    made = load_words(some, languages=SOME, quickstart=borrowed(small_quickstart()))
+    assert set(made.fingerprint["repositories"]) == {"2023InflectionST", "2022SegmentationST", "wikipron"}  # fmt: skip
+    with pytest.raises(DataError, match="no official test set for pron/fra"):
+        next(official_rows(some, made, "pron", "fra"))
+    (some / "2021-task1").mkdir()
+    with pytest.raises(DataError, match=r"2021-task1.* has another layout"):  # fmt: skip
+        load_words(some, languages=["fra"], quickstart=False)
+    (some / "2021-task1" / "data").mkdir()
+    with pytest.raises(DataError, match=r"1 files of the study are not there: .*medium/fre_test\.tsv"):  # fmt: skip
+        load_words(some, languages=["fra"], quickstart=False)
 
 
 def test_a_word_of_the_official_test_set_is_read_from_no_other_file(clones: Path):
@@ -243,8 +277,8 @@ def test_the_fingerprint_says_what_went_in(clones: Path, data: WordsData, tmp_pa
         found = load_words(root, languages=["lat"], quickstart=False, commits=given)
         return [r["commit"] for r in found.fingerprint["repositories"].values()]
 
-    assert commits(wikipron="abab") == [None, None, "ab" * 20]
-    assert commits(**{"2023InflectionST": "e7f1b32"}) == ["e7f1b32", None, "ab" * 20]
+    assert commits(wikipron="abab") == [None, None, "ab" * 20, None]
+    assert commits(**{"2023InflectionST": "e7f1b32"}) == ["e7f1b32", None, "ab" * 20, None]
     with pytest.raises(DataError, match=r"wikipron is at commit abab.*, not at e7f1b32"):
         commits(wikipron="e7f1b32")
 

@@ -162,15 +162,17 @@ def test_official_test_sets_stand_beside_what_was_published(tmp_path: Path) -> N
         "tasks": {
             "segment": {"ces": {"rows": 4000, "rows_new": 3000, "trained": 500, "runs": [{"f1": 91.234, "exact": 80.0}]}},
             "inflect": {"spa": {"rows": 1000, "rows_new": 0, "trained": 0, "runs": [{"exact": 30.0, "exact_new": None}]}},
+            "pron": {"ell": {"rows": 100, "rows_new": 90, "trained": 9000, "runs": [{"exact": 81.0, "exact_new": 80.0}]}},
         },
     }  # fmt: skip
     folder = tmp_path / "study-official"
     folder.mkdir()
     (folder / "official.json").write_text(json.dumps(said))
-    file = page(tmp_path, "official segmentation", "official inflection")
+    file = page(tmp_path, "official segmentation", "official inflection", "official pronunciation")
     assert write_results([folder], docs=file) == {}
     assert "| ces | 4,000 | 500 | trained | 91.2 | 20.4 | 23.7 | 29.4 | 93.4 | 93.8 | 93.8 |" in block(file, "official segmentation")  # fmt: skip
     assert "| spa | 1,000 | 0 | zero-shot | 30.0 | – | 0 |" in block(file, "official inflection")
+    assert "| ell | 100 | 9,000 | trained | 81.0 | 80.0 | 90 | 79.0 | 800 |" in block(file, "official pronunciation")  # fmt: skip
 
 
 def test_blocks_that_nothing_fills_and_folders_that_are_none_are_refused(tmp_path: Path, capsys: Any) -> None:  # fmt: skip

@@ -41,6 +41,7 @@ def test_official_test_sets_lie_apart(out: Path):
     found = sorted(str(p.relative_to(out)) for p in out.glob("official/*/*"))
     assert found == [
         *(f"official/inflect/{c}.test.jsonl.gz" for c in ("dan", "deu", "eng", "fra", "spa")),
+        "official/pron/fra.test.jsonl.gz",
         *(
             f"official/segment/{c}.test.jsonl.gz"
             for c in ("ces", "eng", "fra", "lat", "mon", "spa")

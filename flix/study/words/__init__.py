@@ -13,7 +13,7 @@ docs/study.md says what each task is, and how splits and held-out cells are made
 """
 
 from flix.study.words.design import HELD_OUT, LANGUAGES, QUICKSTART_TASKS, TASKS
-from flix.study.words.loading import OFFICIAL, load_words, official_rows
+from flix.study.words.loading import OFFICIAL, load_words, official_languages, official_rows
 from flix.study.words.saved import read_words
 from flix.study.words.types import Cell, Pair, WordsData
 from flix.study.words.writing import write_words
@@ -28,6 +28,7 @@ __all__ = [
     "Pair",
     "WordsData",
     "load_words",
+    "official_languages",
     "official_rows",
     "read_words",
     "write_words",

@@ -16,7 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read the clones and write the data. Returns 0, or 2 after one line on standard error if the user can mend it."""
     parser = argparse.ArgumentParser("python -m flix.study.words", description=__doc__)
     add = parser.add_argument
-    add("clones", help="the folder with the clones 2023InflectionST, 2022SegmentationST, wikipron")
+    add(
+        "clones",
+        help="the folder with the clones 2023InflectionST, 2022SegmentationST, wikipron; 2021-task1 if there",
+    )
     add("--out", required=True, help="a new or empty folder to write into")
     add("--language", action="append", metavar="CODE", help="ISO 639-3; again for more (all)")
     add("--seed", type=int, default=0)

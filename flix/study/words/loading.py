@@ -25,13 +25,21 @@ from flix.study.words.reading import (
     read_segmentation,
 )
 from flix.study.words.splits import Claim, key_of
-from flix.study.words.tasks import Inflected, Row, Segmented, Texts, inflect_row, segment_row
+from flix.study.words.tasks import (
+    Inflected,
+    Row,
+    Segmented,
+    Texts,
+    inflect_row,
+    pronounce_row,
+    segment_row,
+)
 from flix.study.words.types import SPLITS, Cell, Split, WordsData
 
 #: At most this many words of a segmentation file are used, drawn by the seed. The largest files have 750,000.
 _MOST_SEGMENTED = 30_000
 
-OFFICIAL = ("inflect", "segment")
+OFFICIAL = ("inflect", "segment", "pron")
 """Tasks that have official test sets."""
 
 
@@ -54,7 +62,8 @@ def load_words(
     their SHA-256, commits, licences, packages, and what was missing.
 
     Args:
-        folder: contains the clones ``2023InflectionST``, ``2022SegmentationST`` and ``wikipron``.
+        folder: contains the clones ``2023InflectionST``, ``2022SegmentationST`` and ``wikipron``. If ``2021-task1`` is
+            there too, the words of its test sets are test words here.
         seed: decides sizes, draws, and the splits that no source gives.
         languages: ISO 639-3; default: all of :data:`flix.study.words.LANGUAGES`.
         denoise: add a cell of unlabelled text in every language.
@@ -116,6 +125,7 @@ def load_words(
                 ],
             }
             for name, repository in REPOSITORIES.items()
+            if name in found
         },
         "packages": dict(taken.sources),
         "missing": [str(path.relative_to(folder)) for path in missing],
@@ -143,8 +153,7 @@ def official_rows(folder: str | Path, data: WordsData, task: str, language: str)
     """
     if task not in OFFICIAL:
         raise DataError(f"{task!r} has no official test set; these have: {listed(OFFICIAL)}")
-    files = find_language(find_repositories(Path(folder)), _chosen([language])[0])
-    path = (files.inflection if task == "inflect" else files.segmentation).get("test")
+    path = _official_file(Path(folder), task, _chosen([language])[0])
     if path is None:
         raise DataError(f"the clones have no official test set for {task}/{language}")
     script, seen = LANGUAGES[language].script, data.trained.get(language, frozenset())
@@ -153,10 +162,30 @@ def official_rows(folder: str | Path, data: WordsData, task: str, language: str)
         yield {**data.row(language, task, row.pair), "trained_on": trained_on}
 
 
+def official_languages(folder: str | Path, data: WordsData, task: str) -> list[str]:
+    """The languages of the data in which the clones have an official test set of a task.
+
+    Raises:
+        DataError: a clone is missing.
+    """
+    cells = [cell.language for cell in data.cells if cell.task == task]
+    return [language for language in cells if _official_file(Path(folder), task, language)]
+
+
+def _official_file(folder: Path, task: str, language: str) -> Path | None:
+    files = find_language(find_repositories(folder), language)
+    if task == "pron":
+        return files.pronunciation_test
+    return (files.inflection if task == "inflect" else files.segmentation).get("test")
+
+
 def _official(task: str, path: Path) -> Iterator[Row]:
     if task == "inflect":
         for lemma, tags, form in read_inflection(path):
             yield inflect_row(lemma, tags, form, "test")
+    elif task == "pron":
+        for word, sounds in read_pronunciations(path):
+            yield pronounce_row(word, sounds, "test")
     else:
         for word, morphs in read_segmentation(path):
             yield segment_row(word, morphs, "test")
@@ -205,7 +234,7 @@ def _commits(folder: Path, given: Mapping[str, str]) -> dict[str, str | None]:
 def read_texts(
     files: Files, language: str, seed: int, complete: bool
 ) -> tuple[Texts, Iterator[Claim]]:
-    """What a language's files contain, and the splits into which the segmentation task puts its words."""
+    """What a language's files contain, and the splits into which shared tasks put its words (without inflection)."""
     inflected: list[Inflected] = []
     if len(files.inflection) == len(SPLITS):
         inflected = [
@@ -216,7 +245,13 @@ def read_texts(
     def official(split: Split) -> Split | None:
         return split if has_train or split == "test" else None
 
+    heard = files.pronunciation_test
+    spoken_test = (
+        frozenset(word for word, _ in read_pronunciations(heard)) if heard else frozenset()
+    )
+
     def claims() -> Iterator[Claim]:
+        yield from ((word, "test") for word in sorted(spoken_test))
         for name, path in files.segmentation.items():
             split = official(name)
             if split is not None:
@@ -233,4 +268,4 @@ def read_texts(
             if split == "test":
                 tested = {word for word, _ in read_segmentation(path)}
     spoken = list(read_pronunciations(files.pronunciation)) if files.pronunciation else []
-    return Texts(inflected, segmented, spoken), claims()
+    return Texts(inflected, segmented, spoken, spoken_test), claims()

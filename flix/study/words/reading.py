@@ -1,4 +1,4 @@
-"""Three public repositories in their own layout: where their files are, and what their lines mean.
+"""Public repositories in their own layout: where their files are, and what their lines mean.
 
 All text is converted to Unicode's NFC.
 """
@@ -13,18 +13,26 @@ from pathlib import Path
 
 from flix.core.errors import listed, near, shown
 from flix.data.errors import DataError
-from flix.study.words.design import LANGUAGES
+from flix.study.words.design import LANGUAGES, PRONUNCIATION_TEST
 from flix.study.words.types import SPLITS, Split
 
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A repository: the name of a clone's folder, the data's place in it, its address, and the data's licence."""
+    """A repository of the study.
+
+    Attributes:
+        folder: the name of a clone's folder.
+        data: the data's place in it.
+        address, licence: of the data.
+        needed: whether the study needs it. The others are used if they are there.
+    """
 
     folder: str
     data: str
     address: str
     licence: str
+    needed: bool = True
 
 
 REPOSITORIES: dict[str, Repository] = {
@@ -46,6 +54,13 @@ REPOSITORIES: dict[str, Repository] = {
         "https://github.com/CUNY-CL/wikipron",
         "code Apache-2.0, data CC BY-SA (Wiktionary)",
     ),
+    "pronunciation test": Repository(
+        "2021-task1",
+        "data",
+        "https://github.com/sigmorphon/2021-task1",
+        "code Apache-2.0, data CC BY-SA 3.0 (Wiktionary)",
+        needed=False,
+    ),
 }
 
 _INFLECTION = {"train": "trn", "dev": "dev", "test": "tst"}
@@ -60,41 +75,49 @@ class Files:
     Attributes:
         inflection, segmentation: by split.
         pronunciation: its file; None if the study uses none for this language, or if it is missing.
+        pronunciation_test: the shared task's test set; None if it has none, or if there is no clone.
         missing: files that the study needs and the clones lack.
     """
 
     inflection: Mapping[Split, Path]
     segmentation: Mapping[Split, Path]
     pronunciation: Path | None
+    pronunciation_test: Path | None = None
     missing: tuple[Path, ...] = ()
 
     def all(self) -> list[tuple[str, Path]]:
         """(repository, file) for each file."""
         found = [("inflection", path) for path in self.inflection.values()]
         found += [("segmentation", path) for path in self.segmentation.values()]
-        return found + ([("pronunciation", self.pronunciation)] if self.pronunciation else [])
+        single = {
+            "pronunciation": self.pronunciation,
+            "pronunciation test": self.pronunciation_test,
+        }
+        return found + [(name, path) for name, path in single.items() if path]
 
 
 def find_repositories(folder: Path) -> dict[str, Path]:
-    """The data folder of each repository.
+    """The data folder of each repository. One that the study does not need may be missing.
 
     Args:
-        folder: the folder that holds the three clones.
+        folder: the folder that holds the clones.
 
     Raises:
         DataError: the folder or a clone is missing, or a clone has another layout.
     """
     if not folder.is_dir():
-        raise DataError(f"{str(folder)!r} is no folder; name the one that holds the three clones")
+        raise DataError(f"{str(folder)!r} is no folder; name the one that holds the clones")
     present = sorted(p.name for p in folder.iterdir() if p.is_dir())
     found = {}
     for name, repository in REPOSITORIES.items():
         clone = folder / repository.folder
         if not clone.is_dir():
+            if not repository.needed:
+                continue
             raise DataError(
                 f"{str(folder)!r} has no folder {repository.folder!r}{near(repository.folder, present)}; "
                 f"clone {repository.address} into it (the study needs: "
-                f"{listed(r.folder for r in REPOSITORIES.values())})"
+                f"{listed(r.folder for r in REPOSITORIES.values() if r.needed)})"
             )
         found[name] = clone / repository.data
         if not found[name].is_dir():
@@ -114,11 +137,15 @@ def find_language(folders: Mapping[str, Path], language: str) -> Files:
         wanted += [("segmentation", s, folders["segmentation"] / f"{language}.{_SEGMENTATION[s]}.tsv") for s in SPLITS]  # fmt: skip
     if info.pronunciation:
         wanted += [("pronunciation", None, folders["pronunciation"] / f"{info.pronunciation}.tsv")]
+    if language in PRONUNCIATION_TEST and "pronunciation test" in folders:
+        path = folders["pronunciation test"] / f"{PRONUNCIATION_TEST[language]}_test.tsv"
+        wanted += [("pronunciation test", None, path)]
     there = [(name, split, path) for name, split, path in wanted if path.is_file()]
     return Files(
         {split: path for name, split, path in there if name == "inflection" and split},
         {split: path for name, split, path in there if name == "segmentation" and split},
         next((path for name, _, path in there if name == "pronunciation"), None),
+        next((path for name, _, path in there if name == "pronunciation test"), None),
         tuple(path for _, _, path in wanted if not path.is_file()),
     )
 

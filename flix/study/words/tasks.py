@@ -39,11 +39,13 @@ class Texts:
         inflected: (lemma, tags, form, split).
         segmented: (word, morphs, split); the split is None if the shared task's is not kept.
         spoken: (word, pronunciation).
+        spoken_test: words of the pronunciation task's test set. Their pronunciations are in no training row.
     """
 
     inflected: Sequence[Inflected] = ()
     segmented: Sequence[Segmented] = ()
     spoken: Sequence[tuple[str, str]] = ()
+    spoken_test: frozenset[str] = frozenset()
 
     def words(self) -> Iterator[str]:
         """Every entry that is a single word, in no particular order and with repetitions."""
@@ -63,6 +65,11 @@ def inflect_row(lemma: str, tags: str, form: str, split: Split | None) -> Row:
 def segment_row(word: str, morphs: Sequence[str], split: Split | None) -> Row:
     """From a word to its morphs."""
     return Row(word, JOIN.join(morphs), (word,), split)
+
+
+def pronounce_row(word: str, sounds: str, split: Split | None = None) -> Row:
+    """From a word to its pronunciation."""
+    return Row(word, sounds, (word,), split)
 
 
 def rows_of(task: str, texts: Texts, *, accents: bool) -> list[Row]:
@@ -99,24 +106,24 @@ def _segment(texts: Texts) -> Iterator[Row]:
             yield segment_row(word, morphs, split)
 
 
-def _spoken(texts: Texts) -> Iterator[tuple[str, str]]:
-    """Single words of at least two letters that have exactly one pronunciation."""
+def _spoken(texts: Texts) -> Iterator[tuple[str, str, Split | None]]:
+    """Single words of at least two letters that have exactly one pronunciation, and the split of the shared task."""
     ways: dict[str, set[str]] = defaultdict(set)
     for word, sounds in texts.spoken:
         ways[word].add(sounds)
     for word, found in ways.items():
         if len(found) == 1 and len(word) > 1 and _single(word):
-            yield word, next(iter(found))
+            yield word, next(iter(found)), "test" if word in texts.spoken_test else None
 
 
 def _pronounce(texts: Texts) -> Iterator[Row]:
-    for word, sounds in _spoken(texts):
-        yield Row(word, sounds, (word,))
+    for word, sounds, split in _spoken(texts):
+        yield pronounce_row(word, sounds, split)
 
 
 def _spell(texts: Texts) -> Iterator[Row]:
-    for word, sounds in _spoken(texts):
-        yield Row(sounds, word, (word,))
+    for word, sounds, split in _spoken(texts):
+        yield Row(sounds, word, (word,), split)
 
 
 def _accents(texts: Texts) -> Iterator[Row]:

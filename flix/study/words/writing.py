@@ -12,7 +12,7 @@ from typing import Any
 
 from flix.core.files import make_folder, write_file
 from flix.data.errors import DataError
-from flix.study.words.loading import OFFICIAL, official_rows
+from flix.study.words.loading import OFFICIAL, official_languages, official_rows
 from flix.study.words.types import SPLITS, WordsData
 
 FINGERPRINT = "fingerprint.json"
@@ -65,7 +65,7 @@ def write_words(
             if rows:
                 put(f"{cell.name}.{split}.jsonl.gz", rows)
     for task in OFFICIAL if folder is not None else ():
-        for language in (cell.language for cell in data.cells if cell.task == task):
+        for language in official_languages(folder, data, task):  # type: ignore[arg-type]
             put(f"official/{task}/{language}.test.jsonl.gz", official_rows(folder, data, task, language))  # type: ignore[arg-type]  # fmt: skip
     cells = [
         {
