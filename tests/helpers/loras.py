@@ -8,6 +8,31 @@ from typing import Any
 
 from safetensors.numpy import save_file
 
+STEM = "base_model.model."
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def lora(
+    rank: int = 4, *paths: str, embeddings: tuple[str, ...] = (), **changes: Any
+) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """A plain LoRA's configuration and shapes; keywords replace settings."""
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "bias": "none",
+        "modules_to_save": None,
+        **changes,
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths or (Q,):
+        shapes[f"{STEM}{path}.lora_A.weight"] = (rank, 16)
+        shapes[f"{STEM}{path}.lora_B.weight"] = (24, rank)
+    for path in embeddings:
+        shapes[f"{STEM}{path}.lora_embedding_A"] = (rank, 40)
+        shapes[f"{STEM}{path}.lora_embedding_B"] = (16, rank)
+    return config, shapes
+
 
 def write_lora(folder: Path, pairs: dict[str, tuple[Any, Any]], alpha: float) -> Path:
     """A LoRA as PEFT's ``save_pretrained`` writes it."""

@@ -5,29 +5,7 @@ import json
 import pytest
 
 from flix.core.peft.vllm import VLLM_RANKS, check_vllm
-
-STEM = "base_model.model."
-Q = "model.layers.0.self_attn.q_proj"
-
-
-def lora(rank=4, *paths, embeddings=(), **changes):
-    """A plain LoRA's configuration and shapes; keywords replace settings."""
-    config = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,
-        "bias": "none",
-        "modules_to_save": None,
-        **changes,
-    }
-    shapes = {}
-    for path in paths or (Q,):
-        shapes[f"{STEM}{path}.lora_A.weight"] = (rank, 16)
-        shapes[f"{STEM}{path}.lora_B.weight"] = (24, rank)
-    for path in embeddings:
-        shapes[f"{STEM}{path}.lora_embedding_A"] = (rank, 40)
-        shapes[f"{STEM}{path}.lora_embedding_B"] = (16, rank)
-    return config, shapes
+from tests.helpers.loras import STEM, Q, lora
 
 
 def check(made, **changes):
