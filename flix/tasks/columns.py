@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flix.core.errors import listed, near, shown
@@ -99,3 +99,8 @@ def _joined(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "+".join(map(str, value))
     return "" if value is None else str(value)
+
+
+def states_weights(row: Mapping[str, Any], groups: Iterable[str]) -> bool:
+    """Whether a row itself says how much its features of these groups count, as in ``{"language": {"hau": 0.5}}``."""
+    return any(isinstance(row.get(group), Mapping) for group in groups)

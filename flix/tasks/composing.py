@@ -91,8 +91,10 @@ def apply(asked: Composed, evaluator: Evaluator, model: Any) -> dict[str, Any]:
                 f"--compose: no row names the group {group!r}, which others imply; it can only "
                 f"be off or a factor"
             )
-    if asked.factors:
+    if asked.factors or asked.parents or asked.searched:
+        # In place of the configuration's factors: with one of 0, a parent or found weights would count for nothing.
         evaluator.elsewhere = evaluator.collator.evaluation(asked.factors)
+        evaluator.stated[:] = False
     for place in np.flatnonzero(~evaluator.of_seen).tolist():
         evaluator.rows[place] = {**evaluator.rows[place], **asked.parents}
     return _search(asked.searched, evaluator, model) if asked.searched else {}

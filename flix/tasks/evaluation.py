@@ -12,7 +12,7 @@ from flix.core.features.names import written
 from flix.core.progress import Reporter
 from flix.data.chosen import ChosenRows
 from flix.tasks import Answer, Task, interval, scores
-from flix.tasks.columns import TASK
+from flix.tasks.columns import TASK, states_weights
 from flix.tasks.making import task_of
 from flix.tasks.scoring import need_for
 
@@ -33,7 +33,8 @@ class Evaluator:
         limit: rows of a cell; None for all.
         batch_size: rows at a time.
         max_new_tokens, num_beams: of written answers.
-        unseen_group_weights: factors for groups in cells that are not trained on.
+        unseen_group_weights: factors for groups in cells that are not trained on. They do not change rows that state
+            weights of such a group themselves.
         samples: answers of a cell that :meth:`samples` keeps.
         seed: of the intervals' draws.
 
@@ -64,7 +65,9 @@ class Evaluator:
         self.lengths = np.array([length_of(tasks, row) for row in self.rows], np.float64)
         need_for(tasks[at].metric for at in sorted({int(row.get(TASK, 0)) for row in self.rows}))
         self.collator = collator.evaluation()
-        self.elsewhere = collator.evaluation(unseen_group_weights or {})
+        factors = unseen_group_weights or {}
+        self.elsewhere = collator.evaluation(factors)
+        self.stated = np.array([states_weights(row, factors) for row in self.rows], bool)
         self.ids = self.collator.routing_of(self.rows).ids
         first = np.unique(self.cells, return_index=True)
         # Told now: what rows activate may be changed, and a cell is called as its data is.
@@ -76,12 +79,22 @@ class Evaluator:
     def keep(self, chosen: NDArray[np.bool_]) -> None:
         """Go on with some of the rows."""
         self.rows = [row for row, mine in zip(self.rows, chosen.tolist(), strict=True) if mine]
-        self.cells, self.ids = self.cells[chosen], self.ids[chosen]
+        self.cells, self.ids, self.stated = (
+            self.cells[chosen],
+            self.ids[chosen],
+            self.stated[chosen],
+        )
 
     @property
     def of_seen(self) -> NDArray[np.bool_]:
         """Whether each row is of a cell that is trained on."""
         return self.seen[self.cells]
+
+    @property
+    def _as_named(self) -> NDArray[np.bool_]:
+        """Whether each row activates what it names, with no factor of a group."""
+        named: NDArray[np.bool_] = self.of_seen | self.stated
+        return named
 
     def losses(self, trainer: Any, without: str | None = None) -> Sums:
         """The loss of every row, computed by all processes together.
@@ -96,8 +109,8 @@ class Evaluator:
         trainer.model.eval()
         off = None if without is None else self.collator.evaluation({without: 0.0})
         for mine, collator in (
-            (self.of_seen, off or self.collator),
-            (~self.of_seen if off is None else np.zeros(len(self), bool), self.elsewhere),
+            (self._as_named if off is None else self.of_seen, off or self.collator),
+            (~self._as_named if off is None else np.zeros(len(self), bool), self.elsewhere),
         ):
             places = np.flatnonzero(mine)[trainer.args.process_index :: trainer.args.world_size]
             for part in self._batches(places):
@@ -149,7 +162,10 @@ class Evaluator:
         found: dict[int, Answer] = {}
         reporter.start("evaluating", len(self))
         try:
-            for mine, collator in ((self.of_seen, self.collator), (~self.of_seen, self.elsewhere)):
+            for mine, collator in (
+                (self._as_named, self.collator),
+                (~self._as_named, self.elsewhere),
+            ):
                 places, done = np.flatnonzero(mine).tolist(), len(found)
                 told: Callable[[int], None] = lambda n, done=done: reporter.advance(done + n)  # type: ignore[misc]  # noqa: E731
                 given = answers(

@@ -15,7 +15,7 @@ from flix.data.errors import DataError
 from flix.data.files import Record
 from flix.tasks.answering import answers
 from flix.tasks.collating import TaskCollator
-from flix.tasks.columns import TASK, WHERE, names_in
+from flix.tasks.columns import TASK, WHERE, names_in, states_weights
 from flix.tasks.pretrained import load_pretrained, tasks_of, tokenizer_of
 from flix.tasks.recipe import read_recipe
 from flix.transformers import FlixCollator
@@ -78,7 +78,8 @@ class Predictor:
         self.collator = collator.evaluation()
         self._implied = {*implied_groups(collator.registry)}
         self._checked: set[str] = set()
-        self.elsewhere = collator.evaluation(recipe.get("unseen_group_weights") or {})
+        self.factors = recipe.get("unseen_group_weights") or {}
+        self.elsewhere = collator.evaluation(self.factors)
         self.seen = {frozenset(cell_of(read_cell(name))) for name in recipe.get("seen", ())}
 
     def __call__(self, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
@@ -95,9 +96,9 @@ class Predictor:
         while block := list(islice(records, _AT_ONCE)):
             rows = [self._row(where, record) for where, record in block]
             found: dict[int, dict[str, Any]] = {}
-            seen = [self._is_seen(row) for row in rows]
+            as_named = [self._is_seen(row) or states_weights(row, self.factors) for row in rows]
             for wanted, collator in ((True, self.collator), (False, self.elsewhere)):
-                places = [i for i, is_seen in enumerate(seen) if is_seen is wanted]
+                places = [i for i, as_it_is in enumerate(as_named) if as_it_is is wanted]
                 given = answers(
                     self.model, self.tasks, [rows[i] for i in places], collator, batch_size=self.batch_size,
                     max_new_tokens=self.max_new_tokens, num_beams=self.num_beams,

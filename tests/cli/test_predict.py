@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,33 @@ def test_other_combinations_in_cells_never_trained(made: tuple[Path, Path], conf
     assert [c["rows"] for c in found["cells"] if not c["seen"]] == [2] and len(held(found)) == 2
     text = run(app, ["evaluate", str(path), str(adapter), "--compose", "language=searched"]).stdout
     assert "searched for task=rev,language=yor: " in text and "1.00 task=rev" in text
+
+
+def test_a_composition_that_is_asked_for_holds_under_any_factors(made: tuple[Path, Path], config: Write, tmp_path: Path) -> None:  # fmt: skip
+    path, adapter = made
+    config(evaluation={"limit": 3})
+    plain = ok("evaluate", path, adapter)
+    asked = ("task=-1.5,language=parent:swa", "language=parent:swa", "language=searched")
+    wanted = [ok("evaluate", path, adapter, "--compose", how) for how in asked]
+    config(evaluation={"unseen_group_weights": {"language": 0.0, "task": 0.0}, "limit": 3})
+    without = ok("evaluate", path, adapter)
+    for how, same in zip(asked, wanted, strict=True):
+        found = ok("evaluate", path, adapter, "--compose", how)
+        assert held(found) == held(same) and found.get("searched") == same.get("searched")
+    # A row that states its own weights is answered with these, by evaluate and by predict.
+    mine = shutil.copytree(adapter, tmp_path / "mine")
+    recipe = json.loads((mine / "recipe.json").read_text())
+    recipe["unseen_group_weights"] = {"language": 0.0, "task": 0.0}
+    (mine / "recipe.json").write_text(json.dumps(recipe))
+    sources = [s["source"] for s in plain["samples"] if s["cell"].endswith("rev,language=yor")]
+
+    def predicted(language: object) -> list[str]:
+        rows = [{"source": s, "task": "rev", "language": language} for s in sources]
+        given = "".join(json.dumps(row) + "\n" for row in rows)
+        return [row["output"] for row in lines(run(app, ["predict", str(mine), "-"], input=given).stdout)]  # fmt: skip
+
+    assert held(plain) != held(without)
+    assert predicted("yor") == held(without) and predicted({"yor": 1.0}) == held(plain)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from typing import Any
 
 from flix.core.errors import ConfigError
 
+_GLOBAL_FLAGS = re.compile(r"(?:\(\?[aiLmsux]+\))*")
 _LONGEST = 100_000
 _LONGEST_TRIED = 256
 _MOST_KEPT = 20_000
@@ -87,7 +88,9 @@ def _compiled(pattern: str, ending: bool) -> Callable[[str], bool]:
         raise ConfigError(f"{shown}... has {len(pattern):,} characters; at most {_LONGEST:,}")
     try:
         _parsed(pattern)  # by itself, so that it closes no bracket of what is put around it
-        whole = rf"(?:.*\.)?(?:{pattern})" if ending else pattern
+        # Flags for the whole expression may only stand at its start.
+        flags = _GLOBAL_FLAGS.match(pattern)[0]  # type: ignore[index]
+        whole = rf"{flags}(?:.*\.)?(?:{pattern[len(flags) :]})" if ending else pattern
         tree = _parsed(whole)
     except (re.error, RecursionError, OverflowError, MemoryError) as error:
         raise ConfigError(f"{shown} is not a regular expression ({error})") from None
