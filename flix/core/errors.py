@@ -1,7 +1,8 @@
 """Errors of flix, and the small helpers that make their messages useful.
 
 Every message states the rule, what was got, and the valid choices; features, layers and rows are named
-by name. All of them derive from :class:`FlixError`, and (but for the missing framework) from ``ValueError``.
+by name. All of them derive from :class:`FlixError`, and all but :class:`MissingFrameworkError`
+and errors of training from ``ValueError``.
 """
 
 from __future__ import annotations

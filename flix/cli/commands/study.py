@@ -30,7 +30,7 @@ def study(
         int | None, typer.Option("--steps", min=1, max=10**9, help="Steps of the last runs, in place of training.steps; give --out, too.")
     ] = None,
     parallel: Annotated[
-        int | None, typer.Option("--parallel", min=1, max=1024, help="Runs at a time; default: as many as processors.")
+        int | None, typer.Option("--parallel", min=1, max=1024, help="Runs at a time; default: as many as processors, or one with an accelerator.")
     ] = None,
     as_list: Annotated[
         bool, typer.Option("--list", help="Show the runs and how far they are, and train nothing.")
