@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flix.cli.console import show, show_json
 from flix.core.adapter.adapter import Adapter
-from flix.core.adapter.files import save_adapter
+from flix.core.adapter.files import save_new_adapter
 from flix.core.features.names import written
 
 
@@ -20,7 +20,7 @@ def write_adapter(adapter: Adapter, out: Path, as_json: bool, what: str, heads: 
         what: what was done with its features: "shared".
         heads: folders whose trained heads were left out.
     """
-    save_adapter(adapter, out)
+    save_new_adapter(adapter, out)
     names = [written(feature) for feature in adapter.config.registry.live]
     if as_json:
         show_json(

@@ -13,18 +13,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flix.core.adapter.files import CONFIG_FILE, HEADS_FILE, TENSOR_FILE, stored_adapter
+from flix.core.adapter.files import (
+    CONFIG_FILE,
+    HEADS_FILE,
+    RECIPE_FILE,
+    TENSOR_FILE,
+    stored_adapter,
+)
 from flix.core.errors import AdapterError, MissingFrameworkError, shown
 from flix.core.files import Path_
 from flix.hub.card import card
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_FILES = (
-    TENSOR_FILE,
-    CONFIG_FILE,
-    HEADS_FILE,
-    "recipe.json",
-)  # the last of a run, if there was one
+_FILES = (TENSOR_FILE, CONFIG_FILE, HEADS_FILE, RECIPE_FILE)
+# The last is there if a run wrote the adapter.
 
 
 def is_name(given: Path_) -> bool:

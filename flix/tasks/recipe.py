@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flix.core.adapter.files import RECIPE_FILE
 from flix.core.errors import AdapterError
 from flix.tasks.specs import Spec
 from flix.tasks.task import Task
 
-RECIPE = "recipe.json"
+RECIPE = RECIPE_FILE
 FORMAT = 1
 
 

@@ -108,6 +108,26 @@ def test_combine_with_conflicts(adapter: Path, tmp_path: Path) -> None:
     mistake("error, keep, replace", "combine", adapter, other, "--out", out, "--conflicts", "x", "--force")  # fmt: skip
 
 
+def test_the_recipe_of_an_earlier_adapter_does_not_stay(adapter: Path, tmp_path: Path) -> None:
+    """``predict`` would ask the new adapter with the old one's prompts, tasks and base."""
+    out, lora = tmp_path / "out", peft_lora(tmp_path / "lora")
+    whole = ("--features", "language=hau+swa,task=ner")
+    other = renamed(adapter, tmp_path / "other", "hau", "yor")
+    for command in (
+        ("share", adapter, *whole),  # the same features as before, but perhaps of another run
+        ("combine", adapter, other),
+        ("import", f"ner={lora}", "--group", "task"),
+    ):
+        flix.save_adapter(flix.load_adapter(adapter), out)
+        (out / "recipe.json").write_text("{}")
+        (out / "notes.txt").write_text("mine")
+        ok(*command, "--out", out, "--force")
+        assert sorted(p.name for p in out.iterdir()) == ["flix.safetensors", "flix_config.json", "notes.txt"]  # fmt: skip
+    (out / "recipe.json").write_text("{}")
+    mistake("has no feature 'x'", "share", adapter, "--features", "task=x", "--out", out, "--force")  # fmt: skip
+    assert (out / "recipe.json").exists()
+
+
 def peft_lora(folder: Path, rank: int = 2, **settings: Any) -> Path:
     draw = np.random.default_rng(rank)
     folder.mkdir()

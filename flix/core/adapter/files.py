@@ -26,6 +26,7 @@ from flix.core.adapter.adapter import (
     checked_pairs,
     expected_tensors,
 )
+from flix.core.adapter.base import differing
 from flix.core.adapter.described import DTYPES, Base, Head
 from flix.core.adapter.description import (
     VERSION,
@@ -48,6 +49,8 @@ TENSOR_FILE = "flix.safetensors"
 CONFIG_FILE = "flix_config.json"
 HEADS_FILE = "trained.safetensors"
 """Of version 1."""
+RECIPE_FILE = "recipe.json"
+"""What ``flix train`` writes beside them: how the adapter is asked (:mod:`flix.tasks.recipe`)."""
 _HEAD = "trained."
 
 
@@ -55,13 +58,28 @@ _HEAD = "trained."
 def save_adapter(adapter: Adapter, directory: Path_) -> None:
     """Write an adapter's folder. At any moment, a reader sees the complete old version or the complete new one.
 
-    Tensors are stored as float32 (or as float64, if they are float64), and heads in their own dtypes.
+    Tensors are stored as float32 (or as float64, if they are float64), and heads in their own dtypes. A ``recipe.json``
+    that ``flix train`` wrote for another adapter is removed: it stays if this one has every feature and head of the
+    adapter that is replaced, and its base.
 
     Raises:
         AdapterError: the path exists and is not a folder.
     """
     tensors = list(adapter.tensors.items())
     _write(adapter.config, adapter.layers, tensors, directory, adapter.heads, adapter.base)
+
+
+@uncollected
+def save_new_adapter(adapter: Adapter, directory: Path_) -> None:
+    """The same of an adapter that goes on with none that the folder may hold: an earlier one's recipe goes with it.
+
+    Raises:
+        AdapterError: the path exists and is not a folder.
+    """
+    tensors = list(adapter.tensors.items())
+    _write(
+        adapter.config, adapter.layers, tensors, directory, adapter.heads, adapter.base, new=True
+    )
 
 
 @uncollected
@@ -88,6 +106,7 @@ def _write(
     directory: Path_,
     heads: Mapping[str, Head],
     base: Base | None,
+    new: bool = False,
 ) -> None:
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
@@ -100,16 +119,35 @@ def _write(
     make_folder(folder)
     sweep(folder, TENSOR_FILE, CONFIG_FILE, HEADS_FILE)
     description = described(config, layers, heads, base)
+    recipe = folder / RECIPE_FILE
+    stale = recipe.is_file() and (new or not _goes_on(folder, Description(config, {}, tuple(heads), base)))  # fmt: skip
 
     def write(file: BinaryIO) -> None:
         metadata = as_metadata(description)
         description["sha256"] = write_tensors(file, tensors, metadata, named_heads)
+        if (
+            stale
+        ):  # just before the new file takes its place: a kill leaves either adapter without one
+            recipe.unlink(missing_ok=True)
 
     write_file(folder / TENSOR_FILE, write)
     # The save has landed. What follows is for people, and tidies up after version 1.
     (folder / HEADS_FILE).unlink(missing_ok=True)
     copy = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
     write_file(folder / CONFIG_FILE, copy.encode())
+
+
+def _goes_on(folder: Path, new: Description) -> bool:
+    """Whether an adapter may be a later state of the one in a folder, so that what was said of that one holds for it.
+
+    A feature that was removed is still known by its name; one that was renamed is another.
+    """
+    try:
+        old = _description(folder)
+    except AdapterError:
+        return not any((folder / name).exists() for name in (TENSOR_FILE, CONFIG_FILE))
+    known = {*new.config.registry.features}
+    return known.issuperset(old.config.registry.features) and {*new.heads}.issuperset(old.heads) and not differing(old.base, new.base)  # fmt: skip
 
 
 @uncollected
@@ -167,10 +205,14 @@ def read_description(path: Path_) -> tuple[FlixConfig, dict[str, LayerShape]]:
     Raises:
         AdapterError: a missing or damaged file, or another version.
     """
-    given = Path(path)
+    found = _description(Path(path))
+    return found.config, found.layers
+
+
+def _description(given: Path) -> Description:
     folder = given if given.is_dir() else given.parent
     tensors = folder / TENSOR_FILE
-    found = broken = None
+    found = None
     if (given.is_dir() or given.name == CONFIG_FILE) and tensors.is_file():
         where = repr(str(tensors))
         try:
@@ -179,13 +221,11 @@ def read_description(path: Path_) -> tuple[FlixConfig, dict[str, LayerShape]]:
         except (OSError, ValueError) as error:
             if isinstance(error, AdapterError):
                 raise
-            broken = AdapterError(f"{where} is damaged (truncated or altered): {error}")
+            # Not from the copy: nobody knows whether it is one of this file.
+            raise AdapterError(f"{where} is damaged (truncated or altered): {error}") from error
     if found is None:
-        copy = given / CONFIG_FILE if given.is_dir() else given
-        if broken is not None and not copy.is_file():
-            raise broken
-        found = _read_copy(copy)
-    return found.config, found.layers
+        found = _read_copy(given / CONFIG_FILE if given.is_dir() else given)
+    return found
 
 
 def _read_copy(file: Path) -> Description:

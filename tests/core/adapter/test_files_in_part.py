@@ -6,9 +6,22 @@ import unicodedata
 
 import pytest
 
-from flix import AdapterError, load_adapter, save_adapter
+from flix import (
+    AdapterError,
+    load_adapter,
+    remove_feature,
+    rename_feature,
+    save_adapter,
+    select_features,
+)
 from flix.core.adapter import files
-from flix.core.adapter.files import read_description, save_pairs, stored_adapter
+from flix.core.adapter.described import Base
+from flix.core.adapter.files import (
+    read_description,
+    save_new_adapter,
+    save_pairs,
+    stored_adapter,
+)
 from tests.core.adapter.test_files import BASE, HEADS, LAYERS, REGISTRY, adapter, rewritten, same
 
 
@@ -37,15 +50,15 @@ def test_descriptions_are_read_without_tensors(tmp_path):
         read_description(tmp_path / "no.json")
 
 
-def test_a_damaged_file_without_a_copy_of_its_description_is_named(tmp_path):
+@pytest.mark.parametrize("data", [b"", b"1234", (99).to_bytes(8, "little") + b"{}"])
+def test_the_copy_does_not_stand_in_for_a_damaged_file(tmp_path, data):
     save_adapter(adapter(), tmp_path)
-    (tmp_path / "flix.safetensors").write_bytes(b"1234")
-    assert read_description(tmp_path)[0] == adapter().config  # by the copy
-    (tmp_path / "flix_config.json").unlink()
-    with pytest.raises(
-        AdapterError, match=r"flix\.safetensors' is damaged \(truncated or altered\)"
-    ):
-        read_description(tmp_path)
+    (tmp_path / "flix.safetensors").write_bytes(data)
+    for path in (tmp_path, tmp_path / "flix_config.json"):
+        with pytest.raises(AdapterError, match=r"flix\.safetensors' is damaged \(truncated or alt"):
+            read_description(path)
+    (tmp_path / "flix.safetensors").unlink()  # a description alone can be planned
+    assert read_description(tmp_path)[0] == adapter().config
 
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
@@ -96,3 +109,50 @@ def test_names_that_the_file_has_in_another_unicode_form_are_found(tmp_path):
     rewritten(tmp_path, tensors={n: adapter().tensors[n] for n in odd})
     with pytest.raises(AdapterError, match="has tensors that do not belong to it: "):
         load_adapter(tmp_path)
+
+
+def test_the_recipe_of_another_adapter_does_not_stay(tmp_path):
+    """A recipe says how an adapter is asked. It goes with its adapter, and stays where the same one is saved again."""
+    recipe = tmp_path / "recipe.json"
+    old = adapter(heads=HEADS, base=BASE)
+    renamed = rename_feature(old, "language", "hau", "ha")
+    far = Base("org/other", None, "f" * 16 + "-" + "e" * 16)
+    swa = select_features(old, {"language": "swa"})
+    for new, stays in [
+        (adapter(heads=HEADS, base=BASE, seed=2), True),  # trained on
+        (remove_feature(old, "language", "hau"), True),
+        (adapter(heads=HEADS), True),  # nobody can tell what it was trained on
+        (swa, False),
+        (renamed, False),  # what the recipe calls seen has another name now
+        (adapter(base=BASE), False),
+        (adapter(heads=HEADS, base=far), False),
+    ]:
+        save_adapter(old, tmp_path)
+        recipe.write_text("{}")
+        save_adapter(new, tmp_path)
+        assert recipe.exists() == stays
+    recipe.write_text("{}")
+    (tmp_path / "flix.safetensors").write_bytes(b"")
+    save_adapter(old, tmp_path)
+    assert not recipe.exists()
+    (tmp_path / "flix.safetensors").unlink()
+    (tmp_path / "flix_config.json").unlink()
+    recipe.write_text("{}")
+    save_adapter(old, tmp_path)  # copied there before the first save
+    assert recipe.exists()
+
+
+def test_a_recipe_stays_where_its_adapter_stays(tmp_path, monkeypatch):
+    save_adapter(adapter(), tmp_path)
+    (tmp_path / "recipe.json").write_text("{}")
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files, "write_tensors", full)
+    with pytest.raises(OSError, match="disk full"):
+        save_new_adapter(adapter(alpha=5.0), tmp_path)
+    assert (tmp_path / "recipe.json").exists()
+    monkeypatch.undo()
+    save_new_adapter(adapter(alpha=5.0), tmp_path)
+    assert not (tmp_path / "recipe.json").exists()
