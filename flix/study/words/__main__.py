@@ -24,7 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--language", action="append", metavar="CODE", help="ISO 639-3; again for more (all)")
     add("--seed", type=int, default=0)
     add("--denoise", action="store_true", help="with cells of unlabelled text")
-    add("--complete", action="store_true", help="all rows of the repositories, none held out by the study")
+    add(
+        "--complete",
+        action="store_true",
+        help="all rows of the repositories, none held out by the study",
+    )
     add("--no-quickstart", action="store_true", help="without numbers, dates and names")
     add("--no-official", action="store_true", help="without the shared tasks' test sets")
     add("--allow-missing", action="store_true", help="leave out cells whose files are missing")
