@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from flix.backends.torch import adapt, merge, save  # noqa: E402
 from flix.cli.app import app  # noqa: E402
+from flix.cli.commands.merge import _is_no_model  # noqa: E402
 from tests.helpers.registry import config  # noqa: E402
 from tests.helpers.stops import Stopped, leftovers, stopping  # noqa: E402
 from tests.helpers.tolerance import assert_close  # noqa: E402
@@ -190,3 +192,37 @@ def test_over_another_model_a_stop_anywhere_leaves_one_of_them_whole(base, tmp_p
         assert torch.equal(weights(out), new if is_new else old.state_dict()[key].float())
         at += 1
     assert {"exchange", "fsync", "link", "mkdir"} <= {*seen} and leftovers(out) == []
+
+
+def test_what_is_no_model_stays(base, tmp_path):
+    """Files and folders with names that only begin or end as those of a model are the user's own."""
+    out = tmp_path / "merged"
+    make("llama").save_pretrained(out)
+    mine = [
+        "tokenizer_data/precious.txt", "tokenizer.json/inside.txt", "vocabulary_list.csv", "vocab_notes.md", "my.model",
+        "model_best.safetensors", "pytorch_model_old.bin", "chat_templates.txt", "model-00001-of-00002.txt",
+    ]  # fmt: skip
+    gone = [
+        "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "chat_template.jinja", "pytorch_model.bin",
+        "model-00001-of-00002.safetensors", "pytorch_model-00002-of-00003.bin", "pytorch_model.bin.index.json",
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    for name in mine + gone:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    merge_command(base, out, "--force")
+    assert [name for name in mine if not (out / name).exists()] == []
+    assert [name for name in gone if (out / name).exists()] == []
+
+
+def test_every_vocabulary_that_transformers_reads_is_known(base):
+    """What a tokenizer is read from must not stay beside a new model: it would be read with it."""
+    folder = Path(transformers.__file__).parent / "models"
+    found = set()
+    for file in folder.glob("*/tokenization_*.py"):
+        for names in re.findall(
+            r"VOCAB_FILES_NAMES = \{(.*?)\}", file.read_text("utf-8"), re.DOTALL
+        ):
+            found |= set(re.findall(r': "([^"]+)"', names))
+    stays = _is_no_model(base)
+    assert len(found) > 10 and not [name for name in found if stays(name)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatch
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -14,11 +15,19 @@ from flix.cli.options import AdapterFolder, Base, Force, Json, Out
 from flix.core.errors import ConfigError, listed, near
 from flix.core.folders import whole_folder
 
-_MODEL = (
-    "model*.safetensors", "model*.safetensors.index.json", "pytorch_model*", "config.json", "generation_config.json",
-    "adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
-    "chat_template*",
-)  # fmt: skip
+# What an earlier model or LoRA of a folder is read from: what the new one does not write anew goes, and nothing else.
+_FILES = {
+    "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model.bin.index.json", "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json",
+    # the vocabularies of transformers' tokenizers
+    "vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "dict.txt", "emoji.json", "entity_vocab.json", "normalizer.json",
+    "prophetnet.tokenizer", "sentencepiece.bpe.model", "sentencepiece.model", "source.spm", "target.spm", "spiece.model",
+    "spm.model", "spm_char.model", "target_vocab.json", "tokenizer.model", "vocab-src.json", "vocab-tgt.json",
+    "word_pronunciation.json", "word_shape.json", "byte_maps.json",
+}  # fmt: skip
+_SHARD = re.compile(r"(model-\d{5}-of-\d{5}\.safetensors|pytorch_model-\d{5}-of-\d{5}\.bin)")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -52,7 +61,7 @@ def merge(
     from flix.backends.torch import merge as merged_with
 
     merged = merged_with(model, row)
-    with whole_folder(out, key="config.json", keep=_is_no_model) as aside:
+    with whole_folder(out, key="config.json", keep=_is_no_model(out)) as aside:
         merged.save_pretrained(aside)
         tokenizer = _copy_tokenizer(place, aside)
     found = str(merged.dtype).removeprefix("torch.")
@@ -80,6 +89,10 @@ def _copy_tokenizer(base: str, out: Path) -> bool:
     return True
 
 
-def _is_no_model(name: str) -> bool:
-    """Whether a file is none of what an earlier model of the folder would be read from."""
-    return not any(fnmatch(name, pattern) for pattern in _MODEL)
+def _is_no_model(folder: Path) -> Callable[[str], bool]:
+    """Tells whether a name in a folder is none of what an earlier model there would be read from."""
+
+    def stays(name: str) -> bool:
+        return (folder / name).is_dir() or not (name in _FILES or _SHARD.fullmatch(name))
+
+    return stays
