@@ -11,6 +11,7 @@ from typing import Any
 
 from flix.core.errors import listed
 from flix.core.features.cells import Cell, cell_of
+from flix.core.files import is_same
 from flix.data.errors import DataError
 from flix.data.files import Found, find_files, groups_of, read_file
 
@@ -157,6 +158,17 @@ def find_data(given: Sequence[str]) -> list[Files]:
         else:
             files.update(dict.fromkeys(f.path for f in find_files(text, Path("."))))
     return found + _grouped(files)
+
+
+def check_no_data(out: Path, found: Sequence[Files]) -> None:
+    """Refuse a file to write that is one of those that are looked at.
+
+    Raises:
+        DataError: it is.
+    """
+    patterns = [text for one in found for text in (one.pattern, one.evaluation) if text]
+    if out.exists() and any(is_same(out, file) for text in patterns for file in _matches(text)):
+        raise DataError(f"--out: {str(out)!r} is one of the data files; name another file")
 
 
 def _of_pattern(pattern: str) -> Files:

@@ -44,6 +44,14 @@ def write_file(path: Path, content: Content) -> None:
     sync_folder(path.parent)
 
 
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file or folder that is there."""
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False
+
+
 def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
     """Write to an unbuffered file, which may take a part at a time."""
     left = memoryview(data)

@@ -40,7 +40,7 @@ def write_report(
     """
     found = read_runs(runs)
     out = out if out is not None else runs[0] / "report.html"
-    check_out(out, force)
+    check_out(out, force, runs)
     text, short, missing = page(found, rows, columns)
     return Written(out, put(out, text), short, missing)
 

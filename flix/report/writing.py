@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -37,15 +38,28 @@ class Written:
     missing: list[str]
 
 
-def check_out(out: Path, force: bool) -> None:
+def check_out(out: Path, force: bool, folders: Sequence[Path]) -> None:
     """Refuse to overwrite what is not a report.
 
+    Args:
+        out: the page.
+        force: whether it may take the place of a file that is not a report.
+        folders: the runs, or the study, that the page is about; ``force`` does not reach their own files.
+
     Raises:
-        ReportError: ``out`` is a folder, or a file that is not a report and ``force`` is off.
+        ReportError: ``out`` is a folder, or such a file.
     """
     if out.is_dir():
         raise ReportError(f"--out must be a file, but {str(out)!r} is a folder")
-    if out.exists() and not force and not is_report(out):
+    if not out.exists() or is_report(out):
+        return
+    if out.name != "report.html" and any(
+        out.resolve().is_relative_to(folder.resolve()) for folder in folders
+    ):
+        raise ReportError(
+            f"--out: {str(out)!r} lies in a folder that the page is about, and is not a flix report; name another file"
+        )
+    if not force:
         raise ReportError(f"--out: {str(out)!r} is not a flix report; --force overwrites it anyway")
 
 

@@ -67,7 +67,7 @@ def write_study_report(folder: Path, out: Path | None = None, *, draws: int = DR
     """
     study = read_scores(folder)
     out = out if out is not None else folder / PAGE
-    check_out(out, force)
+    check_out(out, force, [folder])
     if not study.whole():
         raise EvidenceError(f"no method of the study {study.name!r} has all its runs yet; {tables.unfinished(study)}")  # fmt: skip
     found, missing = sections(study, json.loads(study.file.read_bytes()), draws)

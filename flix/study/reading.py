@@ -35,6 +35,7 @@ class Study:
         output: the folder to write.
         common: the settings that all arms have in the last runs; paths in it are absolute.
         choosing: the same for the runs of the first phase; None without it.
+        files: the files that all of this was read from.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Study:
     output: Path
     common: Raw
     choosing: Raw | None
+    files: tuple[Path, ...] = ()
 
 
 def read_study(
@@ -87,17 +89,20 @@ def read_study(
         raise SettingsError(
             f"{name}: --steps {steps} makes another study; give it a folder of its own with --out"
         )
-    common = _layered(form.common, folder, f"{name}: common")
+    files = [file]
+    common = _layered(form.common, folder, f"{name}: common", files)
     if steps is not None:
         common = over_settings(common, {"training": {"steps": steps}})
     choosing = None
     if form.choosing is not None:
         own = form.choosing.common
-        choosing = common if own is None else _layered(own, folder, f"{name}: choosing.common")
+        choosing = (
+            common if own is None else _layered(own, folder, f"{name}: choosing.common", files)
+        )
     given = Path(out) if out is not None else home / os.path.expanduser(form.output)
     if small and out is None:
         given = given.with_name(f"{given.name}-small")
-    return Study(name, file.stem, form, given.resolve(), common, choosing)
+    return Study(name, file.stem, form, given.resolve(), common, choosing, tuple(files))
 
 
 def _at_home(arm: ArmSettings, folder: Path) -> ArmSettings:
@@ -170,8 +175,8 @@ def over_settings(base: Mapping[str, Any], over: Mapping[str, Any]) -> Raw:
     return found
 
 
-def _layered(layers: Layers, folder: Path, where: str) -> Raw:
-    """Settings and files of settings, each over the one before."""
+def _layered(layers: Layers, folder: Path, where: str, files: list[Path]) -> Raw:
+    """Settings and files of settings, each over the one before; the files join those that were read."""
     found: Raw = {}
     for layer in layers if isinstance(layers, list) else [layers]:
         if isinstance(layer, str):
@@ -181,6 +186,7 @@ def _layered(layers: Layers, folder: Path, where: str) -> Raw:
                     f"{where} names the file {str(file)!r}, which does not exist; relative paths start at "
                     f"{str(folder)!r}"
                 )
+            files.append(file)
             given, home = (
                 read_settings(file).model_dump(mode="json", exclude_unset=True),
                 file.parent,

@@ -13,7 +13,7 @@ import yaml
 
 from flix.core.errors import RunError, SettingsError, listed, near
 from flix.core.features.cells import cell_name, cell_of
-from flix.core.files import fcntl, make_folder, write_file
+from flix.core.files import fcntl, is_same, make_folder, write_file
 from flix.study.choosing import CHOOSING, best, best_weights, edges, group_of, means
 from flix.study.counting import CELL, Counting
 from flix.study.differing import difference
@@ -27,7 +27,7 @@ from flix.training.settings import Settings
 from flix.transformers import folders
 
 HALVES = {"choosing": CHOOSING, "last_word": LAST}
-SCORES, CHOSEN, RESOLVED = "scores.json", "chosen.json", "config.yaml"
+SCORES, CHOSEN, RESOLVED, LOCK = "scores.json", "chosen.json", "config.yaml", ".lock"
 
 
 class StudyError(RunError):
@@ -113,7 +113,8 @@ def study(
 
     Raises:
         FlixError: a mistake in the settings or data of any arm, found before anything is trained; a finished run with
-            other settings or data; another study that is working in the folder.
+            other settings or data; another study that is working in the folder; a file in it that is not a study's and
+            would be overwritten.
         StudyError: some runs failed; the others are done.
     """
     display = display or Display()
@@ -121,6 +122,7 @@ def study(
         if name not in settings.settings.arms:
             arms = settings.settings.arms
             raise SettingsError(f"--only: there is no arm {name!r}{near(name, arms)}; the arms are: {listed(arms, 40)}")  # fmt: skip
+    check_place(settings)
     plan = Plan(settings, Counting())
     plan.check()
     work = Work(settings, plan, display, list(only) or list(plan.arms), parallel or parallel_by_default())  # fmt: skip
@@ -355,6 +357,27 @@ def resolved(settings: Study) -> bytes:
     return text.encode("utf-8")
 
 
+def check_place(settings: Study) -> None:
+    """Refuse a folder in which the study would overwrite its own configuration, or what is no study's.
+
+    Raises:
+        RunError: it would; the file is named.
+    """
+    output = settings.output
+    file = output / RESOLVED
+    there = [output / name for name in (RESOLVED, SCORES, CHOSEN) if (output / name).is_file()]
+    if not there or (there == [file] and file.read_bytes() == resolved(settings)):
+        return
+    if any(is_same(file, given) for given in settings.files):
+        raise RunError(
+            f"output: the study would overwrite its configuration, {str(file)!r}, with the resolved one; give another output:"
+        )
+    if len(there) < 2 and not (output / LOCK).exists():
+        raise RunError(
+            f"{str(there[0])!r} belongs to no study, and the study would overwrite it; give another output:"
+        )
+
+
 @contextmanager
 def alone_in(output: Path) -> Iterator[None]:
     """Hold a study's folder, so that no other process works in it.
@@ -365,7 +388,7 @@ def alone_in(output: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    handle = os.open(output / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+    handle = os.open(output / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import flix
 from flix.cli.app import COMMANDS, app
+from flix.cli.commands.quickstart import check_place
 from flix.cli.features import parse_features
 from flix.core.adapter.composition import delta
 from flix.core.adapter.files import save_adapter
@@ -255,6 +256,17 @@ def test_unknown_command_and_missing_argument() -> None:
     assert result.exit_code == 2 and "trian" in result.stderr
     assert run(app, ["train"]).exit_code == 2
     assert run(app, ["--version"]).stdout.strip() == f"flix {flix.__version__}"
+
+
+@pytest.mark.parametrize("name", ["results.json", "report.html"])
+def test_quickstart_overwrites_nothing_but_its_own(tmp_path: Path, name: str) -> None:
+    check_place(tmp_path / "none")
+    (tmp_path / "results.json").write_text('{"arms": {}, "sources": {}}')
+    check_place(tmp_path)
+    (tmp_path / name).write_text("mine")
+    result = CliRunner().invoke(app, ["quickstart", "--out", str(tmp_path)])
+    assert result.exit_code == 2 and f"did not write '{tmp_path / name}'" in result.stderr
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_quickstart_hands_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -242,6 +242,21 @@ def test_wrong_values_are_refused_by_name() -> None:
     assert run(app, ["init", "ner", "--out", "mt.jsonl", "--force"]).exit_code == 0
 
 
+def test_a_draft_never_overwrites_the_data() -> None:
+    put("mt.train.jsonl", [{"source": f"s {i}", "target": f"t {i}"} for i in range(9)])
+    put("mt.test.jsonl", [{"source": f"s {i}", "target": f"t {i}"} for i in range(9)])
+    Path("link.yaml").symlink_to("mt.train.jsonl")
+    for data, out in (
+        ("mt.train.jsonl", "mt.train.jsonl"),
+        ("mt.*.jsonl", "mt.test.jsonl"),
+        ("mt.train.jsonl", "link.yaml"),
+    ):
+        before = Path(out).read_bytes()
+        said = refused(data, "--out", out, "--force")
+        assert f"--out: '{out}' is one of the data files" in said
+        assert Path(out).read_bytes() == before
+
+
 def test_suggestions_follow_the_sizes() -> None:
     cells = {cell_of({"language": a, "task": b}): n for (a, b), n in {("hau", "x"): 10, ("hau", "y"): 30, ("swa", "x"): 1000, ("swa", "y"): 9}.items()}  # fmt: skip
     assert suggest_temperature(dict(list(cells.items())[:2])) == 1

@@ -75,6 +75,20 @@ def test_wrong_places(made: Path, tmp_path: Path) -> None:
     refused(made, "--out", tmp_path / "notes" / "x.html")
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.json", "adapter/flix.safetensors"])
+def test_a_page_never_overwrites_what_it_is_about(made: Path, name: str) -> None:
+    file = made / name
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    before = file.read_bytes()
+    for force in ([], ["--force"]):
+        assert "lies in a folder that the page is about" in refused(made, "--out", file, *force)
+    assert file.read_bytes() == before
+    (made / "report.html").write_text("mine")
+    assert "--force overwrites it" in refused(made)
+    assert run(app, ["report", str(made), "--force"]).exit_code == 0
+
+
 def test_no_run_and_unknown_options(made: Path, monkeypatch, capsys) -> None:
     for arguments, said in (
         ([], "Missing argument 'RUN'; see "),

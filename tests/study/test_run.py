@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -213,3 +215,51 @@ def test_two_studies_never_work_in_one_folder(tmp_path, toys, here):
     with running.alone_in(read.output), pytest.raises(RunError, match="another flix study is working"):  # fmt: skip
         study(read)
     assert here == []
+
+
+def test_a_study_never_overwrites_its_own_configuration(tmp_path, toys, here):
+    """``output: .`` beside a config.yaml, or settings that it names: the resolved configuration has the same name."""
+    path = write_study(tmp_path, toys, arms={"flix": {}}, choosing=None)
+    mine = tmp_path / "st" / "config.yaml"
+    mine.parent.mkdir()
+    data = yaml.safe_load(path.read_text())
+    mine.write_text("# mine\n" + yaml.safe_dump({**data, "output": "."}))
+    common = tmp_path / "common" / "config.yaml"
+    common.parent.mkdir()
+    common.write_text("# mine\n" + Path(data["common"]).read_text())
+    path.write_text(yaml.safe_dump({**data, "common": str(common), "output": "common"}))
+    (tmp_path / "link.yaml").symlink_to(mine)
+    for config, kept in ((mine, mine), (tmp_path / "link.yaml", mine), (path, common)):
+        for _ in range(2):
+            with pytest.raises(
+                RunError, match=r"would overwrite its configuration, .*give another"
+            ):
+                study(read_study(config, out=kept.parent))
+        assert kept.read_text().startswith("# mine\n") and [*kept.parent.iterdir()] == [kept]
+    (mine.parent / ".lock").touch()  # an earlier flix began here
+    with pytest.raises(RunError, match="would overwrite its configuration"):
+        study(read_study(mine))
+    assert here == []
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "scores.json", "chosen.json"])
+def test_a_study_never_overwrites_what_is_no_study(tmp_path, toys, here, name):
+    read = read_study(write_study(tmp_path, toys, arms={"flix": {}}, choosing=None))
+    read.output.mkdir()
+    (read.output / name).write_text("mine")
+    with pytest.raises(RunError, match=f"{name}' belongs to no study, and the study would overwri"):
+        study(read)
+    assert (read.output / name).read_text() == "mine" and here == []
+
+
+def test_a_study_goes_on_where_it_began(tmp_path, toys):
+    read = read_study(write_study(tmp_path, toys, arms={"flix": {}}, choosing=None))
+    running.check_place(read)
+    read.output.mkdir()
+    (read.output / "config.yaml").write_bytes(running.resolved(read))
+    running.check_place(read)  # a system without locks, stopped before the first run
+    for name in (".lock", "scores.json"):
+        (read.output / name).touch()
+        (read.output / "config.yaml").write_text("of other settings")
+        running.check_place(read)
+        (read.output / name).unlink()

@@ -12,6 +12,7 @@ import transformers
 import yaml
 
 from flix.cli.app import app
+from flix.cli.folders import may_replace
 from tests.helpers.training import Write, ok, run
 
 
@@ -70,6 +71,22 @@ def test_evaluate_with_beams_and_a_file(trained: Any, config: Write, tmp_path: P
     assert result.exit_code == 0, result.output
     assert "average, seen" in result.stdout
     assert json.loads((tmp_path / "x" / "r.json").read_text())["seen"]["cells"] == 8
+    assert may_replace(tmp_path / "x" / "r.json", "cells", lacks="training")  # evaluated again
+
+
+def test_evaluate_overwrites_nothing_but_scores(config: Write, adapter: Path, tmp_path: Path) -> None:  # fmt: skip
+    path = config()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"source": "a"}\n{"source": "b"}\n')
+    metrics = tmp_path / "metrics.json"
+    metrics.write_text('{"cells": [], "training": {}}')
+    for out in (path, adapter / "flix.safetensors", adapter / "flix_config.json", rows, metrics):
+        before = out.read_bytes()
+        result = run(app, ["evaluate", str(path), str(adapter), "--out", str(out)])
+        assert result.exit_code == 2 and "holds no scores of flix evaluate" in result.stderr
+        assert out.read_bytes() == before
+    (tmp_path / "empty").touch()  # as mktemp makes one
+    assert may_replace(tmp_path / "empty", "cells")
 
 
 def test_evaluate_mistakes(trained: Any, config: Write) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from flix.cli.console import make_reporter, quiet, show, show_json
+from flix.cli.folders import may_replace
 from flix.cli.options import AdapterFolder, ConfigFile, Json
 from flix.cli.scores import show_scores
 
@@ -37,6 +38,10 @@ def evaluate(
     settings = read_settings(config)
     if out is not None and (out.is_dir() or (out.parent.exists() and not out.parent.is_dir())):
         raise RunError(f"--out: {str(out)!r} cannot be a file")
+    if out is not None and not may_replace(out, "cells", lacks="training"):
+        raise RunError(
+            f"--out: {str(out)!r} is there, and holds no scores of flix evaluate; name another file"
+        )
     from flix.training import evaluation
     from flix.transformers.journal import plain
 

@@ -10,7 +10,7 @@ import typer
 from flix.cli.console import show, show_json, show_table
 from flix.cli.drafting import draft, features_of, rows_of
 from flix.cli.guessing import KINDS, Guess, check_together, guess
-from flix.cli.looking import Looked, find_data, look
+from flix.cli.looking import Looked, check_no_data, find_data, look
 from flix.cli.options import Json
 from flix.core.errors import ConfigError, listed, near
 from flix.core.files import make_folder, write_file
@@ -43,7 +43,9 @@ def init(
         raise ConfigError(f"--out must be a file, but {str(out)!r} is a folder")
     if out.exists() and not force:
         raise ConfigError(f"--out: {str(out)!r} exists already; --force overwrites it")
-    looked = [one for files in find_data(data) if (one := look(files)).rows]
+    found = find_data(data)
+    check_no_data(out, found)
+    looked = [one for files in found if (one := look(files)).rows]
     if not looked:
         raise DataError(f"no rows for training in {listed(map(repr, data))}")
     guesses = [guess(one, kind) for one in looked]

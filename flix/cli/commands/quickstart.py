@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from flix.cli.folders import may_replace
 from flix.cli.options import Json
 
 
@@ -31,5 +32,24 @@ def quickstart(
         from flix.training.errors import missing_extra
 
         raise missing_extra("the quickstart", "quickstart", error) from None
+    check_place(out or Path("quickstart-output"))
     code = module.main(seeds=seeds, fast=fast, as_json=as_json, out=out, steps=steps)
     raise typer.Exit(int(code or 0))
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a folder in which the quickstart would overwrite files that are not its own.
+
+    Raises:
+        RunError: it would; the file is named.
+    """
+    from flix.report.writing import is_report
+    from flix.training.errors import RunError
+
+    results, page = folder / "results.json", folder / "report.html"
+    for file, ours in (
+        (results, may_replace(results, "arms", "sources")),
+        (page, not page.is_file() or is_report(page)),
+    ):
+        if not ours:
+            raise RunError(f"--out: the quickstart did not write {str(file)!r}, and would overwrite it; name another folder")  # fmt: skip
