@@ -14,6 +14,8 @@ Place = tuple[Any, ...]
 
 LARGEST = 4 * 1024 * 1024
 DEEPEST = 50
+LONGEST = 1000
+"""The most characters of a number or a date: what YAML does to one may cost the square of its length."""
 REPEATED = 100_000
 """The most values that aliases may repeat: a few lines of them can stand for more than any memory holds."""
 
@@ -86,7 +88,7 @@ def read_tree(text: str, name: str) -> Tree:
         node = loader.get_single_node()
         if node is None:
             return Tree(None, {}, {})
-        walk = _Walk(name)
+        walk = _Walk(name, loader)
         walk.visit(node, (), ())
         return Tree(loader.construct_document(node), walk.lines, walk.words)
     except SettingsError:
@@ -99,7 +101,7 @@ def read_tree(text: str, name: str) -> Tree:
     except RecursionError:
         raise SettingsError(f"{name}: not valid YAML: it nests too deeply") from None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        # PyYAML's own, for a date that is none, or a number of too many digits.
+        # PyYAML's own, for what nobody thought of.
         raise SettingsError(f"{name}: not valid YAML: {shown(error)}") from None
     finally:
         if loader is not None:
@@ -123,8 +125,9 @@ def _check_depth(events: Iterable[Any], name: str) -> None:
 class _Walk:
     """Goes through a tree once, as it will be built: what aliases stand for is counted each time."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, loader: Any) -> None:
         self.name = name
+        self.loader = loader
         self.lines: dict[Place, int] = {}
         self.words: dict[Place, tuple[str, str]] = {}
         self._known: set[int] = set()
@@ -157,11 +160,38 @@ class _Walk:
                 text = self._key(key, seen)
                 self.visit(value, (*place, text), above)
                 self.lines[(*place, text)] = key.start_mark.line + 1
-        elif isinstance(node, yaml.SequenceNode):
+            return
+        if isinstance(node, yaml.SequenceNode):
             for number, value in enumerate(node.value):
                 self.visit(value, (*place, number), above)
-        elif not node.style and _kind(node) in _KINDS:
+            return
+        self._check(node, line)
+        if not node.style and _kind(node) in _KINDS:
             self.words[place] = (node.value, _KINDS[_kind(node)])
+
+    def _check(self, node: Any, line: int) -> None:
+        """Refuse a value that is not what its tag says, here where its line is known."""
+        import yaml
+
+        kind = _kind(node)
+        if kind not in _KINDS:
+            return
+        what = _KINDS[kind]
+        if kind != "null" and len(node.value) > LONGEST:
+            raise self._error(
+                line,
+                f"not valid YAML: {what} of {len(node.value):,} characters, {shown(node.value, 40)}; quote it if it is text",
+            )
+        try:
+            self.loader.construct_object(node)
+        except yaml.YAMLError:
+            raise
+        except (
+            Exception
+        ):  # PyYAML's own, of many kinds: a KeyError, an IndexError, an AttributeError
+            raise self._error(
+                line, f"not valid YAML: {shown(node.value, 60)} is not {what}"
+            ) from None
 
     def _key(self, key: Any, seen: dict[str, int]) -> str:
         import yaml
@@ -174,7 +204,7 @@ class _Walk:
         if kind in _KINDS:
             raise self._error(
                 line,
-                f"the key {text or 'null'} is read by YAML as {_KINDS[kind]}; quote it: {text!r}",
+                f"the key {text[:60] or 'null'} is read by YAML as {_KINDS[kind]}; quote it: {shown(text, 60)}",
             )
         if text in seen:
             raise self._error(
