@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,8 @@ def load_files(files: Sequence[Found], reading: Reading) -> Any:
     return _kept(_file_rows, {"files": described, "reading": reading}, reading)
 
 
-def load_hub(name: str, subset: str | None, split: str, reading: Reading) -> Any:
-    """A split of a dataset of a hub, or of a folder, in the same form as :func:`load_files`.
+def load_hub(name: str, subset: str | None, split: str, reading: Reading) -> tuple[Any, str]:
+    """A split of a dataset of a hub, or of a folder, in the same form as :func:`load_files`; and a digest of its rows.
 
     Raises:
         DataError: it cannot be loaded, or a row is not of the form.
@@ -105,7 +106,8 @@ def load_hub(name: str, subset: str | None, split: str, reading: Reading) -> Any
     except Exception as error:  # the hub, the network, a script or the files: all end here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"dataset {name!r} (split {split!r}) cannot be loaded: {reason}") from error
-    return _kept(_hub_rows, {"loaded": loaded, "name": f"{name} [{split}]", "reading": reading}, reading)  # fmt: skip
+    kept = _kept(_hub_rows, {"loaded": loaded, "name": f"{name} [{split}]", "reading": reading}, reading)  # fmt: skip
+    return kept, digest_of_rows(kept)
 
 
 def stream_files(files: Sequence[Found], reading: Reading, **more: Any) -> Any:
@@ -120,21 +122,43 @@ def stream_files(files: Sequence[Found], reading: Reading, **more: Any) -> Any:
     return _streamed(_file_rows, {"files": described, "reading": reading}, more)
 
 
-def stream_hub(name: str, subset: str | None, split: str, reading: Reading, **more: Any) -> Any:
-    """A split of a dataset of a hub, in the same form as :func:`stream_files`, and how many rows it says that it has.
+def stream_hub(
+    name: str, subset: str | None, split: str, reading: Reading, **more: Any
+) -> tuple[Any, int | None, str]:
+    """A split of a dataset of a hub, in the same form as :func:`stream_files`.
+
+    Returns:
+        The stream, how many rows it says that it has, and a digest of what its files are: a hub's commit, or sizes
+        and times in a folder.
 
     Raises:
         DataError: it cannot be loaded.
     """
     library = _library("a dataset of a hub")
     try:
-        loaded = library.load_dataset(name, name=subset, split=split, streaming=True)
+        builder = library.load_dataset_builder(name, name=subset)
+        loaded = builder.as_streaming_dataset(split=split)
     except Exception as error:  # as in load_hub
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"dataset {name!r} (split {split!r}) cannot be loaded: {reason}") from error
     known = (loaded.info.splits or {}).get(split)
     arguments = {"loaded": loaded, "name": f"{name} [{split}]", "reading": reading}
-    return _streamed(_hub_rows, arguments, more), None if known is None else known.num_examples
+    rows = None if known is None else known.num_examples
+    return _streamed(_hub_rows, arguments, more), rows, _state(builder, name, split)
+
+
+def _state(builder: Any, name: str, split: str) -> str:
+    """What a split's files are, as a digest; their addresses on a hub name its commit."""
+    files = builder.config.data_files or {}
+    told = []
+    for file in map(str, files.get(split) or [file for some in files.values() for file in some]):
+        place = Path(file)
+        if place.is_file():
+            found = place.stat()
+            told.append([os.path.relpath(place, name), found.st_size, found.st_mtime_ns])
+        else:
+            told.append([file])
+    return hashlib.sha256(json.dumps(sorted(told)).encode()).hexdigest()
 
 
 def _streamed(rows: Callable[..., Iterator[Any]], arguments: dict[str, Any], more: dict[str, Any]) -> Any:  # fmt: skip
@@ -162,6 +186,16 @@ def digest(file: Path) -> str:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+def digest_of_rows(dataset: Any) -> str:
+    """A digest of a dataset's values, in whatever pieces its cache holds them."""
+    found = hashlib.sha256()
+    if len(dataset):
+        for table in dataset.with_format("arrow").iter(1000):
+            for batch in table.combine_chunks().to_batches():
+                found.update(batch.serialize())
+    return found.hexdigest()
 
 
 def with_features(dataset: Any) -> tuple[Any, tuple[str, ...]]:

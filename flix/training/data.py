@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from flix.core.errors import FeatureError, listed
@@ -13,16 +11,15 @@ from flix.core.features.names import Feature, normal_group, written
 from flix.core.features.registry import FeatureRegistry
 from flix.data import Mixture, Source
 from flix.data.columns import kept_value
-from flix.data.files import Found, find_files, groups_of
 from flix.data.loading import (
     Reading,
-    digest,
     load_files,
     load_hub,
     stream_files,
     stream_hub,
     with_features,
 )
+from flix.data.places import described, described_split, files_of, hub_place
 from flix.tasks.columns import TASK, names_in
 from flix.tasks.specs import FORMS, LABELS, Gathered, Spec
 from flix.training.errors import DataError, SettingsError
@@ -36,7 +33,7 @@ class Data:
     Attributes:
         mixture: decides what is trained on, what is held out, and what is evaluated on.
         specs: the tasks; a row's column ``flix_task`` is a place in them.
-        files: of each data set its name, its files with name, bytes and SHA-256, and its rows.
+        files: of each data set its name, its rows, and its files with name, bytes and digest.
         implies: what features bring along.
         groups: those that rows name.
     """
@@ -164,12 +161,13 @@ def _loaded(
     split = dataset.eval_split if half else dataset.split
     patterns = listed_of(dataset.eval_files if half else dataset.files)
     if dataset.hub is not None and split is not None:
-        loaded = load_hub(_hub(settings, dataset), dataset.subset, split, reading)
-        said = [{"name": f"{dataset.hub} [{split}]", "bytes": None, "sha256": None}]
+        where = hub_place(dataset.hub, settings.base_folder)
+        loaded, state = load_hub(where, dataset.subset, split, reading)
+        said = [described_split(dataset.hub, split, state)]
     elif patterns:
-        found = _found(dataset, name, patterns, settings.base_folder)
+        found = files_of(patterns, settings.base_folder, dataset.file_groups, name)
         loaded = load_files(found, reading)
-        said = [_described(file.path) for file in found]
+        said = [described(file) for file in found]
     else:
         return None
     files.append({"name": name, "files": said, "rows": len(loaded), "evaluation": half})
@@ -204,48 +202,17 @@ def _stream(
     number = gathered.declared({**spec, "labels": dataset.labels, "features": reading.features, "feature_columns": dataset.feature_columns})  # fmt: skip
     size = dataset.rows
     if dataset.hub is not None:
-        where = _hub(settings, dataset)
-        made, said = stream_hub(where, dataset.subset, dataset.split, reading, **{TASK: number})
-        size = size or said
-        files.append({"name": name, "files": [{"name": f"{dataset.hub} [{dataset.split}]", "bytes": None, "sha256": None}], "rows": size, "evaluation": False})  # fmt: skip
+        where = hub_place(dataset.hub, settings.base_folder)
+        made, rows, state = stream_hub(where, dataset.subset, dataset.split, reading, **{TASK: number})  # fmt: skip
+        size, said = size or rows, [described_split(dataset.hub, dataset.split, state)]
     else:
-        found = _found(dataset, name, listed_of(dataset.files), settings.base_folder)
+        found = files_of(listed_of(dataset.files), settings.base_folder, dataset.file_groups, name)
         made = stream_files(found, reading, **{TASK: number})
-        described = [{"name": str(f.path), "bytes": f.path.stat().st_size, "sha256": None} for f in found]  # fmt: skip
-        files.append({"name": name, "files": described, "rows": size, "evaluation": False})
+        said = [described(file, streamed=True) for file in found]
+    files.append({"name": name, "files": said, "rows": size, "evaluation": False})
     told = {*reading.features, *dataset.feature_columns}
     absent = dict.fromkeys(group for group in groups if group not in told)
     return Source(made, {**reading.features, **absent}, name, size)
-
-
-def _hub(settings: Settings, dataset: DatasetSettings) -> str:
-    """Where a hub's dataset is: a folder beside the configuration, or the hub."""
-    given = os.path.expanduser(str(dataset.hub))
-    place = settings.base_folder / given
-    return str(place) if place.exists() else given
-
-
-def _found(
-    dataset: DatasetSettings, name: str, patterns: Sequence[str], folder: Path
-) -> list[Found]:
-    found: list[Found] = []
-    for pattern in patterns:
-        try:
-            found += find_files(pattern, folder)
-        except DataError as error:
-            raise DataError(f"dataset {name!r}: {error}") from None
-        for group in dataset.file_groups:
-            if group not in groups_of(pattern):
-                raise DataError(
-                    f"dataset {name!r}: the name {pattern!r} does not contain the {group}, which "
-                    f"other files' names do; write "
-                    f"{{{group}}} in it"
-                )
-    return found
-
-
-def _described(path: Path) -> dict[str, Any]:
-    return {"name": str(path), "bytes": path.stat().st_size, "sha256": digest(path)}
 
 
 def _reading(settings: Settings, dataset: DatasetSettings, name: str) -> Reading:

@@ -34,8 +34,15 @@ FREE = frozenset({"output", "evaluation", *(f"training.{key}" for key in _TRAINI
 
 def goes_by(settings: Settings, data: Data) -> dict[str, Any]:
     """What a run goes by: its settings, its data and how many processes share its rows."""
-    digests = [file["sha256"] for part in data.files if not part["evaluation"] for file in part["files"]]  # fmt: skip
-    return {"format": FORMAT, "settings": settings.to_dict(), "data": digests, "processes": processes()}  # fmt: skip
+    trained = [file for part in data.files if not part["evaluation"] for file in part["files"]]
+    files = [{**file, "name": _name(file["name"], settings.base_folder)} for file in trained]
+    return {"format": FORMAT, "settings": settings.to_dict(), "data": files, "processes": processes()}  # fmt: skip
+
+
+def _name(name: str, folder: Path) -> str:
+    """A file's name beside the configuration, which may move together with its data."""
+    inside = Path(name).is_relative_to(folder)
+    return Path(name).relative_to(folder).as_posix() if inside else name
 
 
 def read_again(before: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,15 +137,44 @@ def check_same(
     for key, was, is_now in _pairs(before, now["settings"]):
         if was != is_now and key not in free:
             raise RunError(f"cannot resume: {key} was {was!r} and is {is_now!r} now")
-    if said.get("data") != now["data"]:
+    if why := changed(said.get("data"), now["data"]):
         raise RunError(
-            "cannot resume: the files of training rows are not those that the run started with"
+            f"cannot resume: the files of training rows are not those that the run started with: {why}"
         )
     if said.get("processes") != now["processes"]:
         raise RunError(
             f"cannot resume: the run started in {said.get('processes')} processes and would "
             f"continue in {now['processes']}"
         )
+
+
+def changed(before: Any, now: Sequence[Mapping[str, Any]]) -> str:
+    """How files differ from what they were; empty if they do not. What was not noted then counts as unchanged.
+
+    Args:
+        before: what was noted of each file; of an earlier flix its digest alone, or None.
+        now: ``name``, ``features`` (of its name), ``bytes``, ``modified``, ``sha256`` and ``state`` of each, as far as
+            they are known.
+    """
+    if not isinstance(before, list) or len(before) != len(now):
+        return f"there are {len(now)} now" + (f", not {len(before)}" if isinstance(before, list) else "")  # fmt: skip
+    for was, one in zip(before, now, strict=True):
+        noted = was if isinstance(was, dict) else {"sha256": was}
+        for key, said in _NOTED.items():
+            mine = one.get(key, {} if key == "features" else None)
+            if noted.get(key) is not None and mine is not None and noted[key] != mine:
+                return f"{one['name']} {said.format(noted[key], mine)}"
+    return ""
+
+
+_NOTED = {
+    "name": "was {0}",
+    "features": "stood for the features {0} and stands for {1} now",
+    "bytes": "had {0} bytes and has {1} now",
+    "sha256": "has another content",
+    "state": "has another content",
+    "modified": "was written since; a stream is known by its files' sizes and times, which cp -p keeps",
+}
 
 
 def seconds_before(output: Path, step: int) -> float:

@@ -140,7 +140,7 @@ def test_a_folder_as_a_hub(tmp_path: Path) -> None:
     folder.mkdir()
     written(folder, [{"lang": "hau", "source": 1, "n": 1.5}, {"lang": "swa", "source": 2, "n": 2}], "train.jsonl")  # fmt: skip
     how = reading({"source": "text", "n": "number"})
-    found, _ = with_features(load_hub(str(folder), None, "train", how))
+    found, _ = with_features(load_hub(str(folder), None, "train", how)[0])
     assert found["source"][:] == ["1", "2"] and found["language"][:] == ["hau", "swa"]
     with pytest.raises(DataError, match="cannot be loaded"):
         load_hub(str(folder), None, "none", how)

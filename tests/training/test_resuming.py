@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -267,3 +268,70 @@ def test_runs_that_cannot_go_on(config: Write, tmp_path: Path, data: Path) -> No
     (tmp_path / "ner.jsonl").write_bytes((data / "pos.jsonl").read_bytes())
     result = run(app, ["train", str(path), "--resume"])
     assert result.exit_code == 2 and "files of training rows are not those" in result.stderr
+
+
+def _begun(config: Write, **changes: Any) -> tuple[Path, Path]:
+    """A run of one step, and what it says that it goes by."""
+    common = {"held_out": [], "implies": {}, "ranks": 1, "feature_dropout": None}
+    small = {"training": {"steps": 1}, "evaluation": {"at_end": False}}
+    path = config(**common, **small, **changes)
+    ok("train", path)
+    return path, path.parent / "run" / "checkpoints" / "run.json"
+
+
+def _not_resumed(path: Path) -> str:
+    result = run(app, ["train", str(path), "--resume"])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "the files of training rows are not those" in result.stderr
+    return str(result.stderr)
+
+
+def _lines(path: Path, *names: str) -> None:
+    rows = [{"source": name, "target": "t"} for name in names]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hubs_folder_with_other_rows_is_not_resumed(config: Write, tmp_path: Path, stream: bool) -> None:  # fmt: skip
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    _lines(folder / "train.jsonl", "a", "b")
+    more = {"stream": True, "rows": 2} if stream else {}
+    path, file = _begun(config, datasets=[{"hub": "hub", "features": {"language": "hau"}, **more}])
+    ok("train", path, "--resume")
+    now = json.loads(file.read_text())
+    _lines(folder / "train.jsonl", "a", "c")
+    assert "hub [train] has another content" in _not_resumed(path)
+    # An earlier flix noted nothing of a hub's rows.
+    file.write_text(json.dumps({**now, "data": [None]}))
+    ok("train", path, "--resume")
+
+
+def test_a_stream_with_other_rows_is_not_resumed(config: Write, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    _lines(rows, "a", "b")
+    entry = {"files": "rows.jsonl", "features": {"language": "hau"}, "stream": True, "rows": 2}
+    path, _ = _begun(config, datasets=[entry])
+    ok("train", path, "--resume")
+    written = rows.stat().st_mtime_ns
+    _lines(rows, "a", "c")
+    assert "rows.jsonl was written since" in _not_resumed(path)
+    _lines(rows, "a", "cc")
+    os.utime(rows, ns=(written, written))
+    size = rows.stat().st_size
+    assert f"rows.jsonl had {size - 1} bytes and has {size} now" in _not_resumed(path)
+
+
+def test_files_that_are_called_otherwise_are_not_resumed(config: Write, tmp_path: Path) -> None:
+    for name in ("eng", "swa"):
+        _lines(tmp_path / f"{name}.rows.jsonl", name)
+    registry = {"language": ["eng", "fin", "swa", "zul"]}
+    path, file = _begun(config, datasets=[{"files": "{language}.rows.jsonl"}], registry=registry)
+    now = json.loads(file.read_text())
+    # An earlier flix noted digests alone.
+    file.write_text(json.dumps({**now, "data": [one["sha256"] for one in now["data"]]}))
+    ok("train", path, "--resume")
+    file.write_text(json.dumps(now))
+    for name, other in (("eng", "fin"), ("swa", "zul")):
+        (tmp_path / f"{name}.rows.jsonl").rename(tmp_path / f"{other}.rows.jsonl")
+    assert "fin.rows.jsonl was eng.rows.jsonl" in _not_resumed(path)
