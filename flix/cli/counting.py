@@ -23,7 +23,8 @@ from flix.core.features.registry import FeatureRegistry
 from flix.core.strictjson import parsed
 from flix.data.census import registry_of
 from flix.data.errors import DataError
-from flix.data.files import Found, find_files, read_file
+from flix.data.files import Found, read_file
+from flix.data.places import files_of
 
 if TYPE_CHECKING:
     from flix.training.settings import DatasetSettings, Settings
@@ -181,7 +182,7 @@ def _cells(dataset: DatasetSettings, folder: Path, groups: Sequence[str]) -> tup
     for patterns in (dataset.files, dataset.eval_files or []):
         counts, left = dict[Cell, int](), dataset.limit
         names = [patterns] if isinstance(patterns, str) else patterns
-        for found in (file for name in names for file in find_files(name, folder)):
+        for found in files_of(names, folder, (), dataset.name or listed(names)):
             for where, record in read_file(found.path):
                 if left is not None and (left := left - 1) < 0:
                     break

@@ -56,6 +56,7 @@ def described(file: Found, *, streamed: bool = False) -> dict[str, Any]:
     return {**said, "features": dict(file.features)} if file.features else said
 
 
-def described_split(hub: str, split: str, state: str) -> dict[str, Any]:
+def described_split(hub: str, subset: str | None, split: str, state: str) -> dict[str, Any]:
     """A split of a hub's dataset as ``run.json`` has it; ``state`` changes with its rows."""
-    return {"name": f"{hub} [{split}]", "bytes": None, "sha256": None, "state": state}
+    name = f"{hub}/{subset} [{split}]" if subset else f"{hub} [{split}]"
+    return {"name": name, "bytes": None, "sha256": None, "state": state}

@@ -10,6 +10,7 @@ from flix.core.errors import FeatureError, listed
 from flix.core.features.names import Feature, normal_group, written
 from flix.core.features.registry import FeatureRegistry
 from flix.data import Mixture, Source
+from flix.data.apart import Half, check_apart
 from flix.data.columns import kept_value
 from flix.data.loading import (
     Reading,
@@ -57,24 +58,26 @@ def read_data(settings: Settings, registry: FeatureRegistry | None = None) -> Da
     """
     groups = row_groups(settings)
     gathered, files = Gathered(), list[dict[str, Any]]()
-    training: list[Source] = []
-    evaluation: list[Source] = []
+    halves: tuple[list[Half], list[Half]] = ([], [])
     names: set[str] = set()
     for dataset in settings.datasets:
         name = _unique(dataset_name(dataset), names)
-        for half, sources in ((False, training), (True, evaluation)):
+        read = _kind(settings, dataset), _columns(settings, dataset), dataset.features, dataset.feature_columns  # fmt: skip
+        for half in (False, True):
             if dataset.stream and not half:
-                sources.append(_stream(settings, dataset, name, groups, gathered, files))
-                continue
-            loaded = _loaded(settings, dataset, name, half, gathered, files)
-            if loaded is not None:
+                source = _stream(settings, dataset, name, groups, gathered, files)
+            else:
+                loaded = _loaded(settings, dataset, name, half, gathered, files)
+                if loaded is None:
+                    continue
                 absent = dict.fromkeys(g for g in groups if g not in loaded.column_names)
                 rows = 0 if half else dataset.eval_rows
-                sources.append(Source(loaded, absent if len(loaded) else {}, name, eval_rows=rows))
+                source = Source(loaded, absent if len(loaded) else {}, name, eval_rows=rows)
+            halves[half].append(Half(name, read, files[-1]["files"], source))
     given = registry or (FeatureRegistry(settings.registry) if settings.registry else None)
     mixture = Mixture(
-        training,
-        evaluation=evaluation,
+        [half.source for half in halves[False]],
+        evaluation=[half.source for half in halves[True]],
         columns=groups,
         temperature=settings.temperature,
         cap=settings.cap,
@@ -82,6 +85,8 @@ def read_data(settings: Settings, registry: FeatureRegistry | None = None) -> Da
         seed=settings.seed,
         **_known(settings, given, registry is not None),
     )
+    if registry is None:  # an adapter may be evaluated on whatever rows there are
+        check_apart(*halves, mixture)
     return Data(mixture, gathered.specs(), files, implications(settings), tuple(groups))
 
 
@@ -163,7 +168,7 @@ def _loaded(
     if dataset.hub is not None and split is not None:
         where = hub_place(dataset.hub, settings.base_folder)
         loaded, state = load_hub(where, dataset.subset, split, reading)
-        said = [described_split(dataset.hub, split, state)]
+        said = [described_split(dataset.hub, dataset.subset, split, state)]
     elif patterns:
         found = files_of(patterns, settings.base_folder, dataset.file_groups, name)
         loaded = load_files(found, reading)
@@ -204,7 +209,10 @@ def _stream(
     if dataset.hub is not None:
         where = hub_place(dataset.hub, settings.base_folder)
         made, rows, state = stream_hub(where, dataset.subset, dataset.split, reading, **{TASK: number})  # fmt: skip
-        size, said = size or rows, [described_split(dataset.hub, dataset.split, state)]
+        size, said = (
+            size or rows,
+            [described_split(dataset.hub, dataset.subset, dataset.split, state)],
+        )
     else:
         found = files_of(listed_of(dataset.files), settings.base_folder, dataset.file_groups, name)
         made = stream_files(found, reading, **{TASK: number})

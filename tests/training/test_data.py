@@ -76,6 +76,51 @@ def test_features_in_the_names_of_files(config: Callable[..., Path], tmp_path: P
         data_of(config(datasets=[{**entry, "eval_files": "hau.test.jsonl"}], **common))
 
 
+def test_a_file_counts_once(config: Callable[..., Path], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"source": name, "target": "t"}))
+    (tmp_path / "c.jsonl").symlink_to(tmp_path / "a.jsonl")
+    common = {"held_out": [], "implies": {}, "ranks": 1}
+    files = ["b.jsonl", "*.jsonl", f"../{tmp_path.name}/a.jsonl"]
+    data = data_of(config(datasets=[{"files": files, "features": {"task": "x"}}], **common))
+    assert [row["source"] for row in rows_of(data)[0]] == ["b", "a"]
+    # A name that says something of the rows is read for each thing that it says.
+    data = data_of(config(datasets=[{"files": "{language}.jsonl"}], **common))
+    assert [row["language"] for row in rows_of(data)[0]] == ["a", "b", "c"]
+
+
+def test_rows_that_are_trained_on_are_not_evaluated_on(config: Callable[..., Path], tmp_path: Path) -> None:  # fmt: skip
+    rows = [{"l": name, "source": name, "target": "t"} for name in ("hau", "swa")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "train.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    common = {"implies": {}, "ranks": 1}
+    column = {"feature_columns": {"language": "l"}}
+    one = {"files": "a.jsonl", **column}
+    here = f"../{tmp_path.name}/a.jsonl"
+
+    def read(*datasets: dict[str, Any], held_out: Any = ()) -> Any:
+        return data_of(config(datasets=[*datasets], held_out=[*held_out], **common))
+
+    with pytest.raises(DataError, match=r"a\.jsonl is for evaluation, and is trained on, too \(lang"):  # fmt: skip
+        read({**one, "eval_files": here})
+    with pytest.raises(DataError, match="trained on, too, in the data set 'first'"):
+        read({**one, "name": "first"}, {"files": "hub/train.jsonl", **column, "eval_files": here})
+    stream = {"files": "a.jsonl", "features": {"language": "x"}, "stream": True, "rows": 2}
+    with pytest.raises(DataError, match=r"trained on, too \(language=x\)"):
+        read({**stream, "eval_files": "a.jsonl"})
+    for split, other in (("train", "train"), ("train", "train[:1]"), ("train[:1]", "train")):
+        with pytest.raises(DataError, match=r"hub \[train.*is for evaluation, and is trained on"):
+            read({"hub": "hub", **column, "split": split, "eval_split": other})
+    read({"hub": "hub", **column, "split": "train[:1]", "eval_split": "train[1:]"})
+    # Another task, other columns, other features, or nothing of it in training.
+    read({**one, "eval_rows": 0}, {**one, "files": "hub/train.jsonl", "source": "target", "target": "source", "eval_files": "a.jsonl"})  # fmt: skip
+    other = {"files": "hub/train.jsonl", "features": {"language": "y"}, "eval_files": "a.jsonl"}
+    read({"files": "a.jsonl", "features": {"language": "x"}}, other)
+    held = [{"language": "hau"}, {"language": "swa"}]
+    read({**one, "eval_files": "a.jsonl"}, {**other, "eval_files": None}, held_out=held)
+
+
 def test_groups_that_some_data_sets_have(config: Callable[..., Path], data: Path) -> None:
     entry = {"files": str(data / "ner.jsonl"), "features": {"task": "ner"}, "feature_columns": {"language": "lang"}}  # fmt: skip
     plain = {"files": str(data / "pos.jsonl"), "features": {"task": "pos"}}
