@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from flix.core.errors import RunError, SettingsError, listed, near
 from flix.core.features.cells import cell_name, cell_of
-from flix.core.files import fcntl, is_same, make_folder, write_file
+from flix.core.files import is_same, make_folder, write_file
+from flix.core.holding import LOCK, alone_in
 from flix.study.choosing import CHOOSING, best, best_weights, edges, group_of, means
 from flix.study.counting import CELL, Counting
 from flix.study.differing import difference
@@ -27,7 +26,7 @@ from flix.training.settings import Settings
 from flix.transformers import folders
 
 HALVES = {"choosing": CHOOSING, "last_word": LAST}
-SCORES, CHOSEN, RESOLVED, LOCK = "scores.json", "chosen.json", "config.yaml", ".lock"
+SCORES, CHOSEN, RESOLVED = "scores.json", "chosen.json", "config.yaml"
 
 
 class StudyError(RunError):
@@ -127,7 +126,7 @@ def study(
     plan.check()
     work = Work(settings, plan, display, list(only) or list(plan.arms), parallel or parallel_by_default())  # fmt: skip
     make_folder(settings.output)
-    with alone_in(settings.output):
+    with alone_in(settings.output, "flix study", leave=True):
         write_file(settings.output / RESOLVED, resolved(settings))
         choose(work)
         scores = last_runs(work)
@@ -376,24 +375,3 @@ def check_place(settings: Study) -> None:
         raise RunError(
             f"{str(there[0])!r} belongs to no study, and the study would overwrite it; give another output:"
         )
-
-
-@contextmanager
-def alone_in(output: Path) -> Iterator[None]:
-    """Hold a study's folder, so that no other process works in it.
-
-    Raises:
-        RunError: one does.
-    """
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(output / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{output}: another flix study is working in this folder") from None
-        yield
-    finally:
-        os.close(handle)

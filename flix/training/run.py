@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flix.core.config.config import FlixConfig
+from flix.core.errors import RunError
 from flix.core.files import write_file
 from flix.core.machine import peak_memory
 from flix.core.progress import Reporter
@@ -95,19 +96,23 @@ def train(
 
     Raises:
         FlixError: a mistake in settings, data or model; an output folder that holds a run already, or none to
-            resume.
+            resume; another run that writes there.
         InterruptedRun: Ctrl-C was pressed; a checkpoint was saved.
     """
     run, earlier = start(settings, resume, overwrite, reporter or Reporter())
-    if folders.is_main():
-        now = None if run.checkpoint else folder.goes_by(settings, run.data)
-        folders.begin(settings.output_folder, earlier, now)
-        remove_report(settings.output_folder)  # it tells of what the folder held before
-    trainer = go(run)
-    metrics: dict[str, Any] = {}
-    if folders.is_main():
-        metrics = finish(run, trainer)
-    return TrainResult(settings.output_folder, settings.output_folder / folders.ADAPTER, metrics, run.built.model)  # fmt: skip
+    output = settings.output_folder
+    with folders.held(output):
+        if folders.is_main():
+            if folders.claim(output, resume, overwrite) != (run.checkpoint, earlier):
+                raise RunError(
+                    f"{str(output)!r}: another flix train wrote there meanwhile; start again"
+                )
+            now = None if run.checkpoint else folder.goes_by(settings, run.data)
+            folders.begin(output, earlier, now)
+            remove_report(output)  # it tells of what the folder held before
+        trainer = go(run)
+        metrics = finish(run, trainer) if folders.is_main() else {}
+    return TrainResult(output, output / folders.ADAPTER, metrics, run.built.model)
 
 
 def start(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flix.core.errors import RunError
-from flix.core.files import write_file
+from flix.core.files import make_folder, write_file
+from flix.core.holding import alone_in
 from flix.transformers.checkpoints import last_checkpoint
 from flix.transformers.journal import line_of, plain
 
@@ -74,6 +76,21 @@ def claim(output: Path, resume: bool, overwrite: bool) -> tuple[Path | None, lis
         )
     settings = output / RESOLVED
     return None, [*used, settings] if used and settings.exists() else used
+
+
+@contextmanager
+def held(output: Path) -> Iterator[None]:
+    """Hold the output folder while the run writes there. Of several processes of a run, the one that writes holds it.
+
+    Raises:
+        RunError: another run does.
+    """
+    if not is_main():
+        yield
+        return
+    make_folder(output)
+    with alone_in(output, "flix train"):
+        yield
 
 
 def begin(output: Path, earlier: Iterable[Path], goes_by: Mapping[str, Any] | None) -> None:

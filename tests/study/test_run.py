@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("sacrebleu")
 
 from flix.core.errors import RunError, TrainingError
+from flix.core.holding import alone_in
 from flix.core.progress import Silent
 from flix.study import run as running
 from flix.study.jobs import Failed, Job, run_jobs
@@ -212,7 +213,7 @@ def test_two_studies_never_work_in_one_folder(tmp_path, toys, here):
     path = write_study(tmp_path, toys, arms={"flix": {}}, choosing=None)
     read = read_study(path)
     read.output.mkdir()
-    with running.alone_in(read.output), pytest.raises(RunError, match="another flix study is working"):  # fmt: skip
+    with alone_in(read.output, "flix study"), pytest.raises(RunError, match="another flix study is working"):  # fmt: skip
         study(read)
     assert here == []
 

@@ -335,3 +335,37 @@ def test_files_that_are_called_otherwise_are_not_resumed(config: Write, tmp_path
     for name, other in (("eng", "fin"), ("swa", "zul")):
         (tmp_path / f"{name}.rows.jsonl").rename(tmp_path / f"{other}.rows.jsonl")
     assert "fin.rows.jsonl was eng.rows.jsonl" in _not_resumed(path)
+
+
+def test_two_runs_never_write_in_one_folder(config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    from flix.core.holding import alone_in
+    from flix.training import run as running
+    from flix.transformers import folders
+
+    output, small = tmp_path / "run", {"training": {"steps": 1}, "evaluation": {"at_end": False}}
+    path = config(**small)
+    output.mkdir()
+    with alone_in(output, "flix train"):
+        result = run(app, ["train", str(path)])
+    assert result.exit_code == 2 and "another flix train is working in this folder" in result.stderr
+    assert not [*output.iterdir()]
+    # Of several processes of one run, only the first one holds the folder.
+    monkeypatch.setenv("RANK", "1")
+    with alone_in(output, "flix train"), folders.held(output):
+        pass
+    monkeypatch.delenv("RANK")
+    # The other one is done when this one is about to begin.
+    start = running.start
+
+    def late(*given: Any) -> Any:
+        found = start(*given)
+        (output / "adapter").mkdir()
+        return found
+
+    monkeypatch.setattr(running, "start", late)
+    result = run(app, ["train", str(path)])
+    assert result.exit_code == 2 and "holds a run already" in result.stderr
+    assert [file.name for file in output.iterdir()] == ["adapter"]
+    (output / "adapter").rmdir()
+    result = run(app, ["train", str(path), "--overwrite"])
+    assert result.exit_code == 2 and "another flix train wrote there meanwhile" in result.stderr
