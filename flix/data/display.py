@@ -11,8 +11,10 @@ from flix.core.errors import listed
 from flix.core.features.names import Feature, written
 from flix.core.features.registry import FeatureRegistry
 from flix.core.tables import Cell, text_table
+from flix.data.errors import DataError
 
 if TYPE_CHECKING:
+    from flix.data.chosen import ChosenRows
     from flix.data.mixture import Mixture
 
 
@@ -94,3 +96,26 @@ def idle_notes(
     return [
         f"no training row activates {listed(idle)}, which {are} never trained: {they} will change nothing"
     ]
+
+
+def check_best(best: str | None, rows: ChosenRows) -> None:
+    """Refuse to keep the best adapter by what no evaluation can tell.
+
+    Args:
+        best: what it is chosen by, such as ``"held_out.loss"``; None for nothing.
+        rows: to evaluate on.
+
+    Raises:
+        DataError: there are no such rows.
+    """
+    half = best.partition(".")[0] if best and "." in best else ""
+    seen = rows.seen[rows.cells]
+    mine = {"seen": seen, "held_out": ~seen}.get(half, np.ones(len(rows), bool))
+    if best is None or mine.any():
+        return
+    where = {"seen": "of seen combinations ", "held_out": "of held-out combinations "}.get(half, "")
+    there = "there are none" if not len(rows) else f"all {len(rows):,} are of the others"
+    raise DataError(
+        f"training.best: {best} needs evaluation rows {where}to choose by, and {there}; eval_files:, eval_split: and "
+        "eval_rows: give some, and held_out: says which combinations are held out"
+    )

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flix.core.adapter.adapter import LayerShape
+from flix.core.adapter.adapter import Adapter, LayerShape
 from flix.core.config.targets import Patterns, select
-from flix.core.errors import near
+from flix.core.errors import AdapterError, listed, near
 from flix.tasks.errors import ModelError, missing_extra
-from flix.tasks.making import check_together
+from flix.tasks.making import check_together, heads_of
 from flix.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -276,6 +276,32 @@ def begun(model: Any) -> tuple[str, ...]:
         *(f"classifier.{name}" for name, _ in model.classifier.named_parameters()),
         *model.fresh,
     )
+
+
+def check_heads(model: Any, tasks: Sequence[Task], adapter: Adapter) -> None:
+    """Refuse tasks that an adapter has no head of: a new one would answer at random.
+
+    Args:
+        model: as :func:`load_base` gives it.
+        tasks: the model's.
+        adapter: the adapter.
+
+    Raises:
+        AdapterError: there are some.
+    """
+    if not hasattr(model, "classifier") or not hasattr(model, "fresh"):
+        return
+    lost = {
+        task.name
+        for task, name in zip(heads_of(tasks)[0], model.names, strict=True)
+        if name in model.classifier and f"classifier.{name}.weight" not in adapter.heads
+    }
+    if lost:
+        known = sorted({name.split(".")[1] for name in adapter.heads if name.startswith("classifier.")})  # fmt: skip
+        raise AdapterError(
+            f"the adapter has no head of the task {listed(map(repr, sorted(lost)))}, which would answer at random"
+            f"{near(min(lost), known)}; its heads are of: {listed(known) or 'no task'}"
+        )
 
 
 def _forget_nothing(parameter: Any) -> None:

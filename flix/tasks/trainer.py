@@ -64,6 +64,10 @@ class TaskTrainer(FlixTrainer):
                 found["cells"][cell["cell"]]["score"] = cell["score"]
             found["scores"] = {k: scored[k]["score"] for k in ("seen", "held_out") if scored[k]}
         metrics = _metrics(found)
+        if (best := self.args.metric_for_best_model) and metrics.get(f"eval_{best}") is None:
+            raise TrainingError(
+                f"the evaluation gives no {best}, by which the best adapter is chosen: no row of it has an answer"
+            )
         self.log({k: v for k, v in metrics.items() if v is not None})
         self.journal.evaluated(self.state.global_step, found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # fmt: skip

@@ -13,9 +13,10 @@ from flix.core.adapter.files import load_adapter
 from flix.core.progress import Reporter
 from flix.tasks import composing
 from flix.tasks.evaluation import Evaluator
+from flix.tasks.needing import need
 from flix.training.data import Data, read_data
 from flix.training.errors import DataError
-from flix.training.models import Built, build, need
+from flix.training.models import Built, build
 from flix.training.settings import Settings
 
 

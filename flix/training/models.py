@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,6 @@ from flix import ranks as rules
 from flix.core.adapter.adapter import Adapter
 from flix.core.config.config import FlixConfig
 from flix.core.config.ranks import Rule
-from flix.core.errors import FlixError, MissingFrameworkError
 from flix.core.features.dropout import FeatureDropout
 from flix.core.features.registry import FeatureRegistry
 from flix.data.display import feature_rows, trained_rows
@@ -26,36 +23,16 @@ from flix.tasks import (
     train_heads,
     unknown_notes,
 )
+from flix.tasks.bases import check_heads
 from flix.tasks.recipe import as_trained
 from flix.tasks.specs import Spec
 from flix.tasks.starting import grown_from, start, start_folder
 from flix.training import settings as forms
 from flix.training.data import Data
-from flix.training.errors import missing_extra
 from flix.training.settings import Settings
 
 if TYPE_CHECKING:
     from flix.transformers import FlixCollator
-
-
-def need(what: str, trackers: Sequence[str] = ()) -> None:
-    """Ask for the packages of the extra ``train``, and for trackers, now and not when they are needed.
-
-    Raises:
-        MissingFrameworkError: one is not installed.
-    """
-    for tracker in trackers:
-        if find_spec(tracker) is None:
-            raise MissingFrameworkError(
-                f"training.report_to: {tracker} is not installed; install it with: pip install {tracker}"
-            )
-    for package in ("sacrebleu", "torch", "transformers", "accelerate", "yaml"):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            if isinstance(error, FlixError):
-                raise
-            raise missing_extra(what, "train", error) from None
 
 
 @dataclass(frozen=True)
@@ -114,6 +91,8 @@ def build(
     begin = start_folder(settings.start_from, settings.base_folder) if adapter is None else None
     tasks = [_task(settings, spec, tokenizer) for spec in as_trained(data.specs, folder or begin)]
     base = load_base(name, tasks, t.dtype)
+    if adapter is not None:
+        check_heads(base, tasks, adapter)
     tasks = [replace(task, vocabulary=_vocabulary(base)) for task in tasks]
     model = train_heads(adapt(base, config)) if adapter is None else load_into(base, adapter).eval()
     if begin is not None:

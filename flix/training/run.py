@@ -12,15 +12,16 @@ from flix.core.errors import RunError
 from flix.core.files import write_file
 from flix.core.machine import peak_memory
 from flix.core.progress import Reporter
-from flix.data.display import described, idle_notes
+from flix.data.display import check_best, described, idle_notes
 from flix.data.lengths import SimilarLengths
 from flix.report import remove_report
 from flix.tasks.evaluation import Evaluator, length_of
+from flix.tasks.needing import need
 from flix.tasks.starting import features_before
 from flix.training import folder
 from flix.training.data import Data, read_data
 from flix.training.evaluation import evaluator_of
-from flix.training.models import Built, build, build_config, need
+from flix.training.models import Built, build, build_config
 from flix.training.settings import Settings, listed_of
 from flix.transformers import folders
 from flix.transformers.checkpoints import checkpoint_step
@@ -75,6 +76,7 @@ def prepare(settings: Settings) -> tuple[Data, FlixConfig]:
         FlixError: a mistake in the settings or the data.
     """
     data = read_data(settings)
+    check_best(settings.training.best, data.mixture.evaluation_rows())
     return data, build_config(settings, data)
 
 

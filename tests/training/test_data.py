@@ -293,3 +293,25 @@ def test_numbers_are_text_whatever_their_size(config: Callable[..., Path], tmp_p
     (tmp_path / "rows.jsonl").write_text('{"source": NaN, "target": "a", "lang": "eng"}')
     with pytest.raises(DataError, match="NaN is no JSON"):
         data_of(config(datasets=[dataset], held_out=[], implies={}, ranks=1))
+
+
+def test_the_best_adapter_is_chosen_by_what_evaluations_tell(config: Callable[..., Path], data: Path) -> None:  # fmt: skip
+    from flix.training.reading import read_settings
+    from flix.training.run import prepare
+
+    def refused(best: str, datasets: Any = None, **changes: Any) -> str:
+        training = {"best": best, "eval_every": 1}
+        more = {} if datasets is None else {"datasets": datasets}
+        with pytest.raises(DataError) as found:
+            prepare(read_settings(config(training=training, **more, **changes)))
+        return str(found.value)
+
+    assert "best: held_out.loss needs evaluation rows of held-out" in refused("held_out.loss", held_out=[])  # fmt: skip
+    assert "all 18 are of the others" in refused("held_out.score", held_out=[])
+    entry = {"files": str(data / "ner.jsonl"), "features": {"task": "ner"}, "feature_columns": {"language": "lang"}}  # fmt: skip
+    alone = {"datasets": [entry], "ranks": 1}
+    for best in ("loss", "score", "seen.loss"):
+        assert "and there are none" in refused(best, held_out=[], **alone)
+    held = [{"language": "yor"}]
+    assert "best: seen.score needs evaluation rows of seen" in refused("seen.score", held_out=held, **alone)  # fmt: skip
+    prepare(read_settings(config(training={"best": "loss", "eval_every": 1}, held_out=held, **alone)))  # fmt: skip

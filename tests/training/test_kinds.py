@@ -259,3 +259,26 @@ def test_heads_of_a_task_that_is_gone_are_not_lost(config: Path, tmp_path: Path)
     result = run(app, ["train", str(without(config, "ner", start_from="run"))])
     assert result.exit_code == 2
     assert "the adapter has heads of ner, which no data set here is of" in result.stderr
+
+
+def test_a_task_that_the_adapter_never_had_is_not_evaluated(config: Path, tmp_path: Path) -> None:
+    said = yaml.safe_load(config.read_text())
+    short = {"training": {"steps": 1, "threads": 1}, "evaluation": {"at_end": False}}
+    ok("train", without(config, "topic", **short))
+    adapter = tmp_path / "without-topic" / "adapter"
+    path = config.with_name("other.yaml")
+    path.write_text(yaml.safe_dump({**said, "unknown": "skip", "held_out": []}))
+    result = run(app, ["evaluate", str(path), str(adapter)])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "the adapter has no head of the task 'topic', which would answer at random" in result.stderr  # fmt: skip
+    assert "its heads are of: long, ner" in result.stderr
+    # Beside a task that it has, and called otherwise without a feature of the group task.
+    datasets = [{k: v for k, v in d.items() if k != "features"} for d in said["datasets"]]
+    names = {"name": "long"}, {"name": "other"}
+    rest = {"implies": {}, "held_out": [], "ranks": 1, **short, "output": "unnamed"}
+    path.write_text(yaml.safe_dump({**said, **rest, "feature_dropout": None, "datasets": [{**datasets[2], **names[0]}]}))  # fmt: skip
+    ok("train", path)
+    both = [{**datasets[2], **name} for name in names]
+    path.write_text(yaml.safe_dump({**said, **rest, "feature_dropout": None, "datasets": both}))
+    result = run(app, ["evaluate", str(path), str(tmp_path / "unnamed" / "adapter")])
+    assert result.exit_code == 2 and "no head of the task 'other'" in result.stderr
