@@ -93,6 +93,22 @@ class Table:
         return {name: column.values[column.codes[row]] for name, column in self.columns.items()}
 
 
+RESERVED = frozenset({"attention_mask", "input_ids", "labels", "position_ids", "token_type_ids"})
+"""What models read of a batch; no group of features is called so."""
+
+
+def check_group(group: str) -> None:
+    """Refuse a group that is called as a column of a batch, or as one of flix's own.
+
+    Raises:
+        FeatureError: it is.
+    """
+    if group in RESERVED or group.startswith("flix_"):
+        raise FeatureError(
+            f"{group!r} is a name of flix's own columns (flix_..., {listed(sorted(RESERVED))}); give the group another one"
+        )
+
+
 def kept_features(source: Source, columns: Sequence[str]) -> Source:
     """The source with the names that it declares as registries keep them, by column.
 

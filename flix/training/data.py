@@ -11,7 +11,7 @@ from flix.core.features.names import Feature, normal_group, written
 from flix.core.features.registry import FeatureRegistry
 from flix.data import Mixture, Source
 from flix.data.apart import Half, check_apart
-from flix.data.columns import kept_value
+from flix.data.columns import check_group, kept_value
 from flix.data.loading import (
     Reading,
     load_files,
@@ -131,6 +131,7 @@ def row_groups(settings: Settings) -> list[str]:
         for group in (*dataset.features, *dataset.file_groups, *dataset.feature_columns):
             try:
                 found[normal_group(group)] = None
+                check_group(normal_group(group))
             except FeatureError as error:
                 raise DataError(f"dataset {dataset_name(dataset)!r}: {error}") from None
     return list(found)
@@ -237,6 +238,10 @@ def _reading(settings: Settings, dataset: DatasetSettings, name: str) -> Reading
     for asked in names_in(dataset.prompt or ""):
         if asked not in groups:
             columns.setdefault(asked, "shown")
+    if own := [column for column in columns if column == "input_ids" or column.startswith("flix_")]:
+        raise DataError(
+            f"dataset {name!r}: {own[0]!r} is a name of flix's own columns; rename the column of the rows"
+        )
     if clash := [column for column in columns if column in groups]:
         raise DataError(
             f"dataset {name!r}: {clash[0]!r} is a column of the rows and a group of features; rename one of the two"

@@ -221,7 +221,7 @@ class TrainingSettings(Form):
     """
 
     steps: Count = 1000
-    batch_size: Count = 16
+    batch_size: Annotated[int, Number, Field(ge=1, le=10**6)] = 16
     learning_rate: Positive = 1e-3
     learning_rates: dict[Name, NotNegative] = {}
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = (
@@ -231,7 +231,7 @@ class TrainingSettings(Form):
     warmup_ratio: Rate | None = None
     weight_decay: NotNegative = 0.0
     max_grad_norm: NotNegative = 1.0
-    gradient_accumulation: Count = 1
+    gradient_accumulation: Annotated[int, Number, Field(ge=1, le=10**6)] = 1
     similar_lengths: StrictBool = False
     packing: Count | None = None
     eval_every: Count | None = None
@@ -284,7 +284,7 @@ class EvaluationSettings(Form):
         left_out: whether to evaluate, at the end, what leaving out each feature costs.
     """
 
-    batch_size: Count = 32
+    batch_size: Annotated[int, Number, Field(ge=1, le=10**6)] = 32
     max_new_tokens: Count = 64
     num_beams: Count = 1
     limit: Count | None = 200

@@ -30,15 +30,28 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
 
     A checkpoint that a killed run left half written, or that another run half overwrote, is skipped.
     """
+    return next((p for p in checkpoints_of(output_dir) if incomplete(p) is None), None)
+
+
+def checkpoints_of(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints in a Trainer's output folder, the latest first, complete or not."""
     found = [
         path
         for path in Path(output_dir).glob(f"{PREFIX}*")
         if path.name.removeprefix(PREFIX).isdigit()
     ]
-    for path in sorted(found, key=checkpoint_step, reverse=True):
-        if incomplete(path) is None:
-            return path
-    return None
+    return sorted(found, key=checkpoint_step, reverse=True)
+
+
+def none_complete(output_dir: str | os.PathLike[str], shown_as: str | None = None) -> str:
+    """What to say where :func:`last_checkpoint` finds none: what is wrong with each that is there.
+
+    Args:
+        output_dir: the Trainer's output folder.
+        shown_as: what to call it.
+    """
+    why = "".join(f"; {path.name}: {incomplete(path)}" for path in checkpoints_of(output_dir))
+    return f"nothing to resume: {shown_as or str(output_dir)!r} holds no complete checkpoint{why}"
 
 
 def checkpoint_step(checkpoint: Path) -> int:

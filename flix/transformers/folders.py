@@ -13,7 +13,7 @@ from typing import Any
 from flix.core.errors import RunError
 from flix.core.files import make_folder, write_file
 from flix.core.holding import alone_in
-from flix.transformers.checkpoints import last_checkpoint
+from flix.transformers.checkpoints import last_checkpoint, none_complete
 from flix.transformers.journal import line_of, plain
 
 ADAPTER, METRICS, RESOLVED, CHECKPOINTS = "adapter", "metrics.json", "config.yaml", "checkpoints"
@@ -59,7 +59,7 @@ def claim(output: Path, resume: bool, overwrite: bool) -> tuple[Path | None, lis
     if resume:
         found = last_checkpoint(output / CHECKPOINTS)
         if found is None:
-            raise RunError(f"nothing to resume: {str(output)!r} holds no complete checkpoint")
+            raise RunError(none_complete(output / CHECKPOINTS, str(output)))
         return found, []
     if not is_main():
         return None, []

@@ -21,7 +21,7 @@ from flix.core.errors import ConfigError
 from flix.data.callback import TellEpoch
 from flix.transformers import checkpoints
 from flix.transformers.boundaries import BoundaryCheck
-from flix.transformers.checkpoints import last_checkpoint
+from flix.transformers.checkpoints import last_checkpoint, none_complete
 from flix.transformers.collator import FlixCollator
 from flix.transformers.losses import FeatureLosses, by_items, unreduced
 from flix.transformers.numbering import NumberedRows, NumberedStream, number_prepared
@@ -211,9 +211,7 @@ class FlixTrainerMixin(ProcessesMixin, RatesMixin):
         if resume_from_checkpoint is True:
             found = last_checkpoint(self.args.output_dir)
             if found is None:
-                raise ConfigError(
-                    f"nothing to resume: {str(self.args.output_dir)!r} holds no complete checkpoint"
-                )
+                raise ConfigError(none_complete(self.args.output_dir))
             resume_from_checkpoint = str(found)
         elif isinstance(resume_from_checkpoint, str | os.PathLike):
             given = Path(resume_from_checkpoint)

@@ -199,6 +199,11 @@ def test_registry_and_sizes(config: Callable[..., Path]) -> None:
         ({"feature_columns": {"language": "language"}}, "no column 'language'"),
         ({"prompt": "{txt}"}, "needs 'txt'"),
         ({"eval_rows": 100}, "too few"),
+        ({"features": {"flix_task": "a"}}, "'flix_task' is a name of flix's own columns"),
+        ({"feature_columns": {"input_ids": "lang"}}, "'input_ids' is a name of flix's own"),
+        ({"features": {"labels": "a"}}, "give the group another one"),
+        ({"files": "{attention_mask}.jsonl"}, "'attention_mask' is a name of flix's own"),
+        ({"source": "flix_activates"}, "rename the column of the rows"),
     ],
 )
 def test_data_mistakes(

@@ -337,6 +337,18 @@ def test_files_that_are_called_otherwise_are_not_resumed(config: Write, tmp_path
     assert "fin.rows.jsonl was eng.rows.jsonl" in _not_resumed(path)
 
 
+def test_damaged_checkpoints_are_named(config: Write, tmp_path: Path) -> None:
+    path = config(training={"steps": 2, "save_every": 1}, evaluation={"at_end": False})
+    ok("train", path)
+    first, last = (tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" for step in (1, 2))
+    (first / "optimizer.pt").write_bytes(b"x")
+    (last / "flix.safetensors").unlink()
+    result = run(app, ["train", str(path), "--resume"])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "checkpoint-2: flix.safetensors is missing" in result.stderr
+    assert "checkpoint-1: optimizer.pt is another than the one that was saved" in result.stderr
+
+
 def test_two_runs_never_write_in_one_folder(config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     from flix.core.holding import alone_in
     from flix.training import run as running

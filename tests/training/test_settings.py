@@ -55,6 +55,15 @@ def test_resolved_settings_read_the_same() -> None:
         ),
         ("ranks: {rule: by_group, task: -1}\n", "ranks.task"),
         ("training: {steps: 0}\n", "training.steps: should be greater than or equal to 1, got 0"),
+        # A batch is gathered as a whole, so a slip of the keyboard would take hours.
+        (
+            "training: {batch_size: 1000000000}\n",
+            "training.batch_size: should be less than or equal to 1000000",
+        ),
+        (
+            "training: {gradient_accumulation: 1000000000}\n",
+            "training.gradient_accumulation: should be less than or equal to 1000000",
+        ),
         ("training: {warmup_steps: 1, warmup_ratio: 0.1}\n", "not both"),
         (
             "held_out:\n  - {language: no, task: ner}\n",

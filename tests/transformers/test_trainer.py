@@ -268,7 +268,11 @@ def test_mistakes(tmp_path: Path) -> None:
         FlixTrainer(model=plain, args=arguments(tmp_path))
     with pytest.raises(flix.TargetError, match="FlixTrainer needs an adapted model"):
         FlixTrainer(model_init=lambda: plain, args=arguments(tmp_path))
-    with pytest.raises(flix.ConfigError, match="holds no complete checkpoint"):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "flix.safetensors").touch()
+    with pytest.raises(
+        flix.ConfigError, match="holds no complete checkpoint; checkpoint-3: it has no"
+    ):
         trainer(tmp_path).train(resume_from_checkpoint=True)
     args = arguments(tmp_path)
     args.fsdp, args.fsdp_config = "full_shard", {"version": 1}

@@ -146,16 +146,19 @@ def compute_matched(*, lora_rank: int, datasets: Sequence[Row]) -> Rule:
                 users[i].append(number)
         room = [lora_rank] * len(rows)
         ranks = [0] * len(registry)
-        growing = True
-        while growing:
-            growing = False
-            for group in registry.groups:
-                for i in registry.ids_of(group):
-                    if users[i] and all(room[n] > 0 for n in users[i]):
-                        ranks[i] += 1
-                        growing = True
+        order = [i for group in registry.groups for i in registry.ids_of(group) if users[i]]
+        while growing := [i for i in order if all(room[n] > 0 for n in users[i])]:
+            # As many turns at once as every dataset surely has room for; then one in which some may run out of it.
+            taken = [0] * len(rows)
+            for n in (n for i in growing for n in users[i]):
+                taken[n] += 1
+            turns = min(have // each for have, each in zip(room, taken, strict=True) if each)
+            for several in (turns, 1):
+                for i in growing:
+                    if all(room[n] >= several for n in users[i]):
+                        ranks[i] += several
                         for n in users[i]:
-                            room[n] -= 1
+                            room[n] -= several
         for group in registry.groups:
             used = [ranks[i] for i in registry.ids_of(group) if users[i]]
             for i in registry.ids_of(group):

@@ -121,6 +121,45 @@ def test_compute_matched_never_exceeds_and_wastes_nothing(datasets, lora_rank):
         assert any(total == lora_rank for total, active in sums if feature in active)
 
 
+def _raised_one_by_one(registry, datasets, lora_rank):
+    """The rule as it is promised: ranks rise in turn, group after group, while every dataset has room."""
+    active = [{int(i) for i in ids if i >= 0} for ids in registry.encode(datasets).ids]
+    room, found = [lora_rank] * len(active), [0] * len(registry)
+    order = [i for group in registry.groups for i in registry.ids_of(group)]
+    rising = True
+    while rising:
+        rising = False
+        for i in order:
+            mine = [n for n, ids in enumerate(active) if i in ids]
+            if mine and all(room[n] for n in mine):
+                found[i], rising = found[i] + 1, True
+                for n in mine:
+                    room[n] -= 1
+    return {registry.features[i]: rank for i, rank in enumerate(found) if rank}
+
+
+WIDE = FeatureRegistry({g: [f"{g}{i}" for i in range(4)] for g in "abc"})
+ROWS = st.fixed_dictionaries(
+    {}, optional={g: st.lists(st.sampled_from(WIDE.names(g)), min_size=1, unique=True) for g in "abc"}
+).filter(bool)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(datasets=st.lists(ROWS, min_size=1, max_size=8), lora_rank=st.integers(12, 90))
+def test_compute_matched_raises_ranks_in_turn(datasets, lora_rank):
+    found = ranks.compute_matched(lora_rank=lora_rank, datasets=datasets)(WIDE)
+    wanted = _raised_one_by_one(WIDE, datasets, lora_rank)
+    assert {feature: found[feature] for feature in wanted} == wanted
+
+
+def test_compute_matched_takes_no_longer_for_large_ranks():
+    datasets = [{"language": "hau", "task": "ner"}, {"language": ["swa", "yor"], "task": "ner"}]
+    found = ranks.compute_matched(lora_rank=10**9, datasets=datasets)(REGISTRY)
+    assert found["language", "swa"] == 333_333_334
+    assert found["task", "ner"] == found["language", "yor"] == 333_333_333
+    assert found["language", "hau"] == 666_666_667
+
+
 @given(lora_rank=st.integers(5, 500))
 def test_parameter_matched_spends_the_whole_budget(lora_rank):
     found = ranks.parameter_matched(lora_rank=lora_rank)(REGISTRY)
