@@ -11,7 +11,7 @@ _OWN = ("typer", "click", "rich", "pydantic", "pydantic_core", "yaml")
 
 
 def main() -> NoReturn:
-    """Run the command line and exit: 0 on success, 2 on a user's mistake (one line on standard error)."""
+    """Run the command line and exit: 0 on success, 2 on a user's mistake, 130 on Ctrl-C (one line on standard error)."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # A terminal that lacks a letter shows its number instead of a traceback.
@@ -19,6 +19,9 @@ def main() -> NoReturn:
     try:
         code = _run()
         flush()  # help and the version, too, go to readers that may have left
+    except KeyboardInterrupt:  # commands are being imported; once one runs, it says this itself
+        print("flix: interrupted", file=sys.stderr)
+        code = 130
     except BrokenPipeError:
         drop_output()
         code = 0
@@ -45,6 +48,10 @@ def _run() -> int:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
             return 2
+        if (
+            type(error).__name__ == "Abort"
+        ):  # what typer makes of Ctrl-C while it reads the arguments
+            raise KeyboardInterrupt from None
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)

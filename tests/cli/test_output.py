@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import flix
+from flix.cli import main
 from flix.cli.app import app
 from flix.core.adapter.adapter import LayerShape
 from tests.helpers.runs import similar_adapter
@@ -153,3 +155,14 @@ def test_tables_fit_80_columns_and_lose_nothing(
         if "--layers" in command:
             assert all(f"language={name}" in shown for name in languages)
             assert shown.count("encoder.block.1.v ") > 1
+
+
+@pytest.mark.parametrize("where", ["imports", "arguments"])
+def test_ctrl_c_before_a_command_runs_is_one_line(monkeypatch, capsys, where):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt if where == "imports" else typer.Abort
+
+    monkeypatch.setattr("flix.cli.app.app", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130 and capsys.readouterr().err == "flix: interrupted\n"
