@@ -11,7 +11,7 @@ _OWN = ("typer", "click", "rich", "pydantic", "pydantic_core", "yaml")
 
 
 def main() -> NoReturn:
-    """Run the command line and exit: 0 on success, 2 on a user's mistake, 130 on Ctrl-C (one line on standard error)."""
+    """Run the command line and exit: 0 on success, 2 on a mistake of the user, 130 on Ctrl-C (one line each)."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # A terminal that lacks a letter shows its number instead of a traceback.

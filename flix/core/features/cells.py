@@ -117,7 +117,7 @@ def read_cell(text: str) -> dict[str, list[str]]:
                 f"got {shown(text)}"
             )
         place = match.end()
-        part = _unquoted(match[1])
+        part = unquoted(match[1])
         if sign == "=":
             group = part
             if group in found:
@@ -128,7 +128,7 @@ def read_cell(text: str) -> dict[str, list[str]]:
     return found
 
 
-def _unquoted(part: str) -> str:
+def unquoted(part: str) -> str:
     """The group or name of a part.
 
     Raises:
