@@ -20,7 +20,7 @@ from flix.study.counting import (
     check_apart,
     check_held_out,
 )
-from flix.study.reading import Raw, Study, checked, over_settings, without
+from flix.study.reading import Raw, Study, cells_of, checked, over_settings, without
 from flix.study.settings import PLAIN, ArmSettings, Choices
 from flix.training.settings import Settings
 
@@ -131,9 +131,13 @@ class Plan:
         """The cells that are held out for choosing, or for the last word."""
         said = self.study.settings.held_out
         if said is not None:
-            return HeldOut(said.choosing if phase == CHOOSING else said.last_word)
+            which = "choosing" if phase == CHOOSING else "last_word"
+            return cells_of(getattr(said, which), f"{self.study.name}: held_out.{which}")
         common = self.study.choosing if phase == CHOOSING else self.study.common
-        return HeldOut((common or {}).get("held_out") or [])
+        choosing = self.study.settings.choosing
+        own = phase == CHOOSING and choosing is not None and choosing.common is not None
+        key = f"{self.study.name}: {'choosing.common' if own else 'common'}.held_out"
+        return cells_of((common or {}).get("held_out") or [], key)
 
     def counted(self, arm: str, phase: str) -> Counted:
         """An arm's data and ranks."""
@@ -166,7 +170,7 @@ class Plan:
         found = over_settings(DEFAULTS, self._common(phase))
         found = over_settings(found, form.settings)
         try:
-            found = without(found, form.leave_out)
+            found = without(found, form.leave_out, f"arms.{arm}.leave_out")
             if form.lora is not None:
                 found = by_cell(found) if form.lora.each == CELL else found
                 # Whatever ranks the common settings have: one of each feature, to see which there are. An adapter to

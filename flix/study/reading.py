@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flix.core.errors import SettingsError, listed, near
+from flix.core.features.cells import HeldOut, MixtureError
 from flix.core.strictforms import Reading
 from flix.core.strictyaml import read_text
 from flix.study.settings import ArmSettings, Layers, StudySettings
@@ -247,17 +248,31 @@ def arm_title(name: str, arm: ArmSettings) -> str:
     return arm.title or name
 
 
-def without(raw: Raw, cells: Any) -> Raw:
-    """Settings without the data sets all of whose rows have one of these features, and without what these imply."""
-    from flix.core.features.cells import HeldOut
+def cells_of(cells: Any, key: str) -> HeldOut:
+    """The cells that a key of the configuration lists.
 
+    Raises:
+        SettingsError: an ill-formed one; the key and its place are named.
+    """
+    try:
+        return HeldOut(cells)
+    except MixtureError as error:  # it names the key that they mostly have
+        raise SettingsError(f"{key}{str(error).removeprefix('held_out')}") from None
+
+
+def without(raw: Raw, cells: Any, key: str = "leave_out") -> Raw:
+    """Settings without the data sets all of whose rows have one of these features, and without what these imply.
+
+    Raises:
+        SettingsError: ill-formed cells, or cells that no data set has; ``key`` says where they stand.
+    """
     if not cells:
         return raw
-    left = HeldOut(cells)
+    left = cells_of(cells, key)
     kept = [d for d in raw.get("datasets", []) if not left.covers(d.get("features") or {})]
     if len(kept) == len(raw.get("datasets", [])):
         raise SettingsError(
-            f"leave_out: there is no data set whose rows all have {listed(map(_written, left.cells))}"
+            f"{key}: there is no data set whose rows all have {listed(map(_written, left.cells))}"
         )
     gone = {f"{group}={name}" for cell in left.cells for group, name in cell.items() if len(cell) == 1}  # fmt: skip
     implies = {k: v for k, v in (raw.get("implies") or {}).items() if k not in gone}

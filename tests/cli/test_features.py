@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -29,7 +30,7 @@ features = st.tuples(odd, odd).filter(lambda pair: _kept(*pair))
 @settings(max_examples=300, deadline=None)
 @given(st.lists(features, min_size=1, max_size=5, unique=True), st.data())
 @example([("g", "a"), ("g", '"a"'), ("g", "a,g=a")], None)
-def test_every_feature_is_read_as_cells_show_it(known, data):
+def test_every_feature_is_read_as_cells_show_it(known: list[tuple[str, str]], data: Any) -> None:  # fmt: skip
     """Each alone, and some together, among other features that look alike."""
     groups: dict[str, list[str]] = {}
     for group, name in known:
@@ -41,7 +42,7 @@ def test_every_feature_is_read_as_cells_show_it(known, data):
         assert parse_choice([text], registry) == [(group, name)]
         if not text.startswith("@"):  # a file
             assert parse_combinations([text], registry) == [{group: name}]
-    row = dict(known)
+    row: dict[str, Any] = dict(known)
     if data is not None:
         row = {g: data.draw(st.lists(st.sampled_from(n), min_size=1, unique=True)) for g, n in groups.items()}  # fmt: skip
     found = parse_features([cell_name(cell_of(row))], registry)
