@@ -11,12 +11,12 @@ from flix import hub
 from flix.core.adapter.adapter import Adapter
 from flix.core.adapter.base import differing
 from flix.core.adapter.files import stored_adapter
-from flix.core.errors import AdapterError, listed, shown
+from flix.core.errors import AdapterError, ConfigError, listed, shown
 from flix.core.files import Path_
 from flix.tasks.bases import begun, load_base, load_class, load_tokenizer, locate
 from flix.tasks.errors import ModelError
 from flix.tasks.making import make_task
-from flix.tasks.recipe import read_recipe
+from flix.tasks.recipe import RECIPE, read_recipe
 from flix.tasks.task import Task
 
 _MAKE = ("kind", "name", "columns", "prompt", "labels", "max_source", "max_target")
@@ -101,8 +101,16 @@ def tokenizer_of(adapter: Path_, *, base: Path_ | None = None, revision: str | N
         return load_tokenizer(str(folder))
     with stored_adapter(folder) as stored:
         place = _place(stored, folder, base)
-    named = (place.recipe or {}).get("tokenizer") if base is None else None
-    return load_tokenizer(locate(named) if named else place.name)
+    named = (place.recipe or {}).get("tokenizer")
+    if named is None:
+        return load_tokenizer(place.name)
+    try:
+        return load_tokenizer(locate(named))
+    except ModelError as error:
+        raise ModelError(
+            f"the tokenizer that {shown(str(folder / RECIPE))} names is not there: {error}; save it into the adapter's folder, "
+            "or write where it is now into the file"
+        ) from error
 
 
 def base_place(adapter: Path_, base: Path_ | None = None) -> tuple[str, str | None]:
@@ -141,7 +149,10 @@ def tasks_of(adapter: Path_, tokenizer: Any, *, revision: str | None = None) -> 
     made = []
     for said in recipe["tasks"]:
         known = {key: said[key] for key in _MAKE if said.get(key) is not None}
-        made.append(make_task(known.pop("kind"), tokenizer, **known))
+        try:
+            made.append(make_task(known.pop("kind"), tokenizer, **known))
+        except ConfigError as error:
+            raise AdapterError(f"{folder / RECIPE}: not a recipe of an adapter: {error}") from None
     return made
 
 

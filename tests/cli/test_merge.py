@@ -142,6 +142,22 @@ def test_without_a_tokenizer_it_says_so(base, tmp_path):
     assert not list((tmp_path / "merged").glob("*token*"))
 
 
+def test_the_tokenizer_is_the_one_that_the_run_was_given(base, tmp_path):
+    own, recipe = tmp_path / "own", base.parent / "adapter" / "recipe.json"
+    transformers.ByT5Tokenizer(extra_ids=7).save_pretrained(own)
+    task = {"name": "t", "kind": "causal"}
+    recipe.write_text(json.dumps({"format": 1, "model": str(base), "tokenizer": str(own), "tasks": [task]}))  # fmt: skip
+    assert merge_command(base, tmp_path / "merged")["tokenizer"] is True
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert len(found) == len(transformers.ByT5Tokenizer(extra_ids=7))
+    # The base's own would be another one.
+    shutil.rmtree(own)
+    arguments = ["merge", str(base.parent / "adapter"), "--base", str(base), "--features", FEATURES]
+    said = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
+    assert said.exit_code == 2 and "recipe.json' names is not there" in said.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_over_another_model_a_stop_anywhere_leaves_one_of_them_whole(base, tmp_path):
     """``--force``; what an earlier model was read from goes, also under other names, and other files stay."""
     out, key = tmp_path / "merged", "model.layers.0.mlp.up_proj.weight"

@@ -74,6 +74,26 @@ def test_a_base_that_moved_is_named(t5: tuple[Path, Path, Any], tmp_path: Path) 
     assert tokenizer_of(folder, base=tmp_path / "elsewhere")("a").input_ids == [100, 1]
 
 
+def test_a_runs_own_tokenizer_stays_beside_a_base_that_moved(t5: tuple[Path, Path, Any], tmp_path: Path) -> None:  # fmt: skip
+    base, folder, _model = t5
+    own = tf.ByT5Tokenizer(extra_ids=7)
+    own.save_pretrained(tmp_path / "own")
+    recipe(folder, base, [make_task("seq2seq", own, name="ner")])
+    said = json.loads((folder / "recipe.json").read_text())
+    said["tokenizer"] = str(tmp_path / "own")
+    (folder / "recipe.json").write_text(json.dumps(said))
+    assert len(tokenizer_of(folder)) == len(own)
+    base.rename(tmp_path / "elsewhere")
+    assert len(tokenizer_of(folder, base=tmp_path / "elsewhere")) == len(own)
+    (tmp_path / "own").rename(tmp_path / "gone")
+    with pytest.raises(ModelError, match=r"the tokenizer that .*recipe.json' names is not there: .*save it into the adapter's folder"):  # fmt: skip
+        tokenizer_of(folder, base=tmp_path / "elsewhere")
+    said["tasks"][0]["kind"] = "seq3seq"
+    (folder / "recipe.json").write_text(json.dumps(said))
+    with pytest.raises(flix.AdapterError, match=r"recipe.json: not a recipe of an adapter: task 'ner': no kind 'seq3seq'"):  # fmt: skip
+        tasks_of(folder, own)
+
+
 def test_another_base_is_refused(t5: tuple[Path, Path, Any], writers: dict[str, Path]) -> None:
     base, folder, _model = t5
     other = tf.T5ForConditionalGeneration(tf.T5Config.from_pretrained(base))

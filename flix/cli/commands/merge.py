@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from flix.cli.console import show, show_json
 from flix.cli.options import AdapterFolder, Base, Force, Json, Out
 from flix.core.errors import ConfigError, listed, near
 from flix.core.folders import whole_folder
+from flix.tasks.recipe import read_recipe
 
 # What an earlier model or LoRA of a folder is read from: what the new one does not write anew goes, and nothing else.
 _FILES = {
@@ -58,35 +59,37 @@ def merge(
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype: no dtype {dtype!r}{near(dtype, DTYPES)}; the dtypes are: {listed(DTYPES)}")  # fmt: skip
     model, place, row, active, idle = composed(adapter, base, features, out, force, dtype or "auto")
+    tokenizer = _tokenizer(adapter, place)
     from flix.backends.torch import merge as merged_with
 
     merged = merged_with(model, row)
     with whole_folder(out, key="config.json", keep=_is_no_model(out)) as aside:
         merged.save_pretrained(aside)
-        tokenizer = _copy_tokenizer(place, aside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
     found = str(merged.dtype).removeprefix("torch.")
     if as_json:
-        said = {"features": active, "dtype": found, "tokenizer": tokenizer}
+        said = {"features": active, "dtype": found, "tokenizer": tokenizer is not None}
         show_json({"out": str(out), **said, **idle_json(idle)})
         return
     note_idle(idle)
     show(f"merged {told(active)} into {place}, in {found}: {out}")
     if dtype is None and found in ("bfloat16", "float16"):
         show("note: this is the dtype of the base's file, and the sum is rounded to it; --dtype float32 rounds less")  # fmt: skip
-    if not tokenizer:
+    if tokenizer is None:
         show("the base has no tokenizer; none was copied")
 
 
-def _copy_tokenizer(base: str, out: Path) -> bool:
-    """Save the base's tokenizer beside the merged model, if there is one."""
-    from flix.tasks import ModelError, load_tokenizer, locate
+def _tokenizer(adapter: Path, base: str) -> Any:
+    """The tokenizer that the adapter was trained with, or None if the base has none."""
+    from flix.tasks import ModelError, tokenizer_of
 
     try:
-        tokenizer = load_tokenizer(locate(base))
+        return tokenizer_of(adapter, base=base)
     except ModelError:
-        return False
-    tokenizer.save_pretrained(out)
-    return True
+        if (read_recipe(adapter) or {}).get("tokenizer") is not None:
+            raise  # the base's would be another one
+        return None
 
 
 def _is_no_model(folder: Path) -> Callable[[str], bool]:
