@@ -71,7 +71,7 @@ class Reading:
         """
         activates = {**self.features, **features}
         for group, column in self.feature_columns.items():
-            activates[group] = _feature(_column(record, column, where), group, where)
+            activates[group] = feature_of(_column(record, column, where), group, where)
         row = {
             name: FORMS[form](
                 _column(record, name, where, activates if form == "shown" else None), name, where
@@ -303,7 +303,12 @@ def _column(
     )
 
 
-def _feature(value: Any, group: str, where: str) -> Any:
+def feature_of(value: Any, group: str, where: str) -> Any:
+    """What a row's column says of a group, with its names as registries keep them.
+
+    Raises:
+        DataError: neither a name, nor a list of names, nor ``{name: weight}``; or an ill-formed name or weight.
+    """
     try:
         if isinstance(value, str | list | Mapping):
             kept = kept_value(group, value)

@@ -71,7 +71,7 @@ def fill(template: str, row: Row, where: str) -> str:
             raise DataError(
                 f"{where}: prompt {template!r} needs {name!r}{near(name, present)}; there is: {listed(present)}"
             )
-        return _joined(row[name])
+        return joined(row[name])
 
     return _FIELD.sub(put, template)
 
@@ -93,9 +93,13 @@ def names_in(template: str) -> list[str]:
     return list(found)
 
 
-def _joined(value: Any) -> str:
+def joined(value: Any) -> str:
+    """What a row says of a group, as prompts have it: names joined by ``+``, in the row's order.
+
+    Names with weights ascend: what is read from a file of Arrow has lost the row's own order.
+    """
     if isinstance(value, Mapping):
-        value = [name for name, weight in value.items() if weight is not None]
+        value = sorted(name for name, weight in value.items() if weight is not None)
     if isinstance(value, list | tuple):
         return "+".join(map(str, value))
     return "" if value is None else str(value)

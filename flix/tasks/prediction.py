@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from flix.core.errors import AdapterError, FlixError, listed, near
-from flix.core.features.cells import cell_of, read_cell
+from flix.core.features.cells import cell_of, names_of, read_cell
 from flix.core.features.encoding import Unknown
 from flix.core.sampling.batching import implied_groups
 from flix.data.errors import DataError
 from flix.data.files import Record
 from flix.tasks.answering import answers
+from flix.tasks.asked import Asker
 from flix.tasks.collating import TaskCollator
-from flix.tasks.columns import TASK, WHERE, names_in, states_weights
+from flix.tasks.columns import states_weights
 from flix.tasks.pretrained import load_pretrained, tasks_of, tokenizer_of
 from flix.tasks.recipe import read_recipe
 from flix.transformers import FlixCollator
+
+NamedRecord = tuple[str, Mapping[str, Any], Mapping[str, Any]]
+"""(where it is, for messages; the record; what its file says of its features)."""
 
 _AT_ONCE = 2048  # rows that are sorted by length
 
@@ -68,7 +72,6 @@ class Predictor:
         self.model = load_pretrained(folder, base=base, dtype=recipe.get("dtype", "float32"))
         if torch.accelerator.is_available():
             self.model.to(torch.accelerator.current_accelerator())
-        self.features = dict(features or {})
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens or recipe.get("max_new_tokens", 64)
         self.num_beams = num_beams or recipe.get("num_beams", 1)
@@ -76,17 +79,21 @@ class Predictor:
             self.model.flix_config, TaskCollator(self.tasks, tokenizer), unknown=unknown
         )
         self.collator = collator.evaluation()
+        self.asker = Asker(recipe["tasks"], self.collator.columns, features or {})
         self._implied = {*implied_groups(collator.registry)}
         self._checked: set[str] = set()
         self.factors = recipe.get("unseen_group_weights") or {}
         self.elsewhere = collator.evaluation(self.factors)
         self.seen = {frozenset(cell_of(read_cell(name))) for name in recipe.get("seen", ())}
 
-    def __call__(self, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+    def __call__(self, records: Iterable[Record | NamedRecord]) -> Iterator[dict[str, Any]]:
         """Each record with its answer in ``output``, and in ``right`` whether that is what it says is wanted.
 
+        What a record itself has in ``output`` and ``right`` goes.
+
         Args:
-            records: pairs of where a record stands and the record; they may mix tasks and features.
+            records: pairs of where a record stands and the record; they may mix tasks and features. A third entry is
+                what the record's file says of its features, by group.
 
         Raises:
             DataError: a row without what its task reads, or of no known task; its place is named.
@@ -94,7 +101,10 @@ class Predictor:
         """
         records = iter(records)
         while block := list(islice(records, _AT_ONCE)):
-            rows = [self._row(where, record) for where, record in block]
+            rows = [
+                self._row(where, record, named[0] if named else {})
+                for where, record, *named in block
+            ]
             found: dict[int, dict[str, Any]] = {}
             as_named = [self._is_seen(row) or states_weights(row, self.factors) for row in rows]
             for wanted, collator in ((True, self.collator), (False, self.elsewhere)):
@@ -105,25 +115,15 @@ class Predictor:
                 )  # fmt: skip
                 for i, answer in zip(places, given, strict=True):
                     right = {} if answer.right is None else {"right": answer.right}
-                    found[i] = {**block[i][1], "output": answer.output, **right}
+                    # An answer of another run is none of this one.
+                    kept = {k: v for k, v in block[i][1].items() if k not in ("output", "right")}
+                    found[i] = {**kept, "output": answer.output, **right}
             yield from (found[i] for i in range(len(block)))
 
-    def _row(self, where: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        number = self._task(where, record)
-        said = self.recipe["tasks"][number]
-        row = {**record, TASK: number, WHERE: where}
-        for column in names_in(said.get("prompt") or ""):
-            if column not in self.collator.columns and record.get(column, "") is None:
-                raise DataError(f"{where}: column {column!r} holds nothing")
-        given = {**said.get("features", {}), **self.features}
-        for group in self.collator.columns:
-            column = said.get("feature_columns", {}).get(group, group)
-            if group in record:
-                continue
-            if column in record:
-                row[group] = record[column]
-            elif group in given:
-                row[group] = given[group]
+    def _row(
+        self, where: str, record: Mapping[str, Any], named: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        row = self.asker(where, record, named)
         self._check(where, record, row)
         return row
 
@@ -147,24 +147,11 @@ class Predictor:
             self.collator.routing_of([named])
         except FlixError as error:
             reason = str(error).removeprefix("row 0: ").partition(". To serve")[0]
-            more = "; to answer without it: --unknown skip, or mean" if self.collator.unknown == "error" else ""  # fmt: skip
+            known = self.collator.registry
+            new = any((group, name) not in known for group, value in named.items() for name in names_of(group, value))  # fmt: skip
+            more = "; to answer without it: --unknown skip, or mean" if new and self.collator.unknown == "error" else ""  # fmt: skip
             raise DataError(f"{where}: {reason}{more}") from None
         self._checked.add(key)
-
-    def _task(self, where: str, record: Mapping[str, Any]) -> int:
-        names = [task.name for task in self.tasks]
-        if len(names) == 1:
-            return 0
-        name = record.get("task", self.features.get("task"))
-        if name in names:
-            return names.index(name)
-        if name is None:
-            raise DataError(
-                f"{where}: the row does not say its task; the tasks are: {listed(names)}"
-            )
-        raise DataError(
-            f"{where}: there is no task {str(name)!r}{near(str(name), names)}; the tasks are: {listed(names)}"
-        )
 
     def _is_seen(self, row: Mapping[str, Any]) -> bool:
         named = {group: row[group] for group in self.collator.columns if row.get(group) is not None}

@@ -36,8 +36,8 @@ class Spec:
         columns: the rows' columns by what they hold.
         prompt: template of the prompt.
         labels: of classification and tagging, ascending or as given.
-        features: what all of its rows activate.
-        feature_columns: groups whose feature stands in a column.
+        features: what all of its rows activate, in every data set.
+        feature_columns: groups whose feature stands in a column; in one of several, if data sets differ in it.
         occurring: the labels of the training rows, and those of the evaluation rows.
     """
 
@@ -47,7 +47,7 @@ class Spec:
     prompt: str | None
     labels: tuple[str, ...] | None
     features: Mapping[str, Any]
-    feature_columns: Mapping[str, str]
+    feature_columns: Mapping[str, Any]
     occurring: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
 
 
@@ -97,7 +97,9 @@ class Gathered:
         if mine not in known:
             self.found.append(spec)
             return len(known)
-        return known.index(mine)
+        number = known.index(mine)
+        self.found[number] = {**self.found[number], **merged(self.found[number], spec)}
+        return number
 
     def _gather(
         self, rows: Any, mine: NDArray[np.bool_], spec: dict[str, Any], name: str, evaluation: bool
@@ -130,3 +132,20 @@ class Gathered:
             kept = None if labels is None else tuple(labels)
             specs.append(Spec(**{**spec, "labels": kept, "occurring": (halves[0], halves[1])}))
         return tuple(specs)
+
+
+def columns_of(said: Mapping[str, Any], group: str) -> list[str]:
+    """The columns in which the data of a task names its features of a group."""
+    found = said.get("feature_columns", {}).get(group, [])
+    return [found] if isinstance(found, str) else list(found)
+
+
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """``features`` and ``feature_columns`` of a task that stands in two data sets: the features that all rows have."""
+    mine, others = first.get("features", {}), second.get("features", {})
+    columns: dict[str, Any] = {}
+    for group in (*first.get("feature_columns", {}), *second.get("feature_columns", {})):
+        found = list(dict.fromkeys([*columns_of(first, group), *columns_of(second, group)]))
+        columns[group] = found[0] if len(found) == 1 else found
+    shared = {group: value for group, value in mine.items() if group in others and others[group] == value}  # fmt: skip
+    return {"features": shared, "feature_columns": columns}

@@ -91,7 +91,9 @@ def test_mistakes_in_rows_and_options(made: tuple[Path, Path], tmp_path: Path, a
     said = refused(whole + "\n" + whole.replace("hau", "hua"))
     assert "in.jsonl:2: " in said and "'hua' (did you mean 'hau'?)" in said and "--unknown skip, or mean" in said  # fmt: skip
     assert "flix_" not in said
-    assert "in.jsonl:1: " in refused(whole.replace('"hau"', "3"))
+    for value in ("3", "[]", "{}", '{"hau": null}'):
+        said = refused(whole.replace('"hau"', value))
+        assert "in.jsonl:1: the language" in said and "--unknown" not in said
     assert "not valid JSON" in refused("{")
     assert "no file matches" in str(run(app, ["predict", str(mine), "none.jsonl"]).stderr)
     assert "cannot be a file" in refused(whole, "--output", str(tmp_path))
@@ -99,6 +101,9 @@ def test_mistakes_in_rows_and_options(made: tuple[Path, Path], tmp_path: Path, a
     assert "unknown" in refused(whole, "--unknown", "perhaps")
     assert "holds no recipe.json" in refused(whole, folder=adapter)
     assert "no model folder" in refused(whole, "--base", "./nowhere")
+    recipe = json.loads((mine / "recipe.json").read_text())
+    (mine / "recipe.json").write_text(json.dumps({**recipe, "seen": None}))
+    assert "recipe.json: not a recipe of an adapter: seen must be" in refused(whole)
     (mine / "recipe.json").write_text("{}")
     assert "not a recipe of an adapter" in refused(whole)
 
@@ -200,5 +205,13 @@ def test_the_library_predicts(made: tuple[Path, Path]) -> None:
     predictor = Predictor(made[1], features={"language": "hau", "task": "ner"})
     (found,) = predictor([("here", {"source": "ruwa"})])
     assert {*found} == {"source", "output"}
+    # What a row says of an earlier answer is not said of this one.
+    (again,) = predictor([("here", {"source": "ruwa", "output": "earlier", "right": True})])
+    assert again == found
+    # What its file says of a row counts as if the row said it.
+    (other,) = predictor([("here", {"source": "ruwa", "language": "swa"})])
+    assert list(predictor([("here", {"source": "ruwa"}, {"language": "swa"})])) == [
+        {k: v for k, v in other.items() if k != "language"}
+    ]
     with pytest.raises(flix.FlixError, match="there: column 'source' holds nothing"):
         list(predictor([("there", {"source": None})]))
