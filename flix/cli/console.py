@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import math
 import os
 import sys
 import time
@@ -15,6 +13,7 @@ from typing import Any, ParamSpec
 import typer
 
 from flix.cli.streams import drop_output, flush, mistake, say
+from flix.cli.written import json_text, output_encoding
 from flix.core.errors import FlixError
 from flix.core.progress import Reporter, Silent, described, of_tasks
 from flix.core.tables import LINE, Cell, blocks_of, cell_text, is_numeric, text_table
@@ -43,7 +42,8 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             where = f"{error.filename}: " if error.filename else ""
             fail(f"{where}{error.strerror or error}")
         except KeyboardInterrupt as error:
-            print(f"flix: {error or 'interrupted'}", file=sys.stderr)
+            # The error itself is true whatever it says, and Ctrl-C says nothing.
+            print(f"flix: {str(error) or 'interrupted'}", file=sys.stderr)
             raise typer.Exit(130) from None
         except Exception as error:
             if (reason := _of_the_machine(error)) is None:
@@ -90,17 +90,8 @@ def is_terminal() -> bool:
 
 
 def show_json(data: Any) -> None:
-    """Data as JSON on standard output; a number that is none (NaN, an infinity) is null, as JSON has no word for it."""
-    encoding = str(getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
-    say(json.dumps(_plain(data), indent=1, ensure_ascii=encoding != "utf8", allow_nan=False))
-
-
-def _plain(data: Any) -> Any:
-    if isinstance(data, float) and not math.isfinite(data):
-        return None
-    if isinstance(data, dict):
-        return {key: _plain(value) for key, value in data.items()}
-    return [_plain(value) for value in data] if isinstance(data, list | tuple) else data
+    """Data as JSON on standard output, over several lines; see :func:`flix.cli.written.json_text`."""
+    say(json_text(data, encoding=output_encoding(), indent=1))
 
 
 def show(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from flix.core.errors import listed, near, shown
 from flix.data.errors import DataError, missing_extra
@@ -125,7 +126,7 @@ def _opened(file: Path) -> IO[str]:
     return open(file, encoding="utf-8-sig", newline="")
 
 
-def _readable(read: Iterator[Record], file: Path) -> Iterator[Record]:
+def _readable(read: Iterator[Record], file: Path | str) -> Iterator[Record]:
     """The same records, with what can go wrong in any file said in one way."""
     try:
         yield from read
@@ -149,6 +150,27 @@ def read_jsonl(file: Path) -> Iterator[Record]:
 def _json_lines(file: Path) -> Iterator[Record]:
     with _opened(file) as lines:
         yield from json_records(lines, str(file))
+
+
+def read_stream(stream: BinaryIO, name: str) -> Iterator[Record]:
+    """(``name:line``, record) for every line of JSONL in an open stream, which is read as files are.
+
+    Args:
+        stream: the bytes.
+        name: what messages call it.
+
+    Raises:
+        DataError: a stream that cannot be read, or a line that is no JSON object.
+    """
+    return _readable(_stream_lines(stream, name), name)
+
+
+def _stream_lines(stream: BinaryIO, name: str) -> Iterator[Record]:
+    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    try:
+        yield from json_records(lines, name)
+    finally:
+        lines.detach()  # the stream is not ours to close
 
 
 def json_records(lines: Iterable[str], name: str) -> Iterator[Record]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,13 @@ from flix.cli.console import quiet, show, show_json
 from flix.cli.features import parse_features
 from flix.cli.options import AdapterFolder, Json
 from flix.cli.streams import say
+from flix.cli.written import json_text, output_encoding, write_lines
+from flix.core.errors import RunError, listed, near
+from flix.core.features.names import normal_group
+
+if TYPE_CHECKING:
+    from flix.core.features.registry import FeatureRegistry
+    from flix.data.files import Record
 
 
 def predict(
@@ -51,8 +58,7 @@ def predict(
 
     config, _ = read_description(adapter)
     row = parse_features(features, config.registry) if features else {}
-    _check_output(output)
-    records = _records(given)
+    records = _records(given, config.registry, row, output)
     quiet()
     from flix.tasks.prediction import Predictor
 
@@ -60,46 +66,84 @@ def predict(
         adapter, base=base, features=row, unknown=unknown, batch_size=batch_size,
         max_new_tokens=max_new_tokens, num_beams=num_beams,
     )  # fmt: skip
-    count = 0
-    with (
-        open(output, "w", encoding="utf-8", errors="surrogatepass")
-        if output
-        else _Standard() as out
-    ):
-        for found in predictor(records):
-            out.write(json.dumps(found, ensure_ascii=False) + "\n")
-            count += 1
-    if output is not None:
-        show_json({"output": str(output), "rows": count}) if as_json else show(
-            f"{count} rows: {output}"
-        )
+    encoding = "utf-8" if output else output_encoding()
+    lines = (json_text(found, encoding=encoding) for found in predictor(records))
+    if output is None:
+        for line in lines:
+            say(line)
+        return
+    count = write_lines(output, lines)
+    show_json({"output": str(output), "rows": count}) if as_json else show(f"{count} rows: {output}")  # fmt: skip
 
 
-class _Standard:
-    """Standard output, as a file."""
-
-    def __enter__(self) -> _Standard:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-    def write(self, text: str) -> None:
-        """A line."""
-        say(text.rstrip("\n"))
-
-
-def _check_output(output: Path | None) -> None:
-    from flix.training.errors import RunError
-
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise RunError(f"--output: {str(output)!r} cannot be a file")
-
-
-def _records(given: str) -> Iterator[Any]:
-    from flix.data.files import find_files, json_records, read_file
+def _records(
+    given: str, registry: FeatureRegistry, row: Mapping[str, Any], output: Path | None
+) -> Iterator[Any]:
+    """Where each row stands, the row, and what its file's name says of it."""
+    from flix.data.errors import DataError
+    from flix.data.files import find_files, read_file, read_stream
 
     if given == "-":
-        return json_records(sys.stdin, "standard input")
+        if sys.stdin is None:
+            raise DataError(
+                "standard input is closed; INPUT is a file, or - with rows on standard input"
+            )
+        _check_output(output, [(_standard_input(), "standard input")])
+        return (
+            (*record, {}) for record in _writable(read_stream(sys.stdin.buffer, "standard input"))
+        )
     files = find_files(given, Path("."))
-    return (record for file in files for record in read_file(file.path))
+    _check_output(output, [(os.stat(file.path), str(file.path)) for file in files])
+    for group in files[0].features:
+        if normal_group(group) not in registry.groups:
+            raise DataError(
+                f"{given!r}: the adapter has no group {group!r}{near(group, registry.groups)}; {{group}} in a name stands for "
+                f"the files' features of one of its groups, which are: {listed(registry.groups)}. * stands for anything"
+            )
+        if normal_group(group) in row:
+            raise DataError(
+                f"{given!r}: the files' names give the {group}, and so does --features; leave it out of one of the two"
+            )
+    return (
+        (*record, {normal_group(group): name for group, name in file.features.items()})
+        for file in files
+        for record in _writable(read_file(file.path))
+    )
+
+
+def _writable(records: Iterator[Record]) -> Iterator[Record]:
+    """The same records; one that cannot be written again is refused before anything is answered."""
+    from flix.data.errors import DataError
+
+    for where, record in records:
+        for column, value in record.items():
+            try:
+                json_text(value)
+            except (TypeError, RecursionError) as error:
+                raise DataError(
+                    f"{where}: column {column!r} cannot be written as JSON ({error}); leave it out of the file"
+                ) from None
+        yield where, record
+
+
+def _standard_input() -> os.stat_result | None:
+    try:
+        return os.fstat(sys.stdin.fileno())
+    except (OSError, ValueError):  # no file, as in tests
+        return None
+
+
+def _check_output(output: Path | None, inputs: Sequence[tuple[os.stat_result | None, str]]) -> None:
+    """Refuse a file that cannot be written, or that is read."""
+    if output is None:
+        return
+    if output.is_dir() or not output.parent.is_dir():
+        raise RunError(f"--output: {str(output)!r} cannot be a file")
+    if not output.is_file():
+        return
+    there = os.stat(output)
+    for read, name in inputs:
+        if read is not None and os.path.samestat(read, there):
+            raise RunError(
+                f"--output: {str(output)!r} is also read, as {name}; give the answers a file of their own"
+            )
