@@ -6,6 +6,7 @@ file changes.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -104,8 +105,9 @@ def load_hub(name: str, subset: str | None, split: str, reading: Reading) -> tup
     try:
         loaded = library.load_dataset(name, name=subset, split=split)
     except Exception as error:  # the hub, the network, a script or the files: all end here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"dataset {name!r} (split {split!r}) cannot be loaded: {reason}") from error
+        raise DataError(
+            f"dataset {name!r} (split {split!r}) cannot be loaded: {_reason(error)}"
+        ) from error
     kept = _kept(_hub_rows, {"loaded": loaded, "name": f"{name} [{split}]", "reading": reading}, reading)  # fmt: skip
     return kept, digest_of_rows(kept)
 
@@ -139,8 +141,9 @@ def stream_hub(
         builder = library.load_dataset_builder(name, name=subset)
         loaded = builder.as_streaming_dataset(split=split)
     except Exception as error:  # as in load_hub
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"dataset {name!r} (split {split!r}) cannot be loaded: {reason}") from error
+        raise DataError(
+            f"dataset {name!r} (split {split!r}) cannot be loaded: {_reason(error)}"
+        ) from error
     known = (loaded.info.splits or {}).get(split)
     arguments = {"loaded": loaded, "name": f"{name} [{split}]", "reading": reading}
     rows = None if known is None else known.num_examples
@@ -228,25 +231,48 @@ def _of_one_form(values: list[Any]) -> list[Any]:
 
 
 def _kept(rows: Callable[..., Iterator[Any]], arguments: dict[str, Any], reading: Reading) -> Any:
-    """The rows as a dataset, from the cache if they were read before."""
+    """The rows as a dataset, from the cache if they were read before, and anew if the cache is damaged."""
     library = _library("reading rows")
     features = {name: _types(library)[form] for name, form in reading.columns.items()}
     features[ACTIVATES] = library.Value("string")
-    try:
-        return library.Dataset.from_generator(
-            rows, features=library.Features(features), gen_kwargs=arguments
-        )
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, FlixError):
-                raise cause from None
-            if isinstance(cause, ImportError):
-                raise missing_extra("reading rows", "transformers", cause) from None
-            cause = cause.__cause__
-        if next(rows(**arguments), None) is None:  # which each version says in its own way
-            return library.Dataset.from_dict({name: [] for name in features})
-        raise
+    again = copy.copy(reading)
+    again.format = -_FORMAT  # another place in the cache
+    for given in (arguments, {**arguments, "reading": again}):
+        try:
+            return library.Dataset.from_generator(
+                rows, features=library.Features(features), gen_kwargs=given
+            )
+        except Exception as error:
+            causes = list(_causes(error))
+            for cause in causes:
+                if isinstance(cause, FlixError):
+                    raise cause from None
+                if isinstance(cause, ImportError):
+                    raise missing_extra("reading rows", "transformers", cause) from None
+            if next(rows(**arguments), None) is None:  # which each version says in its own way
+                return library.Dataset.from_dict({name: [] for name in features})
+            said = next((c for c in causes if isinstance(c, OSError)), error)
+            generating = isinstance(error, library.exceptions.DatasetGenerationError)
+            if generating and said is error:
+                raise
+            if generating or given is not arguments:
+                raise DataError(
+                    f"rows cannot be kept in the cache of datasets, {str(library.config.HF_DATASETS_CACHE)!r}: "
+                    f"{_reason(said)}; give it room, remove what is damaged there, or name another folder in the environment "
+                    "variable HF_DATASETS_CACHE"
+                ) from error
+    raise AssertionError  # the last one returns or raises
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _types(library: Any) -> dict[str, Any]:

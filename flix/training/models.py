@@ -24,6 +24,7 @@ from flix.tasks import (
     unknown_notes,
 )
 from flix.tasks.bases import check_heads
+from flix.tasks.positions import within_positions
 from flix.tasks.recipe import as_trained
 from flix.tasks.specs import Spec
 from flix.tasks.starting import grown_from, start, start_folder
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from flix.transformers import FlixCollator
 
 
+LENGTHS = ("max_source_tokens", "max_target_tokens")
+
+
 @dataclass(frozen=True)
 class Built:
     """What a run works with.
@@ -44,16 +48,18 @@ class Built:
         tasks: a row's column ``flix_task`` is a place in them.
         collator: makes batches with routing.
         tokenizer: the model's.
+        cut: what to say of texts that the base has no positions for.
     """
 
     model: Any
     tasks: tuple[Task, ...]
     collator: FlixCollator
     tokenizer: Any
+    cut: tuple[str, ...] = ()
 
     def notes(self, rows: Sequence[Any], cells: Sequence[str], refuse: bool) -> list[str]:
-        """What to say of targets that the model cannot write."""
-        return unknown_notes(self.tasks, rows, cells, refuse=refuse)
+        """What to say of texts that the model cannot read, and of targets that it cannot write."""
+        return [*self.cut, *unknown_notes(self.tasks, rows, cells, refuse=refuse)]
 
 
 def build(
@@ -93,6 +99,8 @@ def build(
     base = load_base(name, tasks, t.dtype)
     if adapter is not None:
         check_heads(base, tasks, adapter)
+    said = [getattr(t, key) != type(t).model_fields[key].default for key in LENGTHS]
+    tasks, cut = within_positions(base, tasks, (said[0], said[1]))
     tasks = [replace(task, vocabulary=_vocabulary(base)) for task in tasks]
     model = train_heads(adapt(base, config)) if adapter is None else load_into(base, adapter).eval()
     if begin is not None:
@@ -107,7 +115,7 @@ def build(
         if t.packing is None
         else PackingCollator(config, inner, columns, length=t.packing, **given)
     )
-    return Built(model, tuple(tasks), collator, tokenizer)
+    return Built(model, tuple(tasks), collator, tokenizer, tuple(cut))
 
 
 def _task(settings: Settings, spec: Spec, tokenizer: Any) -> Task:

@@ -87,6 +87,39 @@ def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytes
     assert len(read) == 3
 
 
+@pytest.mark.parametrize("what", ["*.arrow", "dataset_info.json"])
+def test_a_damaged_cache_is_read_anew(tmp_path: Path, cache: Path, what: str) -> None:
+    written(tmp_path, ROWS)
+    wanted = load(tmp_path, reading({"source": "text"}))[0][:]
+    (first,) = cache.rglob(what)
+    for content in (b"", b"junk"):
+        first.write_bytes(content)
+        assert load(tmp_path, reading({"source": "text"}))[0][:] == wanted
+    for file in cache.rglob(what):
+        file.write_bytes(b"x")
+    with pytest.raises(DataError, match=r"cannot be kept in the cache of datasets, .*cache'.*damaged"):  # fmt: skip
+        load(tmp_path, reading({"source": "text"}))
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_disk_without_room_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:  # fmt: skip
+    import errno
+
+    from datasets.exceptions import DatasetGenerationError
+
+    def full(*_: Any, **__: Any) -> Any:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if not wrapped:
+            raise error
+        raise DatasetGenerationError("An error occurred") from error
+
+    written(tmp_path, ROWS)
+    monkeypatch.setattr("datasets.Dataset.from_generator", full)
+    with pytest.raises(DataError, match="No space left on device; give it room") as found:
+        load(tmp_path, reading({"source": "text"}))
+    assert "\n" not in str(found.value)
+
+
 def test_files_of_several_names_and_endings(tmp_path: Path) -> None:
     written(tmp_path, [{"source": "a"}], "hau.train.jsonl")
     (tmp_path / "swa.train.csv").write_text("source\nNA\n01\n")

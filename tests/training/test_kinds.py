@@ -282,3 +282,21 @@ def test_a_task_that_the_adapter_never_had_is_not_evaluated(config: Path, tmp_pa
     path.write_text(yaml.safe_dump({**said, **rest, "feature_dropout": None, "datasets": both}))
     result = run(app, ["evaluate", str(path), str(tmp_path / "unnamed" / "adapter")])
     assert result.exit_code == 2 and "no head of the task 'other'" in result.stderr
+
+
+def test_texts_longer_than_the_base_reads(config: Path, tmp_path: Path) -> None:
+    """The base has 32 positions; its tokenizer does not say so."""
+    said = yaml.safe_load(config.read_text())
+    row = {"text": "gida " * 60, "label": "t0"}
+    (tmp_path / "topic" / "hau.train.jsonl").write_text(json.dumps(row) + "\n")
+    short = {"datasets": said["datasets"][1:2], "held_out": [], "evaluation": {"at_end": False}}
+    path = config.with_name("long.yaml")
+    path.write_text(yaml.safe_dump({**said, **short, "training": {"steps": 1, "threads": 1}}))
+    result = run(app, ["train", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "training.max_source_tokens is 32 instead of 512" in " ".join(result.output.split())
+    recipe = json.loads((tmp_path / "run" / "adapter" / "recipe.json").read_text())
+    assert recipe["tasks"][0]["max_source"] == 32
+    path.write_text(yaml.safe_dump({**said, **short, "output": "other", "training": {"max_source_tokens": 40}}))  # fmt: skip
+    result = run(app, ["train", str(path)])
+    assert result.exit_code == 2 and "max_source_tokens is 40, but the base has positions for 32" in result.stderr  # fmt: skip
