@@ -7,11 +7,12 @@ from typing import Any
 from unicodedata import normalize
 
 from flix.core.errors import listed, near, shown
+from flix.core.features.cells import names_of
 from flix.data import forms
 from flix.data.errors import DataError
 from flix.data.loading import feature_of
 from flix.tasks.columns import TASK, WHERE, joined, names_in
-from flix.tasks.specs import FORMS, LABELS, columns_of, merged
+from flix.tasks.specs import FORMS, LABELS, columns_of, merged, named_by
 
 Said = Mapping[str, Any]
 """What a recipe says of a task."""
@@ -128,12 +129,12 @@ class Asker:
         )
 
     def _against(self, where: str, record: Said, named: Mapping[str, Any], said: Said) -> bool:
-        """Whether a row lacks a column of a task, or names another feature than all rows of the task have."""
+        """Whether a row lacks a column of a task, or names features that none of the task's rows named."""
         if any(column not in record for column in _needed(said, self.groups)):
             return True
-        for group, value in said.get("features", {}).items():
-            there, mine = self._feature(where, record, named, group, [said])
-            if there and mine != value:
+        for group, names in named_by(said).items():
+            _, mine = self._feature(where, record, named, group, [said])
+            if not {*names_of(group, mine)} <= {*names}:
                 return True
         return False
 
@@ -157,5 +158,5 @@ def _needed(said: Said, groups: Sequence[str]) -> list[str]:
 
 def _described(said: Said, groups: Sequence[str]) -> str:
     how = f"prompt {shown(said['prompt'])}" if said.get("prompt") else f"columns {listed(_needed(said, groups))}"  # fmt: skip
-    features = [f"{group}={joined(value)}" for group, value in said.get("features", {}).items() if group != "task"]  # fmt: skip
+    features = [f"{group}={joined(sorted(names)[:5])}{'...' if len(names) > 5 else ''}" for group, names in named_by(said).items() if group != "task"]  # fmt: skip
     return f"{how} ({listed(features)})" if features else how

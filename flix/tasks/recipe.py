@@ -13,7 +13,7 @@ from flix.core.checks import is_number, is_whole
 from flix.core.errors import AdapterError, FlixError, shown
 from flix.core.features.cells import names_of, read_cell
 from flix.tasks.columns import names_in
-from flix.tasks.specs import Spec, merged
+from flix.tasks.specs import Spec, merged, named_by
 from flix.tasks.task import Task
 
 RECIPE = RECIPE_FILE
@@ -46,6 +46,11 @@ def recipe_of(
                 **task.described(),
                 "features": dict(spec.features),
                 "feature_columns": dict(spec.feature_columns),
+                **(
+                    {"names": {g: list(names) for g, names in spec.names.items()}}
+                    if spec.names
+                    else {}
+                ),
             }
             for task, spec in zip(tasks, specs, strict=True)
         ],
@@ -82,8 +87,8 @@ def _told_apart(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     )
     if alike or any(old.get(key) != new.get(key) for key in ("kind", "labels")):
         return False
-    features = new.get("features", {})
-    return any(g in features and features[g] != v for g, v in old.get("features", {}).items())
+    before, after = named_by(old), named_by(new)
+    return any(g in after and not {*names} & {*after[g]} for g, names in before.items())
 
 
 def _whole(name: str) -> str:
@@ -168,6 +173,7 @@ _TASK: dict[str, _Form] = {
     "max_source": ("a whole number of 2 or more", _whole_or(2)),
     "max_target": ("a whole number of 2 or more", _whole_or(2)),
     "features": ("features by group", _features),
+    "names": ("lists of features by group", lambda v: _named(v, _texts)),
     "feature_columns": ("columns by group", lambda v: _named(v, lambda c: isinstance(c, str) or _texts(c))),
 }  # fmt: skip
 

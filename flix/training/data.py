@@ -177,13 +177,14 @@ def _loaded(
     else:
         return None
     files.append({"name": name, "files": said, "rows": len(loaded), "evaluation": half})
-    loaded, _ = with_features(loaded)
+    loaded, named = with_features(loaded)
     if not len(loaded):
         return loaded
     return gathered.with_tasks(
         loaded,
         name,
         half,
+        named,
         kind=_kind(settings, dataset),
         columns=_columns(settings, dataset),
         prompt=dataset.prompt,

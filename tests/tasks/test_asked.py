@@ -112,14 +112,32 @@ def test_rows_find_their_prompt_as_in_training_by_features_and_columns(served: C
     assert asker(said, language="swa")("f:1", {"source": "a", "text": "a"}, {})["flix_task"] == 1
 
 
-def test_rows_that_fit_several_prompts_of_a_task_are_refused(served: Callable[..., Served]) -> None:
+def test_rows_find_their_prompt_by_the_features_that_each_data_set_names(served: Callable[..., Served]) -> None:  # fmt: skip
+    several = [{"source": "a", "target": "b", "lang": lang} for lang in (["ibo", "twi"], "ibo")]
+    weights = [{"source": "a", "target": "b", "lang": {"zul": 0.5, "xho": 0.5}}, {"source": "a", "target": "b", "lang": "zul"}]  # fmt: skip
     said, _, _ = served(
-        {"rows": rows("h"), "name": "a-hau.jsonl", "files": "a-{language}.jsonl", "features": {"task": "t"}, "prompt": "copy: {source}"},
-        {"rows": rows("s", hint="x"), "name": "b-swa.jsonl", "files": "b-{language}.jsonl", "features": {"task": "t"}, "prompt": "{hint}: {source}"},
+        {"features": {"task": "t"}, "rows": rows("h"), "name": "a-hau.jsonl", "files": "a-{language}.jsonl", "prompt": "copy: {source}"},
+        {"features": {"task": "t"}, "rows": rows("s", lang="swa"), "feature_columns": {"language": "lang"}, "prompt": "say: {source}"},
+        {"features": {"task": "t"}, "rows": several, "feature_columns": {"language": "lang"}, "prompt": "several: {source}"},
+        {"features": {"task": "t"}, "rows": weights, "feature_columns": {"language": "lang"}, "prompt": "weights: {source}"},
     )  # fmt: skip
+    assert [task["names"]["language"] for task in said] == [["hau"], ["swa"], ["ibo", "twi"], ["xho", "zul"]]  # fmt: skip
+    ask = asker(said)
+    for number, value in [(0, "hau"), (1, "swa"), (2, ["twi"]), (2, "ibo"), (3, {"xho": 0.5}), (3, ["zul", "xho"])]:  # fmt: skip
+        assert ask("f:1", {"source": "a", "language": value}, {})["flix_task"] == number
+    with pytest.raises(DataError, match=r"f:3: .*the row fits none of them: prompt 'copy: \{source\}' \(language=hau\); prompt 'say"):  # fmt: skip
+        ask("f:3", {"source": "a", "language": "yor"}, {})
+
+
+def test_rows_that_fit_several_prompts_of_a_task_are_refused(served: Callable[..., Served]) -> None:
+    both = {"feature_columns": {"language": "lang"}, "features": {"task": "t"}}
+    said, _, _ = served(
+        {"rows": rows("h", lang="hau"), **both, "prompt": "copy: {source}"},
+        {"rows": rows("s", lang="hau", hint="x"), **both, "prompt": "{hint}: {source}"},
+    )
     ask = asker(said)
     assert ask("f:1", {"source": "a", "language": "hau"}, {})["flix_task"] == 0
-    with pytest.raises(DataError, match=r"f:2: .*several data sets of the task 't', and the row fits several of them: prompt 'copy: \{source\}'; prompt '\{hint\}: \{source\}'\. Give it"):  # fmt: skip
+    with pytest.raises(DataError, match=r"f:2: .*several data sets of the task 't', and the row fits several of them: prompt 'copy: \{source\}' \(language=hau\); prompt '\{hint\}: \{source\}' \(language=hau\)\. Give it"):  # fmt: skip
         ask("f:2", {"source": "a", "hint": "x", "language": "hau"}, {})
     with pytest.raises(DataError, match=r"f:3: .*the row fits none of them"):
         ask("f:3", {"sorce": "a", "language": "hau"}, {})
@@ -218,3 +236,24 @@ def test_a_run_that_starts_from_another_keeps_only_the_features_of_both(tmp_path
     (tmp_path / "recipe.json").write_text(json.dumps(recipe("swa", "say: {source}")))
     (task,) = joined(recipe("swa"), tmp_path)["tasks"]
     assert task["prompt"] is None and task["features"] == {"task": "t", "language": "swa"}
+
+
+def test_what_earlier_runs_named_is_kept(tmp_path: Path) -> None:
+    def recipe(prompt: str, **named: Any) -> dict[str, Any]:
+        task = {"name": "t", "kind": "seq2seq", "prompt": prompt, "features": {"task": "t"}, "feature_columns": {}, **named}  # fmt: skip
+        return {"format": 1, "model": "m", "tasks": [task], "seen": []}
+
+    def together(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
+        (tmp_path / "recipe.json").write_text(json.dumps(old))
+        found: list[dict[str, Any]] = joined(new, tmp_path)["tasks"]
+        return found
+
+    hau, swa = {"names": {"language": ["hau"]}}, {"names": {"language": ["swa"]}}
+    (task,) = together(recipe("a", **hau), recipe("a", **swa))
+    assert task["names"] == {"language": ["hau", "swa"]}
+    # Of an earlier flix, it is not known.
+    (task,) = together(recipe("a"), recipe("a", **swa))
+    assert task["names"] == {}
+    tasks = together(recipe("a", **hau), recipe("b", **swa))
+    ask = asker(tasks)
+    assert [ask("f:1", {"source": "x", "language": name}, {})["flix_task"] for name in ("swa", "hau")] == [0, 1]  # fmt: skip
