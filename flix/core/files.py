@@ -29,8 +29,8 @@ Path_ = Union[str, "os.PathLike[str]"]
 Content = Union[bytes, Callable[[BinaryIO], None]]
 """What a file shall hold, or what writes it into the file, which is open and unbuffered."""
 
-_ASIDE = re.compile(r"\.(?P<name>.+)\.(?:[0-9a-f]{12}\.part|[a-z0-9_]{8})", re.DOTALL)
-# The second form is what flix before format 2 left behind.
+# No looser form: .config.yaml.original is somebody's copy.
+_ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.part", re.DOTALL)
 
 
 def write_file(path: Path, content: Content) -> None:

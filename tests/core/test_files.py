@@ -74,7 +74,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_what_killed_writers_left_goes_and_what_living_ones_write_stays(tmp_path):
-    for name in (".a.0123456789ab.part", ".a.8chars_x", ".b.0123456789ab.part", ".a.mine", ".a.txt"):  # fmt: skip
+    for name in (".a.0123456789ab.part", ".b.0123456789ab.part", ".a.original", ".a.20261128", ".a.txt"):  # fmt: skip
         (tmp_path / name).write_bytes(b"")
     during = []
 
@@ -86,7 +86,7 @@ def test_what_killed_writers_left_goes_and_what_living_ones_write_stays(tmp_path
     write_file(tmp_path / "a", content)
     assert len(during) == 2  # b's, and the first writer's own
     assert (tmp_path / "a").read_bytes() == b"mine"
-    assert names(tmp_path) == {"a", ".b.0123456789ab.part", ".a.mine", ".a.txt"}
+    assert names(tmp_path) == {"a", ".b.0123456789ab.part", ".a.original", ".a.20261128", ".a.txt"}
     sweep(tmp_path / "nowhere", "a")
 
 

@@ -65,7 +65,7 @@ def save_checkpoint(
     Raises:
         TargetError: the model is not adapted.
         ConfigError: an optimizer with parameters that are not the model's; settings that are not JSON-able; ``keep``
-            below 1.
+            below 1; a folder or file that is no checkpoint where this one would be.
         AdapterError: in the other processes, if the first one could not write.
     """
     dcp: Any = import_module("torch.distributed.checkpoint")
@@ -91,6 +91,8 @@ def save_checkpoint(
         stage = ""
         with one_writes() as first:
             if first:
+                if target.exists() and not _is_ours(target):
+                    raise ConfigError(f"{shown(str(target))} holds no checkpoint, and one would take its place; name another folder")  # fmt: skip
                 stage = str(held.enter_context(whole_folder(target, MANIFEST, lambda _: False)))
         writer = dcp.FileSystemWriter(told(stage))
         dcp.save(tensors, storage_writer=writer, no_dist=not together())
@@ -195,12 +197,18 @@ def _steps(folder: Path) -> Iterator[tuple[int, Path]]:
                 yield int(found[1]), path
 
 
+def _is_ours(place: Path) -> bool:
+    """Whether a folder holds a checkpoint or what is left of one; a folder of this name may be somebody else's."""
+    names = [path.name for path in place.iterdir()] if place.is_dir() else [""]
+    return not names or any(n in (MANIFEST, ".metadata") or n.endswith(".distcp") for n in names)
+
+
 def _thin(folder: Path, keep: int) -> None:
     """Remove all but the latest whole checkpoints, and what is left of others before them."""
     whole = sorted((n for n, path in _steps(folder) if _manifest(path) is not None), reverse=True)
     oldest = whole[:keep][-1]
     for step, path in _steps(folder):
-        if step < oldest:
+        if step < oldest and _is_ours(path):
             (path / MANIFEST).unlink(missing_ok=True)  # first: without it, it is no checkpoint
             shutil.rmtree(path, ignore_errors=True)
 

@@ -100,6 +100,19 @@ def test_old_ones_are_removed(tmp_path: Path) -> None:
         saved(tmp_path, 5, keep=0)
 
 
+def test_folders_that_are_no_checkpoints_stay(tmp_path: Path) -> None:
+    """A folder named as a checkpoint may hold somebody's samples; what is left of a checkpoint is removed."""
+    saved(tmp_path, 2)
+    for name in ("step-0/sample.txt", "step-3/sample.txt", "step-1/.metadata"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(flix.ConfigError, match="step-3' holds no checkpoint, and one would take its place"):  # fmt: skip
+        saved(tmp_path, 3)
+    saved(tmp_path, 4, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0", "step-3", "step-4"]
+    assert (tmp_path / "step-0" / "sample.txt").exists() and (tmp_path / "step-3" / "sample.txt").exists()  # fmt: skip
+
+
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     model, optimizer = saved(tmp_path, 1)
     with pytest.raises(flix.ConfigError, match="JSON-able"):
