@@ -16,6 +16,11 @@ from flix.core.errors import MissingFrameworkError
 from flix.core.files import make_folder, write_file
 from flix.report.reading import ReportError
 
+# What runs and studies are kept in.
+_RECORDS = {
+    "adapter", "checkpoints", "config.yaml", "log.jsonl", "metrics.json", "mixture.json", "predictions.jsonl", "run.json",
+    "scores.json", "chosen.json", "weights.json", "runs", "choosing",
+}  # fmt: skip
 _MARK = '<meta name="generator" content="flix report'
 Sentence = list[tuple[str, str]]
 """Pieces of text, each with how it is set: "" plain, "b" bold, "code" as code."""
@@ -44,7 +49,7 @@ def check_out(out: Path, force: bool, folders: Sequence[Path]) -> None:
     Args:
         out: the page.
         force: whether it may take the place of a file that is not a report.
-        folders: the runs, or the study, that the page is about; ``force`` does not reach their own files.
+        folders: the runs, or the study, that the page is about; ``force`` does not reach what they are kept in.
 
     Raises:
         ReportError: ``out`` is a folder, or such a file.
@@ -53,12 +58,11 @@ def check_out(out: Path, force: bool, folders: Sequence[Path]) -> None:
         raise ReportError(f"--out must be a file, but {str(out)!r} is a folder")
     if not out.exists() or is_report(out):
         return
-    if out.name != "report.html" and any(
-        out.resolve().is_relative_to(folder.resolve()) for folder in folders
-    ):
-        raise ReportError(
-            f"--out: {str(out)!r} lies in a folder that the page is about, and is not a flix report; name another file"
-        )
+    for folder in folders:
+        if out.resolve().is_relative_to(folder.resolve()):
+            name = out.resolve().relative_to(folder.resolve()).parts[0]
+            if name in _RECORDS:
+                raise ReportError(f"--out: {str(out)!r} belongs to what the page is about; name another file")  # fmt: skip
     if not force:
         raise ReportError(f"--out: {str(out)!r} is not a flix report; --force overwrites it anyway")
 

@@ -82,7 +82,7 @@ def test_a_page_never_overwrites_what_it_is_about(made: Path, name: str) -> None
     file.touch()
     before = file.read_bytes()
     for force in ([], ["--force"]):
-        assert "lies in a folder that the page is about" in refused(made, "--out", file, *force)
+        assert "belongs to what the page is about" in refused(made, "--out", file, *force)
     assert file.read_bytes() == before
     (made / "report.html").write_text("mine")
     assert "--force overwrites it" in refused(made)
