@@ -243,13 +243,13 @@ def _tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
     if not folder.is_dir():
         raise ConfigError(f"the model {str(folder)!r} is not a local folder")
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
+    if whole.is_file():  # it counts, as in transformers: the index may be of an older model
+        files = [whole]
+    elif index.is_file():
         files = [
             folder / name
             for name in sorted(set(_read(index, index.read_bytes())["weight_map"].values()))
         ]
-    elif whole.is_file():
-        files = [whole]
     else:
         raise ConfigError(f"the model's folder {str(folder)!r} holds no model.safetensors")
     found: dict[str, tuple[str, list[int]]] = {}

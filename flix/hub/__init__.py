@@ -18,6 +18,7 @@ from flix.core.adapter.files import (
     HEADS_FILE,
     RECIPE_FILE,
     TENSOR_FILE,
+    goes_on,
     stored_adapter,
 )
 from flix.core.errors import AdapterError, MissingFrameworkError, shown
@@ -93,6 +94,8 @@ def push(
 ) -> str:
     """Push an adapter's folder to a hub, with a card, as one commit. The repository is created if it does not exist.
 
+    If the folder has no ``recipe.json`` and the repository has the one of another adapter, that one is removed.
+
     Args:
         folder: the adapter's folder.
         name: ``org/name``.
@@ -113,6 +116,7 @@ def push(
     hub = _hub()
     with stored_adapter(folder) as adapter:  # what is damaged stays here
         text = card(name, adapter.config, adapter.layers, adapter.base, run)
+        of = adapter.config, adapter.heads, adapter.base
     with tempfile.TemporaryDirectory() as aside:
         readme = Path(aside, "README.md")
         readme.write_text(text, encoding="utf-8")
@@ -121,8 +125,15 @@ def push(
         try:
             api = hub.HfApi()
             api.create_repo(name, private=private, exist_ok=True)
+            left = {*api.list_repo_files(name, revision=revision)} - {path.name for path in files}
+            if RECIPE_FILE in left and goes_on(fetch(name, revision), *of):
+                left.remove(RECIPE_FILE)
+            stale = [hub.CommitOperationDelete(n) for n in (HEADS_FILE, RECIPE_FILE) if n in left]
             done = api.create_commit(
-                name, added, commit_message=message or "An adapter of flix", revision=revision
+                name,
+                [*added, *stale],
+                commit_message=message or "An adapter of flix",
+                revision=revision,
             )
         except Exception as error:
             raise _told(

@@ -161,5 +161,8 @@ def test_checkpoints_that_tell_no_layers_are_refused(tmp_path: Path, models: dic
         with pytest.raises(FlixError, match=said):
             layers(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a.weight": "gone.safetensors"}}')  # fmt: skip
+    with pytest.raises(FlixError, match="is packed"):  # the whole file counts, as in transformers
+        layers(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     with pytest.raises(OSError):
         layers(tmp_path)

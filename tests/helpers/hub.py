@@ -87,6 +87,8 @@ class _Answers(BaseHTTPRequestHandler):
         for line in lines:
             if line["key"] == "header":
                 self.server.messages.append(line["value"]["summary"])
+            elif line["key"] == "deletedFile":
+                del files[line["value"]["path"]]
             else:
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
         self.server.repositories[name].append(files)

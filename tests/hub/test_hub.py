@@ -46,7 +46,12 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(constants, "ENDPOINT", found.address)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.address + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
-        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: huggingface_hub.hf_api.HfApi(found.address, token="a"))  # fmt: skip
+
+        class Api(huggingface_hub.HfApi):  # a class, as annotations elsewhere need one
+            def __init__(self) -> None:
+                super().__init__(found.address, token="a")
+
+        monkeypatch.setattr(huggingface_hub, "HfApi", Api)
         yield found
 
 
@@ -62,6 +67,23 @@ def test_what_is_pushed_is_fetched(server: Hub, tmp_path: Path) -> None:
     found = flix.load_adapter(hub.fetch("ann/hausa"))
     for name, value in adapter().tensors.items():
         assert np.array_equal(found.tensors[name], value)
+
+
+def test_the_recipe_of_another_adapter_does_not_stay_in_a_repository(server: Hub, tmp_path: Path) -> None:  # fmt: skip
+    """As in a folder: ``predict`` would ask the new adapter as the old one."""
+    save_adapter(adapter(), tmp_path / "adapter")
+    recipe = tmp_path / "adapter" / "recipe.json"
+    recipe.write_text("{}")
+    hub.push(tmp_path / "adapter", "ann/hausa")
+    server.files("ann/hausa")["trained.safetensors"] = b"of version 1"
+    recipe.unlink()
+    pushed(server, tmp_path, seed=1)  # trained on, and pushed from a program
+    assert set(server.files("ann/hausa")) == {TENSOR_FILE, CONFIG_FILE, "README.md", "recipe.json"}
+    other = flix.select_features(adapter(), {"language": "swa"})
+    save_adapter(other, tmp_path / "other")
+    server.files("ann/hausa")["notes.txt"] = b"mine"
+    hub.push(tmp_path / "other", "ann/hausa")
+    assert set(server.files("ann/hausa")) == {TENSOR_FILE, CONFIG_FILE, "README.md", "notes.txt"}
 
 
 def test_revisions_are_kept_apart_and_a_version_is_whole(server: Hub, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def _write(
     sweep(folder, TENSOR_FILE, CONFIG_FILE, HEADS_FILE)
     description = described(config, layers, heads, base)
     recipe = folder / RECIPE_FILE
-    stale = recipe.is_file() and (new or not _goes_on(folder, Description(config, {}, tuple(heads), base)))  # fmt: skip
+    stale = recipe.is_file() and (new or not goes_on(folder, config, heads, base))
 
     def write(file: BinaryIO) -> None:
         metadata = as_metadata(description)
@@ -137,17 +137,24 @@ def _write(
     write_file(folder / CONFIG_FILE, copy.encode())
 
 
-def _goes_on(folder: Path, new: Description) -> bool:
+def goes_on(folder: Path, config: FlixConfig, heads: Collection[str], base: Base | None) -> bool:
     """Whether an adapter may be a later state of the one in a folder, so that what was said of that one holds for it.
 
     A feature that was removed is still known by its name; one that was renamed is another.
+
+    Args:
+        folder: the folder.
+        config, heads, base: of the adapter.
     """
     try:
         old = _description(folder)
     except AdapterError:
         return not any((folder / name).exists() for name in (TENSOR_FILE, CONFIG_FILE))
-    known = {*new.config.registry.features}
-    return known.issuperset(old.config.registry.features) and {*new.heads}.issuperset(old.heads) and not differing(old.base, new.base)  # fmt: skip
+    return (
+        {*config.registry.features}.issuperset(old.config.registry.features)
+        and {*heads}.issuperset(old.heads)
+        and not differing(old.base, base)
+    )
 
 
 @uncollected
