@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from flix.core.machine import command, versions
 from flix.study.evidence import SCORES, EvidenceError, read_scores
 from flix.study.scores import machine_of
 from flix.study.words.design import LANGUAGES
+from flix.transformers.folders import METRICS
 
 if TYPE_CHECKING:
     from flix.tasks.evaluation import Evaluator
@@ -182,7 +184,9 @@ def serve(
     parents: Mapping[str, str] | None = None,
     progress: Progress = lambda _: None,
 ) -> Path:
-    """Serve the unseen languages of a study's finished runs in all ways; runs that were served already are kept.
+    """Serve the unseen languages of a study's finished runs in all ways.
+
+    Runs that were served already are kept, unless they were repeated since.
 
     Args:
         study: the folder that ``flix study`` wrote.
@@ -207,13 +211,22 @@ def serve(
         before = {}
     found: dict[str, Any] = before.get("arms", {})
     relatives: dict[str, list[str]] = before.get("relatives", {})
+    runs: dict[str, str] = before.get("runs", {})
     for name in arms or list(scores.planned):
         arm = scores.arm(name)
         for seed in sorted(arm.runs):
+            run = study / "runs" / f"{name}-{seed}"
+            now = runs.get(run.name, "")
+            if (run / METRICS).is_file():  # what was served is kept even if the run is gone
+                now = hashlib.sha256((run / METRICS).read_bytes()).hexdigest()
+            if runs.setdefault(run.name, now) != now:  # it was repeated since
+                for key in [key for key in found if key.partition(", ")[0] == name]:
+                    found[key]["seeds"].pop(str(seed), None)
+                runs[run.name] = now
             if any(key.partition(", ")[0] == name and str(seed) in of["seeds"] for key, of in found.items()):  # fmt: skip
                 continue
             progress(f"{name}, seed {seed}")
-            served = Served(study / "runs" / f"{name}-{seed}", rows=rows, limit=limit)
+            served = Served(run, rows=rows, limit=limit)
             if served.has_features:
                 relatives = served.relatives(parents)
             for way, cells in list(served.ways(parents)):
@@ -232,6 +245,7 @@ def serve(
                 "seeds": list(scores.seeds or arm.runs),
                 "planned": {key: of["title"] for key, of in found.items()},
                 "relatives": relatives,
+                "runs": runs,
                 "arms": found,
             }
             write_file(file, (json.dumps(said, ensure_ascii=False) + "\n").encode())

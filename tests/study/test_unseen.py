@@ -115,6 +115,11 @@ def test_what_was_served_is_kept_until_it_is_asked_otherwise(folder: Path) -> No
     told.clear()
     assert serve(folder, rows=4, parents=PARENTS, progress=told.append).read_bytes() == before
     assert told == []
+    with open(folder / "runs" / "lora-0" / "metrics.json", "a") as metrics:
+        metrics.write("\n")  # as of a run that was repeated
+    serve(folder, rows=4, parents=PARENTS, progress=told.append)
+    assert told == ["lora, seed 0"] and json.loads(file.read_bytes())["arms"] == json.loads(before)["arms"]  # fmt: skip
+    told.clear()
     serve(folder, arms=["lora"], rows=5, parents=PARENTS, progress=told.append)
     assert told == ["lora, seed 0"] and list(read_scores(file).planned) == ["lora, as it is"]
 
