@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from flix.core.adapter.adapter import Adapter, LayerShape
 from flix.core.config.targets import Patterns, select
-from flix.core.errors import AdapterError, listed, near
+from flix.core.config.unused import unused_exclusions
+from flix.core.errors import AdapterError, listed, near, warn
 from flix.tasks.errors import ModelError, missing_extra
 from flix.tasks.making import check_together, heads_of
 from flix.tasks.task import Task
@@ -186,7 +187,10 @@ def model_layers(
             build = _transformers().AutoModel.from_config
             inner = _inner(_without_pooler(lambda **more: build(config, **more), what))
             model = torch.nn.ModuleDict({"encoder": inner})
-    chosen = select(primitives.layers(model), targets, excluded)
+    layers = primitives.layers(model)
+    chosen = select(layers, targets, excluded)
+    for text in unused_exclusions([i.path for i in layers], excluded):
+        warn(text)
     return {i.path: LayerShape.told(i) for i in chosen}
 
 

@@ -11,6 +11,8 @@ from flix import ranks as rules
 from flix.core.adapter.adapter import Adapter
 from flix.core.config.config import FlixConfig
 from flix.core.config.ranks import Rule
+from flix.core.config.unused import unused_exclusions, unused_settings
+from flix.core.errors import FeatureError
 from flix.core.features.dropout import FeatureDropout
 from flix.core.features.registry import FeatureRegistry
 from flix.data.display import feature_rows, trained_rows
@@ -48,18 +50,18 @@ class Built:
         tasks: a row's column ``flix_task`` is a place in them.
         collator: makes batches with routing.
         tokenizer: the model's.
-        cut: what to say of texts that the base has no positions for.
+        said: what to say of settings that match nothing, and of texts that the base has no positions for.
     """
 
     model: Any
     tasks: tuple[Task, ...]
     collator: FlixCollator
     tokenizer: Any
-    cut: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
 
     def notes(self, rows: Sequence[Any], cells: Sequence[str], refuse: bool) -> list[str]:
-        """What to say of texts that the model cannot read, and of targets that it cannot write."""
-        return [*self.cut, *unknown_notes(self.tasks, rows, cells, refuse=refuse)]
+        """What to say before a run, also of targets that the model cannot write."""
+        return [*self.said, *unknown_notes(self.tasks, rows, cells, refuse=refuse)]
 
 
 def build(
@@ -84,7 +86,7 @@ def build(
     """
     import torch
 
-    from flix.backends.torch import adapt, load_into
+    from flix.backends.torch import adapt, load_into, primitives
     from flix.tasks import TaskCollator
     from flix.tasks.packing import PackingCollator
     from flix.transformers import FlixCollator
@@ -99,10 +101,13 @@ def build(
     base = load_base(name, tasks, t.dtype)
     if adapter is not None:
         check_heads(base, tasks, adapter)
-    said = [getattr(t, key) != type(t).model_fields[key].default for key in LENGTHS]
-    tasks, cut = within_positions(base, tasks, (said[0], said[1]))
+    asked = [getattr(t, key) != type(t).model_fields[key].default for key in LENGTHS]
+    tasks, cut = within_positions(base, tasks, (asked[0], asked[1]))
     tasks = [replace(task, vocabulary=_vocabulary(base)) for task in tasks]
+    unused = [] if adapter else unused_exclusions([i.path for i in primitives.layers(base)], config.exclude_modules)  # fmt: skip
     model = train_heads(adapt(base, config)) if adapter is None else load_into(base, adapter).eval()
+    if adapter is None:
+        unused += unused_settings(config, primitives.shapes(model))
     if begin is not None:
         model = start(model, begin, tasks, settings.output_folder, freeze=settings.freeze_start)
     if adapter is not None and t.device == "auto" and torch.accelerator.is_available():
@@ -115,7 +120,7 @@ def build(
         if t.packing is None
         else PackingCollator(config, inner, columns, length=t.packing, **given)
     )
-    return Built(model, tuple(tasks), collator, tokenizer, tuple(cut))
+    return Built(model, tuple(tasks), collator, tokenizer, (*unused, *cut))
 
 
 def _task(settings: Settings, spec: Spec, tokenizer: Any) -> Task:
@@ -161,7 +166,13 @@ def build_config(settings: Settings, data: Data) -> FlixConfig:
         seed=settings.seed,
         init=settings.init,
     )
-    return grown_from(asked, settings.start_from, settings.base_folder)
+    found = grown_from(asked, settings.start_from, settings.base_folder)
+    for group in settings.evaluation.unseen_group_weights:
+        try:
+            found.registry.ids_of(group)
+        except FeatureError as error:
+            raise FeatureError(f"evaluation.unseen_group_weights: {error}") from None
+    return found
 
 
 def rank_rule(ranks: Any, data: Data, registry: FeatureRegistry) -> Rule:

@@ -222,6 +222,7 @@ KEYS = every_key()
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.filterwarnings("ignore:.*differ only")
+@pytest.mark.filterwarnings("default:exclude_modules:UserWarning")
 def test_wrong_values_at_every_key(place: Path, key: str) -> None:
     ended = set()
     for value in WRONG:

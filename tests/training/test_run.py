@@ -348,3 +348,22 @@ def test_two_processes_train_and_one_writes(config: Write, tmp_path: Path) -> No
     assert (
         result.exit_code == 2 and "started in 2 processes and would continue in 1" in result.stderr
     )
+
+
+@pytest.mark.filterwarnings("default:exclude_modules:UserWarning")
+def test_settings_that_match_nothing_are_named(config: Write) -> None:
+    nothing = {
+        "exclude_modules": ["nothing"], "rank_pattern": {"none": 3}, "unknown": {"nope": "eng"},
+        "training": {"steps": 1}, "evaluation": {"at_end": False}, "held_out": [],
+    }  # fmt: skip
+    for command in ("train", "plan"):
+        result = run(app, [command, str(config(**nothing))])
+        assert result.exit_code == 0, result.output
+        said = " ".join(result.output.split())
+        for text in ("exclude_modules: 'nothing' matches no layer", "rank_pattern: 'none' matches no adapted layer", "unknown: no group has a feature 'eng', which stands for 'nope'"):  # fmt: skip
+            assert text in said, command
+    wrong = config(**{**nothing, "evaluation": {"unseen_group_weights": {"nope": 1}}}, output="x")
+    for command in ("train", "plan"):
+        result = run(app, [command, str(wrong)])
+        assert result.exit_code == 2
+        assert "evaluation.unseen_group_weights: no feature group 'nope'" in result.stderr

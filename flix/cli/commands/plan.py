@@ -71,6 +71,7 @@ def _planned(path: Path, explain: bool) -> tuple[FlixConfig, Layers, list[Row] |
     if counting.lacking():
         return counting.planned(settings, explain)
     quiet()
+    from flix.core.config.unused import unused_settings
     from flix.data.display import idle_notes, trained_rows
     from flix.tasks import locate, model_layers
     from flix.tasks.starting import features_before
@@ -86,7 +87,7 @@ def _planned(path: Path, explain: bool) -> tuple[FlixConfig, Layers, list[Row] |
     notes = idle_notes(
         data.mixture, config.registry, features_before(settings.start_from, settings.base_folder)
     )
-    return config, shapes, list(trained_rows(data.mixture)), notes
+    return config, shapes, list(trained_rows(data.mixture)), [*notes, *unused_settings(config, shapes)]  # fmt: skip
 
 
 def _show_ranks(config: FlixConfig, rows: list[Row], notes: list[str], as_json: bool) -> None:
