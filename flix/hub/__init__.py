@@ -116,7 +116,7 @@ def push(
     hub = _hub()
     with stored_adapter(folder) as adapter:  # what is damaged stays here
         text = card(name, adapter.config, adapter.layers, adapter.base, run)
-        of = adapter.config, adapter.heads, adapter.base
+        of = adapter.config, adapter.base
     with tempfile.TemporaryDirectory() as aside:
         readme = Path(aside, "README.md")
         readme.write_text(text, encoding="utf-8")

@@ -59,8 +59,8 @@ def save_adapter(adapter: Adapter, directory: Path_) -> None:
     """Write an adapter's folder. At any moment, a reader sees the complete old version or the complete new one.
 
     Tensors are stored as float32 (or as float64, if they are float64), and heads in their own dtypes. A ``recipe.json``
-    that ``flix train`` wrote for another adapter is removed: it stays if this one has every feature and head of the
-    adapter that is replaced, and its base.
+    that ``flix train`` wrote for another adapter is removed: it stays if this one has every feature of the adapter
+    that is replaced, and its base.
 
     Raises:
         AdapterError: the path exists and is not a folder.
@@ -120,7 +120,7 @@ def _write(
     sweep(folder, TENSOR_FILE, CONFIG_FILE, HEADS_FILE)
     description = described(config, layers, heads, base)
     recipe = folder / RECIPE_FILE
-    stale = recipe.is_file() and (new or not goes_on(folder, config, heads, base))
+    stale = recipe.is_file() and (new or not goes_on(folder, config, base))
 
     def write(file: BinaryIO) -> None:
         metadata = as_metadata(description)
@@ -137,24 +137,22 @@ def _write(
     write_file(folder / CONFIG_FILE, copy.encode())
 
 
-def goes_on(folder: Path, config: FlixConfig, heads: Collection[str], base: Base | None) -> bool:
+def goes_on(folder: Path, config: FlixConfig, base: Base | None) -> bool:
     """Whether an adapter may be a later state of the one in a folder, so that what was said of that one holds for it.
 
-    A feature that was removed is still known by its name; one that was renamed is another.
+    A feature that was removed is still known by its name; one that was renamed is another. Heads are not compared: a
+    recipe whose heads are not there is refused when it is read.
 
     Args:
         folder: the folder.
-        config, heads, base: of the adapter.
+        config, base: of the adapter.
     """
     try:
         old = _description(folder)
     except AdapterError:
         return not any((folder / name).exists() for name in (TENSOR_FILE, CONFIG_FILE))
-    return (
-        {*config.registry.features}.issuperset(old.config.registry.features)
-        and {*heads}.issuperset(old.heads)
-        and not differing(old.base, base)
-    )
+    known = {*config.registry.features}
+    return known.issuperset(old.config.registry.features) and not differing(old.base, base)
 
 
 @uncollected
