@@ -280,10 +280,10 @@ def test_learning_rates_by_group(config: Write, tmp_path: Path) -> None:
 
 
 def test_trackers_that_are_not_installed_are_named(config: Write, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    from flix.training import models
+    from flix.tasks import needing
 
-    plain = models.find_spec
-    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "mlflow" else plain(name))
+    plain = needing.find_spec
+    monkeypatch.setattr(needing, "find_spec", lambda name: None if name == "mlflow" else plain(name))
     result = run(app, ["train", str(config(training={"report_to": ["mlflow"]}))])
     assert result.exit_code == 2 and "training.report_to: mlflow is not installed" in result.stderr
 
