@@ -283,7 +283,9 @@ def test_trackers_that_are_not_installed_are_named(config: Write, monkeypatch: p
     from flix.tasks import needing
 
     plain = needing.find_spec
-    monkeypatch.setattr(needing, "find_spec", lambda name: None if name == "mlflow" else plain(name))
+    monkeypatch.setattr(
+        needing, "find_spec", lambda name: None if name == "mlflow" else plain(name)
+    )
     result = run(app, ["train", str(config(training={"report_to": ["mlflow"]}))])
     assert result.exit_code == 2 and "training.report_to: mlflow is not installed" in result.stderr
 
